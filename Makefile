@@ -1,0 +1,37 @@
+# make demo | test | test-long | lint | bench | clean. Each makes .venv on first use.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.PHONY: demo test test-long lint bench clean
+.DEFAULT_GOAL := demo
+
+# On a machine without an NVIDIA GPU the lock's CPU build of PyTorch is enough (and small); elsewhere take the newest.
+$(STAMP): requirements.txt requirements-dev.txt requirements-cpu.lock
+	$(PYTHON) -m venv .venv
+	if command -v nvidia-smi >/dev/null 2>&1; then \
+	  $(BIN)/pip install --quiet -r requirements-dev.txt; \
+	else \
+	  $(BIN)/pip install --quiet -r requirements-cpu.lock || \
+	  $(BIN)/pip install --quiet -r requirements-dev.txt; \
+	fi
+	touch $(STAMP)
+
+demo: $(STAMP)
+	$(BIN)/python quickstart.py --outdir=demo
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+test-long: $(STAMP)
+	$(BIN)/python -m pytest -m "long or not long"
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+
+bench: $(STAMP)
+	$(BIN)/python -m benchmarks
+
+clean:
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis demo
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

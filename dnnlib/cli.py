@@ -1,0 +1,165 @@
+"""click commands whose every failure is one line, and the option types the scripts share."""
+
+from __future__ import annotations
+
+import errno
+import math
+import os
+import re
+import sys
+from typing import Any
+
+import click
+
+from dnnlib.util import one_line
+
+__all__ = ["BOOL", "INT_LIST", "Command", "FloatRange", "Group", "parse_int_list"]
+
+_MAX_INTS = 100_000_000
+
+
+def parse_int_list(text: str) -> list[int]:
+    """'1,2,5-10' -> [1, 2, 5, 6, 7, 8, 9, 10]. Raises ValueError for anything else, the empty text included."""
+    result: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*([0-9]{1,18})(?:-([0-9]{1,18}))?\s*", part)
+        if match is None:
+            raise ValueError(f"{text!r} is not a list of integers such as 0-63 or 1,2,5-10")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last < first:
+            raise ValueError(f"{part.strip()!r} runs downwards; write {last}-{first}")
+        if len(result) + last - first >= _MAX_INTS:
+            raise ValueError(f"{text!r} holds more than {_MAX_INTS} integers")
+        result.extend(range(first, last + 1))
+    return result
+
+
+class _IntList(click.ParamType):
+    name = "LIST"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[int]:
+        if not isinstance(value, str):
+            return [int(v) for v in value]
+        try:
+            return parse_int_list(value)
+        except ValueError as e:
+            self.fail(str(e), param, ctx)
+
+
+class _Bool(click.ParamType):
+    name = "BOOL"
+    _values = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> bool:
+        try:
+            return value if isinstance(value, bool) else self._values[str(value).strip().lower()]
+        except KeyError:
+            self.fail(f"{value!r} is none of 0, 1, false, true, no, yes", param, ctx)
+
+
+class FloatRange(click.FloatRange):
+    """click.FloatRange that refuses NaN (which passes every comparison) and, when `finite`, infinity."""
+
+    def __init__(self, *args: Any, finite: bool = True, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._finite = finite
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number = super().convert(value, param, ctx)
+        if math.isnan(number) or (self._finite and math.isinf(number)):
+            self.fail(f"{value!r} is not a finite number" if self._finite else f"{value!r} is not a number", param, ctx)
+        return number
+
+
+INT_LIST = _IntList()
+BOOL = _Bool()
+
+
+def _fail(message: str, exit_code: int) -> None:
+    # Under torchrun all processes meet the same mistake; one of them reports it.
+    if os.environ.get("RANK", "0") == "0":
+        click.echo(f"Error: {one_line(message)}", err=True)
+    sys.exit(exit_code)
+
+
+class _OneLineErrors:
+    """What Command and Group share: spelling of options, help, and failures as one line on stderr."""
+
+    _standalone = False
+
+    def __init__(self, *args: Any, context_settings: dict[str, Any] | None = None, **kwargs: Any):
+        settings = {"show_default": True, "max_content_width": 120,
+                    "token_normalize_func": lambda name: name.replace("_", "-"), **(context_settings or {})}
+        super().__init__(*args, context_settings=settings, **kwargs)
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The epilog as it was written: it holds command lines to copy."""
+        if self.epilog:
+            formatter.write_paragraph()
+            for line in self.epilog.strip("\n").splitlines():
+                formatter.write(f"{line}\n")
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            result = super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise click.Abort from None  # click's own conversion prints an empty line first
+        except EOFError as e:
+            raise RuntimeError("unexpected end of file") from e  # click would take this bug for a Ctrl-D
+        # Outside standalone mode click returns either this result or the status of ctx.exit(), as one value.
+        return None if self._standalone else result
+
+    def main(self, args: Any = None, prog_name: str | None = None, complete_var: str | None = None,
+             standalone_mode: bool = True, **extra: Any) -> Any:
+        """Run; in standalone mode exit with 0, 1 (data), 2 (usage) or 130 (Ctrl-C) after at most one line on stderr."""
+        outer, self._standalone = self._standalone, standalone_mode
+        try:
+            result = super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
+        except click.ClickException as e:
+            if not standalone_mode:
+                raise
+            _fail(e.format_message(), e.exit_code)
+        except click.Abort:
+            if not standalone_mode:
+                raise
+            _fail("interrupted", 130)
+        except OSError as e:
+            if not standalone_mode:
+                raise
+            if e.errno == errno.EPIPE:  # the reader of our stdout left, as in `... | head`
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+                sys.exit(1)
+            reason = e.strerror or str(e) or type(e).__name__
+            _fail(f"{os.fsdecode(e.filename)}: {reason}" if isinstance(e.filename, (str, bytes)) else reason, 1)
+        finally:
+            self._standalone = outer
+        if not standalone_mode:
+            return result
+        sys.exit(result or 0)
+
+
+class Command(_OneLineErrors, click.Command):
+    """click.Command that accepts dashes and underscores alike in options and fails in one line."""
+
+
+class Group(_OneLineErrors, click.Group):
+    """click.Group of such commands; without a subcommand it names those there are."""
+
+    command_class = Command
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **{"no_args_is_help": False, **kwargs})
+
+    def _choices(self, ctx: click.Context) -> str:
+        return f"there are: {', '.join(self.list_commands(ctx))}"
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if not args and not self.invoke_without_command:
+            raise click.UsageError(f"Missing command; {self._choices(ctx)}.", ctx)
+        return super().parse_args(ctx, args)
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError as e:
+            raise click.UsageError(f"{e.message.rstrip('.')}; {self._choices(ctx)}.", ctx) from e

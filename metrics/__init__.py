@@ -1,0 +1,1 @@
+"""Metrics of generated images: pure functions features -> number, and the table made of them (`fid.py evaluate`)."""

@@ -1,0 +1,117 @@
+"""The comparison report: one self-contained HTML page and its Markdown twin, with the pictures beside them."""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import matplotlib
+import numpy as np
+
+from torch_utils.checkpoint import atomic_open
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402  (the backend is chosen first: no display is needed)
+
+__all__ = ["Picture", "Report", "loss_curves", "transition_heatmap"]
+
+
+@dataclass
+class Picture:
+    """A PNG of the report: its path, what it shows, and the width on the page in pixels."""
+
+    path: str
+    title: str
+    text: str = ""
+    width: int = 720
+
+
+@dataclass
+class Report:
+    """What the page says, in this order: question, table, notes, pictures, commands."""
+
+    title: str
+    question: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    notes: Sequence[str] = ()
+    pictures: Sequence[Picture] = ()
+    commands: Sequence[str] = field(default_factory=list)
+
+    def write(self, directory: str) -> tuple[str, str]:
+        """Write `report.html` (images inlined) and `report.md` (images by relative path); returns both paths."""
+        paths = os.path.join(directory, "report.html"), os.path.join(directory, "report.md")
+        for path, text in zip(paths, (self._html(), self._markdown(directory)), strict=True):
+            with atomic_open(path, "wt") as f:
+                f.write(text)
+        return paths
+
+    def _markdown(self, directory: str) -> str:
+        lines = [f"# {self.title}", "", self.question, "", "| " + " | ".join(self.columns) + " |",
+                 "|" + "---|" * len(self.columns), *("| " + " | ".join(row) + " |" for row in self.rows), ""]
+        lines += [f"* {note}" for note in self.notes]
+        for p in self.pictures:
+            path = os.path.relpath(p.path, directory)
+            lines += ["", f"## {p.title}", "", *([p.text, ""] if p.text else []), f"![{p.title}]({path})"]
+        lines += ["", "## Commands", "", "```", *self.commands, "```", ""]
+        return "\n".join(lines)
+
+    def _html(self) -> str:
+        e = html.escape
+        head = "".join(f"<th>{e(c)}</th>" for c in self.columns)
+        body = "".join("<tr>" + "".join(f"<td>{e(c)}</td>" for c in row) + "</tr>" for row in self.rows)
+        notes = "".join(f"<li>{e(n)}</li>" for n in self.notes)
+        pictures = "".join(
+            f"<h2>{e(p.title)}</h2><p>{e(p.text)}</p><img alt='{e(p.title)}' style='width:{p.width}px' "
+            f"src='data:image/png;base64,{_inline(p.path)}'>" for p in self.pictures)
+        commands = "\n".join(e(c) for c in self.commands)
+        return (f"<!doctype html><html lang='en'><head><meta charset='utf-8'><title>{e(self.title)}</title>"
+                f"<style>{STYLE}</style></head><body><h1>{e(self.title)}</h1><p>{e(self.question)}</p><table><thead><tr>{head}</tr></thead>"
+                f"<tbody>{body}</tbody></table><ul>{notes}</ul>{pictures}"
+                f"<h2>Commands</h2><pre>{commands}</pre></body></html>\n")
+
+
+STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}
+table{border-collapse:collapse}th,td{padding:.3rem .8rem;border-bottom:1px solid #ccc;text-align:right}
+th:first-child,td:first-child{text-align:left}img{max-width:100%;image-rendering:pixelated}
+pre{background:#f4f4f4;padding:1rem;overflow-x:auto;font-size:13px}"""
+
+
+def _inline(path: str) -> str:
+    with open(path, "rb") as f:
+        return base64.b64encode(f.read()).decode()
+
+
+def _save(figure, path: str) -> None:
+    with atomic_open(path) as f:
+        figure.savefig(f, format="png", dpi=120, bbox_inches="tight")
+    plt.close(figure)
+
+
+def loss_curves(runs: dict[str, str], path: str, statistic: str = "Loss/loss") -> None:
+    """Plot a statistic of `stats.jsonl` against kimg, one panel a run. `runs`: title -> run directory."""
+    figure, axes = plt.subplots(1, len(runs), figsize=(4 * len(runs), 3), squeeze=False)
+    for axis, (title, run_dir) in zip(axes[0], runs.items(), strict=True):
+        with open(os.path.join(run_dir, "stats.jsonl")) as f:
+            rows = [json.loads(line) for line in f]
+        rows = [r for r in rows if statistic in r]
+        axis.plot([r["Progress/kimg"]["mean"] for r in rows], [r[statistic]["mean"] for r in rows])
+        axis.set(title=title, xlabel="kimg", ylabel="loss")
+        axis.grid(alpha=0.3)
+    _save(figure, path)
+
+
+def transition_heatmap(transition: np.ndarray, path: str, class_names: Sequence[str]) -> None:
+    """Draw T [C,C]: rows the clean, columns the observed label."""
+    transition = np.asarray(transition)
+    figure, axis = plt.subplots(figsize=(4, 3.4))
+    picture = axis.imshow(transition, vmin=0, vmax=1, cmap="viridis")
+    axis.set(xlabel="observed label", ylabel="clean label")
+    axis.set_xticks(range(len(class_names)), class_names)
+    axis.set_yticks(range(len(class_names)), class_names)
+    figure.colorbar(picture)
+    _save(figure, path)

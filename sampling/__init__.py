@@ -1,0 +1,1 @@
+"""From a denoiser to images: per-seed randomness, samplers, guidance, and where the images go."""

@@ -1,0 +1,69 @@
+"""Image sheets: any number of images in one PNG that a person can look at."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from torch_utils.checkpoint import atomic_open
+
+__all__ = ["image_sheet", "save_grid"]
+
+CELL, SHEET = 64, 4096   # pixels: an image's side below which it is enlarged, a sheet's side that enlarging respects
+WHITE = 255
+
+
+def save_grid(
+    images: np.ndarray | Sequence[np.ndarray], path: str, columns: int | None = None, scale: int | None = None,
+    row_labels: Sequence[str] | None = None, column_labels: Sequence[str] | None = None,
+) -> None:
+    """Write `image_sheet` of the same arguments to `path` as a PNG (atomically)."""
+    sheet = image_sheet(images, columns, scale, row_labels, column_labels)
+    with atomic_open(path) as file:
+        sheet.save(file, format="png")
+
+
+def image_sheet(
+    images: np.ndarray | Sequence[np.ndarray], columns: int | None = None, scale: int | None = None,
+    row_labels: Sequence[str] | None = None, column_labels: Sequence[str] | None = None,
+) -> Image.Image:
+    """One picture of all images, uint8 [N,H,W,C] (or N of [H,W,C]; C = 1 or 3), row by row, thin gaps between.
+
+    `columns` default to about as many as rows. `scale` is the whole factor by which images are enlarged (nearest
+    neighbour, so that pixels stay what they are); by default small images grow to about 64 pixels. `row_labels` stand
+    left of the rows, `column_labels` above the columns. ValueError: no images, other than 1 or 3 channels.
+    """
+    images = np.asarray(images)
+    if images.ndim != 4 or not len(images) or images.shape[-1] not in (1, 3):
+        raise ValueError(f"an image sheet needs images [N,H,W,C] with 1 or 3 channels, not {list(images.shape)}")
+    n, height, width, channels = images.shape
+    columns = min(columns or math.ceil(math.sqrt(n)), n)
+    rows = math.ceil(n / columns)
+    if scale is None:
+        room = SHEET // max(columns * width, rows * height)
+        scale = max(1, min(room, CELL // max(height, width)))
+
+    gap = max(1, scale * max(height, width) // 32)
+    cell_h, cell_w = scale * height + gap, scale * width + gap
+    cells = np.full([rows * columns, cell_h, cell_w, channels], WHITE, np.uint8)
+    cells[:n, gap:, gap:] = images.repeat(scale, axis=1).repeat(scale, axis=2)
+    cells = cells.reshape(rows, columns, cell_h, cell_w, channels).transpose(0, 2, 1, 3, 4)
+    pixels = cells.reshape(rows * cell_h, columns * cell_w, channels)
+    body = Image.fromarray(pixels[:, :, 0] if channels == 1 else pixels)
+
+    font = ImageFont.load_default()
+    left = max((math.ceil(font.getlength(text)) + gap for text in row_labels or ()), default=0)
+    above = max((math.ceil(font.getbbox(text)[3]) + gap for text in column_labels or ()), default=0)
+    sheet = Image.new(body.mode, (left + body.width + gap, above + body.height + gap), "white")
+    sheet.paste(body, (left, above))
+    draw = ImageDraw.Draw(sheet)
+    for row, text in enumerate((row_labels or ())[:rows]):
+        draw.text((gap, above + row * cell_h + cell_h // 2), text, fill="black", font=font, anchor="lm")
+    for column, text in enumerate((column_labels or ())[:columns]):
+        while text and font.getlength(text) > cell_w - gap:
+            text = text[:-1]
+        draw.text((left + gap + column * cell_w, gap), text, fill="black", font=font)
+    return sheet

@@ -1,0 +1,1 @@
+"""Processes, snapshots, training states and statistics: what needs torch and no network."""

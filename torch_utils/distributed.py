@@ -1,0 +1,130 @@
+"""One process or many, CUDA, CPU or MPS: found once by `init()`, asked for everywhere else."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import click
+import torch
+import torch.distributed as dist
+
+__all__ = ["all_gather_object", "all_reduce_sum", "barrier", "broadcast_object", "device", "get_rank",
+           "get_world_size", "init", "print0", "shutdown"]
+
+_device: torch.device | None = None
+
+
+def _env(name: str, default: int) -> int:
+    return int(os.environ.get(name, default))
+
+
+def _choose_device(name: str, local_rank: int, processes: int) -> torch.device:
+    def refuse(found: str) -> None:
+        raise click.UsageError(f"--device={name}: {found}")
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+        if name == "cpu" and processes == 1 and torch.backends.mps.is_available():
+            name = "mps"
+    if name == "cpu":
+        return torch.device("cpu")
+    if name == "cuda":
+        if not torch.cuda.is_available():
+            refuse("no CUDA device here; use --device=cpu or --device=auto")
+        if local_rank >= torch.cuda.device_count():
+            refuse(f"process {local_rank} of this machine has no GPU, there are {torch.cuda.device_count()}; "
+                   "lower --nproc_per_node")
+        return torch.device("cuda", local_rank)
+    if name == "mps":
+        if not torch.backends.mps.is_available():
+            refuse("no MPS device here; use --device=cpu or --device=auto")
+        if processes > 1:
+            refuse("MPS runs one process; use --device=cpu or start without torchrun")
+        return torch.device("mps")
+    refuse("choose auto, cpu, cuda or mps")
+    raise AssertionError
+
+
+def init(device: str = "auto") -> torch.device:
+    """Choose this process's device and, under torchrun, join the other processes (NCCL on GPUs, gloo on CPUs).
+
+    `device`: auto, cpu, cuda or mps. Reads RANK, WORLD_SIZE and LOCAL_RANK. Later calls return the first one's device.
+    Raises click.UsageError when there is no such device.
+    """
+    global _device
+    if _device is not None:
+        return _device
+    world_size = _env("WORLD_SIZE", 1)
+    chosen = _choose_device(device, _env("LOCAL_RANK", 0) if world_size > 1 else 0, world_size)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    if world_size > 1 and not dist.is_initialized():
+        # Objects travel over gloo even beside NCCL, so that they cost no GPU memory and no GPU synchronisation.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo")
+    _device = chosen
+    return chosen
+
+
+def device() -> torch.device:
+    """The device `init()` chose. Raises RuntimeError before that."""
+    if _device is None:
+        raise RuntimeError("torch_utils.distributed.init() has not been called")
+    return _device
+
+
+def get_rank() -> int:
+    """This process's number, 0 to world size - 1; known from the environment even before `init()`."""
+    return _env("RANK", 0) if get_world_size() > 1 else 0
+
+
+def get_world_size() -> int:
+    """Number of processes; known from the environment even before `init()`."""
+    return _env("WORLD_SIZE", 1)
+
+
+def print0(*args: Any, **kwargs: Any) -> None:
+    """print() on rank 0, nothing elsewhere."""
+    if get_rank() == 0:
+        print(*args, **kwargs)
+
+
+def barrier() -> None:
+    """Wait until every process is here."""
+    if get_world_size() > 1:
+        all_gather_object(None)  # dist.barrier() under NCCL guesses a device and warns
+
+
+def broadcast_object(obj: Any) -> Any:
+    """Rank 0's `obj`, on every process."""
+    if get_world_size() == 1:
+        return obj
+    box = [obj]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def all_gather_object(obj: Any) -> list[Any]:
+    """Every process's `obj`, in the order of ranks, on every process."""
+    if get_world_size() == 1:
+        return [obj]
+    result: list[Any] = [None] * get_world_size()
+    dist.all_gather_object(result, obj)
+    return result
+
+
+def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
+    """Sum of `tensor` over processes, as a new tensor of the same shape (the same one for a single process)."""
+    if get_world_size() == 1:
+        return tensor
+    result = tensor.clone()
+    dist.all_reduce(result)
+    return result
+
+
+def shutdown() -> None:
+    """Leave the other processes and forget the device. Allowed at any time."""
+    global _device
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+    _device = None

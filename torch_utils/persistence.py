@@ -1,0 +1,382 @@
+"""Networks that remember how they were built, and snapshots of them in EDM's pickle layout, read without trust."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import glob
+import hashlib
+import inspect
+import io
+import math
+import os
+import pickle
+import re
+import sys
+import types
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dnnlib import UserError, atomic_open, is_url, read_bytes
+from torch_utils import distributed, safe_pickle
+
+__all__ = ["find_snapshot", "load_snapshot", "persistent_class", "save_snapshot"]
+
+_VERSION = 6
+_classes: dict[str, type] = {}  # persistent classes of this program, by name
+_sources: dict[str, str] = {}  # source of modules whose classes embed it, as it was when they were imported
+_executed: set[str] = set()  # modules made of source found in trusted snapshots; their classes are not ours
+_OBJECT = "torch_utils.persistence._reconstruct_persistent_obj"
+_ALLOWED = safe_pickle.TENSORS | safe_pickle.CONTAINERS | {_OBJECT}
+
+
+def _module_source(module_name: str) -> str:
+    # Read when the class is defined, not when it is saved: the file may be edited while a training runs for days.
+    # One string object per module, so that a pickle stores it once.
+    if module_name not in _sources:
+        _sources[module_name] = inspect.getsource(sys.modules[module_name])
+    return _sources[module_name]
+
+
+def persistent_class(cls: type | None = None, /, *, embed_source: bool = True) -> Any:
+    """Class decorator: objects record their constructor arguments and pickle in EDM's layout (formats.md).
+
+    Objects gain `init_args` and `init_kwargs` (copies of what the constructor was given). The class is known to
+    `load_snapshot` by its name. With `embed_source` pickles carry the source of the defining module, so that other
+    programs can rebuild the object; without it (`@persistent_class(embed_source=False)`) they carry tensors and
+    constructor arguments only. Subclasses need the decorator too. Raises TypeError when another module's class has
+    the name.
+    """
+    if cls is None:
+        return functools.partial(persistent_class, embed_source=embed_source)
+    if "_persistent_source" in vars(cls):
+        return cls
+    if cls.__module__ not in _executed:
+        _register(cls)
+    cls._persistent_source = _module_source(cls.__module__) if embed_source else ""
+    cls.__init__ = _recording(cls, cls.__init__)
+    cls.__reduce__ = _reduce
+    cls.__deepcopy__ = _deepcopy
+    cls.init_args = property(lambda self: copy.deepcopy(self._init_args))
+    cls.init_kwargs = property(lambda self: copy.deepcopy(self._init_kwargs))
+    return cls
+
+
+def _register(cls: type) -> None:
+    known = _classes.setdefault(cls.__name__, cls)
+    if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+        raise TypeError(f"persistent class {cls.__name__!r} of {cls.__module__} is already defined in "
+                        f"{known.__module__}")
+    _classes[cls.__name__] = cls  # a reloaded module replaces its classes
+
+
+def _recording(cls: type, init: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(init)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        if type(self) is cls:  # for a subclass the arguments that count are the subclass's
+            vars(self).update(_init_args=copy.deepcopy(args), _init_kwargs=copy.deepcopy(kwargs))
+        init(self, *args, **kwargs)
+    return __init__
+
+
+def _state(self: Any) -> dict[str, Any]:
+    return dict(self.__getstate__()) if isinstance(self, torch.nn.Module) else dict(vars(self))
+
+
+def _restore(cls: type, state: dict[str, Any]) -> Any:
+    obj = cls.__new__(cls)
+    if isinstance(obj, torch.nn.Module):
+        obj.__setstate__(state)
+    else:
+        vars(obj).update(state)
+    return obj
+
+
+def _deepcopy(self: Any, memo: dict[int, Any]) -> Any:
+    result = memo[id(self)] = type(self).__new__(type(self))
+    vars(result).update(copy.deepcopy(_state(self), memo))
+    return result
+
+
+def _reduce(self: Any) -> tuple[Callable[..., Any], tuple[dict[str, Any]]]:
+    cls = type(self)
+    if "_persistent_source" not in vars(cls):
+        raise TypeError(f"{cls.__name__} is not decorated with @persistent_class, only a class it derives from is")
+    state = _state(self)
+    if not cls._persistent_source and isinstance(self, torch.nn.Module):
+        # Only we read it: flat tensors, so that the network may be made of any torch layers.
+        state = {"training": self.training, "_parameters": dict(self.state_dict()), "_buffers": {}, "_modules": {},
+                 "_init_args": self._init_args, "_init_kwargs": self._init_kwargs}
+    meta = {"type": "class", "version": _VERSION, "module_src": cls._persistent_source, "class_name": cls.__name__,
+            "state": state}
+    return _reconstruct_persistent_obj, (meta,)
+
+
+def _reconstruct_persistent_obj(meta: dict[str, Any]) -> Any:
+    """Rebuild an object of one of our classes from its pickle, for pickles made by this very program."""
+    cls = _classes.get(meta["class_name"])
+    if cls is None:
+        raise UserError(f"{meta['class_name']!r} is not a class of this program")
+    state = meta["state"]
+    if cls._persistent_source or not issubclass(cls, torch.nn.Module):
+        return _restore(cls, state)
+    obj = cls(*state["_init_args"], **state["_init_kwargs"]).train(state["training"])
+    obj.load_state_dict(state["_parameters"])
+    return obj
+
+
+def save_snapshot(path: str | os.PathLike[str], data: dict[str, Any]) -> None:
+    """Write a snapshot: `data` holds networks (saved from the CPU, in eval mode) and plain data.
+
+    NumPy numbers and arrays are stored as numbers and lists. The file appears under `path` only when complete, with its
+    SHA-256 after the last opcode. Raises OSError when the disk refuses, TypeError for data no reader would accept.
+    """
+    payload = pickle.dumps({key: _savable(value, key) for key, value in data.items()}, protocol=4)
+    refused = safe_pickle.parse(payload, str(path), _ALLOWED)[1]
+    if refused:
+        raise TypeError(f"the snapshot would hold a {refused[0]}, which load_snapshot refuses")
+    with atomic_open(path) as file:
+        file.write(payload)
+        file.write(hashlib.sha256(payload).digest())
+
+
+def _savable(value: Any, where: str) -> Any:
+    if isinstance(value, torch.nn.Module):
+        return copy.deepcopy(value).cpu().eval().requires_grad_(False)
+    if isinstance(value, torch.Tensor):
+        return value.detach().cpu().clone()
+    if isinstance(value, (np.ndarray, np.generic)):
+        return value.tolist()
+    if isinstance(value, dict):
+        return {_savable(k, f"a key of {where}"): _savable(v, f"{where}[{k!r}]") for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        items = [_savable(v, f"{where}[{i}]") for i, v in enumerate(value)]
+        return items if isinstance(value, list) else tuple(items)
+    if value is None or isinstance(value, (bool, int, float, str, bytes)):
+        return value
+    raise TypeError(f"{where} of the snapshot is a {type(value).__name__}, neither a network nor plain data")
+
+
+def find_snapshot(pattern: str | os.PathLike[str]) -> str:
+    """Path of the snapshot meant by a file, a URL, a run directory or a glob such as `dir/network-snapshot-*.pkl`.
+
+    Shells leave a glob after `--network=` as it is, so it is expanded here; of several matches the one with the highest
+    kimg number counts. Raises UserError when nothing matches.
+    """
+    pattern = os.fspath(pattern)
+    if is_url(pattern) or os.path.isfile(pattern):
+        return pattern
+    if os.path.isdir(pattern):
+        found = glob.glob(os.path.join(glob.escape(pattern), "network-snapshot-*.pkl"))
+        missing = "no network-snapshot-*.pkl in this folder"
+    else:
+        found = [path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path)]
+        missing = "no file matches" if glob.has_magic(pattern) else "no such file"
+    if not found:
+        raise UserError(f"{pattern}: {missing}")
+    return max(found, key=lambda path: (_kimg(path), path))
+
+
+def _kimg(path: str) -> float:
+    match = re.search(r"([0-9]+(?:\.[0-9]+)?)\.pkl$", path)
+    return float(match[1]) if match else -1.0
+
+
+def load_snapshot(path_or_url: str | os.PathLike[str], trust_pickle: bool = False,
+                  kind: str | None = None) -> dict[str, Any]:
+    """Read a snapshot of ours or of EDM's without running anything in it (formats.md, Network snapshot).
+
+    Returns a dict: `ema`, our class of the recorded name in eval mode without gradients, on the CPU; `info`,
+    `dataset_kwargs` (dicts), `loss_fn`, `augment_pipe` (dicts with their `class_name`, or None).
+    `kind` (denoiser, classifier, discriminator, generator): refuse networks of another kind.
+    `trust_pickle` runs the code inside the file instead, which may do anything, and says so.
+    Raises UserError naming the file and what is wrong: missing, truncated, corrupt, of another kind, asking for
+    anything a snapshot does not need.
+    """
+    name, data = os.fspath(path_or_url), read_bytes(path_or_url)
+    if trust_pickle:
+        end = safe_pickle.end_of_pickle(data, name)
+    else:
+        tree, refused, end = safe_pickle.parse(data, name, _ALLOWED)
+    if len(data) > end and data[end:] != hashlib.sha256(memoryview(data)[:end]).digest():
+        raise UserError(f"{name}: corrupt, its checksum differs")
+    if trust_pickle:
+        return _load_trusted(data, name, kind)
+    hint = "; --trust_pickle runs such a file, if you trust whoever made it"
+    if not isinstance(tree, dict) or getattr(type(tree.get("ema")), "path", None) != _OBJECT:
+        safe_pickle.refuse(refused, name, hint)
+        raise UserError(f"{name}: not a network snapshot, it holds no network under 'ema'")
+    reader = _Reader(name, len(data))
+    cls = reader.network_class(tree["ema"], kind)  # "a class we do not have" explains more than the names it asks for
+    safe_pickle.refuse(refused, name, hint)
+    return {
+        "ema": reader.build(cls, tree["ema"]),
+        "info": reader.settings(tree.get("info")) or {},
+        "dataset_kwargs": reader.settings(tree.get("dataset_kwargs")) or {},
+        "loss_fn": reader.settings(tree.get("loss_fn")),
+        "augment_pipe": reader.settings(tree.get("augment_pipe")),
+    }
+
+
+def _check_kind(name: str, cls: type, kind: str | None) -> None:
+    found = getattr(_classes.get(cls.__name__, cls), "network_kind", None)
+    if kind is not None and found != kind and not (found is None and cls.__module__ in _executed):
+        raise UserError(f"{name}: holds a {found or 'network of another kind'} ({cls.__name__}), not a {kind}")
+
+
+class _ValueLimit(TorchDispatchMode):
+    """Inside it no more than `limit` tensor values can be created by torch.empty, rand, zeros and their like."""
+
+    def __init__(self, limit: int):
+        super().__init__()
+        self._left = limit
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if args and isinstance(args[0], (list, torch.Size)):
+            # Each counts as 1000 more, since building very many small ones takes forever as well.
+            self._left -= 1000 + math.prod(n for n in args[0] if isinstance(n, int))
+            if self._left < 0:
+                raise ValueError("they ask for a far larger network than is stored")
+        return func(*args, **(kwargs or {}))
+
+
+class _Reader(safe_pickle.Resolver):
+    """Persistent objects from the records of one snapshot."""
+
+    def _meta(self, record: Any) -> tuple[str, dict[str, Any]]:
+        # Class name and state of a persistent object.
+        try:
+            if type(record).path != _OBJECT:
+                raise TypeError(type(record).path)
+            (meta,) = record.args
+            version, class_name, state = meta["version"], meta["class_name"], meta["state"]
+            if meta["type"] != "class" or not 1 <= version <= _VERSION:
+                raise ValueError(f"version {version}")
+            if not isinstance(class_name, str) or not isinstance(state, dict):
+                raise TypeError("class_name or state")
+        except (AttributeError, KeyError, TypeError, ValueError) as e:
+            raise self.fail(f"holds no persistent object where one belongs ({type(e).__name__}: {e})") from e
+        return class_name, state
+
+    def network_class(self, record: Any, kind: str | None) -> type:
+        """Our class of the recorded name."""
+        class_name = self._meta(record)[0]
+        cls = _classes.get(class_name)
+        if cls is None or not issubclass(cls, torch.nn.Module):
+            raise self.fail(f"holds a network of class {class_name[:100]!r}, which this program does not have; there "
+                            f"are {', '.join(sorted(n for n, c in _classes.items() if hasattr(c, 'network_kind')))}")
+        _check_kind(self._name, cls, kind)
+        return cls
+
+    def build(self, cls: type, record: Any) -> torch.nn.Module:
+        """A network from its recorded constructor arguments and tensors."""
+        state = self._meta(record)[1]
+        args, kwargs = self.plain(state.get("_init_args", ())), self.plain(state.get("_init_kwargs"))
+        if not isinstance(args, tuple) or not isinstance(kwargs, dict):
+            raise self.fail(f"does not record how its {cls.__name__} was built")
+        inner = kwargs.get("model_type")  # the network inside a preconditioner, a string that EDM looks up in a module
+        if inner is not None and hasattr(_classes.get(str(inner), torch.nn.Module), "network_kind"):
+            raise self.fail(f"names {inner!r} as the model inside its {cls.__name__}")
+        if inner is not None and str(inner) not in _classes:
+            raise self.fail(f"names a model of type {str(inner)[:100]!r}, which this program does not have")
+        tensors: dict[str, torch.Tensor] = {}
+        self._collect(record, "", tensors)
+        try:
+            # A number in the arguments may ask for any size. Building takes a few times the values it ends with.
+            with _ValueLimit(4_000_000 + 16 * sum(tensor.numel() for tensor in tensors.values())):
+                net = cls(*args, **kwargs).eval().requires_grad_(False)
+        except Exception as e:  # constructors check little; the arguments come from a stranger
+            raise self.fail(f"no {cls.__name__} can be built from the recorded arguments ({e})") from e
+        self._load(net, tensors)
+        return net
+
+    def _collect(self, record: Any, prefix: str, tensors: dict[str, torch.Tensor]) -> None:
+        self.spend(prefix.count("."))
+        path = getattr(type(record), "path", None)
+        if path in safe_pickle.CONTAINERS and isinstance(record.state, dict):
+            state = record.state
+        else:
+            state = self._meta(record)[1]
+        try:
+            named = {**state["_parameters"], **state["_buffers"]}
+            for name, tensor in named.items():
+                if tensor is not None and name not in state.get("_non_persistent_buffers_set", ()):
+                    tensors[prefix + name] = self.tensor(tensor)
+            children = {prefix + name + ".": child for name, child in state["_modules"].items() if child is not None}
+        except (AttributeError, KeyError, TypeError) as e:
+            raise self.fail(f"malformed module {prefix.rstrip('.')!r} ({type(e).__name__}: {e})") from e
+        for name, child in children.items():
+            self._collect(child, name, tensors)
+
+    def _load(self, net: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+        expected = net.state_dict()
+        sizes = [f"{name} {list(tensors[name].shape)} instead of {list(expected[name].shape)}"
+                 for name in expected.keys() & tensors.keys() if tensors[name].shape != expected[name].shape]
+        for what, names in {"lacks": expected.keys() - tensors.keys(), "has unknown": tensors.keys() - expected.keys(),
+                            "has other sizes:": sizes}.items():
+            if names:
+                listed = ", ".join(sorted(names)[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+                raise self.fail(f"its {type(net).__name__} {what} {listed}")
+        net.load_state_dict(tensors)
+
+    def settings(self, value: Any) -> dict[str, Any] | None:
+        """Settings as a plain dict; those of an object (a loss, an augmentation) with its `class_name`."""
+        class_name = None
+        if getattr(type(value), "path", None) == _OBJECT:
+            class_name, state = self._meta(value)
+            value = state.get("_init_kwargs", {})
+        value = self.plain(value)
+        if not (value is None or isinstance(value, dict)):
+            raise self.fail(f"holds a {type(value).__name__} where settings belong")
+        return value if class_name is None else {"class_name": class_name, **(value or {})}
+
+
+class _TrustedUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if f"{module}.{name}" == _OBJECT:
+            return _execute_source
+        if f"{module}.{name}" == "torch.storage._load_from_bytes":  # tensors saved from a GPU load anywhere
+            return lambda data: torch.load(io.BytesIO(data), map_location="cpu", weights_only=False)
+        return super().find_class(module, name)
+
+
+def _execute_source(meta: dict[str, Any]) -> Any:
+    source = meta["module_src"]
+    if not source:
+        return _reconstruct_persistent_obj(meta)
+    name = "snapshot_source_" + hashlib.sha256(source.encode()).hexdigest()[:16]
+    if name not in _executed:
+        module = types.ModuleType(name)
+        _executed.add(name)
+        _sources[name] = source
+        sys.modules[name] = module
+        try:
+            exec(compile(source, f"<{name}>", "exec"), vars(module))
+        except BaseException:
+            _executed.discard(name)
+            del sys.modules[name]
+            raise
+    cls = getattr(sys.modules[name], meta["class_name"])
+    return _restore(cls, meta["state"])
+
+
+def _load_trusted(data: bytes, name: str, kind: str | None) -> dict[str, Any]:
+    distributed.print0(f"Warning: --trust_pickle: running the code inside {name}")
+    try:
+        tree = _TrustedUnpickler(io.BytesIO(data)).load()
+        net = tree["ema"].eval().requires_grad_(False)
+    except Exception as e:
+        raise UserError(f"{name}: its own code fails here ({type(e).__name__}: {e})") from e
+    _check_kind(name, type(net), kind)
+
+    def settings(obj: Any) -> Any:
+        if obj is None or isinstance(obj, dict):
+            return obj
+        return {"class_name": type(obj).__name__, **getattr(obj, "_init_kwargs", {})}
+
+    return {"ema": net, "info": tree.get("info") or {}, "dataset_kwargs": dict(tree.get("dataset_kwargs") or {}),
+            "loss_fn": settings(tree.get("loss_fn")), "augment_pipe": settings(tree.get("augment_pipe"))}

@@ -1,0 +1,1 @@
+"""What is learned and how: data, noise levels, networks, objectives, and the one training loop."""

@@ -1,0 +1,230 @@
+"""Building an archive: source -> transform, label noise -> PNGs and `dataset.json`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+import dnnlib
+from training import transition
+from training.archive_labels import load_labels
+from training.archive_reader import ordered_map
+from training.archive_sources import Source
+from training.archive_writer import ArchiveWriter, Transform, check_destination, encode_png, image_name
+
+__all__ = ["Noise", "Summary", "build_archive", "replace_labels"]
+
+
+@dataclass
+class Noise:
+    """Label noise to add. `type`: sym, asym, pair, instance or matrix; `rate` in [0, 1], or `matrix` a file."""
+
+    type: str
+    rate: float | None
+    matrix: str | None
+    seed: int
+
+
+@dataclass
+class Summary:
+    """What was written. `realised_rate`: share of labels that differ from the clean ones, None when unknown."""
+
+    path: str
+    images: int
+    left_out: int
+    classes: int
+    shape: tuple[int, ...]
+    realised_rate: float | None
+
+
+def replace_labels(source: Source, path: str, key: str | None = None) -> None:
+    """Gives a source the labels of a file (`--labels`); those it had become its clean labels unless it has these."""
+    own_names = [source.names] if source.names is not None else []
+    archive_names = [image_name(i) for i in range(source.length)]
+    labels = load_labels(path, [*own_names, archive_names], source.length, key)
+    if source.class_names is not None and labels.ndim == 1 and labels.max() >= len(source.class_names):
+        raise dnnlib.UserError(
+            f"--labels: {path}: label {labels.max()} is too large, the source has {len(source.class_names)} classes"
+        )
+    if source.clean_labels is None:
+        source.clean_labels = source.labels
+    source.labels = labels
+    source.corruption = dict(family=source.corruption.get("family"))
+    if source.clean_labels is not None:
+        source.corruption["noise_type"] = "imported"
+
+
+def build_archive(
+    source: Source,
+    dest: str,
+    transform: Transform,
+    noise: Noise | None = None,
+    max_images: int | None = None,
+    workers: int = 0,
+) -> Summary:
+    """Writes `source` as an archive to `dest`, a .zip or a folder; see `ArchiveWriter` for what makes it atomic.
+
+    `workers` threads (0: one a core) decode, transform and encode; they change no byte. Sources in memory (tiny images)
+    take one: writing the ZIP is most of their work, measured slower with more. The first `max_images` images are used.
+    UserError on images that do not fit together or are not square with a power of two as side.
+    """
+    check_destination(dest)
+    count = source.length if max_images is None else min(max_images, source.length)
+    classes = count_classes(source)
+    workers = 1 if source.in_memory else workers or available_cores()
+    T = prepare_noise(source, noise, classes)  # its errors come before the work
+    encoder = Encoder(source, transform, keep=noise is not None and noise.type == "instance")
+    with ArchiveWriter(dest) as archive:
+        kept = []
+        for index, png in encoder.run(count, workers):
+            archive.add(image_name(len(kept)), png)
+            kept.append(index)
+        if not kept:
+            raise dnnlib.UserError(f"--resolution: all {count} images are smaller than that, none is left")
+        kept = np.array(kept)
+        labels = None if source.labels is None else source.labels[kept]
+        clean = None if source.clean_labels is None else source.clean_labels[kept]
+        corruption = dict(source.corruption)
+        if noise is not None:
+            clean = labels
+            if T is not None:
+                labels = transition.corrupt_labels(clean, T, noise.seed)
+            else:
+                labels = transition.instance_noise(np.stack(encoder.images), clean, noise.rate, classes, noise.seed)
+            corruption.update(noise_type=noise.type, noise_rate=noise.rate, seed=noise.seed)
+            corruption["T"] = None if T is None else T.tolist()
+        rate = realised_rate(labels, clean)
+        archive.add_metadata(make_metadata(source, labels, clean, {**corruption, "realised_rate": rate}))
+    return Summary(dest, len(kept), count - len(kept), classes, encoder.shape, rate)
+
+
+def count_classes(source: Source) -> int:
+    """Number of classes of a source, 0 without labels. UserError when there are more labels than class names."""
+    if source.labels is None:
+        return 0
+    if source.labels.ndim == 2:
+        return source.labels.shape[1]
+    known = [labels for labels in (source.labels, source.clean_labels) if labels is not None and labels.ndim == 1]
+    count = max(int(labels.max()) for labels in known) + 1
+    if source.class_names is None:
+        return count
+    if count > len(source.class_names):
+        raise dnnlib.UserError(
+            f"{source.path}: names {len(source.class_names)} classes, but has labels up to {count - 1}"
+        )
+    return len(source.class_names)
+
+
+def prepare_noise(source: Source, noise: Noise | None, classes: int) -> np.ndarray | None:
+    """T for the noise, None for none and for instance noise. UserError when the source cannot take it."""
+    if noise is None:
+        return None
+    if source.labels is None:
+        raise dnnlib.UserError(f"--noise_type={noise.type}: the source has no labels (add them with --labels)")
+    if source.labels.ndim != 1:
+        raise dnnlib.UserError(f"--noise_type={noise.type}: the labels are vectors, expected class numbers")
+    if source.clean_labels is not None:
+        raise dnnlib.UserError(
+            f"--noise_type={noise.type}: the source's labels are noisy already (clean ones are recorded beside them): "
+            "start from the clean source"
+        )
+    if noise.type == "instance":
+        transition.check_rate(noise.rate)
+        return None
+    matrix = None if noise.matrix is None else transition.load_matrix(noise.matrix, classes)
+    return transition.transition_matrix(noise.type, noise.rate, classes, source.corruption.get("family"), matrix)
+
+
+def realised_rate(labels: np.ndarray | None, clean: np.ndarray | None) -> float | None:
+    """Share of labels that differ from the clean ones; None when either is unknown or they are of two kinds."""
+    if labels is None or clean is None or labels.shape != clean.shape:
+        return None
+    return float(np.mean((labels != clean).reshape(len(labels), -1).any(axis=1)))
+
+
+def make_metadata(
+    source: Source, labels: np.ndarray | None, clean: np.ndarray | None, corruption: dict[str, Any]
+) -> dict[str, Any]:
+    """The content of `dataset.json`; `labels` is null for an archive without labels."""
+
+    def pairs(values: np.ndarray) -> list[list[Any]]:
+        return [[image_name(i), value] for i, value in enumerate(values.tolist())]
+
+    metadata: dict[str, Any] = dict(labels=None if labels is None else pairs(labels))
+    if clean is not None:
+        metadata["clean_labels"] = pairs(clean)
+    if source.class_names is not None:
+        metadata["class_names"] = source.class_names
+    empty = dict(family=None, noise_type=None, noise_rate=None, T=None, seed=None)
+    metadata["corruption"] = {**empty, **corruption, "version": dnnlib.__version__}
+    return metadata
+
+
+class Encoder:
+    """Turns the images of a source into PNGs on several threads, in order, and checks that they fit together.
+
+    `shape` [H, W, C] of the written images; `images` holds them when `keep` is set (instance noise looks at pixels).
+    """
+
+    def __init__(self, source: Source, transform: Transform, keep: bool) -> None:
+        self._source, self._transform, self._keep = source, transform, keep
+        first = source.image(0)
+        self._channels = first.shape[2]
+        self._step = max(1, (1 << 19) // first.size)  # about half a megabyte of pixels a task
+        self.shape: tuple[int, ...] = ()
+        self.images: list[np.ndarray] = []
+
+    def run(self, count: int, workers: int) -> Iterator[tuple[int, bytes]]:
+        """(index, PNG) of images 0 .. count - 1, without those that the transform leaves out."""
+        parts = [range(start, min(start + self._step, count)) for start in range(0, count, self._step)]
+        with tqdm(total=count, unit="img", desc="archive", disable=None, leave=False) as bar:
+            for part, results in zip(parts, ordered_map(self._encode, parts, workers), strict=True):
+                for index, result in zip(part, results, strict=True):
+                    if result is not None:
+                        png, image = result
+                        self._check(image.shape, index)
+                        if self._keep:
+                            self.images.append(image)
+                        yield index, png
+                bar.update(len(part))
+
+    def _encode(self, part: range) -> list[tuple[bytes, np.ndarray] | None]:
+        results = []
+        for index in part:
+            image = self._transform(self._same_channels(self._source.image(index), index))
+            results.append(None if image is None else (encode_png(image), image))
+        return results
+
+    def _same_channels(self, image: np.ndarray, index: int) -> np.ndarray:
+        """Grey images among RGB ones become RGB; the reverse would lose something, so it is an error."""
+        if image.shape[2] == self._channels:
+            return image
+        if image.shape[2] == 3:
+            raise dnnlib.UserError(
+                f"{self._source.name(index)}: is an RGB image, but {self._source.name(0)} is grey: "
+                "convert the images to one kind"
+            )
+        return np.repeat(image, 3, axis=2)
+
+    def _check(self, shape: tuple[int, ...], index: int) -> None:
+        if shape == self.shape:
+            return
+        name, size = self._source.name(index), f"{shape[1]}x{shape[0]}"
+        hint = "give --transform=center-crop --resolution=WxH"
+        if self.shape:
+            raise dnnlib.UserError(f"{name}: is {size}, images before it are {self.shape[1]}x{self.shape[0]}: {hint}")
+        if shape[0] != shape[1]:
+            raise dnnlib.UserError(f"{name}: is {size} after the transform, images must be square: {hint}")
+        if shape[0] & (shape[0] - 1):
+            raise dnnlib.UserError(f"{name}: is {size}, the side must be a power of two: {hint}")
+        self.shape = shape
+
+
+def available_cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

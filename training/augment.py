@@ -1,0 +1,179 @@
+"""Augmentations that do not leak: the network is told what was done to each image (Karras et al. 2022, App. F.2)."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+
+__all__ = ["AugmentPipe", "default_augment"]
+
+SCALE_STD, ANISO_STD, TRANSLATE_STD = 0.2, 0.2, 0.125  # scales in octaves, translation in image sizes
+
+# Low-pass filter of the sym6 wavelet (Daubechies 1992). It is orthonormal to its even shifts, so that upsampling and
+# downsampling with it give the image back: a warp that does nothing changes nothing.
+SYM6 = (
+    0.015404109327027373, 0.0034907120842174702, -0.11799011114819057, -0.048311742585633, 0.4910559419267466,
+    0.787641141030194, 0.3379294217276218, -0.07263752278646252, -0.021060292512300564, 0.04472490177066578,
+    0.0017677118642428036, -0.007800708325034148)
+MARGIN = 3  # pixels around the output that downsampling needs to see
+
+
+class AugmentPipe:
+    """Random flips and warps, and the vector that tells the network about them.
+
+    Each transform is drawn with probability `p` times its multiplier: xflip, yflip (then flipped one time in two),
+    isotropic scale 2^(0.2 w), rotate_frac (any angle), aniso (scale along a random axis, 2^(0.2 w)) and translate_frac
+    (0.125 of the size, times w). w ~ N(0, 1). A multiplier of 0 leaves the transform out, also of the vector
+    [xflip, yflip, w_scale, cos(theta)-1, sin(theta), w_aniso cos(r), w_aniso sin(r), w_tx, w_ty].
+    """
+
+    def __init__(self, p: float = 1, xflip: float = 0, yflip: float = 0, scale: float = 0, rotate_frac: float = 0,
+                 aniso: float = 0, translate_frac: float = 0):
+        self.p = p
+        self.multipliers = dict(xflip=xflip, yflip=yflip, scale=scale, rotate_frac=rotate_frac, aniso=aniso,
+                                translate_frac=translate_frac)
+
+    def settings(self) -> dict:
+        """Plain data that makes an equal object: AugmentPipe(**settings())."""
+        return dict(p=self.p, **self.multipliers)
+
+    @property
+    def label_dim(self) -> int:
+        """Width of the label vector."""
+        widths = dict(xflip=1, yflip=1, scale=1, rotate_frac=2, aniso=2, translate_frac=2)
+        return sum(width for name, width in widths.items() if self.multipliers[name])
+
+    def draw(self, n: int, generator: torch.Generator, device: torch.device) -> dict[str, torch.Tensor]:
+        """Transforms of n images, zero where none: per-image float32 tensors, [n] each, `translate_frac` [n,2].
+
+        `rotate_frac` and `aniso_axis` are angles in radians; the others count flips (0, 1) or deviations w.
+        """
+        def uniform() -> torch.Tensor:
+            return torch.rand(n, generator=generator, device=device)
+
+        def normal(*shape: int) -> torch.Tensor:
+            return torch.randn(n, *shape, generator=generator, device=device)
+
+        def drawn(name: str) -> torch.Tensor:
+            return (uniform() < self.p * self.multipliers[name]).to(torch.float32)
+
+        wanted, params = [name for name, multiplier in self.multipliers.items() if multiplier], {}
+        for name in wanted:
+            if name in ("xflip", "yflip"):
+                params[name] = (uniform() < 0.5) * drawn(name)
+            elif name == "rotate_frac":
+                params[name] = (2 * uniform() - 1) * math.pi * drawn(name)
+            elif name == "translate_frac":
+                params[name] = normal(2) * drawn(name)[:, None]
+            else:
+                params[name] = normal() * drawn(name)
+        if "aniso" in wanted:
+            params["aniso_axis"] = (2 * uniform() - 1) * math.pi * (uniform() < 0.5)
+        return params
+
+    def apply(self, images: torch.Tensor, params: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Transform images [N,C,H,W] float, in [-1,1], by what `draw` gave; returns them and labels [N,label_dim].
+
+        Every image depends on its own parameters alone, so both may be split along N.
+        """
+        with torch.autocast(images.device.type, enabled=False):  # Coordinates need float32.
+            images = _flip(images, params)
+            if params.keys() & {"scale", "rotate_frac", "aniso", "translate_frac"}:
+                images = _warp(images, _output_to_input(params, *images.shape[2:]))
+            return images, _labels(images, params)
+
+
+def default_augment(p: float) -> AugmentPipe:
+    """The recipe for small images, a vector of 9: flips left-right always drawn, the other transforms with p."""
+    return AugmentPipe(p=p, xflip=1e8, yflip=1, scale=1, rotate_frac=1, aniso=1, translate_frac=1)
+
+
+def _labels(images: torch.Tensor, params: dict[str, torch.Tensor]) -> torch.Tensor:
+    columns = [params[name] for name in ("xflip", "yflip", "scale") if name in params]
+    if "rotate_frac" in params:
+        columns += [params["rotate_frac"].cos() - 1, params["rotate_frac"].sin()]
+    if "aniso" in params:
+        columns += [params["aniso"] * params["aniso_axis"].cos(), params["aniso"] * params["aniso_axis"].sin()]
+    if "translate_frac" in params:
+        columns += params["translate_frac"].unbind(1)
+    return torch.stack(columns, dim=1) if columns else images.new_zeros([len(images), 0])
+
+
+def _flip(images: torch.Tensor, params: dict[str, torch.Tensor]) -> torch.Tensor:
+    for name, axis in (("xflip", 3), ("yflip", 2)):
+        if name in params:
+            images = torch.where(params[name][:, None, None, None] > 0.5, images.flip(axis), images)
+    return images
+
+
+def _linear(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, d: torch.Tensor) -> torch.Tensor:
+    # [N] each -> maps [[a, b], [c, d]] of centred coordinates, [N,3,3].
+    zero, one = torch.zeros_like(a), torch.ones_like(a)
+    return torch.stack([a, b, zero, c, d, zero, zero, zero, one], dim=1).reshape(-1, 3, 3)
+
+
+def _rotation(angle: torch.Tensor) -> torch.Tensor:
+    return _linear(angle.cos(), -angle.sin(), angle.sin(), angle.cos())
+
+
+def _output_to_input(params: dict[str, torch.Tensor], height: int, width: int) -> torch.Tensor:
+    # [N,3,3]: where a pixel (x right, y down, from the centre) of the output comes from, G of edm.md.
+    factors = []
+    if "scale" in params:
+        s = torch.exp2(-SCALE_STD * params["scale"])
+        factors.append(_linear(s, torch.zeros_like(s), torch.zeros_like(s), s))
+    if "rotate_frac" in params:
+        factors.append(_rotation(params["rotate_frac"]))
+    if "aniso" in params:
+        s, axis = torch.exp2(ANISO_STD * params["aniso"]), params["aniso_axis"]
+        stretch = _linear(1 / s, torch.zeros_like(s), torch.zeros_like(s), s)
+        factors += [_rotation(-axis), stretch, _rotation(axis)]
+    if "translate_frac" in params:
+        shift = torch.eye(3, device=params["translate_frac"].device).repeat(len(params["translate_frac"]), 1, 1)
+        size = torch.tensor([width, height], device=shift.device)
+        shift[:, :2, 2] = -TRANSLATE_STD * size * params["translate_frac"]
+        factors.append(shift)
+    return functools.reduce(torch.matmul, factors)
+
+
+@functools.lru_cache(maxsize=32)
+def _resampling(size: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Matrices along one axis: reflect-pad by size-1 and upsample [2(3 size-2),size]; downsample [size,2(size+6)].
+
+    Index 2k of the upsampled axis is pixel k - (size-1). Index j that goes into downsampling is pixel j/2 - 3.
+    """
+    h, pad = torch.tensor(SYM6, dtype=torch.float64), size - 1
+    padded = 3 * size - 2
+    # Index i sees pixel l through tap 5 + i - 2l of h.
+    tap = 5 + torch.arange(2 * padded)[:, None] - 2 * torch.arange(padded)
+    up = torch.where((tap >= 0) & (tap < len(h)), h[tap.clamp(0, len(h) - 1)], 0.0)
+    source = torch.arange(-pad, size + pad).abs()
+    source = pad - (pad - source).abs()
+    up = torch.zeros(2 * padded, size, dtype=torch.float64).index_add_(1, source, up)
+    # Pixel m sees index i, at pixel m + (i - 2m)/2 - 3, through tap 5 - 2(m + 3) + i of h.
+    tap = 5 + torch.arange(2 * (size + 2 * MARGIN)) - 2 * (torch.arange(size)[:, None] + MARGIN)
+    down = torch.where((tap >= 0) & (tap < len(h)), h[tap.clamp(0, len(h) - 1)], 0.0)
+    return up.to(device, torch.float32), down.to(device, torch.float32)
+
+
+def _warp(images: torch.Tensor, output_to_input: torch.Tensor) -> torch.Tensor:
+    """Images resampled at `output_to_input` [N,3,3], with content reflected at the borders and little aliasing."""
+    height, width = images.shape[2:]
+    (up_y, down_y), (up_x, down_x) = _resampling(height, images.device), _resampling(width, images.device)
+
+    # Padding and filters are linear along each axis, so each is one product, without the padded image in between.
+    fine = up_y @ images @ up_x.T
+
+    # Where each half-pixel of the output, MARGIN included, comes from: centred source coordinates [N,2(H+6),2(W+6),2].
+    x = torch.arange(2 * (width + 2 * MARGIN), device=images.device) / 2 - MARGIN - (width - 1) / 2
+    y = torch.arange(2 * (height + 2 * MARGIN), device=images.device) / 2 - MARGIN - (height - 1) / 2
+    points = torch.stack([*torch.meshgrid(x, y, indexing="xy"), x.new_ones(len(y), len(x))], dim=2)
+    source = points @ output_to_input[:, None, :2].transpose(-1, -2)
+
+    # A centred coordinate q is index 2 q - 1/2 from the middle of `fine`; grid_sample's 1 is the middle of its last.
+    half_size = torch.tensor([fine.shape[3] - 1, fine.shape[2] - 1], device=images.device) / 2
+    grid = (2 * source - 0.5) / half_size
+    warped = torch.nn.functional.grid_sample(fine, grid, mode="bilinear", padding_mode="zeros", align_corners=True)
+    return down_y @ warped @ down_x.T

@@ -1,0 +1,682 @@
+"""U-Nets and preconditioned denoisers D(x; sigma, y) (Karras et al. 2022, Table 1 and appendix C).
+
+Snapshots carry the source of this file and other programs, some on older Pythons, run it: it imports torch, NumPy and
+`persistent_class`, nothing else. Names of classes, constructor arguments, parameters and buffers are those of the
+published checkpoints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from torch_utils.persistence import persistent_class
+
+__all__ = ["Conv2d", "DhariwalUNet", "EDMPrecond", "FourierEmbedding", "GroupNorm", "Linear", "PositionalEmbedding",
+           "SongUNet", "UNetBlock", "VEPrecond", "VPPrecond", "edm_coefs", "iDDPMPrecond", "ve_coefs", "vp_coefs",
+           "vp_sigma", "vp_sigma_inv"]
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Layers
+
+
+def _initial(shape: Sequence[int], mode: str, fan_in: int, fan_out: int) -> torch.Tensor:
+    # Variance 2/(fan_in + fan_out) (Glorot and Bengio 2010) or 1/fan_in (He et al. 2015, without the gain of a ReLU).
+    scheme, _, distribution = mode.partition("_")
+    if scheme not in ("xavier", "kaiming") or distribution not in ("uniform", "normal"):
+        raise ValueError(f"init_mode={mode!r}: must be xavier or kaiming, then _uniform or _normal")
+    std = (2 / (fan_in + fan_out)) ** 0.5 if scheme == "xavier" else (1 / fan_in) ** 0.5
+    return torch.randn(*shape) * std if distribution == "normal" else (torch.rand(*shape) * 2 - 1) * (3**0.5 * std)
+
+
+def _divisor(n: int, limit: int) -> int:
+    # The largest divisor of n up to limit: the limit itself for published widths, a working number for any other.
+    return max(d for d in range(1, limit + 1) if n % d == 0)
+
+
+def _like(parameter: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor | None:
+    # Parameters stay in float32; in a network that runs in half precision they follow its input.
+    return None if parameter is None else parameter.to(x.dtype)
+
+
+@persistent_class
+class Linear(torch.nn.Module):
+    """Affine map [..., in_features] -> [..., out_features]; initialised by `init_mode`, times gains."""
+
+    def __init__(self,
+        in_features: int,
+        out_features: int,
+        bias: bool          = True,
+        init_mode: str      = "kaiming_normal",     # xavier or kaiming, _uniform or _normal
+        init_weight: float  = 1,                    # gain of the initial weight
+        init_bias: float    = 0,                    # gain of the initial bias
+    ):
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        fans = dict(mode=init_mode, fan_in=in_features, fan_out=out_features)
+        self.weight = torch.nn.Parameter(init_weight * _initial([out_features, in_features], **fans))
+        self.bias = torch.nn.Parameter(init_bias * _initial([out_features], **fans)) if bias else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, _like(self.weight, x), _like(self.bias, x))
+
+
+@persistent_class
+class Conv2d(torch.nn.Module):
+    """Convolution with padding kernel//2 and optional resampling by 2, [N,C_in,H,W] -> [N,C_out,H',W'].
+
+    `up`, `down`: filter each channel with f f^T / sum(f)^2 at twice or half the size, then convolve. `fused_resample`
+    lets filter and convolution share their padding, and convolves before it goes down. `kernel` 0 resamples only.
+    """
+
+    def __init__(self,
+        in_channels: int,
+        out_channels: int,
+        kernel: int,                                # width of the kernel; 0: no convolution
+        bias: bool                      = True,
+        up: bool                        = False,
+        down: bool                      = False,
+        resample_filter: Sequence[float] = (1, 1),  # f, one axis of the low-pass filter
+        fused_resample: bool            = False,
+        init_mode: str                  = "kaiming_normal",
+        init_weight: float              = 1,        # gain of the initial weight
+        init_bias: float                = 0,        # gain of the initial bias
+    ):
+        super().__init__()
+        if up and down:
+            raise ValueError("up, down: a convolution cannot do both")
+        self.in_channels, self.out_channels, self.kernel = in_channels, out_channels, kernel
+        self.up, self.down, self.fused_resample = up, down, fused_resample
+        fans = dict(mode=init_mode, fan_in=in_channels * kernel**2, fan_out=out_channels * kernel**2)
+        self.weight = self.bias = None
+        if kernel:
+            shape = [out_channels, in_channels, kernel, kernel]
+            self.weight = torch.nn.Parameter(init_weight * _initial(shape, **fans))
+            self.bias = torch.nn.Parameter(init_bias * _initial([out_channels], **fans)) if bias else None
+        f = torch.as_tensor(list(resample_filter), dtype=torch.float32)
+        self.filter_padding = (len(f) - 1) // 2
+        self.box_filter = len(f) == 2 and bool(f[0] == f[1])
+        self.register_buffer("resample_filter", f.outer(f)[None, None] / f.sum() ** 2 if up or down else None)
+
+    def _filter_up(self, x: torch.Tensor, padding: int) -> torch.Tensor:
+        # The factor 4 makes up for the zeros in between.
+        f = _like(4 * self.resample_filter, x).expand(x.shape[1], -1, -1, -1)
+        return F.conv_transpose2d(x, f, groups=x.shape[1], stride=2, padding=padding)
+
+    def _filter_down(self, x: torch.Tensor, padding: int) -> torch.Tensor:
+        f = _like(self.resample_filter, x).expand(x.shape[1], -1, -1, -1)
+        return F.conv2d(x, f, groups=x.shape[1], stride=2, padding=padding)
+
+    def _resample(self, x: torch.Tensor) -> torch.Tensor:
+        if self.up:  # The box filter repeats pixels, or averages 2x2: same numbers, far cheaper.
+            return F.interpolate(x, scale_factor=2.0) if self.box_filter else self._filter_up(x, self.filter_padding)
+        if self.down:
+            return F.avg_pool2d(x, 2) if self.box_filter else self._filter_down(x, self.filter_padding)
+        return x
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.weight is None:
+            return self._resample(x)
+        w, b, padding = _like(self.weight, x), _like(self.bias, x), self.kernel // 2
+        if self.up and self.fused_resample:
+            x = self._filter_up(x, max(self.filter_padding - padding, 0))
+            return F.conv2d(x, w, b, padding=max(padding - self.filter_padding, 0))
+        if self.down and self.fused_resample:
+            # The filter has no padding of its own and sums to 1: it leaves the bias as it is.
+            return self._filter_down(F.conv2d(x, w, b, padding=padding + self.filter_padding), 0)
+        if self.up and self.box_filter and self.kernel == 1:
+            return self._resample(F.conv2d(x, w, b))  # Pixels are repeated either way: convolve the few.
+        return F.conv2d(self._resample(x), w, b, padding=padding)
+
+
+@persistent_class
+class GroupNorm(torch.nn.Module):
+    """Group normalisation of [N,C,...] (Wu and He 2018) with min(num_groups, C // min_channels_per_group) groups.
+
+    Where that many groups do not divide C, the next smaller number that does.
+    """
+
+    def __init__(self, num_channels: int, num_groups: int = 32, min_channels_per_group: int = 4, eps: float = 1e-5):
+        super().__init__()
+        self.num_groups = _divisor(num_channels, max(min(num_groups, num_channels // min_channels_per_group), 1))
+        self.eps = eps
+        self.weight = torch.nn.Parameter(torch.ones(num_channels))
+        self.bias = torch.nn.Parameter(torch.zeros(num_channels))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.group_norm(x, self.num_groups, _like(self.weight, x), _like(self.bias, x), self.eps)
+
+
+@persistent_class
+class PositionalEmbedding(torch.nn.Module):
+    """Sinusoids of [N] numbers, [N,num_channels] = [cos, sin](x max_positions^(-k/K)) (Vaswani et al. 2017).
+
+    k = 0..num_channels/2-1; K = num_channels/2, less one with `endpoint`, so that 1/max_positions is a frequency too.
+    """
+
+    def __init__(self, num_channels: int, max_positions: float = 10000, endpoint: bool = False):
+        super().__init__()
+        half = num_channels // 2
+        k = torch.arange(half, dtype=torch.float32) / max(half - bool(endpoint), 1)
+        self.register_buffer("freqs", (1 / max_positions) ** k, persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        angles = x[:, None] * self.freqs
+        return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+@persistent_class
+class FourierEmbedding(torch.nn.Module):
+    """Random Fourier features of [N] numbers, [N,num_channels] = [cos, sin](2 pi freqs x) (Tancik et al. 2020)."""
+
+    def __init__(self, num_channels: int, scale: float = 16):
+        super().__init__()
+        self.register_buffer("freqs", torch.randn(num_channels // 2) * scale)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        angles = x[:, None] * (2 * np.pi * self.freqs)
+        return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+@persistent_class
+class UNetBlock(torch.nn.Module):
+    """Residual block that sees an embedding, with optional resampling and self-attention.
+
+    [N,in_channels,H,W], [N or 1,emb_channels] -> [N,out_channels,H',W'].
+    """
+
+    def __init__(self,
+        in_channels: int,
+        out_channels: int,
+        emb_channels: int,
+        up: bool                        = False,
+        down: bool                      = False,
+        attention: bool                 = False,
+        num_heads: int | None           = None,     # None: out_channels // channels_per_head; 0: no attention after all
+        channels_per_head: int          = 64,
+        dropout: float                  = 0,
+        skip_scale: float               = 1,        # factor on every residual sum
+        eps: float                      = 1e-5,     # of the group norms
+        resample_filter: Sequence[float] = (1, 1),
+        resample_proj: bool             = False,    # resampled skips always get a 1x1 convolution
+        adaptive_scale: bool            = True,     # the embedding scales and shifts; else it shifts only
+        init: dict | None               = None,     # initialisation: most layers
+        init_zero: dict | None          = None,     # conv1 and proj; None: zero
+        init_attn: dict | None          = None,     # qkv; None: as `init`
+    ):
+        super().__init__()
+        init = init or {}
+        init_zero = dict(init_weight=0) if init_zero is None else init_zero
+        self.out_channels, self.dropout = out_channels, dropout
+        self.skip_scale, self.adaptive_scale = skip_scale, adaptive_scale
+        if num_heads is None:
+            num_heads = out_channels // channels_per_head and _divisor(out_channels, out_channels // channels_per_head)
+        self.num_heads = num_heads if attention else 0
+        resampling = dict(up=up, down=down, resample_filter=resample_filter)
+
+        self.norm0 = GroupNorm(in_channels, eps=eps)
+        self.conv0 = Conv2d(in_channels, out_channels, 3, **resampling, **init)
+        self.affine = Linear(emb_channels, out_channels * (2 if adaptive_scale else 1), **init)
+        self.norm1 = GroupNorm(out_channels, eps=eps)
+        self.conv1 = Conv2d(out_channels, out_channels, 3, **init_zero)
+        self.skip = None
+        if in_channels != out_channels or up or down:
+            kernel = 1 if resample_proj or in_channels != out_channels else 0
+            self.skip = Conv2d(in_channels, out_channels, kernel, **resampling, **init)
+        if self.num_heads:
+            self.norm2 = GroupNorm(out_channels, eps=eps)
+            self.qkv = Conv2d(out_channels, out_channels * 3, 1, **(init if init_attn is None else init_attn))
+            self.proj = Conv2d(out_channels, out_channels, 1, **init_zero)
+
+    def forward(self, x: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
+        h = self.conv0(F.silu(self.norm0(x)))
+        p = self.affine(emb)[:, :, None, None].to(h.dtype)
+        if self.adaptive_scale:
+            scale, shift = p.chunk(2, dim=1)
+            h = F.silu(torch.addcmul(shift, self.norm1(h), scale + 1))
+        else:
+            h = F.silu(self.norm1(h + p))
+        h = self.conv1(F.dropout(h, self.dropout, self.training))
+        x = (h + (x if self.skip is None else self.skip(x))) * self.skip_scale
+        return (self.proj(self._attend(self.norm2(x))) + x) * self.skip_scale if self.num_heads else x
+
+    def _attend(self, x: torch.Tensor) -> torch.Tensor:
+        # Published weights lay the channels of qkv out as [heads, channels of a head, 3]. PyTorch keeps the softmax in
+        # float32 whatever the input, in its fused kernels and (2.5 and newer) in the plain operations it falls back to.
+        n, c, height, width = x.shape
+        qkv = self.qkv(x).reshape(n, self.num_heads, c // self.num_heads, 3, height * width)
+        q, k, v = (part.transpose(-1, -2) for part in qkv.unbind(3))
+        return F.scaled_dot_product_attention(q, k, v).transpose(-1, -2).reshape(n, c, height, width)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# U-Nets
+
+
+@persistent_class
+class UNet(torch.nn.Module):
+    """What the U-Nets share: encoder `enc` and decoder `dec` over levels of halving resolution, and the label dropout.
+
+    A level's name is its resolution, '32x32'. Subclasses answer `_embed(noise_labels, class_labels, augment_labels)`,
+    the embedding that all blocks see, and `_output(name, x, total)`, a level's addition to the image.
+    """
+
+    def __init__(self, img_resolution: int, in_channels: int, stem_channels: int, widths: Sequence[int],
+                 num_blocks: int, attn_resolutions: Sequence[int], attn_in_all_decoder_blocks: bool,
+                 label_dropout: float, stem: dict, block: dict):
+        super().__init__()
+        resolutions = [img_resolution >> level for level in range(len(widths))]
+        if not resolutions or resolutions[-1] < 1:
+            raise ValueError(f"channel_mult: {len(widths)} levels do not fit images of {img_resolution} pixels")
+        self.levels = [f"{res}x{res}" for res in resolutions]
+        self.num_blocks, self.label_dropout = num_blocks, label_dropout
+        plan = [(self.levels[level], widths[level], res in attn_resolutions) for level, res in enumerate(resolutions)]
+
+        self.enc = torch.nn.ModuleDict()
+        channels, skips = stem_channels, [stem_channels]
+        self.enc[f"{self.levels[0]}_conv"] = Conv2d(in_channels, channels, 3, **stem)
+        for level, (name, width, attention) in enumerate(plan):
+            if level > 0:
+                self.enc[f"{name}_down"] = UNetBlock(channels, channels, down=True, **block)
+                skips.append(channels)
+            for i in range(num_blocks):
+                self.enc[f"{name}_block{i}"] = UNetBlock(channels, width, attention=attention, **block)
+                channels = width
+                skips.append(channels)
+
+        self.dec = torch.nn.ModuleDict()
+        self.dec[f"{self.levels[-1]}_in0"] = UNetBlock(channels, channels, attention=True, **block)
+        self.dec[f"{self.levels[-1]}_in1"] = UNetBlock(channels, channels, **block)
+        for level, (name, width, attention) in reversed(list(enumerate(plan))):
+            if level < len(plan) - 1:
+                self.dec[f"{name}_up"] = UNetBlock(channels, channels, up=True, **block)
+            for i in range(num_blocks + 1):
+                attend = attention and (attn_in_all_decoder_blocks or i == num_blocks)
+                self.dec[f"{name}_block{i}"] = UNetBlock(channels + skips.pop(), width, attention=attend, **block)
+                channels = width
+
+    def _drop_labels(self, class_labels: torch.Tensor) -> torch.Tensor:
+        # Without its label an image teaches the unconditional model that classifier-free guidance needs.
+        if not (self.training and self.label_dropout):
+            return class_labels
+        kept = torch.rand([len(class_labels), 1], device=class_labels.device) >= self.label_dropout
+        return class_labels * kept.to(class_labels.dtype)
+
+    def _join_input(self, name: str, x: torch.Tensor, aux: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        # Once a level, after going down: mix the second path `aux` of the input into x. Here there is none.
+        return x, aux
+
+    def forward(self, x: torch.Tensor, noise_labels: torch.Tensor, class_labels: torch.Tensor | None,
+                augment_labels: torch.Tensor | None = None) -> torch.Tensor:
+        """F(x; c_noise, y): [N,in_channels,H,W], [N or 1], [N or 1,label_dim] or None -> [N,out_channels,H,W]."""
+        emb = self._embed(noise_labels, class_labels, augment_labels)
+        aux, skips = x, []
+        for name in self.levels:
+            if name == self.levels[0]:
+                x = self.enc[f"{name}_conv"](x)
+            else:
+                x, aux = self._join_input(name, self.enc[f"{name}_down"](x, emb), aux)
+            skips.append(x)
+            for i in range(self.num_blocks):
+                x = self.enc[f"{name}_block{i}"](x, emb)
+                skips.append(x)
+
+        total = None
+        for name in reversed(self.levels):
+            if name == self.levels[-1]:
+                x = self.dec[f"{name}_in1"](self.dec[f"{name}_in0"](x, emb), emb)
+            else:
+                x = self.dec[f"{name}_up"](x, emb)
+            for i in range(self.num_blocks + 1):
+                x = self.dec[f"{name}_block{i}"](torch.cat([x, skips.pop()], dim=1), emb)
+            total = self._output(name, x, total)  # the image so far, the last level's is the answer
+        return total
+
+
+@persistent_class
+class SongUNet(UNet):
+    """DDPM++ and NCSN++ (Song et al. 2021, appendix H); the defaults are DDPM++."""
+
+    def __init__(self,
+        img_resolution: int,                            # height and width in pixels
+        in_channels: int,
+        out_channels: int,
+        label_dim: int                  = 0,            # width of the class label vector; 0: unconditional
+        augment_dim: int                = 0,            # width of the augmentation label vector; 0: none
+        model_channels: int             = 128,          # width of the first convolution, unit of the others
+        channel_mult: Sequence[int]     = (1, 2, 2, 2), # width of each level, times model_channels
+        channel_mult_emb: int           = 4,            # width of the embedding, times model_channels
+        num_blocks: int                 = 4,            # residual blocks a level
+        attn_resolutions: Sequence[int] = (16,),        # resolutions with self-attention
+        dropout: float                  = 0.10,         # dropout probability in the blocks
+        label_dropout: float            = 0,            # probability that training drops a class label
+        embedding_type: str             = "positional", # of the noise level: positional (DDPM++), fourier (NCSN++)
+        channel_mult_noise: int         = 1,            # width of that embedding, times model_channels: 1, 2 (NCSN++)
+        encoder_type: str               = "standard",   # standard (DDPM++), residual (NCSN++), skip
+        decoder_type: str               = "standard",   # standard, skip
+        resample_filter: Sequence[float] = (1, 1),      # [1,1] (DDPM++), [1,3,3,1] (NCSN++)
+    ):
+        for option, value, known in (("embedding_type", embedding_type, ("positional", "fourier")),
+                                     ("encoder_type", encoder_type, ("standard", "residual", "skip")),
+                                     ("decoder_type", decoder_type, ("standard", "skip"))):
+            if value not in known:
+                raise ValueError(f"{option}={value!r}: must be one of {', '.join(known)}")
+        init = dict(init_mode="xavier_uniform")
+        init_zero = dict(init_mode="xavier_uniform", init_weight=1e-5)
+        init_attn = dict(init_mode="xavier_uniform", init_weight=0.2**0.5)
+        emb_channels, noise_channels = model_channels * channel_mult_emb, model_channels * channel_mult_noise
+        widths = [model_channels * mult for mult in channel_mult]
+        super().__init__(
+            img_resolution, in_channels, stem_channels=model_channels, widths=widths, num_blocks=num_blocks,
+            attn_resolutions=attn_resolutions, attn_in_all_decoder_blocks=False, label_dropout=label_dropout, stem=init,
+            block=dict(emb_channels=emb_channels, num_heads=1, dropout=dropout, skip_scale=0.5**0.5, eps=1e-6,
+                       resample_filter=resample_filter, resample_proj=True, adaptive_scale=False, init=init,
+                       init_zero=init_zero, init_attn=init_attn))
+        self.encoder_type, self.decoder_type = encoder_type, decoder_type
+        self.label_scale = label_dim**0.5
+
+        self.map_noise = (PositionalEmbedding(noise_channels, endpoint=True) if embedding_type == "positional"
+                          else FourierEmbedding(noise_channels))
+        self.map_label = Linear(label_dim, noise_channels, **init) if label_dim else None
+        self.map_augment = Linear(augment_dim, noise_channels, bias=False, **init) if augment_dim else None
+        self.map_layer0 = Linear(noise_channels, emb_channels, **init)
+        self.map_layer1 = Linear(emb_channels, emb_channels, **init)
+
+        aux_down = dict(down=True, resample_filter=resample_filter)
+        aux_channels = in_channels
+        for name in self.levels[1:]:
+            width = self.enc[f"{name}_down"].out_channels
+            if encoder_type == "skip":
+                self.enc[f"{name}_aux_down"] = Conv2d(in_channels, in_channels, 0, **aux_down)
+                self.enc[f"{name}_aux_skip"] = Conv2d(in_channels, width, 1, **init)
+            if encoder_type == "residual":
+                self.enc[f"{name}_aux_residual"] = Conv2d(aux_channels, width, 3, **aux_down, fused_resample=True,
+                                                          **init)
+                aux_channels = width
+        aux_up = dict(up=True, resample_filter=resample_filter)
+        for level, name in enumerate(self.levels):
+            if decoder_type == "skip" and name != self.levels[-1]:
+                self.dec[f"{name}_aux_up"] = Conv2d(out_channels, out_channels, 0, **aux_up)
+            if decoder_type == "skip" or name == self.levels[0]:
+                self.dec[f"{name}_aux_norm"] = GroupNorm(widths[level], eps=1e-6)
+                self.dec[f"{name}_aux_conv"] = Conv2d(widths[level], out_channels, 3, **init_zero)
+
+    def _embed(self, noise_labels, class_labels, augment_labels) -> torch.Tensor:
+        emb = self.map_noise(noise_labels)
+        emb = emb.roll(emb.shape[1] // 2, dims=1)  # [sin, cos]
+        if self.map_label is not None and class_labels is not None:
+            emb = emb + self.map_label(self._drop_labels(class_labels) * self.label_scale)
+        if self.map_augment is not None and augment_labels is not None:
+            emb = emb + self.map_augment(augment_labels)
+        return F.silu(self.map_layer1(F.silu(self.map_layer0(emb))))
+
+    def _join_input(self, name: str, x: torch.Tensor, aux: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.encoder_type == "skip":
+            aux = self.enc[f"{name}_aux_down"](aux)
+            return x + self.enc[f"{name}_aux_skip"](aux), aux
+        if self.encoder_type == "residual":
+            x = (x + self.enc[f"{name}_aux_residual"](aux)) * 0.5**0.5
+            return x, x
+        return x, aux
+
+    def _output(self, name: str, x: torch.Tensor, total: torch.Tensor | None) -> torch.Tensor | None:
+        if self.decoder_type != "skip" and name != self.levels[0]:
+            return None
+        image = self.dec[f"{name}_aux_conv"](F.silu(self.dec[f"{name}_aux_norm"](x)))
+        return image if total is None else image + self.dec[f"{name}_aux_up"](total)
+
+
+@persistent_class
+class DhariwalUNet(UNet):
+    """ADM (Dhariwal and Nichol 2021, section 3)."""
+
+    def __init__(self,
+        img_resolution: int,                            # height and width in pixels
+        in_channels: int,
+        out_channels: int,
+        label_dim: int                  = 0,            # width of the class label vector; 0: unconditional
+        augment_dim: int                = 0,            # width of the augmentation label vector; 0: none
+        model_channels: int             = 192,          # unit of all widths
+        channel_mult: Sequence[int]     = (1, 2, 3, 4), # width of each level, times model_channels
+        channel_mult_emb: int           = 4,            # width of the embedding, times model_channels
+        num_blocks: int                 = 3,            # residual blocks a level
+        attn_resolutions: Sequence[int] = (32, 16, 8),  # resolutions with self-attention
+        dropout: float                  = 0.10,         # dropout probability in the blocks
+        label_dropout: float            = 0,            # probability that training drops a class label
+    ):
+        gain = (1 / 3) ** 0.5
+        init = dict(init_mode="kaiming_uniform", init_weight=gain, init_bias=gain)
+        init_zero = dict(init_mode="kaiming_uniform", init_weight=0)
+        emb_channels = model_channels * channel_mult_emb
+        widths = [model_channels * mult for mult in channel_mult]
+        super().__init__(
+            img_resolution, in_channels, stem_channels=widths[0], widths=widths, num_blocks=num_blocks,
+            attn_resolutions=attn_resolutions, attn_in_all_decoder_blocks=True, label_dropout=label_dropout, stem=init,
+            block=dict(emb_channels=emb_channels, dropout=dropout, init=init, init_zero=init_zero))
+
+        self.map_noise = PositionalEmbedding(model_channels)
+        self.map_augment = Linear(augment_dim, model_channels, bias=False, **init) if augment_dim else None
+        self.map_layer0 = Linear(model_channels, emb_channels, **init)
+        self.map_layer1 = Linear(emb_channels, emb_channels, **init)
+        init_label = dict(init_mode="kaiming_normal", init_weight=label_dim**0.5)
+        self.map_label = Linear(label_dim, emb_channels, bias=False, **init_label) if label_dim else None
+        self.out_norm = GroupNorm(widths[0])
+        self.out_conv = Conv2d(widths[0], out_channels, 3, **init_zero)
+
+    def _embed(self, noise_labels, class_labels, augment_labels) -> torch.Tensor:
+        emb = self.map_noise(noise_labels)
+        if self.map_augment is not None and augment_labels is not None:
+            emb = emb + self.map_augment(augment_labels)
+        emb = self.map_layer1(F.silu(self.map_layer0(emb)))
+        if self.map_label is not None and class_labels is not None:
+            emb = emb + self.map_label(self._drop_labels(class_labels))
+        return F.silu(emb)
+
+    def _output(self, name: str, x: torch.Tensor, total: torch.Tensor | None) -> torch.Tensor | None:
+        return self.out_conv(F.silu(self.out_norm(x))) if name == self.levels[0] else None
+
+
+MODELS = {"SongUNet": SongUNet, "DhariwalUNet": DhariwalUNet}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Preconditioning: sigma -> (c_skip, c_out, c_in, c_noise), each of sigma's shape (Karras et al. 2022, Table 1)
+
+
+
+def vp_sigma(t: torch.Tensor, beta_d: float = 19.9, beta_min: float = 0.1) -> torch.Tensor:
+    """Noise level at time t of the variance-preserving process: sqrt(exp(beta_d t^2/2 + beta_min t) - 1)."""
+    # expm1: exp() - 1 in float32 is wrong by several per cent at the lowest noise levels.
+    return (0.5 * beta_d * t**2 + beta_min * t).expm1().sqrt()
+
+
+def vp_sigma_inv(sigma: torch.Tensor, beta_d: float = 19.9, beta_min: float = 0.1) -> torch.Tensor:
+    """Time at which the variance-preserving process has noise level sigma, the inverse of `vp_sigma`."""
+    return ((beta_min**2 + 2 * beta_d * (sigma**2).log1p()).sqrt() - beta_min) / beta_d
+
+
+def vp_coefs(sigma: torch.Tensor, beta_d: float = 19.9, beta_min: float = 0.1,
+             M: int = 1000) -> tuple[torch.Tensor, ...]:
+    """Coefficients of the variance-preserving denoiser; c_noise is its time in steps of 1/(M-1)."""
+    return torch.ones_like(sigma), -sigma, (sigma**2 + 1).rsqrt(), (M - 1) * vp_sigma_inv(sigma, beta_d, beta_min)
+
+
+def ve_coefs(sigma: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Coefficients of the variance-exploding denoiser."""
+    one = torch.ones_like(sigma)
+    return one, sigma, one, (0.5 * sigma).log()
+
+
+def edm_coefs(sigma: torch.Tensor, sigma_data: float = 0.5) -> tuple[torch.Tensor, ...]:
+    """Coefficients that give network input and training target unit variance, for data of deviation `sigma_data`."""
+    c_in = (sigma**2 + sigma_data**2).rsqrt()
+    return (sigma_data * c_in) ** 2, sigma * sigma_data * c_in, c_in, sigma.log() / 4
+
+
+@persistent_class
+class Precond(torch.nn.Module):
+    """Denoiser D(x; sigma, y) = c_skip x + c_out F(c_in x; c_noise, y) around a U-Net F (Karras et al. 2022, Eq. 7).
+
+    Subclasses answer `coefs(sigma)` and state the range `sigma_min`, `sigma_max` that they were made for.
+    """
+
+    def __init__(self, img_resolution: int, img_channels: int, label_dim: int, use_fp16: bool, sigma_min: float,
+                 sigma_max: float, model_type: str, model_kwargs: dict, out_channels: int | None = None):
+        super().__init__()
+        if model_type not in MODELS:
+            raise ValueError(f"model_type={model_type!r}: must be one of {', '.join(MODELS)}")
+        self.img_resolution, self.img_channels, self.label_dim = img_resolution, img_channels, label_dim
+        self.use_fp16, self.sigma_min, self.sigma_max = use_fp16, sigma_min, sigma_max
+        self.model = MODELS[model_type](img_resolution=img_resolution, in_channels=img_channels,
+                                        out_channels=out_channels or img_channels, label_dim=label_dim, **model_kwargs)
+
+    def round_sigma(self, sigma: torch.Tensor | float) -> torch.Tensor:
+        """The noise level nearest to sigma that the network was trained for: sigma itself."""
+        return torch.as_tensor(sigma)
+
+    def forward(self, x: torch.Tensor, sigma: torch.Tensor | float, class_labels: torch.Tensor | None = None,
+                force_fp32: bool = False, augment_labels: torch.Tensor | None = None) -> torch.Tensor:
+        """Denoised images, float32 [N,C,H,W].
+
+        x: images [N,C,H,W] with noise of deviation `sigma`, N numbers or one for all. class_labels: one-hot
+        [N,label_dim] or one row for all; None: no label (zeros). F runs in float16 with `use_fp16` on CUDA, under
+        autocast in its dtype, with `force_fp32` in float32. ValueError: labels of another width.
+        """
+        if force_fp32 and torch.is_autocast_enabled(x.device.type):
+            with torch.autocast(x.device.type, enabled=False):
+                return self(x, sigma, class_labels, force_fp32, augment_labels)
+        dtype = torch.float16 if self.use_fp16 and not force_fp32 and x.device.type == "cuda" else torch.float32
+        x = x.to(torch.float32)
+        sigma = torch.as_tensor(sigma, device=x.device).to(torch.float32).reshape(-1, 1, 1, 1)
+        if self.label_dim == 0:
+            class_labels = None
+        elif class_labels is None:
+            class_labels = torch.zeros([1, self.label_dim], device=x.device)
+        elif class_labels.shape[-1] != self.label_dim:
+            raise ValueError(f"class_labels: width {class_labels.shape[-1]}, must be {self.label_dim}")
+        else:
+            class_labels = class_labels.to(torch.float32).reshape(-1, self.label_dim)
+        c_skip, c_out, c_in, c_noise = self.coefs(sigma)
+        output = self.model((c_in * x).to(dtype), c_noise.flatten(), class_labels, augment_labels)
+        return c_skip * x + c_out * output[:, :self.img_channels].to(torch.float32)
+
+
+@persistent_class
+class VPPrecond(Precond):
+    """Variance preserving: DDPM in continuous time (Song et al. 2021)."""
+
+    network_kind = "denoiser"
+
+    def __init__(self,
+        img_resolution: int,                # height and width in pixels
+        img_channels: int,
+        label_dim: int      = 0,            # number of classes; 0: unconditional
+        use_fp16: bool      = False,        # run the U-Net in float16 on CUDA
+        beta_d: float       = 19.9,         # rise of the noise schedule beta(t) = beta_min + beta_d t
+        beta_min: float     = 0.1,          # its start
+        M: int              = 1000,         # time steps of the discrete process
+        epsilon_t: float    = 1e-5,         # lowest time
+        model_type: str     = "SongUNet",   # SongUNet, DhariwalUNet
+        **model_kwargs,                     # further arguments of the U-Net
+    ):
+        low, high = vp_sigma(torch.tensor([epsilon_t, 1], dtype=torch.float64), beta_d, beta_min).tolist()
+        super().__init__(img_resolution, img_channels, label_dim, use_fp16, low, high, model_type, model_kwargs)
+        self.beta_d, self.beta_min, self.M = beta_d, beta_min, M
+
+    def coefs(self, sigma: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """(c_skip, c_out, c_in, c_noise)."""
+        return vp_coefs(sigma, self.beta_d, self.beta_min, self.M)
+
+
+@persistent_class
+class VEPrecond(Precond):
+    """Variance exploding: score matching with Langevin dynamics in continuous time (Song et al. 2021)."""
+
+    network_kind = "denoiser"
+
+    def __init__(self,
+        img_resolution: int,                # height and width in pixels
+        img_channels: int,
+        label_dim: int      = 0,            # number of classes; 0: unconditional
+        use_fp16: bool      = False,        # run the U-Net in float16 on CUDA
+        sigma_min: float    = 0.02,         # lowest noise level
+        sigma_max: float    = 100,          # highest noise level
+        model_type: str     = "SongUNet",   # SongUNet, DhariwalUNet
+        **model_kwargs,                     # further arguments of the U-Net
+    ):
+        super().__init__(img_resolution, img_channels, label_dim, use_fp16, sigma_min, sigma_max, model_type,
+                         model_kwargs)
+
+    def coefs(self, sigma: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """(c_skip, c_out, c_in, c_noise)."""
+        return ve_coefs(sigma)
+
+
+@persistent_class
+class iDDPMPrecond(Precond):
+    """Improved DDPM (Nichol and Dhariwal 2021): M noise levels u_0 > ... > u_{M-1}; learned variances are not used."""
+
+    network_kind = "denoiser"
+
+    def __init__(self,
+        img_resolution: int,                    # height and width in pixels
+        img_channels: int,
+        label_dim: int      = 0,                # number of classes; 0: unconditional
+        use_fp16: bool      = False,            # run the U-Net in float16 on CUDA
+        C_1: float          = 0.001,            # floor of abar(j-1)/abar(j)
+        C_2: float          = 0.008,            # shift of the cosine schedule
+        M: int              = 1000,             # number of noise levels
+        model_type: str     = "DhariwalUNet",   # SongUNet, DhariwalUNet
+        **model_kwargs,                         # further arguments of the U-Net
+    ):
+        # float32 throughout, rounding as where the published models were trained.
+        abar = (0.5 * np.pi * torch.arange(M + 1) / M / (C_2 + 1)).sin() ** 2
+        ratio = (abar[:-1] / abar[1:]).clamp(min=C_1)
+        u = torch.zeros(M + 1)
+        for j in range(M, 0, -1):
+            u[j - 1] = ((u[j] ** 2 + 1) / ratio[j - 1] - 1).sqrt()
+        super().__init__(img_resolution, img_channels, label_dim, use_fp16, float(u[M - 1]), float(u[0]), model_type,
+                         model_kwargs, out_channels=img_channels * 2)
+        self.M = M
+        self.register_buffer("u", u)
+
+    def _nearest(self, sigma: torch.Tensor) -> torch.Tensor:
+        return (self.u - sigma.to(self.u)[..., None]).abs().argmin(dim=-1)
+
+    def round_sigma(self, sigma: torch.Tensor | float) -> torch.Tensor:
+        """The nearest u_j, in shape, dtype and device of sigma."""
+        sigma = torch.as_tensor(sigma)
+        return self.u[self._nearest(sigma)].to(sigma.device, sigma.dtype)
+
+    def coefs(self, sigma: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """(c_skip, c_out, c_in, c_noise)."""
+        c_skip, c_out, c_in, _ = vp_coefs(sigma)
+        return c_skip, c_out, c_in, (self.M - 1 - self._nearest(sigma)).to(torch.float32)
+
+
+@persistent_class
+class EDMPrecond(Precond):
+    """The preconditioning that EDM proposes (Karras et al. 2022, section 5)."""
+
+    network_kind = "denoiser"
+
+    def __init__(self,
+        img_resolution: int,                    # height and width in pixels
+        img_channels: int,
+        label_dim: int      = 0,                # number of classes; 0: unconditional
+        use_fp16: bool      = False,            # run the U-Net in float16 on CUDA
+        sigma_min: float    = 0,                # lowest noise level
+        sigma_max: float    = float("inf"),     # highest noise level
+        sigma_data: float   = 0.5,              # standard deviation of the training images
+        model_type: str     = "DhariwalUNet",   # SongUNet, DhariwalUNet
+        **model_kwargs,                         # further arguments of the U-Net
+    ):
+        super().__init__(img_resolution, img_channels, label_dim, use_fp16, sigma_min, sigma_max, model_type,
+                         model_kwargs)
+        self.sigma_data = sigma_data
+
+    def coefs(self, sigma: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """(c_skip, c_out, c_in, c_noise)."""
+        return edm_coefs(sigma, self.sigma_data)

@@ -1,0 +1,135 @@
+"""What the training loop asks of a method."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+
+from torch_utils import distributed, misc
+from torch_utils.training_stats import Stats
+from training.augment import AugmentPipe
+from training.dataset import ImageDataset
+from training.noise_levels import NoiseLevels
+from training.trained_network import TrainedNetwork, linear_rampup
+
+__all__ = ["Objective"]
+
+
+class Objective:
+    """A method: its networks and optimizers, and one step of training on a batch.
+
+    Subclasses create networks in `build` and answer `loss`; everything else has a default.
+    `config` is the run's nested dict of plain data (training_options.json).
+    """
+
+    method: str = ""  # goes into the snapshot's info
+    snapshot_on_best = False  # write a snapshot only when the validation value improves
+
+    def __init__(self, config: dict, dataset: ImageDataset, device: torch.device):
+        self.config, self.dataset, self.device = config, dataset, device
+        self.noise_levels = NoiseLevels(**config["noise_levels"])
+        self.augment = AugmentPipe(**config["augment"]) if config["augment"] else None
+        self.autocast_dtype = {"bf16": torch.bfloat16}.get(config["precision"])
+        self.train_indices = None  # a subset of the data set to train on; None: all of it
+        torch.manual_seed(misc.step_seed(config["seed"], 0, 0, stream=1))  # The same initial weights on every rank.
+        self.trained: dict[str, TrainedNetwork] = self.build()
+
+    # Questions a method answers.
+
+    def build(self) -> dict[str, TrainedNetwork]:
+        """Create the networks to train, by name. The one called 'net' is exported."""
+        raise AssertionError("an objective builds its networks")
+
+    def loss(self, images: torch.Tensor, labels: torch.Tensor, draws: dict, stats: Stats) -> torch.Tensor:
+        """Loss of each image, any shape whose sum over all but the batch is the image's loss; reports into `stats`."""
+        raise AssertionError("an objective states its loss")
+
+    def validate(self) -> float | None:
+        """A value on held-out data, the lower the better, the same on all ranks; None: nothing is held out."""
+        return None
+
+    def sheet(self, path: str) -> None:
+        """Write a picture of what the EMA does (rank 0 only); methods without pictures do nothing."""
+
+    def info(self) -> dict:
+        """What the snapshot says beside the network; plain data."""
+        return {}
+
+    # What all methods share.
+
+    def trained_network(self, net: torch.nn.Module, **overrides) -> TrainedNetwork:
+        """Wrap `net` with the run's optimizer, schedule and EMA settings."""
+        c = self.config
+        kwargs = dict(
+            lr=c["optimizer"]["lr"],
+            optimizer=c["optimizer"]["name"],
+            ema_halflife=c["ema_halflife_nimg"],
+            lr_factor=linear_rampup(c["lr_rampup_nimg"]),
+            loss_scaling=c["loss_scaling"],
+            compile=c["compile"],
+        )
+        return TrainedNetwork(net, self.device, **(kwargs | overrides))
+
+    def draw(self, images: torch.Tensor, generator: torch.Generator) -> dict:
+        """All random numbers of a step, one row an image, drawn for the rank's whole batch before it is split."""
+        n = len(images)
+        draws = dict(
+            sigma=self.noise_levels.sample(n, generator, self.device),
+            noise=torch.randn(images.shape, generator=generator, device=self.device),
+        )
+        if self.augment is not None:
+            draws["augment"] = self.augment.draw(n, generator, self.device)
+        return draws
+
+    def prepare(self, images: torch.Tensor, draws: dict) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """uint8 [n,C,H,W] -> float images in [-1,1] (augmented) and their augment labels or None."""
+        images = images.to(torch.float32) / 127.5 - 1
+        return (images, None) if self.augment is None else self.augment.apply(images, draws["augment"])
+
+    def precision(self) -> contextlib.AbstractContextManager:
+        """Autocast region of the network passes; losses are computed in float32 outside the network."""
+        if self.autocast_dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self.autocast_dtype)
+
+    def step(self, images: torch.Tensor, labels: torch.Tensor, nimg: int, stats: Stats) -> None:
+        """One optimizer step on this rank's batch: uint8 [b,C,H,W], float labels [b,label_dim]."""
+        seed = (self.config["seed"], distributed.get_rank(), nimg)
+        torch.manual_seed(misc.step_seed(*seed, stream=2))  # dropout's
+        draws = self.draw(images, misc.step_generator(*seed, self.device, stream=3))
+        net, n = self.trained["net"], len(images)
+        size = self.config["batch_gpu"] or n
+        for start in range(0, n, size):
+            part = slice(start, start + size)
+            with contextlib.ExitStack() as stack:
+                for trained in self.trained.values():
+                    stack.enter_context(trained.accumulate(last=start + size >= n))
+                stack.enter_context(self.precision())
+                loss = self.loss(images[part], labels[part], _slice(draws, part), stats)
+                stats.add("Loss/loss", loss.detach())
+                (loss.sum() * (net.loss_scaling / n)).backward()
+        for trained in self.trained.values():
+            trained.update(nimg, self.config["batch_size"])
+            stats.add("Health/bad_gradients", trained.take_bad_grads())
+
+    def snapshot(self) -> dict:
+        """What `network-snapshot-*.pkl` holds, without the run's own `info`."""
+        return dict(
+            ema=self.trained["net"].ema,
+            loss_fn=dict(class_name=self.method, **self.noise_levels.settings()),
+            augment_pipe=self.augment.settings() if self.augment else None,
+            dataset_kwargs=self.dataset.kwargs(),
+            info=dict(method=self.method, class_names=self.dataset.class_names, **self.info()),
+        )
+
+    def state_dict(self) -> dict:
+        return {name: trained.state_dict() for name, trained in self.trained.items()}
+
+    def load_state_dict(self, state: dict) -> None:
+        for name, trained in self.trained.items():
+            trained.load_state_dict(state[name])
+
+
+def _slice(draws: dict, part: slice) -> dict:
+    return {k: _slice(v, part) if isinstance(v, dict) else v[part] for k, v in draws.items()}

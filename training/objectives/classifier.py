@@ -1,0 +1,146 @@
+"""Time-dependent classifier (tdsm.md): cross-entropy on noisy labels, plain, forward-corrected, or with a learned T."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from torch_utils import misc
+from torch_utils.training_stats import Stats
+from training.dataset import ImageDataset
+from training.objectives.base import Objective
+from training.resnet import Classifier
+from training.trained_network import TrainedNetwork
+
+__all__ = ["ClassifierObjective", "LearnedTransition"]
+
+VOLUME_WEIGHT = 1e-4  # weight of ln det T (VolMinNet, Li et al. 2021)
+VALIDATION_DRAWS = 4096  # noised images at least that a validation value is the mean of
+# Learning rate of the learned T: share of the run -> factor, then frozen (tdsm.md: 1.5, 3 and 7.5 of 10 Mimg).
+TRANSITION_SCHEDULE = ((0.15, 1.0), (0.30, 0.1), (0.75, 0.01))
+
+
+class LearnedTransition(torch.nn.Module):
+    """T [C,C], the row-normalised I + sigmoid(theta) off the diagonal; theta starts at -2 (Li et al., ICML 2021)."""
+
+    def __init__(self, num_classes: int):
+        super().__init__()
+        self.theta = torch.nn.Parameter(torch.full([num_classes, num_classes], -2.0))
+
+    def forward(self) -> torch.Tensor:
+        eye = torch.eye(len(self.theta), device=self.theta.device)
+        t = eye + (1 - eye) * torch.sigmoid(self.theta)
+        return t / t.sum(dim=1, keepdim=True)
+
+
+class ClassifierObjective(Objective):
+    """-ln (T^T p)_o with p = softmax(h(x_t, sigma)); without T the plain -ln p_o; `learn`: T is learned along."""
+
+    method = "classifier"
+
+    def __init__(
+        self,
+        config: dict,
+        dataset: ImageDataset,
+        device: torch.device,
+        *,
+        transition: np.ndarray | None,
+        learn: bool = False,
+    ):
+        self.learn = learn
+        self.fixed = None if transition is None else torch.as_tensor(transition, dtype=torch.float32).to(device)
+        super().__init__(config, dataset, device)
+        # The held-out share of the noisy labels: which images, from the seed alone; their mirror images go with them.
+        raw = dataset.num_raw
+        order = torch.from_numpy(np.random.RandomState(config["seed"] % 2**32).permutation(raw))
+        held_out = round(config["classifier"]["val"] * raw)
+        self.val_indices, rest = order[:held_out], order[held_out:]
+        self.train_indices = torch.cat([rest + copy * raw for copy in range(len(dataset) // raw)])
+        self.snapshot_on_best = held_out > 0
+
+    def build(self) -> dict[str, TrainedNetwork]:
+        c = self.config["network"]
+        net = Classifier(
+            img_resolution=self.dataset.resolution,
+            img_channels=self.dataset.num_channels,
+            label_dim=self.dataset.label_dim,
+            precond=c["precond"],
+            augment_dim=self.augment.label_dim if self.augment else 0,
+            **c["kwargs"],
+        )
+        trained = {"net": self.trained_network(net)}
+        if self.learn:
+            total = self.config["total_nimg"]
+            trained["transition"] = self.trained_network(
+                LearnedTransition(self.dataset.label_dim),
+                compile=False,
+                ema_halflife=0,
+                lr_factor=lambda nimg: next((f for share, f in TRANSITION_SCHEDULE if nimg < share * total), 0.0),
+            )
+        return trained
+
+    def draw(self, images: torch.Tensor, generator: torch.Generator) -> dict:
+        draws = super().draw(images, generator)
+        shift = round(self.config["classifier"]["shift"] * images.shape[-1])
+        if shift:
+            draws["shift"] = torch.randint(-shift, shift + 1, [len(images), 2], generator=generator, device=self.device)
+        return draws
+
+    def noisy_log_probs(self, log_p: torch.Tensor, transition: torch.Tensor | None) -> torch.Tensor:
+        """ln P(o | x_t) [n,C] from the classifier's ln p: identity without T, else ln (T^T p)."""
+        if transition is None:
+            return log_p
+        return torch.logsumexp(log_p[:, :, None] + transition.log()[None], dim=1)
+
+    def loss(self, images: torch.Tensor, labels: torch.Tensor, draws: dict, stats: Stats) -> torch.Tensor:
+        y, augment_labels = self.prepare(images, draws)
+        if "shift" in draws:
+            y = shift_images(y, draws["shift"])
+        sigma = draws["sigma"]
+        x = y + sigma.reshape(-1, 1, 1, 1) * draws["noise"]
+        logits = self.trained["net"].forward(x, sigma, augment_labels=augment_labels)
+        transition = self.trained["transition"].forward() if self.learn else self.fixed
+        log_q = self.noisy_log_probs(torch.log_softmax(logits.to(torch.float32), dim=1), transition)
+        stats.add("Classifier/accuracy_on_noisy_labels", (log_q.argmax(dim=1) == labels.argmax(dim=1)).float())
+        loss = -(log_q * labels).sum(dim=1)
+        if self.learn:
+            loss = loss + VOLUME_WEIGHT * transition.slogdet().logabsdet
+        return loss
+
+    @torch.no_grad()
+    def validate(self) -> float | None:
+        """Mean loss of the EMA on the held-out noisy labels, always at the same noise."""
+        n = len(self.val_indices)
+        if n == 0:
+            return None
+        generator = misc.step_generator(self.config["seed"], 0, 0, self.device, stream=4)
+        transition = self.trained["transition"].net() if self.learn else self.fixed
+        indices = self.val_indices.repeat(-(-VALIDATION_DRAWS // n))
+        total = torch.zeros([], dtype=torch.float64, device=self.device)
+        for part in indices.split(max(self.config["batch_size"], 256)):
+            y = self.dataset.images(part).to(self.device).to(torch.float32) / 127.5 - 1
+            labels = self.dataset.onehot(part).to(self.device)
+            sigma = self.noise_levels.sample(len(part), generator, self.device)
+            x = y + sigma.reshape(-1, 1, 1, 1) * torch.randn(y.shape, generator=generator, device=self.device)
+            logits = self.trained["net"].ema(x, sigma)
+            total -= (self.noisy_log_probs(torch.log_softmax(logits, dim=1), transition) * labels).sum()
+        return float(total) / len(indices)
+
+    def info(self) -> dict:
+        if self.learn:
+            transition = self.trained["transition"].net()
+        else:
+            transition = self.fixed
+        return dict(
+            posterior="noisy" if transition is None else "clean",
+            transition=None if transition is None else transition.tolist(),
+        )
+
+
+def shift_images(images: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+    """Translate each image [n,C,H,W] by its own whole pixels [n,2] (down, right), repeating the border."""
+    n, _, h, w = images.shape
+    rows = (torch.arange(h, device=images.device) - shift[:, :1]).clamp(0, h - 1)
+    cols = (torch.arange(w, device=images.device) - shift[:, 1:]).clamp(0, w - 1)
+    index = torch.arange(n, device=images.device)[:, None, None]
+    return images.permute(0, 2, 3, 1)[index, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2)

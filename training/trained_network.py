@@ -1,0 +1,148 @@
+"""One network in training: optimizer, learning rate, gradient hygiene, EMA and DDP, shared by all objectives."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+
+import dnnlib
+from torch_utils import distributed
+
+__all__ = ["TrainedNetwork", "linear_rampup", "make_optimizer"]
+
+
+def make_optimizer(params, name: str, lr: float, device: torch.device) -> torch.optim.Optimizer:
+    """Optimizer by name: adam(0.9, 0.999, 1e-8), adamw (weight decay 0.01) or sgd (momentum 0.9)."""
+    params = list(params)
+    if name == "sgd":
+        return torch.optim.SGD(params, lr=lr, momentum=0.9, fused=device.type != "mps")
+    cls = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[name]
+    return cls(params, lr=lr, betas=(0.9, 0.999), eps=1e-8, fused=device.type != "mps")
+
+
+def linear_rampup(rampup_nimg: float) -> Callable[[int], float]:
+    """Learning-rate factor that rises linearly from 0 to 1 over `rampup_nimg` images (edm.md, Training recipe)."""
+    return lambda nimg: min(nimg / rampup_nimg, 1.0) if rampup_nimg > 0 else 1.0
+
+
+class TrainedNetwork:
+    """A network, its EMA, its optimizer and (on several processes) its DDP wrapper.
+
+    `lr_factor` maps images seen to a factor on `lr`. `ema_halflife` is in images; it is ramped up as
+    min(ema_halflife, 0.05 nimg). Call `forward` for passes that need gradients and `net` for those that do not.
+    """
+
+    def __init__(
+        self,
+        net: torch.nn.Module,
+        device: torch.device,
+        *,
+        lr: float,
+        optimizer: str = "adam",
+        lr_factor: Callable[[int], float] = lambda nimg: 1.0,
+        ema_halflife: float = 0.0,
+        loss_scaling: float = 1.0,
+        compile: bool = False,
+    ):
+        self.net = net.train().requires_grad_(True).to(device)
+        self.ema = copy.deepcopy(self.net).eval().requires_grad_(False)
+        self.lr, self.lr_factor, self.ema_halflife = lr, lr_factor, ema_halflife
+        self.loss_scaling = loss_scaling
+        self.bad_grads = torch.zeros([], dtype=torch.int64, device=device)
+        self.optimizer = make_optimizer(self.net.parameters(), optimizer, lr, device)
+        if compile:
+            self.net.compile()
+        if distributed.get_world_size() > 1:
+            # Buffers are constants here. PyTorch 2.13 renamed the argument that keeps them from traveling every step.
+            names = inspect.signature(torch.nn.parallel.DistributedDataParallel).parameters
+            constant = {"forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers": False}
+            # 1x1 kernels get gradients whose strides differ in dimensions of size 1 only: nothing is lost by that.
+            warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+            self.forward = torch.nn.parallel.DistributedDataParallel(
+                self.net,
+                device_ids=[device] if device.type == "cuda" else None,
+                gradient_as_bucket_view=True,
+                **constant,
+            )
+            self.forward.register_comm_hook(None, self._reduce_bucket)
+            self._flat_grads = None
+        else:
+            self.forward = self.net
+            self._flat_grads = self._flatten_grads()
+
+    def _flatten_grads(self) -> torch.Tensor:
+        # One buffer under all gradients: sanitising and zeroing are then one operation each, not one a parameter.
+        params = list(self.net.parameters())
+        flat = torch.zeros(sum(p.numel() for p in params), device=params[0].device, dtype=params[0].dtype)
+        for p, chunk in zip(params, flat.split([p.numel() for p in params]), strict=True):
+            p.grad = chunk.as_strided(p.size(), p.stride())
+        return flat
+
+    def _sanitize(self, flat: torch.Tensor) -> torch.Tensor:
+        if self.loss_scaling != 1:
+            flat.mul_(1 / self.loss_scaling)
+        self.bad_grads += flat.isfinite().logical_not_().sum()
+        return torch.nan_to_num_(flat, nan=0.0, posinf=1e5, neginf=-1e5)
+
+    def _reduce_bucket(
+        self, _state, bucket
+    ):  # Without annotations: DDP compares them with its types, and ours are strings.
+        return allreduce_hook(None, bucket).then(lambda future: self._sanitize(future.value()[0]))
+
+    @contextlib.contextmanager
+    def accumulate(self, last: bool):
+        """Around forward and backward of one micro-batch: gradients travel between processes only after the last."""
+        if last or self.forward is self.net:
+            yield
+        else:
+            with self.forward.no_sync():
+                yield
+
+    def update(self, nimg: int, batch_size: int) -> None:
+        """One optimizer step from the accumulated gradients, then the EMA. `nimg`: images seen before this step."""
+        if self._flat_grads is not None:
+            self._sanitize(self._flat_grads)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr * self.lr_factor(nimg)
+        self.optimizer.step()
+        if self._flat_grads is None:
+            self.optimizer.zero_grad(set_to_none=True)
+        else:
+            self._flat_grads.zero_()
+        # edm.md, Training recipe: beta = 0.5^(batch / half-life), the half-life ramped up with the images seen.
+        halflife = min(self.ema_halflife, 0.05 * nimg)
+        beta = 0.5 ** (batch_size / halflife) if halflife > 0 else 0.0
+        torch._foreach_lerp_(list(self.ema.parameters()), list(self.net.parameters()), 1 - beta)
+
+    def take_bad_grads(self) -> torch.Tensor:
+        """Number of non-finite gradient elements since the last call (a tensor on the device; no synchronisation)."""
+        count, self.bad_grads = self.bad_grads, torch.zeros_like(self.bad_grads)
+        return count
+
+    def transfer(self, source: torch.nn.Module, name: str) -> int:
+        """Copy parameters and buffers of equal name and shape from `source` into network and EMA; returns how many.
+
+        Raises UserError when none fits.
+        """
+        theirs = source.state_dict()
+        ours = self.net.state_dict()
+        common = {k: v for k, v in theirs.items() if k in ours and ours[k].shape == v.shape}
+        if not common:
+            raise dnnlib.UserError(f"--transfer: {name} has no parameter of the same name and shape as the new network")
+        for module in (self.net, self.ema):
+            module.load_state_dict(common, strict=False)
+        return len(common)
+
+    def state_dict(self) -> dict:
+        return dict(net=self.net.state_dict(), ema=self.ema.state_dict(), optimizer=self.optimizer.state_dict())
+
+    def load_state_dict(self, state: dict) -> None:
+        self.net.load_state_dict(state["net"])
+        self.ema.load_state_dict(state["ema"])
+        self.optimizer.load_state_dict(state["optimizer"])
