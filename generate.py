@@ -16,7 +16,7 @@ import dnnlib
 from dnnlib.cli import INT_LIST, Command, FloatRange
 from sampling.generation import EvaluationCounter, generate_images, share_of
 from sampling.guidance import AffineGuidance, ClassifierFreeGuidance
-from sampling.output import check_free, is_zip, progress, save_images, save_sheet, together
+from sampling.output import check_free, is_zip, progress, save_images, save_sheet
 from sampling.samplers import DISCRETIZATIONS, SCALINGS, SCHEDULES, SOLVERS, ablation_sampler, heun_sampler
 from torch_utils import distributed, persistence
 from training import networks, resnet  # noqa: F401  They register what a snapshot may hold.
@@ -37,7 +37,8 @@ SAMPLER_PARTS = ["solver", "discretization", "schedule", "scaling"]
 @click.option("--outdir", metavar="DIR|ZIP", required=True, help="Folder for the images, or X.zip for an archive")
 @click.option("--seeds", metavar="LIST", type=INT_LIST, default="0-63", help="Random seeds, e.g. 1,2,5-10")
 @click.option("--subdirs", is_flag=True, help="Make a folder per 1000 seeds")
-@click.option("--class", "class_idx", metavar="INT", type=click.IntRange(min=0), help="Class  [default: by seed]")
+@click.option("--class", "classes", metavar="LIST", type=INT_LIST,
+              help="Class to make, or several in turn: seed s gets number s mod n  [default: by seed]")
 @click.option("--batch", metavar="INT", type=COUNT, default=64, help="Images at a time on each process")
 @click.option("--steps", "num_steps", metavar="INT", type=COUNT, default=18, help="Sampling steps")
 @click.option("--sigma_min", metavar="FLOAT", type=POSITIVE, help="Lowest noise level  [default: by --disc]")
@@ -71,10 +72,11 @@ def main(**opts) -> None:
 def run(o: dnnlib.EasyDict, device: torch.device) -> None:
     """Everything after the options are known to fit together; collective."""
     torch.backends.cudnn.allow_tf32 = False     # With ten-bit products an image would depend on its batch.
-    net, counter, class_names = together(lambda: load(o, device), rank0_first=True)
+    net, counter, class_names = distributed.together(lambda: load(o, device), rank0_first=True)
     seeds = list(dict.fromkeys(o.seeds))
     own = share_of(seeds, distributed.get_rank(), distributed.get_world_size())
-    batches = generate_images(net, own, device=device, class_idx=o.class_idx, batch=o.batch, sampler=choose_sampler(o))
+    classes = o.classes and [o.classes[seed % len(o.classes)] for seed in own]
+    batches = generate_images(net, own, device=device, class_idx=classes, batch=o.batch, sampler=choose_sampler(o))
     distributed.print0(f"Generating {len(seeds)} images to {o.outdir}")
 
     start, handler = time.time(), signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
@@ -84,7 +86,7 @@ def run(o: dnnlib.EasyDict, device: torch.device) -> None:
         signal.signal(signal.SIGTERM, handler)
     seconds = time.time() - start
     if o.grid is not None:
-        together(lambda: save_sheet(o.grid, o.outdir, seeds, o.subdirs))
+        distributed.together(lambda: save_sheet(o.grid, o.outdir, seeds, o.subdirs))
     distributed.print0(f"{len(seeds)} images in {dnnlib.format_time(seconds)}, {len(seeds) / seconds:.1f} images/s, "
                        f"{counter.count / max(len(own), 1):g} network evaluations per image")
 
@@ -112,9 +114,9 @@ def load(o: dnnlib.EasyDict, device: torch.device):
     modules = [net]
     if net.img_channels not in (1, 3):
         raise dnnlib.UserError(f"--network={o.network}: makes images of {net.img_channels} channels; PNGs have 1 or 3")
-    if o.class_idx is not None and o.class_idx >= net.label_dim:
+    if o.classes is not None and max(o.classes) >= net.label_dim:
         known = f"knows classes 0 to {net.label_dim - 1}" if net.label_dim else "was trained without labels"
-        raise click.UsageError(f"--class={o.class_idx}: this network {known}")
+        raise click.UsageError(f"--class={max(o.classes)}: this network {known}")
     if o.cfg is not None:
         if not net.label_dim:
             raise click.UsageError(f"--cfg={o.cfg:g}: needs a network trained with labels; this one was not")

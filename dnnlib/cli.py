@@ -64,6 +64,9 @@ class FloatRange(click.FloatRange):
         super().__init__(*args, **kwargs)
         self._finite = finite
 
+    def _describe_range(self) -> str:
+        return "" if self.min is None and self.max is None else super()._describe_range()
+
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         number = super().convert(value, param, ctx)
         if math.isnan(number) or (self._finite and math.isinf(number)):

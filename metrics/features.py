@@ -5,11 +5,10 @@ from __future__ import annotations
 import io
 import os
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import click
 import numpy as np
 import torch
 from tqdm import tqdm
@@ -187,21 +186,6 @@ def _batches(source: ImageSource, extractor: Detector, batch: int, device: torch
             bar.update(len(indices))
 
 
-def _on_all_processes(work: Callable[[], Any]) -> Any:
-    """`work()`; a mistake that one process meets (a broken image) becomes the error of all, so that none waits."""
-    if distributed.get_world_size() == 1:
-        return work()
-    result = error = None
-    try:
-        result = work()
-    except (click.ClickException, OSError) as e:
-        error = e.format_message() if isinstance(e, click.ClickException) else str(e)
-    error = next((e for e in distributed.all_gather_object(error) if e is not None), None)
-    if error is not None:
-        raise dnnlib.UserError(error)
-    return result
-
-
 def _finite(features: torch.Tensor, extractor: Detector, source: ImageSource) -> torch.Tensor:
     if not features.isfinite().all():
         raise dnnlib.UserError(f"{extractor.name}: gives features that are not finite for images of {source.path}")
@@ -229,7 +213,7 @@ def compute_features(source: ImageSource, extractor: Detector, batch: int, devic
                 parts.setdefault(key, []).append(value)
         return {key: np.concatenate(values) for key, values in parts.items()}
 
-    shares = [share for share in distributed.all_gather_object(_on_all_processes(work)) if share]
+    shares = [share for share in distributed.all_gather_object(distributed.together(work)) if share]
     order = np.argsort(np.concatenate([share.pop("index") for share in shares]))
     whole = {}
     for key in list(shares[0]):
@@ -257,4 +241,4 @@ def compute_statistics(source: ImageSource, extractor: Detector, batch: int, dev
             statistics.add(_finite(extractor(images)[0], extractor, source))
         return statistics
 
-    return _on_all_processes(work).reduce()
+    return distributed.together(work).reduce()

@@ -11,11 +11,9 @@ import json
 import os
 import sys
 import zipfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
-import click
 import numpy as np
 import tqdm
 from PIL import Image
@@ -25,40 +23,9 @@ from sampling.grid import save_grid
 from torch_utils import distributed
 from training.archive_reader import EXTENSIONS, METADATA, ArchiveReader
 
-__all__ = ["check_free", "image_name", "is_zip", "progress", "save_images", "save_sheet", "together"]
+__all__ = ["check_free", "image_name", "is_zip", "progress", "save_images", "save_sheet"]
 
 Batches = Iterable[tuple[list[int], np.ndarray, np.ndarray | None]]
-
-
-def together(fn: Callable[[], Any], rank0_first: bool = False) -> Any:
-    """`fn()` of every process; when one fails, all raise. Collective.
-
-    Otherwise the ones that succeeded would wait for the failed one, and an error off rank 0 would not be shown.
-    `rank0_first`: the others begin when rank 0 is done (it downloads, they find the file in the cache).
-    """
-    value = None
-    for turn in ("first", "rest") if rank0_first else ("all",):
-        error = None
-        if turn == "all" or (turn == "first") == (distributed.get_rank() == 0):
-            try:
-                value = fn()
-            except Exception as e:
-                error = e
-        messages = distributed.all_gather_object(None if error is None else _describe(error))
-        if error is not None:
-            raise error
-        for rank, message in enumerate(messages):
-            if message is not None:
-                raise dnnlib.UserError(f"process {rank}: {message}")
-    return value
-
-
-def _describe(error: Exception) -> str:
-    if isinstance(error, click.ClickException):
-        return error.format_message()
-    if isinstance(error, OSError) and error.filename:
-        return f"{error.filename}: {error.strerror}"
-    return f"{type(error).__name__}: {error}"
 
 
 def is_zip(path: str) -> bool:
@@ -95,11 +62,11 @@ def save_images(batches: Batches, path: str, subdirs: bool = False, class_names:
     """
     output = _Archive(path) if is_zip(path) else _Folder(path)
     try:
-        entries = together(lambda: output.fill(batches, subdirs))
+        entries = distributed.together(lambda: output.fill(batches, subdirs))
         entries = [entry for part in distributed.all_gather_object(entries) for entry in part]
         labels = entries if entries and entries[0][1] is not None else None
         metadata = {"labels": labels} | ({} if class_names is None else {"class_names": list(class_names)})
-        together(lambda: output.finish(json.dumps(metadata)) if distributed.get_rank() == 0 else None)
+        distributed.together(lambda: output.finish(json.dumps(metadata)) if distributed.get_rank() == 0 else None)
     except BaseException:
         output.abort()
         raise

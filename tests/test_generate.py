@@ -164,6 +164,15 @@ def test_class_overrides_the_label_but_not_the_noise(pkl, reference, tmp_path):
     assert np.abs(images[~same].astype(int) - reference[0][~same]).max() > 5
 
 
+def test_several_classes_take_turns_by_seed(pkl, tmp_path):
+    make(tmp_path / "all", f"--network={pkl['cond']}", "--seeds=0-6", "--class=2,0")
+    make(tmp_path / "some", f"--network={pkl['cond']}", "--seeds=3,4", "--class=2,0")
+    labels = dict(json.loads((tmp_path / "all" / "dataset.json").read_text())["labels"])
+    assert labels == {f"{s:06d}.png": (2, 0)[s % 2] for s in range(7)}
+    for name in ("000003.png", "000004.png"):
+        assert (tmp_path / "all" / name).read_bytes() == (tmp_path / "some" / name).read_bytes()
+
+
 def test_ablation_options_choose_the_general_sampler(pkl, tmp_path):
     network = f"--network={pkl['cond']}"
     make(tmp_path / "heun", network, "--seeds=0-3")

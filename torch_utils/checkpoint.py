@@ -53,7 +53,7 @@ def _damage(path: str | os.PathLike[str]) -> str | None:
     try:
         with zipfile.ZipFile(path) as archive:
             bad = archive.testzip()
-    except (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError, RuntimeError) as e:
+    except (zipfile.BadZipFile, EOFError, ValueError, RuntimeError) as e:
         return f"truncated or not a state ({str(e).rstrip('.')})"
     return None if bad is None else f"damaged (checksum of its part {bad} differs)"
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+from collections.abc import Callable
 from typing import Any
 
 import click
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional  # noqa: F401  (loaded after init(), its default arguments would keep the group alive)
+
+import dnnlib
 
 __all__ = ["all_gather_object", "all_reduce_sum", "barrier", "broadcast_object", "device", "get_rank",
-           "get_world_size", "init", "print0", "shutdown"]
+           "get_world_size", "init", "print0", "shutdown", "together"]
 
 _device: torch.device | None = None
 
@@ -62,6 +67,8 @@ def init(device: str = "auto") -> torch.device:
     if world_size > 1 and not dist.is_initialized():
         # Objects travel over gloo even beside NCCL, so that they cost no GPU memory and no GPU synchronisation.
         dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo")
+        # A group that still stands when Python's finalisation begins aborts the process.
+        atexit.register(shutdown)
     _device = chosen
     return chosen
 
@@ -120,6 +127,37 @@ def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     result = tensor.clone()
     dist.all_reduce(result)
     return result
+
+
+def together(fn: Callable[[], Any], rank0_first: bool = False) -> Any:
+    """`fn()` of every process; when one fails, all raise. Collective.
+
+    Otherwise the ones that succeeded would wait for the failed one, and an error off rank 0 would not be shown.
+    `rank0_first`: the others begin when rank 0 is done (it downloads, they find the file in the cache).
+    """
+    value = None
+    for turn in ("first", "rest") if rank0_first else ("all",):
+        error = None
+        if turn == "all" or (turn == "first") == (get_rank() == 0):
+            try:
+                value = fn()
+            except Exception as e:
+                error = e
+        messages = all_gather_object(None if error is None else _describe(error))
+        if error is not None:
+            raise error
+        for rank, message in enumerate(messages):
+            if message is not None:
+                raise dnnlib.UserError(f"process {rank}: {message}")
+    return value
+
+
+def _describe(error: Exception) -> str:
+    if isinstance(error, click.ClickException):
+        return error.format_message()
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    return f"{type(error).__name__}: {error}"
 
 
 def shutdown() -> None:

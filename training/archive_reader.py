@@ -102,7 +102,7 @@ class ArchiveReader:
                 raise dnnlib.UserError(f"{self.where(name)}: cannot be read ({err.strerror or err})") from None
         try:
             return self._read_zip(self._entries[self._root + name])
-        except (zipfile.BadZipFile, zlib.error, struct.error, OSError, RuntimeError, NotImplementedError, EOFError):
+        except (zipfile.BadZipFile, zlib.error, struct.error, OSError, RuntimeError, EOFError):
             raise dnnlib.UserError(f"{self.where(name)}: damaged (or encrypted) in the ZIP") from None
 
     def _read_zip(self, info: zipfile.ZipInfo) -> bytes:

@@ -17,6 +17,7 @@ from torch_utils import checkpoint, distributed, persistence
 from torch_utils.distributed import print0
 from training.augment import default_augment
 from training.dataset import ImageDataset
+from training.noise_levels import NoiseLevels
 from training.objectives.base import Objective
 from training.presets import ARCHS, network_kwargs
 from training.resnet import resnet_kwargs
@@ -41,6 +42,8 @@ def training_options(**defaults) -> Callable:
         click.option("--arch", type=click.Choice(ARCHS), default="ddpmpp", help="Network architecture"),
         click.option("--precond", type=click.Choice(["vp", "ve", "edm"]), default="edm",
                      help="Preconditioning and noise distribution"),
+        click.option("--P_mean", "P_mean", metavar="FLOAT", type=FloatRange(), help="Mean of ln sigma in training, --precond=edm only; small images want more noise [default: -1.2]"),
+        click.option("--P_std", "P_std", metavar="FLOAT", type=positive, help="Standard deviation of ln sigma in training, --precond=edm only [default: 1.2]"),
         click.option("--duration", metavar="MIMG", type=positive, default=d["duration"], help="Length of training, millions of images"),
         click.option("--batch", metavar="INT", type=click.IntRange(min=1), default=d["batch"], help="Batch size over all processes"),
         click.option("--batch-gpu", metavar="INT", type=click.IntRange(min=1), help="Images at a time on one process [default: its whole share]"),
@@ -123,6 +126,8 @@ def run(opts: dict, method: str, make_objective: Callable[[dict, ImageDataset, t
         raise click.UsageError(f"--cond=0: {method} trains on labels; leave --cond at 1")
     if o.fp16 and o.precision not in (None, "fp16"):
         raise click.UsageError(f"--fp16=1 contradicts --precision={o.precision}")
+    if o.precond != "edm" and (o.P_mean, o.P_std) != (None, None):
+        raise click.UsageError(f"--P_mean and --P_std belong to --precond=edm, not {o.precond}")
     device = distributed.init(o.device)
     world = distributed.get_world_size()
     if o.batch % world:
@@ -148,11 +153,7 @@ def run(opts: dict, method: str, make_objective: Callable[[dict, ImageDataset, t
     objective = make_objective(config, dataset, device)
     if o.transfer and state is None:
         transfer(objective, o)
-    if distributed.get_rank() == 0:
-        make_run_dir(run_dir, fresh=state is None)
-        with checkpoint.atomic_open(os.path.join(run_dir, "training_options.json"), "wt") as f:
-            json.dump(config, f, indent=2)
-    distributed.barrier()
+    distributed.together(lambda: make_run_dir(run_dir, config, fresh=state is None) if distributed.get_rank() == 0 else None)
     log_file = os.path.join(run_dir, "log.txt") if distributed.get_rank() == 0 else None
     with dnnlib.Logger(log_file, mode="a"):
         print_summary(o, config, dataset, run_dir, device)
@@ -180,7 +181,7 @@ def make_config(o: dnnlib.EasyDict, method: str, dataset: ImageDataset, extra: d
         method=method,
         dataset=dict(path=o.data, use_labels=o.cond, xflip=o.xflip, cache=o.cache),
         network=dict(arch=o.arch, precond=o.precond, kwargs=kwargs),
-        noise_levels=dict(precond=o.precond),
+        noise_levels=NoiseLevels(o.precond, **{k: o[k] for k in ("P_mean", "P_std") if o[k] is not None}).settings(),
         augment=default_augment(o.augment).settings() if o.augment else None,
         optimizer=dict(name=o.get("optimizer") or "adam", lr=o.lr),
         ema_halflife_nimg=round(o.ema * 1e6), lr_rampup_nimg=round(o.lr_rampup_kimg * 1e3),
@@ -192,15 +193,8 @@ def make_config(o: dnnlib.EasyDict, method: str, dataset: ImageDataset, extra: d
 
 def find_state(o: dnnlib.EasyDict) -> tuple[dict | None, str | None]:
     """The state that --resume names and the run directory to go on in; rank 0 looks, all ranks get the same answer."""
-    found = None
-    if o.resume and distributed.get_rank() == 0:
-        try:
-            found = _find_state(o)
-        except dnnlib.UserError as error:
-            found = error
-    found = distributed.broadcast_object(found)
-    if isinstance(found, Exception):
-        raise found
+    find = o.resume and distributed.get_rank() == 0
+    found = distributed.broadcast_object(distributed.together(lambda: _find_state(o) if find else None))
     if found is None:
         return None, None
     path, run_dir = found
@@ -254,11 +248,13 @@ def new_run_dir(o: dnnlib.EasyDict, dataset: ImageDataset, config: dict) -> str:
     return distributed.broadcast_object(os.path.join(o.outdir, "-".join(parts)))
 
 
-def make_run_dir(run_dir: str, fresh: bool) -> None:
-    """Create the directory; a fresh run is refused where another run's files are."""
+def make_run_dir(run_dir: str, config: dict, fresh: bool) -> None:
+    """Create the directory with training_options.json; a fresh run is refused where another run's files are."""
     if fresh and os.path.isdir(run_dir) and any(re.match(r"(network-snapshot|training-state)-", x) for x in os.listdir(run_dir)):
         raise dnnlib.UserError(f"--outdir: {run_dir} already holds a run; choose another folder, or continue it with --resume={run_dir}")
     os.makedirs(run_dir, exist_ok=True)
+    with checkpoint.atomic_open(os.path.join(run_dir, "training_options.json"), "wt") as f:
+        json.dump(config, f, indent=2)
 
 
 def print_summary(o: dnnlib.EasyDict, config: dict, dataset: ImageDataset, run_dir: str, device: torch.device) -> None:

@@ -86,6 +86,8 @@ class Classifier(torch.nn.Module):
         embedding_type      = "positional", # noise embedding: positional, fourier
         dropout             = 0.1,          # dropout probability, in the blocks and before the head
     ):
+        if img_resolution >> (len(channel_mult) - 1) < 1:
+            raise ValueError(f"{len(channel_mult)} levels are too many for images of {img_resolution} pixels")
         super().__init__()
         self.img_resolution, self.img_channels, self.label_dim = img_resolution, img_channels, label_dim
         self.augment_dim, self.precond, self.dropout = augment_dim, precond, dropout

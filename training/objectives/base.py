@@ -6,6 +6,7 @@ import contextlib
 
 import torch
 
+import dnnlib
 from torch_utils import distributed, misc
 from torch_utils.training_stats import Stats
 from training.augment import AugmentPipe
@@ -33,7 +34,10 @@ class Objective:
         self.autocast_dtype = {"bf16": torch.bfloat16}.get(config["precision"])
         self.train_indices = None  # a subset of the data set to train on; None: all of it
         torch.manual_seed(misc.step_seed(config["seed"], 0, 0, stream=1))  # The same initial weights on every rank.
-        self.trained: dict[str, TrainedNetwork] = self.build()
+        try:
+            self.trained: dict[str, TrainedNetwork] = self.build()
+        except ValueError as error:  # the networks' word for arguments that do not fit each other or the images
+            raise dnnlib.UserError(f"--arch, --cbase, --cres: {error}") from None
 
     # Questions a method answers.
 

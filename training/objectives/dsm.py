@@ -53,11 +53,8 @@ class DSM(Objective):
     @torch.no_grad()
     def sheet(self, path: str) -> None:
         net = self.trained["net"].ema
-        rows = range(min(net.label_dim, SHEET_ROWS)) if net.label_dim else [None]
-        seeds = range(SHEET_COLUMNS)
-        images = [
-            part
-            for row in rows
-            for _, part, _ in generate_images(net, seeds, class_idx=row, batch=SHEET_COLUMNS, device=self.device)
-        ]
-        save_grid([image for part in images for image in part], path, columns=SHEET_COLUMNS)
+        rows = min(net.label_dim, SHEET_ROWS) or 1
+        classes = [c for c in range(rows) for _ in range(SHEET_COLUMNS)] if net.label_dim else None
+        seeds = list(range(SHEET_COLUMNS)) * rows
+        batches = generate_images(net, seeds, class_idx=classes, device=self.device)
+        save_grid([image for _, images, _ in batches for image in images], path, columns=SHEET_COLUMNS)

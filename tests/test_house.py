@@ -1,0 +1,76 @@
+"""The house rules of docs and architecture: who imports whom, how long files are, nothing left undone."""
+
+import ast
+import pathlib
+import re
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+SOURCES = sorted(p for p in ROOT.rglob("*.py") if not any(part.startswith(".") for part in p.relative_to(ROOT).parts)
+                 and p.relative_to(ROOT).parts[0] != "tests")
+SCRIPTS = [p for p in SOURCES if p.parent == ROOT]
+# Lower floors first; a module imports from its own floor or from below.
+FLOORS = [r"dnnlib", r"torch_utils",
+          r"training\.(networks|noise_levels|transition|archive\w*|augment|presets|dataset|resnet)",
+          r"training\.trained_network", r"sampling|metrics|training\.objectives", r"training\.training_loop",
+          r"training\.options", r".*"]
+
+
+def name(path):
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def floor(module):
+    return next(i for i, pattern in enumerate(FLOORS) if re.fullmatch(rf"({pattern})(\..*)?", module))
+
+
+def imports(path):
+    """(module, inside a function?) of every import."""
+    tree = ast.parse(path.read_text())
+    top = {id(node) for node in tree.body}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, id(node) in top) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from ((f"{node.module}.{alias.name}", id(node) in top) for alias in node.names)
+
+
+OURS = {name(p) for p in SOURCES} | {p.name for p in ROOT.iterdir() if p.is_dir()}
+OPTIONAL = {"lmdb", "torch.utils.tensorboard", "wandb", "pyspng", "torchvision"}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name)
+def test_imports_point_downwards(path):
+    if path.name == "__init__.py" and name(path) == "training":
+        return
+    for module, at_top in imports(path):
+        if module.split(".")[0] in {o.split(".")[0] for o in OURS}:
+            assert at_top, f"{module} is imported inside a function or block"
+            assert floor(module) <= floor(name(path)), f"{name(path)} imports {module}, which stands above it"
+        elif not at_top:
+            assert any(module.startswith(o) for o in OPTIONAL), f"{module} is imported in a function"
+
+
+def test_networks_stand_alone():
+    ours = {o.split(".")[0] for o in OURS}
+    found = {module for module, _ in imports(ROOT / "training" / "networks.py") if module.split(".")[0] in ours}
+    assert found == {"torch_utils.persistence.persistent_class"}
+
+
+@pytest.mark.parametrize("path", [*SOURCES, *sorted((ROOT / "tests").glob("*.py"))], ids=name)
+def test_files_are_short_and_finished(path):
+    text = path.read_text()
+    limit = 150 if path in SCRIPTS else 500
+    if name(path) != "training.networks":
+        assert len(text.splitlines()) <= limit
+    if path != pathlib.Path(__file__).resolve():
+        assert not re.search(r"NotImplementedError|\bTODO\b|\bFIXME\b|\bXXX\b", text)
+    if path in SOURCES:
+        assert ast.get_docstring(ast.parse(text)), "no docstring"
+        assert not re.search(r"allow_pickle\s*=\s*True|\.cuda\(\)|device=torch\.device\(.cuda.\)", text)
+
+
+def test_every_script_shows_an_example_that_names_itself():
+    for path in SCRIPTS:
+        assert f"python {path.name}" in path.read_text(), path.name
