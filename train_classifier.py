@@ -16,8 +16,8 @@ from training.objectives.classifier import ClassifierObjective
 EXAMPLES = """
 Examples:
   python train_classifier.py --outdir=classifier-runs --data=datasets/digits_sym40.zip --arch=ddpmpp_tiny --augment=0 \\
-      --duration=0.3 --batch=256 --lr=2e-3 --lr_rampup_kimg=10 --ema=0.01 --tick=20 --snap=1 \\
-      --noise_type=sym --noise_rate=0.4
+      --duration=0.2 --batch=256 --lr=2e-3 --lr_rampup_kimg=10 --ema=0.01 --dropout=0.5 --P_mean=-0.4 --tick=10 \\
+      --snap=1 --noise_type=sym --noise_rate=0.4
   torchrun --standalone --nproc_per_node=1 train_classifier.py --outdir=classifier-runs \\
       --data=datasets/cifar10_sym_40-32x32.zip --cond=1 --arch=ddpmpp --batch 1024
 """

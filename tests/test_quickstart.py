@@ -1,0 +1,64 @@
+"""The quickstart as a whole, trainings of a few steps: all scripts run, the report is complete, a rerun goes on."""
+
+import base64
+import json
+import re
+
+import pytest
+from click.testing import CliRunner
+
+import quickstart
+from metrics.report import Report
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    outdir = tmp_path_factory.mktemp("quickstart") / "demo"
+    result = CliRunner().invoke(quickstart.main, [f"--outdir={outdir}", "--minutes=0.01", "--seed=1"])
+    assert result.exit_code == 0, result.output + repr(result.exception)
+    return outdir, result.output
+
+
+def test_report_is_complete(demo):
+    outdir, output = demo
+    assert re.search(r"\[1/9\].* left", output) and "Report: " in output
+    html, markdown = (outdir / "report.html").read_text(), (outdir / "report.md").read_text()
+    rows = [line for line in markdown.splitlines() if line.startswith("| ")]
+    assert len(rows) == 3 and "baseline" in rows[1] and "TDSM" in rows[2] and rows[2] in output
+    assert "n/a" not in rows[1] + rows[2]
+    table = json.loads((outdir / "tables" / "tdsm.json").read_text())
+    assert f"{table['metrics']['label_accuracy']:.3f}" in rows[2] and all(
+        c["num_images"] == 100 for c in table["classes"].values())
+    inlined = re.findall(r"data:image/png;base64,([^']+)'", html)
+    assert len(inlined) == 5 and all(base64.b64decode(data).startswith(b"\x89PNG") for data in inlined)
+    assert "http" not in html   # self-contained
+    for picture in re.findall(r"\]\((.*?\.png)\)", markdown):
+        assert (outdir / picture).read_bytes() in map(base64.b64decode, inlined)
+    for script in quickstart.SCRIPTS:
+        assert f"python {script} " in html and f"python {script} " in markdown
+
+
+def test_second_call_goes_on_where_the_first_stopped(demo):
+    outdir, _ = demo
+    (outdir / "report.html").unlink()
+    journal = json.loads((outdir / "quickstart.json").read_text())
+    assert [*journal["seconds"]] == [s["name"] for s in journal["steps"]]
+    del journal["seconds"]["tdsm-table"]
+    (outdir / "quickstart.json").write_text(json.dumps(journal))
+    result = CliRunner().invoke(quickstart.main, [f"--outdir={outdir}", "--minutes=0.01", "--seed=1"])
+    assert result.exit_code == 0 and re.findall(r"\[(\d+)/9\]", result.output) == ["9"]
+    assert (outdir / "report.html").exists()
+
+
+def test_other_options_and_strange_folders_are_refused(demo, tmp_path):
+    outdir, _ = demo
+    (tmp_path / "mine.txt").write_text("keep me")
+    for folder, words in ((outdir, "other options"), (tmp_path, "not empty")):
+        result = CliRunner().invoke(quickstart.main, [f"--outdir={folder}", "--seed=2"])
+        assert result.exit_code == 1 and result.stderr.startswith("Error: --outdir") and words in result.stderr
+
+
+def test_report_escapes_what_it_shows(tmp_path):
+    html, _ = Report("<b>t</b>", "q & a", ["m"], [["<script>"]]).write(str(tmp_path))
+    text = open(html).read()
+    assert "<script>" not in text and "&lt;script&gt;" in text and "q &amp; a" in text
