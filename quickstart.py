@@ -56,17 +56,17 @@ def plan(outdir: str, seed: int, minutes: float) -> list[Step]:
 
     # Higher noise levels decide about the class at 8x8 than at 32x32: --P_mean. A classifier of few images stays unsure
     # where it could be certain, and T's large diagonal multiplies its doubt: --temp.
-    unet = "--P_mean=-0.4 --batch=128 --lr=3e-3 --lr_rampup_kimg=2 --ema=0.02 --dropout=0.03 --snap=10"
+    unet = "--P_mean=-0.4 --batch=128 --lr=3e-3 --lr_rampup_kimg=2 --ema=0.02 --dropout=0 --snap=10"
     resnet = ("--noise_type=sym --noise_rate=0.4 --P_mean=-0.4 --batch=256 --lr=2e-3 --lr_rampup_kimg=10 --ema=0.01"
               " --dropout=0.5 --snap=1")
     steps = [
         Step("clean", "archive of 1,797 digits", 2, f"dataset_tool.py --source=digits --dest={clean}"),
         Step("noisy", "the same with 40% of the labels wrong", 2,
              f"dataset_tool.py --source=digits --dest={noisy} --noise_type=sym --noise_rate=0.4 --seed={seed}"),
-        Step("baseline", "train the baseline", 85, training("train.py", "baseline", 150, unet)),
+        Step("baseline", "train the baseline", 75, training("train.py", "baseline", 150, unet)),
         Step("classifier", "train TDSM's classifier", 35, training("train_classifier.py", "classifier", 200, resnet)),
-        Step("tdsm", "train TDSM", 220,
-             training("train_noise.py", "tdsm", 240, f"{unet} --cls={outdir}/classifier --temp=0.6")),
+        Step("tdsm", "train TDSM", 270,
+             training("train_noise.py", "tdsm", 280, f"{unet} --cls={outdir}/classifier --temp=0.5")),
     ]
     for name, title in METHODS.items():
         images, table = f"{outdir}/images/{name}.zip", f"{outdir}/tables/{name}.json"

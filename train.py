@@ -11,7 +11,7 @@ from training.objectives.dsm import DSM
 EXAMPLES = """
 Examples:
   python train.py --outdir=training-runs --data=datasets/digits_sym40.zip --cond=1 --arch=ddpmpp_tiny --augment=0 \\
-      --duration=0.15 --batch=128 --lr=3e-3 --lr_rampup_kimg=2 --ema=0.02 --P_mean=-0.4 --tick=7.5 --snap=10
+      --duration=0.15 --batch=128 --lr=3e-3 --lr_rampup_kimg=2 --ema=0.02 --dropout=0 --P_mean=-0.4 --tick=7.5 --snap=10
   torchrun --standalone --nproc_per_node=8 train.py --outdir=training-runs --cond=1 \\
       --data=datasets/cifar10_sym_40-32x32.zip
 """

@@ -16,8 +16,8 @@ from training.objectives.tdsm import TDSM, check_classifier, known_transition
 EXAMPLES = """
 Examples:
   python train_noise.py --outdir=noise-runs --data=datasets/digits_sym40.zip --arch=ddpmpp_tiny --augment=0 \\
-      --duration=0.24 --batch=128 --lr=3e-3 --lr_rampup_kimg=2 --ema=0.02 --P_mean=-0.4 --tick=12 --temp=0.6 \\
-      --cls='classifier-runs/00000-*/network-snapshot-*.pkl'
+      --duration=0.28 --batch=128 --lr=3e-3 --lr_rampup_kimg=2 --ema=0.02 --dropout=0 --P_mean=-0.4 --tick=12 \\
+      --cls='classifier-runs/00000-*/network-snapshot-*.pkl' --temp=0.5
   torchrun --standalone --nproc_per_node=8 train_noise.py --outdir=noise-runs --cond=1 --arch=ddpmpp \\
       --data=datasets/cifar10_sym_40-32x32.zip --noise_type=sym --noise_rate=0.4 \\
       --cls='classifier-runs/00000-*/network-snapshot-*.pkl'

@@ -94,13 +94,13 @@ def _save(figure, path: str) -> None:
 
 def loss_curves(runs: dict[str, str], path: str, statistic: str = "Loss/loss") -> None:
     """Plot a statistic of `stats.jsonl` against kimg, one panel a run. `runs`: title -> run directory."""
-    figure, axes = plt.subplots(1, len(runs), figsize=(4 * len(runs), 3), squeeze=False)
+    figure, axes = plt.subplots(1, len(runs), figsize=(4 * len(runs), 3), squeeze=False, layout="constrained")
     for axis, (title, run_dir) in zip(axes[0], runs.items(), strict=True):
         with open(os.path.join(run_dir, "stats.jsonl")) as f:
             rows = [json.loads(line) for line in f]
         rows = [r for r in rows if statistic in r]
         axis.plot([r["Progress/kimg"]["mean"] for r in rows], [r[statistic]["mean"] for r in rows])
-        axis.set(title=title, xlabel="kimg", ylabel="loss")
+        axis.set(title=title, xlabel="kimg", ylabel="loss" if axis is axes[0, 0] else None)
         axis.grid(alpha=0.3)
     _save(figure, path)
 

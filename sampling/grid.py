@@ -46,7 +46,7 @@ def image_sheet(
         room = SHEET // max(columns * width, rows * height)
         scale = max(1, min(room, CELL // max(height, width)))
 
-    gap = max(1, scale * max(height, width) // 32)
+    gap = max(1, scale * max(height, width) // 12)
     cell_h, cell_w = scale * height + gap, scale * width + gap
     cells = np.full([rows * columns, cell_h, cell_w, channels], WHITE, np.uint8)
     cells[:n, gap:, gap:] = images.repeat(scale, axis=1).repeat(scale, axis=2)

@@ -328,7 +328,7 @@ def test_out_of_memory_names_the_option():
 def test_sheet_shows_every_image_enlarged_by_whole_pixels(n, channels, columns, size, side):
     images = np.random.default_rng(0).integers(0, 250, [n, size, size, channels], np.uint8)
     sheet = np.array(image_sheet(images, columns=columns)).reshape(-1, 1, channels)
-    scale, gap = (8, 2) if size == 8 else (1, 3)
+    scale, gap = (8, 5) if size == 8 else (1, 8)
     cell = scale * size + gap
     width = side[1] * cell + gap
     sheet = sheet.reshape(-1, width, channels)

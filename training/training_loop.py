@@ -47,26 +47,16 @@ def training_loop(
         nimg, best = state["nimg"], state["best"]
         objective.load_state_dict(state["objective"])
         print0(f"Resuming at {nimg / 1000:.1f} kimg.")
-    stream = BatchStream(
-        dataset,
-        batch // world,
-        rank,
-        world,
-        config["seed"],
-        nimg,
-        device,
-        config["workers"],
-        indices=objective.train_indices,
-    )
-    stats, log = Stats(device), TickLog(run_dir, config) if rank == 0 else None
+    stream = BatchStream(dataset, batch // world, rank, world, config["seed"], nimg, device, config["workers"],
+                         indices=objective.train_indices)
+    stats, log = Stats(device), distributed.together(lambda: TickLog(run_dir, config) if rank == 0 else None)
     stop = StopRequest()
     start_time = tick_time = time.time()
     start_nimg = tick_start = nimg
     maintenance = 0.0
     print0(f"Training for {total / 1000:g} kimg...\n")
-    bar = tqdm(
-        total=total, initial=nimg, unit="img", desc=objective.method, disable=None if rank == 0 else True, leave=False
-    )
+    hidden = None if rank == 0 else True    # None: on a terminal only
+    bar = tqdm(total=total, initial=nimg, unit="img", desc=objective.method, disable=hidden, leave=False)
 
     while nimg < total:
         images, labels = next(stream)
@@ -83,28 +73,18 @@ def training_loop(
         values = stats.reduce()
         now = time.time()
         if log is not None:
-            line = log.write(
-                values,
-                tick=tick,
-                nimg=nimg,
-                total=total,
-                elapsed=now - start_time,
-                tick_seconds=now - tick_time,
-                tick_nimg=nimg - tick_start,
-                maintenance=maintenance,
-                rate=(nimg - start_nimg) / (now - start_time),
-            )
+            line = log.write(values, tick=tick, nimg=nimg, total=total, elapsed=now - start_time,
+                             tick_seconds=now - tick_time, tick_nimg=nimg - tick_start, maintenance=maintenance,
+                             rate=(nimg - start_nimg) / (now - start_time))
             bar.write(line, file=sys.stdout)
-        if (done or tick % config["snapshot_ticks"] == 0) and not stopping:
+        if done or (tick % config["snapshot_ticks"] == 0 and not stopping):
             save_snapshot(objective, config, run_dir, nimg, best)
         if stopping or done or (tick > 0 and tick % config["state_ticks"] == 0):
             save_state(objective, config, run_dir, nimg, best)
         if stopping and not done:
             bar.close()
-            print0(
-                f"Stopped by {signal.Signals(stopping).name} at {nimg / 1000:.1f} kimg; the state is saved. "
-                f"To go on: the same command with --resume={run_dir}"
-            )
+            print0(f"Stopped by {signal.Signals(stopping).name} at {nimg / 1000:.1f} kimg; the state is saved. "
+                   f"To go on: the same command with --resume={run_dir}")
             stop.restore()
             distributed.shutdown()
             sys.exit(130 if stopping == signal.SIGINT else 143)

@@ -50,6 +50,8 @@ class ClassifierObjective(Objective):
         self.learn = learn
         self.fixed = None if transition is None else torch.as_tensor(transition, dtype=torch.float32).to(device)
         super().__init__(config, dataset, device)
+        if config["precision"] == "fp16" and device.type == "cuda":
+            self.autocast_dtype = torch.float16     # This network does not cast itself, as the U-Nets do.
         # The held-out share of the noisy labels: which images, from the seed alone; their mirror images go with them.
         raw = dataset.num_raw
         order = torch.from_numpy(np.random.RandomState(config["seed"] % 2**32).permutation(raw))
