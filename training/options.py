@@ -153,13 +153,16 @@ def run(opts: dict, method: str, make_objective: Callable[[dict, ImageDataset, t
     objective = make_objective(config, dataset, device)
     if o.transfer and state is None:
         transfer(objective, o)
-    distributed.together(lambda: make_run_dir(run_dir, config, fresh=state is None) if distributed.get_rank() == 0 else None)
-    log_file = os.path.join(run_dir, "log.txt") if distributed.get_rank() == 0 else None
-    with dnnlib.Logger(log_file, mode="a"):
-        print_summary(o, config, dataset, run_dir, device)
-        training_loop(objective, dataset, config, run_dir, device, state)
-    distributed.barrier()
-    distributed.shutdown()
+    try:
+        distributed.together(lambda: make_run_dir(run_dir, config, state is None) if distributed.get_rank() == 0 else None)
+        log_file = os.path.join(run_dir, "log.txt") if distributed.get_rank() == 0 else None
+        with dnnlib.Logger(log_file, mode="a"):
+            print_summary(o, config, dataset, run_dir, device)
+            training_loop(objective, dataset, config, run_dir, device, state)
+        distributed.barrier()
+    finally:
+        objective.close()
+        distributed.shutdown()
     return run_dir
 
 

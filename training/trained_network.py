@@ -139,6 +139,11 @@ class TrainedNetwork:
             module.load_state_dict(common, strict=False)
         return len(common)
 
+    def close(self) -> None:
+        """Let go of DDP. Its reducer and our hook hold each other, and a process group that they keep alive until
+        Python's finalisation aborts the process."""
+        self.forward = self.net
+
     def state_dict(self) -> dict:
         return dict(net=self.net.state_dict(), ema=self.ema.state_dict(), optimizer=self.optimizer.state_dict())
 

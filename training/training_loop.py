@@ -86,7 +86,6 @@ def training_loop(
             print0(f"Stopped by {signal.Signals(stopping).name} at {nimg / 1000:.1f} kimg; the state is saved. "
                    f"To go on: the same command with --resume={run_dir}")
             stop.restore()
-            distributed.shutdown()
             sys.exit(130 if stopping == signal.SIGINT else 143)
         tick_time, tick_start, maintenance = time.time(), nimg, time.time() - now
     bar.close()

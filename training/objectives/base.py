@@ -127,6 +127,11 @@ class Objective:
             info=dict(method=self.method, class_names=self.dataset.class_names, **self.info()),
         )
 
+    def close(self) -> None:
+        """Give up what binds this process to the others."""
+        for trained in self.trained.values():
+            trained.close()
+
     def state_dict(self) -> dict:
         return {name: trained.state_dict() for name, trained in self.trained.items()}
 
