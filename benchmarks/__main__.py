@@ -57,10 +57,13 @@ class KnownPairs(torch.nn.Module):
 
     augment_dim = 0
 
-    def __init__(self, labels: np.ndarray, classes: int):
+    def __init__(self, labels: np.ndarray, transition: np.ndarray):
         super().__init__()
-        index = (torch.from_numpy(labels)[:, None] + torch.arange(PAIRS + 1)) % classes
-        self.register_buffer("logits", torch.full([len(labels), classes], -30.0).scatter_(1, index, 0.0))
+        observed, classes = torch.from_numpy(labels)[:, None], len(transition)
+        index = (observed + torch.arange(PAIRS + 1)) % classes
+        # Divided by T[y, o], so that all PAIRS + 1 weights are equal, however many classes there are.
+        logits = -torch.from_numpy(transition).float()[index, observed].log()
+        self.register_buffer("logits", torch.full([len(labels), classes], -30.0).scatter_(1, index, logits))
 
     def forward(self, x: torch.Tensor, sigma: torch.Tensor, augment_labels: torch.Tensor | None = None) -> torch.Tensor:
         return self.logits
@@ -147,11 +150,8 @@ def tdsm_rows(repeats: int) -> list[dict]:
     forms, cpu, n = {}, torch.device("cpu"), 64
     for classes in (10, 100):
         data, config = RandomImages(n, 3, 16, classes), make_config("ddpmpp_tiny", None, n)
-        kwargs = dict(
-            classifier=KnownPairs(data.labels, classes),
-            transition=transition_matrix("sym", 0.4, classes),
-            posterior="clean",
-        )
+        transition = transition_matrix("sym", 0.4, classes)
+        kwargs = dict(classifier=KnownPairs(data.labels, transition), transition=transition, posterior="clean")
         forms[f"dsm{classes}"] = stepper(DSM(config, data, cpu), data)
         forms[f"tdsm{classes}"] = stepper(TDSM(config, data, cpu, **kwargs), data)
     forms["loop100"] = stepper(TDSMClassLoop(config, data, cpu, **kwargs), data)

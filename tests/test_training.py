@@ -308,13 +308,15 @@ def test_two_processes_killed_and_resumed(data, tmp_path):
     args = ["train", f"--data={data}", "--cond=1", "--duration=0.0003", *TINY]
     whole = run_killed(tmp_path, "none", 0, *args, f"--outdir={tmp_path}/whole", processes=2)
     assert whole.returncode == 0, whole.stderr
-    killed = run_killed(tmp_path, "step", 7, *args, f"--outdir={tmp_path}/killed", processes=2)
-    assert killed.returncode != 0
-    again = run_killed(tmp_path, "none", 0, *args, f"--outdir={tmp_path}/killed", "--resume=latest", processes=2)
-    assert again.returncode == 0, again.stderr
-    a, b = next((tmp_path / "whole").iterdir()), next((tmp_path / "killed").iterdir())
-    assert a.name == b.name and "gpus2" in a.name
-    assert_same(final_weights(a)["objective"], final_weights(b)["objective"])
+    expected = next((tmp_path / "whole").iterdir())
+    assert "gpus2" in expected.name
+    for what, count in (("step", 7), ("save", 2)):  # between saves, and in the middle of the second one
+        outdir = tmp_path / what
+        killed = run_killed(tmp_path, what, count, *args, f"--outdir={outdir}", processes=2)
+        assert killed.returncode != 0 and states(outdir / expected.name)
+        again = run_killed(tmp_path, "none", 0, *args, f"--outdir={outdir}", "--resume=latest", processes=2)
+        assert again.returncode == 0 and "Resuming at" in again.stdout, again.stderr
+        assert_same(final_weights(outdir / expected.name)["objective"], final_weights(expected)["objective"])
 
 
 @pytest.mark.parametrize(("what", "code"), [("term", 143), ("int", 130)])
@@ -326,6 +328,11 @@ def test_signals_save_and_say_how_to_resume(what, code, data, trained, tmp_path)
     assert f"--resume={run_dir}" in stopped.stdout
     succeed(*args, f"--resume={run_dir}")
     assert_same(final_weights(run_dir)["objective"], final_weights(trained)["objective"])
+
+
+def test_batch_must_be_divisible_by_the_processes(data, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    fail(2, "--batch=32.*divisible.*3", "train", f"--outdir={tmp_path}/out", f"--data={data}", "--batch=32")
 
 
 def test_bad_options(data, trained, classifier, tmp_path):

@@ -128,10 +128,10 @@ def run(opts: dict, method: str, make_objective: Callable[[dict, ImageDataset, t
         raise click.UsageError(f"--fp16=1 contradicts --precision={o.precision}")
     if o.precond != "edm" and (o.P_mean, o.P_std) != (None, None):
         raise click.UsageError(f"--P_mean and --P_std belong to --precond=edm, not {o.precond}")
-    device = distributed.init(o.device)
     world = distributed.get_world_size()
     if o.batch % world:
         raise click.UsageError(f"--batch={o.batch} must be divisible by the number of processes ({world})")
+    device = distributed.init(o.device)
     dataset = ImageDataset(o.data, use_labels=o.cond, xflip=o.xflip, cache=o.cache)
     if o.cond and not dataset.has_labels:
         raise dnnlib.UserError(f"--cond=1: {o.data} has no labels")
