@@ -42,8 +42,6 @@ OPTIONAL = {"lmdb", "torch.utils.tensorboard", "wandb", "pyspng", "torchvision"}
 
 @pytest.mark.parametrize("path", SOURCES, ids=name)
 def test_imports_point_downwards(path):
-    if path.name == "__init__.py" and name(path) == "training":
-        return
     for module, at_top in imports(path):
         if module.split(".")[0] in {o.split(".")[0] for o in OURS}:
             assert at_top, f"{module} is imported inside a function or block"
