@@ -24,7 +24,7 @@ from torch_utils import distributed
 def load_reference(path: str) -> tuple[np.ndarray, np.ndarray]:
     """mu [d] and sigma [d,d] of a reference `.npz` (ours or EDM's). UserError when it is none."""
     expected = "expected a reference of 'fid.py ref': mu [d] and sigma [d,d]"
-    arrays = features.read_npz(path, expected)
+    arrays = dnnlib.read_npz(path, expected)
     if not {"mu", "sigma"} <= arrays.keys():
         raise dnnlib.UserError(f"{path}: holds {', '.join(arrays) or 'nothing'}; {expected}")
     mu, sigma = arrays["mu"], arrays["sigma"]

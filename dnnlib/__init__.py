@@ -11,9 +11,10 @@ from dnnlib.util import (
     one_line,
     open_url,
     read_bytes,
+    read_npz,
 )
 
 __version__ = "0.1.0"
 
 __all__ = ["EasyDict", "Logger", "UserError", "atomic_open", "cli", "format_time", "is_url", "one_line", "open_url",
-           "read_bytes"]
+           "read_bytes", "read_npz"]

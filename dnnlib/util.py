@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import os
 import re
 import secrets
 import sys
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 from urllib.parse import urljoin, urlsplit
 
 import click
+import numpy as np
 import requests
 
 __all__ = ["EasyDict", "Logger", "UserError", "atomic_open", "format_time", "is_url", "one_line", "open_url",
-           "read_bytes"]
+           "read_bytes", "read_npz"]
 
 _MAX_REDIRECTS = 10
 _TIMEOUT = (20, 60)  # seconds to connect, seconds between bytes
@@ -214,3 +217,16 @@ def read_bytes(path_or_url: str | os.PathLike[str]) -> bytes:
         raise UserError(f"{path_or_url}: {e.strerror or e}") from e
     except ValueError as e:  # a null byte in the name
         raise UserError(f"{path_or_url}: {e}") from e
+
+
+def read_npz(path_or_url: str | os.PathLike[str], expected: str) -> dict[str, np.ndarray]:
+    """The arrays of an `.npz` file or URL, never unpickled. UserError that says what was `expected`."""
+    data = read_bytes(path_or_url)
+    try:
+        with np.load(io.BytesIO(data), allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}
+    except (ValueError, EOFError, OSError, AttributeError, TypeError, KeyError, zipfile.BadZipFile, RuntimeError) as e:
+        # NumPy names the argument that would let it unpickle, in every such message.
+        pickled = "allow_pickle" in str(e)
+        reason = "holds Python objects, which are never loaded" if pickled else "not a readable .npz file"
+        raise UserError(f"{path_or_url}: {reason}; {expected}") from None

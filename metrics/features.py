@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import os
-import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -22,8 +20,7 @@ from training.archive_reader import ordered_map, plain_labels
 from training.dataset import ImageDataset
 
 __all__ = ["DETECTORS", "ClassifierDetector", "Detector", "Features", "ImageSource", "NpzImages", "PixelDetector",
-           "compute_features", "compute_statistics", "describe_shape", "detector", "feature_width", "open_images",
-           "read_npz"]
+           "compute_features", "compute_statistics", "describe_shape", "detector", "feature_width", "open_images"]
 
 DETECTORS = "'pixels' or a classifier snapshot of train_classifier.py (file, URL or run directory)"
 LOWEST_SIGMA = 0.002
@@ -51,7 +48,7 @@ class NpzImages:
 
     def __init__(self, path: str, max_size: int | None = None, seed: int = 0):
         self.path = path
-        arrays = read_npz(path, "expected arr_0, images [N,H,W,C] uint8")
+        arrays = dnnlib.read_npz(path, "expected arr_0, images [N,H,W,C] uint8")
         images, labels = arrays.get("arr_0"), arrays.get("arr_1")
         if images is None or images.ndim != 4 or images.dtype != np.uint8 or images.shape[3] not in (1, 3):
             found = f"holds {', '.join(arrays)}" if images is None else f"arr_0 is {images.dtype} {list(images.shape)}"
@@ -75,15 +72,6 @@ class NpzImages:
     def images(self, indices: Any) -> torch.Tensor:
         """uint8 [B,C,H,W] on the CPU."""
         return torch.from_numpy(self._images[self._chosen[indices]].transpose(0, 3, 1, 2).copy())
-
-
-def read_npz(path: str, expected: str) -> dict[str, np.ndarray]:
-    """The arrays of an `.npz` file or URL, never unpickled. UserError that says what was expected."""
-    try:
-        with np.load(io.BytesIO(dnnlib.read_bytes(path)), allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
-    except (ValueError, EOFError, OSError, AttributeError, TypeError, KeyError, zipfile.BadZipFile, RuntimeError):
-        raise dnnlib.UserError(f"{path}: not a readable .npz file; {expected}") from None
 
 
 def open_images(path: str, num: int | None = None, seed: int = 0, option: str = "--images") -> ImageSource:
