@@ -175,7 +175,7 @@ def transfer(objective: Objective, o: dnnlib.EasyDict) -> None:
 
 def make_config(o: dnnlib.EasyDict, method: str, dataset: ImageDataset, extra: dict) -> dict:
     """The run as one nested dict of plain data; sizes in images."""
-    if method == "classifier":
+    if method in ("classifier", "discriminator"):
         kwargs = resnet_kwargs(o.arch, dataset.resolution, dataset.num_channels, dataset.label_dim, o.cbase, o.cres)
         kwargs["dropout"] = o.dropout
     else:
