@@ -1,13 +1,18 @@
-"""Foreign images in an archive: how they get in, what is recorded, the source `photos`."""
+"""Foreign images in an archive: how they get in, what is recorded, the source `photos`, the outlier ratio."""
 
 import json
+import math
 import zipfile
 from types import SimpleNamespace
 
 import numpy as np
 import PIL.Image
 import pytest
+from click.testing import CliRunner
 
+import fid
+from metrics import judge
+from metrics.frechet import fid_from_features
 from tests import synth
 from tests.synth import run_dataset_tool as run
 from training import archive_sources
@@ -101,6 +106,8 @@ def test_the_record_survives(tmp_path):
     np.save(tmp_path / "l.npy", first.clean_labels)
     again = build(tmp_path / "a.zip", tmp_path / "c.zip", f"--labels={tmp_path}/l.npy")
     np.testing.assert_array_equal(again.outliers, first.outliers)
+    some = build(tmp_path / "a.zip", tmp_path / "d.zip", "--max-images=50")
+    np.testing.assert_array_equal(some.outliers, first.outliers[:50])
     assert {k for k in again.corruption if "outlier" in k} == {"outlier_source", "outlier_rate", "outlier_seed"}
     subset = ImageDataset(str(tmp_path / "a.zip"), use_labels=False, max_size=30, xflip=True)
     listed = {name for name, foreign in zip(first.file_names, first.outliers, strict=True) if foreign}
@@ -148,6 +155,114 @@ def test_photos_at_every_resolution(tmp_path):
     assert np.abs(small.pixels[..., 0] - luma).mean() < 4  # the same views, and more of them begin with the fewer
     other = build("photos", tmp_path / "c.zip", "--max-images=20", "--seed=1")
     assert not rows(other.pixels) & rows(large.pixels) and len(rows(large.pixels)) == 20
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Outlier ratio.
+
+
+@pytest.fixture
+def shades(tmp_path):
+    """Dark images are clean, bright ones outliers: a data set of 60 with 12 of them, 50 made images with 15."""
+    rng = np.random.default_rng(0)
+
+    def draw(n, bright):
+        images = rng.integers(0, 100, [n, 8, 8, 1])
+        images[rng.permutation(n)[:bright]] += 100
+        return images.astype(np.uint8)
+
+    real, made = draw(60, 12), draw(50, 15)
+    outliers = real.mean((1, 2, 3)) > 100
+    labels = np.where(outliers, 2, np.arange(60) % 2).tolist()
+    listed = [f"00000/img{i:08d}.png" for i in np.flatnonzero(outliers)]
+    paths = {name: tmp_path / f"{name}.zip" for name in ("data", "plain", "fake")}
+    synth.make_archive(paths["data"], real, labels, outliers=listed)
+    synth.make_archive(paths["plain"], real, labels)
+    synth.make_archive(paths["fake"], made)
+    return SimpleNamespace(real=real, made=made, outliers=outliers, **paths)
+
+
+def evaluate(tmp_path, images, data, *args):
+    """Exit code, table and output of `fid.py evaluate` on pixels."""
+    out = tmp_path / "table.json"
+    args = [f"--images={images}", f"--data={data}", "--detector=pixels", "--device=cpu", f"--out={out}", *args]
+    result = CliRunner().invoke(fid.main, ["evaluate", *map(str, args)])
+    return result.exit_code, json.loads(out.read_text()) if out.exists() else None, result.output
+
+
+def flat(images):
+    return images.reshape(len(images), -1) / 127.5 - 1
+
+
+def test_outlier_ratio_and_the_clean_reference(tmp_path, shades):
+    code, table, text = evaluate(tmp_path, shades.fake, shades.data)
+    assert code == 0, text
+    assert table["metrics"]["outlier_ratio"] == 15 / 50
+    found = table["outliers"]
+    assert (found["training_share"], found["accuracy"], found["num"]) == (0.2, 1, 12)
+    assert found["name"] == "SVM on pixels features" and found["data"] == str(shades.data)
+    clean = fid_from_features(flat(shades.real[~shades.outliers]), flat(shades.made))
+    assert table["metrics"]["fid"] == pytest.approx(clean, rel=1e-6)
+    assert (table["num_reference"], table["reference_outliers"]) == (48, 12)
+    assert "48, labels as they are" in text and "12 outliers left out" in text and "share 0.2000" in text
+    made = synth.make_archive(tmp_path / "made.zip", shades.made, [0, 1] * 25)
+    _, table, _ = evaluate(tmp_path, made, shades.data)
+    even, odd = np.bincount(np.flatnonzero(~shades.outliers) % 2)
+    assert {c: v["num_reference"] for c, v in table["classes"].items()} == {"0": even, "1": odd}  # without class 2
+
+
+def test_outlier_data(tmp_path, shades):
+    _, table, _ = evaluate(tmp_path, shades.fake, shades.plain)
+    assert table["outliers"] is None and "outlier_ratio" not in table["metrics"]
+    listed = [f"00000/img{i:08d}.png" for i in np.flatnonzero(shades.outliers[:40])]
+    record = synth.make_archive(tmp_path / "record.zip", shades.real[:40], outliers=listed)
+    _, table, text = evaluate(tmp_path, shades.fake, shades.plain, f"--outlier_data={record}")
+    assert table["metrics"]["outlier_ratio"] == 0.3 and table["outliers"]["data"] == str(record)
+    assert table["outliers"]["training_share"] == shades.outliers[:40].mean() > 0
+    assert (table["num_reference"], table["reference_outliers"]) == (60, 0) and "left out" not in text
+    whole = fid_from_features(flat(shades.real), flat(shades.made))
+    assert table["metrics"]["fid"] == pytest.approx(whole, rel=1e-6)
+
+
+def test_too_few_outliers_to_learn_from(tmp_path, shades):
+    few = synth.make_archive(tmp_path / "few.zip", shades.real, outliers=[f"00000/img{i:08d}.png" for i in range(4)])
+    code, table, text = evaluate(tmp_path, shades.fake, few)
+    assert code == 0 and table["metrics"]["outlier_ratio"] is table["outliers"] is None
+    assert "needs 5 images of either kind, found 4 outliers of 60" in text
+
+
+def test_a_rare_class_weighs_as_much():
+    """Two normal densities three standard deviations apart, one of them 5% of the data: Phi(1.5) of either."""
+    rng = np.random.default_rng(0)
+    rare = np.arange(4000) % 20 == 0
+    machine = judge.SvmJudge(rng.normal(size=[4000, 1]) + 3 * rare[:, None], rare, balanced=True)
+    phi = 0.5 + 0.5 * math.erf(1.5 / math.sqrt(2))
+    assert machine.accuracy == pytest.approx(phi, abs=0.06)
+    for shift in (0, 3):
+        right = machine.predict(rng.normal(size=[2000, 1]) + shift) == (shift > 0)
+        assert right.mean() == pytest.approx(phi, abs=0.06)
+    # Features that say nothing: one class is all right and one all wrong, if both are among the held-out.
+    labels = np.repeat([True, False], [5, 495])
+    blind = [judge.SvmJudge(np.zeros([500, 1]), labels, seed, balanced=True) for seed in range(8)]
+    assert [machine.accuracy for machine in blind] == 8 * [0.5]
+    few = judge.SvmJudge(np.zeros([500, 1]), labels, max_images=20, balanced=True)
+    assert few.accuracy == 0.5 and few.fitted == 20
+    np.testing.assert_allclose(few._machine.class_weight_, [20 / 2 / 15, 20 / 2 / 5])  # all five are in
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(outlier="plain"), "--outlier_data: {d}/plain.zip records no outliers"),
+    (dict(outlier="large"), "--outlier_data: {d}/large.zip has 16x16 grey images, --data: {d}/data.zip has 8x8 grey"),
+    (dict(data="all"), "--data: {d}/all.zip records 60 of its 60 images as outliers"),
+    (dict(outlier="none"), "none.zip"),
+])
+def test_bad_records(tmp_path, shades, change, message):
+    names = [f"00000/img{i:08d}.png" for i in range(60)]
+    synth.make_archive(tmp_path / "large.zip", synth.pictures(20, 16, 1), outliers=names[:10])
+    synth.make_archive(tmp_path / "all.zip", shades.real, outliers=names)
+    args = [f"--outlier_data={tmp_path}/{change['outlier']}.zip"] if "outlier" in change else []
+    code, table, text = evaluate(tmp_path, shades.fake, tmp_path / f"{change.get('data', 'data')}.zip", *args)
+    assert code == 1 and table is None and text.count("\n") == 1 and message.format(d=tmp_path) in text, text
 
 
 # ---------------------------------------------------------------------------------------------------------------------
