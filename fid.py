@@ -114,7 +114,7 @@ def ref(dataset_path: str, dest_path: str, detector_name: str, batch: int, devic
 @click.option("--images", "image_path", metavar="PATH", required=True,
               help="Generated images: folder or ZIP with dataset.json, or .npz (arr_0 images, arr_1 labels)")
 @click.option("--data", "dataset_path", metavar="PATH", required=True,
-              help="Reference archive, all of it, with its clean labels where it has them")
+              help="Reference archive: all of it but recorded outliers, with its clean labels where it has them")
 @detector_option
 @click.option("--num", type=click.IntRange(min=2), help="Number of generated images to use  [default: all]")
 @seed_option
@@ -123,14 +123,16 @@ def ref(dataset_path: str, dest_path: str, detector_name: str, batch: int, devic
               help="Neighbours that make the radius for precision, recall, density, coverage")
 @click.option("--judge", metavar="svm|none|PKL", default="svm",
               help="Label accuracy by an SVM trained on the reference, or by a classifier snapshot")
+@click.option("--outlier_data", metavar="PATH",
+              help="Archive that records its outliers, to learn the outlier ratio from  [default: --data, if it does]")
 @click.option("--out", "out_path", metavar="JSON", callback=output_file, help="Save the table, classes included")
 @device_option
 def evaluate(image_path: str, dataset_path: str, detector_name: str, num: int | None, seed: int, batch: int,
-             nearest_k: int, judge: str, out_path: str | None, device: str) -> None:
-    """The whole table: FID, KID, IS, precision, recall, density, coverage, class-wise too, and label accuracy."""
+             nearest_k: int, judge: str, outlier_data: str | None, out_path: str | None, device: str) -> None:
+    """The whole table: FID, KID, IS, precision, recall, density, coverage, class-wise too, label accuracy, outliers."""
     device = distributed.init(device)
     result = table.evaluate(image_path, dataset_path, detector_name, device=device, num=num, batch=batch, seed=seed,
-                            nearest_k=nearest_k, judge=judge)
+                            nearest_k=nearest_k, judge=judge, outlier_data=outlier_data)
     if distributed.get_rank() == 0:
         if out_path is not None:
             table.save_json(result, out_path)

@@ -36,6 +36,7 @@ class ImageSource(Protocol):
     labels: np.ndarray | None               # int64 [N]
     clean_labels: np.ndarray | None
     class_names: list[str] | None
+    outliers: np.ndarray | None             # bool [N]: put in from another source; None without a record
 
     def __len__(self) -> int: ...
 
@@ -63,7 +64,7 @@ class NpzImages:
         self._images, self._chosen = images, chosen
         self.image_shape = (images.shape[3], *images.shape[1:3])
         self.labels = labels if labels is None else labels[chosen]
-        self.clean_labels = self.class_names = None
+        self.clean_labels = self.class_names = self.outliers = None
         self.label_dim = int(labels.max()) + 1 if labels is not None and len(labels) else 0
 
     def __len__(self) -> int:

@@ -90,6 +90,7 @@ class ImageDataset:
         self._copies = 2 if xflip else 1
         self.labels = self._select(labels)
         self.clean_labels = self._select(clean)
+        self.outliers = self._select(reader.outliers())  # bool: put in from another source; None without a record
         self._vectors = self._select(self._vectors)
         self._pixels: torch.Tensor | None = None
         self._held: torch.Tensor | None = None
