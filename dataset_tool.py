@@ -69,7 +69,7 @@ class Resolution(click.ParamType):
 @click.option("--label_key", metavar="NAME", help="Entry of the --labels file, where it has several")
 @click.option("--noise_type", type=click.Choice(NOISE_TYPES), help="Label noise to add")
 @click.option("--noise_rate", type=FloatRange(0, 1), metavar="FLOAT", help="Probability of a wrong label, 0 to 1")
-@click.option("--noise_matrix", metavar="FILE", help="Row-stochastic matrix for --noise_type=matrix: .npy or .json")
+@click.option("--noise_matrix", metavar="FILE", help="Row-stochastic matrix for --noise_type=matrix: .npy, .json, .npz")
 @click.option("--seed", type=click.IntRange(min=0), default=0, metavar="INT", help="Seed of noise, outliers, photos")
 @click.option("--workers", type=click.IntRange(min=0), default=0, metavar="INT", help="Threads; 0: one a core")
 # fmt: on
@@ -133,7 +133,7 @@ def check_usage(
         raise click.UsageError("--perturb_percent needs --outliers=PATH, or digits or photos")
     if noise_type == "matrix":
         if noise_matrix is None:
-            raise click.UsageError("--noise_type=matrix needs --noise_matrix=FILE (.npy or .json)")
+            raise click.UsageError("--noise_type=matrix needs --noise_matrix=FILE (.npy, .json or .npz)")
         if noise_rate is not None:
             raise click.UsageError("--noise_rate: --noise_type=matrix takes its rates from the matrix, leave it out")
         return

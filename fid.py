@@ -16,6 +16,7 @@ import numpy as np
 
 import dnnlib
 import dnnlib.cli
+from dnnlib.cli import output_file
 from metrics import features, table
 from metrics.frechet import frechet_distance
 from torch_utils import distributed
@@ -33,19 +34,6 @@ def load_reference(path: str) -> tuple[np.ndarray, np.ndarray]:
     if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
         raise dnnlib.UserError(f"{path}: mu or sigma is not finite; {expected}")
     return mu, sigma
-
-
-def output_file(_ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
-    """Find out before the work, not after it, that the result cannot be written; create nothing yet."""
-    if value is not None:
-        folder = os.path.dirname(os.path.abspath(value))
-        while not os.path.lexists(folder):
-            folder = os.path.dirname(folder)
-        if os.path.isdir(value):
-            raise click.BadParameter(f"{value} is a folder, expected a file name", param=param)
-        if not os.path.isdir(folder) or not os.access(folder, os.W_OK):
-            raise click.BadParameter(f"{value}: cannot be written in {folder}", param=param)
-    return value
 
 
 def need_detector(_ctx: click.Context, param: click.Parameter, value: str | None) -> str:

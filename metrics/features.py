@@ -18,12 +18,12 @@ from torch_utils import distributed
 from torch_utils.persistence import find_snapshot, load_snapshot
 from training.archive_reader import ordered_map, plain_labels
 from training.dataset import ImageDataset
+from training.noise_levels import LOWEST_SIGMA
 
 __all__ = ["DETECTORS", "ClassifierDetector", "Detector", "Features", "ImageSource", "NpzImages", "PixelDetector",
            "compute_features", "compute_statistics", "describe_shape", "detector", "feature_width", "open_images"]
 
 DETECTORS = "'pixels' or a classifier snapshot of train_classifier.py (file, URL or run directory)"
-LOWEST_SIGMA = 0.002
 WORKERS = min(4, os.cpu_count() or 1)  # threads that decode ahead of the detector
 
 

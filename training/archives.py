@@ -25,8 +25,9 @@ from training.archive_writer import (
     image_name,
     with_channels,
 )
+from training.label_file import LabelFile
 
-__all__ = ["Noise", "Outliers", "Summary", "build_archive", "replace_labels"]
+__all__ = ["Noise", "Outliers", "Summary", "build_archive", "clean_source", "replace_labels"]
 
 
 @dataclass
@@ -79,6 +80,28 @@ def replace_labels(source: Source, path: str, key: str | None = None) -> None:
     source.corruption = {k: v for k, v in source.corruption.items() if k == "family" or k.startswith("outlier_")}
     if source.clean_labels is not None:
         source.corruption["noise_type"] = "imported"
+
+
+def clean_source(source: Source, file: LabelFile, classes: int, fix: str) -> None:
+    """Corrects a source's labels: `fix` is 'relabel' (wrong ones become the suggested) or 'drop' (left out).
+
+    What was recorded of the noise no longer describes the labels: it moves to `corruption["cleaned"]["before"]`.
+    UserError when no image would be left.
+    """
+    before = {k: v for k, v in source.corruption.items() if k != "family"}
+    cleaned = dict(fix=fix, images=int(np.sum(~file.is_clean)), before=before)
+    source.corruption = dict(family=source.corruption.get("family"), cleaned=cleaned)
+    if source.class_names is None:  # the labels alone may no longer show how many classes there are
+        source.class_names = [str(i) for i in range(classes)]
+    if fix == "relabel":
+        source.labels = np.where(file.is_clean, file.labels, file.suggested)
+        return
+    rows, image = np.flatnonzero(file.is_clean), source.image
+    if not len(rows):
+        raise dnnlib.UserError(f"--fix=drop: all {source.length} labels are believed wrong, no image would be left")
+    source.image, source.length, source.labels = lambda index: image(rows[index]), len(rows), file.labels[rows]
+    source.clean_labels = None if source.clean_labels is None else source.clean_labels[rows]
+    source.names = [source.names[i] for i in rows]
 
 
 def build_archive(

@@ -91,7 +91,7 @@ def noise_options(*names: str) -> Callable:
     options = [
         click.option("--noise_type", type=click.Choice(names), help="How labels were corrupted"),
         click.option("--noise_rate", metavar="R", type=FloatRange(min=0, max=1), help="Share of wrong labels"),
-        click.option("--noise_matrix", metavar="FILE", help="T [C,C] as .npy or .json, rows: clean label; for --noise_type=matrix"),
+        click.option("--noise_matrix", metavar="FILE", help="T [C,C] as .npy, .json or a label file of detect_noise.py, rows: clean label; for --noise_type=matrix"),
     ]
 
     def decorate(f):
