@@ -4,6 +4,8 @@ model that was trained on noisy labels (generate.py --discriminator).
 
 from __future__ import annotations
 
+import os
+
 import click
 import numpy as np
 import torch
@@ -39,8 +41,9 @@ Examples:
                    "[default: transition when --noise_type states it or the label file estimates it]")
 @click.option("--simix", type=BOOL, default=True, help="Mix half of each batch with similar images; 0: with any")
 @click.option("--embed", type=click.Choice(EMBEDDINGS),
-              help="What similar means, for --simix=1 [default: classifier when --cls gives one, else pixels]")
-@click.option("--cls", metavar="PKL|DIR|URL", help="Classifier whose features tell what is similar")
+              help="What similar means, for --simix=1 [default: classifier where there is one, else pixels]")
+@click.option("--cls", metavar="PKL|DIR|URL", help="Classifier whose features tell what is similar "
+              "[default: detect_noise.py's, where it lies beside the label file]")
 @click.option("--optimizer", type=click.Choice(["adam", "adamw", "sgd"]), default="adam", help="Optimizer")
 @click.option("--shift", metavar="SHARE", type=FloatRange(min=0, max=0.5), default=0.125,
               help="Random whole-pixel shifts up to this share of the image size")
@@ -48,20 +51,23 @@ def main(**opts) -> None:
     o = dnnlib.EasyDict(opts)
     if o.embed is not None and not o.simix:
         raise click.UsageError(f"--embed={o.embed}: belongs to --simix=1")
-    if o.cls is not None and o.embed not in (None, "classifier"):
-        raise click.UsageError(f"--cls: --embed={o.embed} needs no classifier")
-    if o.embed == "classifier" and o.cls is None:
-        raise click.UsageError("--embed=classifier: needs --cls, a snapshot of train_classifier.py or detect_noise.py")
-    embed = o.embed or ("classifier" if o.cls else "pixels")
+    if o.cls is not None and not (o.simix and o.embed in (None, "classifier")):
+        raise click.UsageError("--cls: only --simix=1 --embed=classifier uses it")
     path = persistence.find_snapshot(o.cls) if o.cls else None
+    beside = os.path.splitext(o.label_path)[0] + "-classifier.pkl"
+    if o.simix and path is None and o.embed in (None, "classifier") and os.path.isfile(beside):
+        path = beside
+    if o.embed == "classifier" and path is None:
+        raise click.UsageError("--embed=classifier: needs --cls, a snapshot of train_classifier.py or detect_noise.py")
+    embed = o.embed or ("classifier" if path else "pixels")
 
     def make(config: dict, dataset: ImageDataset, device: torch.device) -> DiscriminatorObjective:
         known = load_label_file(o.label_path, dataset)
         transition = chosen_transition(o, known, dataset)
-        config["discriminator"]["shuffle"] = "uniform" if transition is None else "transition"
         partners = distributed.together(lambda: similar(dataset, device, embed, path, o)) if o.simix else None
-        print0(f"Labels believed right: {known.is_clean.mean():.1%}. Shuffle: {config['discriminator']['shuffle']}."
-               f" Mixed up with: {f'similar images, by {embed}' if o.simix else 'any image'}.")
+        print0(f"Labels believed right: {known.is_clean.mean():.1%}. "
+               f"Shuffle: {'uniform' if transition is None else 'transition'}. "
+               f"Mixed up with: {f'similar images, by {embed}' if o.simix else 'any image'}.")
         return DiscriminatorObjective(config, dataset, device, is_clean=known.is_clean, transition=transition,
                                       noise_rates=known.per_class_noise_rate, partners=partners)
 

@@ -34,10 +34,12 @@ class Method:
 
 
 def compare_methods(directory: str, title: str, question: str, data: str, methods: Sequence[Method],
-                    notes: Sequence[str], commands: Sequence[str]) -> tuple[str, str]:
+                    notes: Sequence[str], commands: Sequence[str],
+                    extra: Sequence[Picture] = ()) -> tuple[str, str]:
     """Write report.html, report.md and `pictures/` into `directory`; returns the paths of the two.
 
-    `data`: the noisy archive, with clean labels and T on record. Images: seeds in order, class = seed mod classes.
+    `data`: the noisy archive, with clean labels on record. Images: seeds in order, class = seed mod classes. `extra`
+    pictures follow the samples.
     """
     dataset = ImageDataset(data)
     folder = os.path.join(directory, "pictures")
@@ -68,6 +70,7 @@ def compare_methods(directory: str, title: str, question: str, data: str, method
     notes = [*notes, f"Label accuracy by {judge['name']}, right on {judge['accuracy']:.1%} of {judge['num']} "
              f"{judge['on']}."]
 
+    pictures += extra
     curves, heatmap = os.path.join(folder, "losses.png"), os.path.join(folder, "transition.png")
     loss_curves({name: run for method in methods for name, run in method.runs.items()}, curves)
     pictures.append(Picture(curves, "Training losses"))

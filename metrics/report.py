@@ -17,7 +17,7 @@ from torch_utils.checkpoint import atomic_open
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402  (the backend is chosen first: no display is needed)
 
-__all__ = ["Picture", "Report", "loss_curves", "transition_heatmap"]
+__all__ = ["Picture", "Report", "loss_curves", "markdown_table", "tradeoff", "transition_heatmap"]
 
 
 @dataclass
@@ -51,8 +51,7 @@ class Report:
         return paths
 
     def _markdown(self, directory: str) -> str:
-        lines = [f"# {self.title}", "", self.question, "", "| " + " | ".join(self.columns) + " |",
-                 "|" + "---|" * len(self.columns), *("| " + " | ".join(row) + " |" for row in self.rows), ""]
+        lines = [f"# {self.title}", "", self.question, "", *markdown_table(self.columns, self.rows), ""]
         lines += [f"* {note}" for note in self.notes]
         for p in self.pictures:
             path = os.path.relpath(p.path, directory)
@@ -73,6 +72,12 @@ class Report:
                 f"<style>{STYLE}</style></head><body><h1>{e(self.title)}</h1><p>{e(self.question)}</p><table><thead><tr>{head}</tr></thead>"
                 f"<tbody>{body}</tbody></table><ul>{notes}</ul>{pictures}"
                 f"<h2>Commands</h2><pre>{commands}</pre></body></html>\n")
+
+
+def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a Markdown table."""
+    return ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns),
+            *("| " + " | ".join(row) + " |" for row in rows)]
 
 
 STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}
@@ -102,6 +107,22 @@ def loss_curves(runs: dict[str, str], path: str, statistic: str = "Loss/loss") -
         axis.plot([r["Progress/kimg"]["mean"] for r in rows], [r[statistic]["mean"] for r in rows])
         axis.set(title=title, xlabel="kimg", ylabel="loss" if axis is axes[0, 0] else None)
         axis.grid(alpha=0.3)
+    _save(figure, path)
+
+
+def tradeoff(curves: dict[str, list[tuple[float, float, float]]], unguided: tuple[float, float], path: str) -> None:
+    """Plot label accuracy against FD, a line a mode. `curves`: mode -> (weight, FD, label accuracy); `unguided`: FD,
+    label accuracy without guidance, where every line begins."""
+    figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
+    for mode, points in curves.items():
+        fd, accuracy = zip(unguided, *((fd, accuracy) for _, fd, accuracy in points), strict=True)
+        axis.plot(fd, accuracy, marker="o", label=mode)
+        for weight, x, y in points:
+            axis.annotate(f"{weight:g}", (x, y), textcoords="offset points", xytext=(5, -10), fontsize=8)
+    axis.plot(*unguided, marker="s", color="black", linestyle="none", label="unguided")
+    axis.set(xlabel="FD (lower is better)", ylabel="label accuracy")
+    axis.grid(alpha=0.3)
+    axis.legend()
     _save(figure, path)
 
 

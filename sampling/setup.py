@@ -50,21 +50,24 @@ def check_usage(o: dnnlib.EasyDict) -> None:
 
 
 def load(o: dnnlib.EasyDict, device: torch.device) -> tuple[Callable, EvaluationMeter, Stopwatch, list[str] | None]:
-    """The denoiser with its guidance, meters of its networks and of the discriminator, and its class names or None."""
+    """The denoiser with its guidance, meters of its networks and of the discriminator, and its class names or None.
+
+    `o`: generate.py's options; those that are missing are not given.
+    """
     check_free(o.outdir)
     snapshot = load_snapshot(o.network, o)
     net = snapshot["ema"].to(device)
     modules = [net]
     if net.img_channels not in (1, 3):
         raise dnnlib.UserError(f"--network={o.network}: makes images of {net.img_channels} channels; PNGs have 1 or 3")
-    if o.classes is not None and max(o.classes) >= net.label_dim:
+    if o.get("classes") is not None and max(o.classes) >= net.label_dim:
         known = f"knows classes 0 to {net.label_dim - 1}" if net.label_dim else "was trained without labels"
         raise click.UsageError(f"--class={max(o.classes)}: this network {known}")
-    if o.cfg is not None:
+    if o.get("cfg") is not None:
         if not net.label_dim:
             raise click.UsageError(f"--cfg={o.cfg:g}: needs a network trained with labels; this one was not")
         net = ClassifierFreeGuidance(net, o.cfg)
-    if o.network_2 is not None:
+    if o.get("network_2") is not None:
         modules.append(load_snapshot(o.network_2, o)["ema"].to(device))
         net = AffineGuidance(net, modules[1], o.affine_weight)
     stopwatch = Stopwatch(device)
@@ -107,5 +110,5 @@ def load_snapshot(pattern: str, o: dnnlib.EasyDict, kind: str = "denoiser") -> d
 
 def choose_sampler(o: dnnlib.EasyDict) -> functools.partial:
     """EDM's sampler, or the general one as soon as a part of it is named; None leaves the sampler its own default."""
-    kwargs = {name: o[name] for name in SAMPLER_OPTIONS + SAMPLER_PARTS if o[name] is not None}
-    return functools.partial(ablation_sampler if any(o[name] for name in SAMPLER_PARTS) else heun_sampler, **kwargs)
+    kwargs = {name: o[name] for name in SAMPLER_OPTIONS + SAMPLER_PARTS if o.get(name) is not None}
+    return functools.partial(ablation_sampler if any(map(o.get, SAMPLER_PARTS)) else heun_sampler, **kwargs)

@@ -14,23 +14,25 @@ from metrics.report import Report
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
     outdir = tmp_path_factory.mktemp("quickstart") / "demo"
-    result = CliRunner().invoke(quickstart.main, [f"--outdir={outdir}", "--minutes=0.01", "--seed=1"])
+    result = CliRunner().invoke(quickstart.main, [f"--outdir={outdir}", "--minutes=0.01", "--seed=1", "--num=60"])
     assert result.exit_code == 0, result.output + repr(result.exception)
     return outdir, result.output
 
 
 def test_report_is_complete(demo):
     outdir, output = demo
-    assert re.search(r"\[1/9\].* left", output) and "Report: " in output
+    assert re.search(r"\[1/18\].* left", output) and "Report: " in output
     html, markdown = (outdir / "report.html").read_text(), (outdir / "report.md").read_text()
     rows = [line for line in markdown.splitlines() if line.startswith("| ")]
-    assert len(rows) == 3 and "baseline" in rows[1] and "TDSM" in rows[2] and rows[2] in output
+    assert len(rows) == 6 and "baseline" in rows[1] and "TDSM" in rows[2] and rows[2] in output
+    assert [row.split("|")[1].strip() for row in rows[3:]] == [
+        "SBDC, constant weight", "SBDC, calibrated weight", "SBDC on top of TDSM"]
     assert "n/a" not in rows[1] + rows[2]
     table = json.loads((outdir / "tables" / "tdsm.json").read_text())
     assert f"{table['metrics']['label_accuracy']:.3f}" in rows[2] and all(
-        c["num_images"] == 100 for c in table["classes"].values())
+        c["num_images"] == 6 for c in table["classes"].values())
     inlined = re.findall(r"data:image/png;base64,([^']+)'", html)
-    assert len(inlined) == 5 and all(base64.b64decode(data).startswith(b"\x89PNG") for data in inlined)
+    assert len(inlined) >= 9 and all(base64.b64decode(data).startswith(b"\x89PNG") for data in inlined)
     assert "http" not in html   # self-contained
     for picture in re.findall(r"\]\((.*?\.png)\)", markdown):
         assert (outdir / picture).read_bytes() in map(base64.b64decode, inlined)
@@ -45,8 +47,8 @@ def test_second_call_goes_on_where_the_first_stopped(demo):
     assert [*journal["seconds"]] == [s["name"] for s in journal["steps"]]
     del journal["seconds"]["tdsm-table"]
     (outdir / "quickstart.json").write_text(json.dumps(journal))
-    result = CliRunner().invoke(quickstart.main, [f"--outdir={outdir}", "--minutes=0.01", "--seed=1"])
-    assert result.exit_code == 0 and re.findall(r"\[(\d+)/9\]", result.output) == ["9"]
+    result = CliRunner().invoke(quickstart.main, [f"--outdir={outdir}", "--minutes=0.01", "--seed=1", "--num=60"])
+    assert result.exit_code == 0 and re.findall(r"\[(\d+)/18\]", result.output) == ["11"]
     assert (outdir / "report.html").exists()
 
 

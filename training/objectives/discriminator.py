@@ -17,25 +17,32 @@ __all__ = ["DiscriminatorObjective", "Shuffle", "right_shares"]
 
 MIXUP_ALPHA = 0.2   # lambda ~ Beta(alpha, alpha)
 MAX_FLIP = 0.9      # of the right pairs of a class, so that some stay right
+EVEN = 0.5          # share of right pairs to aim for
 SIGMA_BANDS = (0.0, 0.1, 0.5, 1.5, 5.0, float("inf"))
 
 
 class Shuffle:
     """Which pairs believed right become wrong ones, and which label they get: `flip` [C], `rows` [C,C], float64.
 
-    Without T the new label is uniform over the other classes and right and wrong pairs come out even. With T wrong
-    pairs are distributed as T makes them: flip = kappa (1 - T[c,c]) / T[c,c], the label from T's row c without c.
+    Without T every class flips as often and the new label is uniform over the other classes. With T wrong pairs are
+    distributed as T makes them: flip = kappa (1 - T[c,c]) / T[c,c], kappa <= 1, the label from T's row c without c.
+    Either way right and wrong pairs come out even, where as many as half of the labels are believed right.
     """
 
-    def __init__(self, is_clean: np.ndarray, num_classes: int, transition: np.ndarray | None = None):
+    def __init__(self, labels: np.ndarray, is_clean: np.ndarray, num_classes: int,
+                 transition: np.ndarray | None = None):
         others = 1 - np.eye(num_classes)
         self.rows = others / max(num_classes - 1, 1)
+        surplus = max(is_clean.mean() - EVEN, 0.0)
         if transition is None:
-            self.flip = np.full(num_classes, max(1 - 0.5 / max(is_clean.mean(), 1e-9), 0.0))
+            self.flip = np.full(num_classes, surplus / max(is_clean.mean(), 1e-9))
             return
         stays = np.diagonal(transition)
         odds = (1 - stays) / np.maximum(stays, 1e-9)
-        self.flip = odds * min(1.0, MAX_FLIP / max(odds.max(), 1e-9))
+        share = np.bincount(labels[is_clean], minlength=num_classes) / len(labels)
+        # Any kappa leaves the distributions alone: as many as balance wants, and never all pairs of a class.
+        kappa = min(surplus / max(share @ odds, 1e-9), 1.0, MAX_FLIP / max(odds.max(), 1e-9))
+        self.flip = kappa * odds
         moved = transition * others
         leaves = moved.sum(axis=1) > 0
         self.rows[leaves] = moved[leaves] / moved[leaves].sum(axis=1, keepdims=True)
@@ -70,7 +77,8 @@ class DiscriminatorObjective(Objective):
         transition: np.ndarray | None = None,
         partners: np.ndarray | None = None,
     ):
-        self.shuffle = Shuffle(is_clean, dataset.label_dim, transition)
+        self.transition = transition
+        self.shuffle = Shuffle(dataset.labels, is_clean, dataset.label_dim, transition)
         self.noise_rates = noise_rates
         self.right_shares = right_shares(dataset.labels, is_clean, self.shuffle)
         self.observed = torch.as_tensor(dataset.labels, device=device)
@@ -152,4 +160,5 @@ class DiscriminatorObjective(Objective):
         return binary_cross_entropy_with_logits(logits, targets, reduction="none")
 
     def info(self) -> dict:
-        return dict(noise_rates=self.noise_rates.tolist(), right_shares=self.right_shares.tolist())
+        return dict(noise_rates=self.noise_rates.tolist(), right_shares=self.right_shares.tolist(),
+                    shuffle="uniform" if self.transition is None else "transition")

@@ -1,0 +1,1 @@
+"""What the quickstart does, as commands: one module a data set."""

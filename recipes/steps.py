@@ -1,0 +1,88 @@
+"""Plans: commands of the scripts in order, run one after the other and remembered on disk."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shlex
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import click
+
+import dnnlib
+
+__all__ = ["Row", "Step", "run_plan"]
+
+
+@dataclass
+class Step:
+    """One command of a plan, and about how many seconds it takes on two cores."""
+
+    name: str
+    title: str
+    seconds: float
+    command: str
+
+
+@dataclass
+class Row:
+    """A method of a table: what it is called, the training runs it needs, and generate.py's options for it."""
+
+    name: str
+    title: str
+    training: Sequence[str]
+    sampling: str
+
+
+def run_plan(steps: Sequence[Step], scripts: Mapping[str, Any], outdir: str, pace: float) -> dict[str, float]:
+    """Run all steps that have not run yet; returns the seconds each took. `pace`: expected duration over the planned.
+
+    `scripts`: name -> module with a click command `main`. What they print goes to `outdir`/logs, their progress bars to
+    the screen. UserError: `outdir` holds something else.
+    """
+    journal = Journal(os.path.join(outdir, "quickstart.json"), [asdict(step) for step in steps])
+    remaining, spent, expected = sum(step.seconds for step in steps), 0.0, 0.0
+    for i, step in enumerate(steps):
+        if step.name not in journal.seconds:
+            left = remaining * (spent / expected if expected > 60 else pace)
+            click.echo(f"[{i + 1}/{len(steps)}] {step.title:<50s} about {dnnlib.format_time(left)} left")
+            start = time.time()
+            run_step(step, scripts, os.path.join(outdir, "logs", f"{step.name}.txt"))
+            journal.add(step.name, time.time() - start)
+            spent, expected = spent + journal.seconds[step.name], expected + step.seconds
+        remaining -= step.seconds
+    return journal.seconds
+
+
+def run_step(step: Step, scripts: Mapping[str, Any], log: str) -> None:
+    """Call the script's own main."""
+    script, *args = shlex.split(step.command)
+    os.makedirs(os.path.dirname(log), exist_ok=True)
+    with open(log, "a") as f, contextlib.redirect_stdout(f):
+        scripts[script].main(args, standalone_mode=False)
+
+
+class Journal:
+    """Which steps are done and how long each took, on disk, so that a second call goes on."""
+
+    def __init__(self, path: str, steps: list[dict]):
+        self.path, self.steps, self.seconds = path, steps, {}
+        folder = os.path.dirname(path)
+        if os.path.exists(path):
+            with open(path) as f:
+                known = json.load(f)
+            if known["steps"] != steps:
+                raise dnnlib.UserError(f"--outdir: {folder} holds a run with other options; choose another folder")
+            self.seconds = known["seconds"]
+        elif os.path.isdir(folder) and os.listdir(folder):
+            raise dnnlib.UserError(f"--outdir: {folder} is not empty and no quickstart's; choose another folder")
+
+    def add(self, name: str, seconds: float) -> None:
+        self.seconds[name] = seconds
+        os.makedirs(os.path.dirname(self.path), exist_ok=True)
+        with dnnlib.atomic_open(self.path, "w") as f:
+            json.dump(dict(steps=self.steps, seconds=self.seconds), f, indent=1)

@@ -1,0 +1,147 @@
+"""How much guidance? Label accuracy against FD for a list of weights of the discriminator, constant and calibrated.
+
+Writes sweep.png, sweep.md and sweep.json into --outdir; the same command again goes on where the last one stopped.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+
+import click
+import torch
+
+import dnnlib
+from dnnlib.cli import INT_LIST, Command, FloatRange
+from metrics import table
+from metrics.report import markdown_table, tradeoff
+from sampling.generation import generate_images, share_of
+from sampling.output import check_free, progress, save_images
+from sampling.setup import DEFAULT_WEIGHTS, choose_sampler, load
+from torch_utils import distributed
+from torch_utils.distributed import print0
+
+EXAMPLES = """
+Examples:
+  python sweep.py --network=training-runs/00000 --discriminator=discriminator-runs/00000 --data=datasets/digits.zip \\
+      --detector=pixels --outdir=sweep
+  torchrun --standalone --nproc_per_node=8 sweep.py --network=network.pkl --discriminator=discriminator.pkl \\
+      --data=datasets/cifar10-32x32.zip --detector=classifier.pkl --seeds=0-9999 --weights=0.5,1,2,3 --outdir=sweep
+"""
+COLUMNS = ["mode", "weight", "label accuracy", "FD", "FD / unguided"]
+
+
+class FloatList(click.ParamType):
+    """0.5,1,2 -> [0.5, 1.0, 2.0]; all above 0."""
+
+    name = "LIST"
+
+    def convert(self, value, param, ctx):
+        if isinstance(value, list):
+            return value
+        try:
+            weights = [float(x) for x in value.split(",")]
+        except ValueError:
+            self.fail(f"'{value}' is not a list of numbers such as 0.5,1,2", param, ctx)
+        if not all(0 < w < float("inf") for w in weights):
+            self.fail(f"'{value}': weights must be above 0 (0, no guidance, is always measured)", param, ctx)
+        return sorted(set(weights))
+
+
+@click.command(cls=Command, help=__doc__, epilog=EXAMPLES)
+@click.option("--network", metavar="PKL|DIR|URL", required=True, help="Snapshot of a denoiser, or its run directory")
+@click.option("--discriminator", metavar="PKL|DIR|URL", required=True, help="Snapshot of train_discriminator.py")
+@click.option("--data", metavar="PATH", required=True, help="Reference archive, with clean labels for its judge")
+@click.option("--detector", metavar="NAME", required=True, help="As in fid.py evaluate")
+@click.option("--outdir", metavar="DIR", required=True, help="Where plot, table and images go")
+@click.option("--weights", metavar="LIST", type=FloatList(), default="0.5,1,1.5,2,3", help="Weights, for both orders")
+@click.option("--modes", type=click.Choice([*DEFAULT_WEIGHTS, "both"]), default="both", help="Which --dg_mode")
+@click.option("--seeds", metavar="LIST", type=INT_LIST, default="0-999", help="Random seeds; classes take turns")
+@click.option("--batch", metavar="INT", type=click.IntRange(min=1), default=250, help="Images at a time on a process")
+@click.option("--steps", "num_steps", metavar="INT", type=click.IntRange(min=1), default=18, help="Sampling steps")
+@click.option("--S_clip_min", "S_clip_min", metavar="SIGMA", type=FloatRange(min=0), help="Correct from this sigma on")
+@click.option("--S_clip_max", "S_clip_max", metavar="SIGMA", type=FloatRange(min=0), help="Correct up to this sigma")
+@click.option("--noise_rate", metavar="R", type=FloatRange(min=0, max=1), help="Share of wrong labels, calibrated mode "
+              "[default: each class's own, from the label file]")
+@click.option("--judge", metavar="svm|PKL", default="svm", help="As in fid.py evaluate")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto", help="Where to run")
+@click.option("--trust_pickle", is_flag=True, help="Run code that a snapshot contains; for files you trust only")
+def main(**opts) -> None:
+    o = dnnlib.EasyDict(opts)
+    try:
+        run(o, distributed.init(o.device))
+    finally:
+        distributed.shutdown()
+
+
+def run(o: dnnlib.EasyDict, device: torch.device) -> None:
+    path = os.path.join(o.outdir, "sweep.json")
+    kept = {k: v for k, v in o.items() if k not in ("outdir", "batch", "device", "modes", "weights", "trust_pickle")}
+    results = distributed.together(lambda: known_results(path, kept), rank0_first=True)
+    modes = [*DEFAULT_WEIGHTS] if o.modes == "both" else [o.modes]
+    settings = [("unguided", 0.0), *itertools.product(modes, o.weights)]
+    for i, (mode, weight) in enumerate(settings):
+        name = f"{mode}-{weight:g}"
+        if name not in results:
+            print0(f"[{i + 1}/{len(settings)}] {name}")
+            results[name] = measure(o, device, mode, weight, os.path.join(o.outdir, "images", f"{name}.zip"))
+            if distributed.get_rank() == 0:
+                with dnnlib.atomic_open(path, "wt") as f:
+                    json.dump(dict(options=kept, results=results), f, indent=1)
+    if distributed.get_rank() == 0:
+        write(o.outdir, settings, results)
+
+
+def known_results(path: str, options: dict) -> dict:
+    """What an earlier call of the same sweep measured."""
+    if not os.path.exists(path):
+        check_free(os.path.dirname(path))
+        return {}
+    with open(path) as f:
+        known = json.load(f)
+    if known["options"] != options:
+        raise dnnlib.UserError(f"--outdir: {path} is of a sweep with other options; choose another folder")
+    return known["results"]
+
+
+def measure(o: dnnlib.EasyDict, device: torch.device, mode: str, weight: float, images: str) -> dict:
+    """Label accuracy and FD of one setting; collective. Weight 0: without guidance."""
+    guidance = dict(dg_mode=mode, dg_weight_1st_order=weight, dg_weight_2nd_order=weight)
+    setting = dnnlib.EasyDict(o, outdir=images, **guidance) if weight else dnnlib.EasyDict(
+        o, outdir=images, discriminator=None)
+    distributed.together(lambda: discard(images) if distributed.get_rank() == 0 else None)
+    net, _, _, names = distributed.together(lambda: load(setting, device), rank0_first=True)
+    own = share_of(o.seeds, distributed.get_rank(), distributed.get_world_size())
+    batches = generate_images(net, own, device=device, class_idx=[s % net.label_dim for s in own], batch=o.batch,
+                              sampler=choose_sampler(setting))
+    save_images(progress(batches, len(o.seeds)), images, False, names)
+    found = table.evaluate(images, o.data, o.detector, device=device, judge=o.judge)
+    return {name: found["metrics"][name] for name in ("label_accuracy", "fid")} if found else {}
+
+
+def discard(path: str) -> None:
+    """Images of a setting that was interrupted before it was measured."""
+    if os.path.exists(path):
+        os.remove(path)
+
+
+def write(outdir: str, settings: list[tuple[str, float]], results: dict) -> None:
+    """Table and plot."""
+    rows, curves = [], {}
+    base = results["unguided-0"]
+    for mode, weight in settings:
+        found = results[f"{mode}-{weight:g}"]
+        rows.append([mode, f"{weight:g}", f"{found['label_accuracy']:.3f}", f"{found['fid']:.4g}",
+                     f"{found['fid'] / base['fid']:.2f}"])
+        if weight:
+            curves.setdefault(mode, []).append((weight, found["fid"], found["label_accuracy"]))
+    lines = markdown_table(COLUMNS, rows)
+    with dnnlib.atomic_open(os.path.join(outdir, "sweep.md"), "wt") as f:
+        f.write("\n".join(lines) + "\n")
+    tradeoff(curves, (base["fid"], base["label_accuracy"]), os.path.join(outdir, "sweep.png"))
+    print("\n".join(lines) + f"\nWritten to: {outdir}")
+
+
+if __name__ == "__main__":
+    main()
