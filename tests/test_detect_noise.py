@@ -367,6 +367,17 @@ def test_confident_learning(data, tmp_path):
     assert np.trace(found.transition) > 1.2 and ((found.suggested == dataset.labels) == found.is_clean).all()
 
 
+@pytest.mark.filterwarnings("ignore:May not flag")
+def test_confident_learning_with_a_class_that_has_no_images(tmp_path):
+    pytest.importorskip("cleanlab", reason="needs the optional package cleanlab")
+    path = make_archive(tmp_path / "a.zip", pictures(12), [0, 1] * 6, class_names=["a", "b", "never"])
+    output = succeed(f"--data={path}", f"--dest={tmp_path}/l.npz", "--method=confident", "--epochs=1", "--batch=4")
+    assert "Warning: the scores" in output  # noise for images: the two other classes cannot be told apart either
+    found = load_label_file(tmp_path / "l.npz", ImageDataset(str(path)))
+    np.testing.assert_array_equal(found.transition[2], [0, 0, 1])
+    assert found.per_class_noise_rate[2] == 0
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Long.
 
