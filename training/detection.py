@@ -26,7 +26,7 @@ from training.noise_levels import LOWEST_SIGMA
 from training.objectives.classifier import shift_images
 from training.resnet import Classifier, resnet_kwargs
 from training.trained_network import TrainedNetwork, linear_rampup
-from training.transition import clean_posterior, inverse_transition
+from training.transition import clean_posterior
 
 __all__ = ["Settings", "confident", "cores", "describe", "from_classifier", "keep", "quality", "regularised_loss",
            "schedule"]
@@ -227,7 +227,8 @@ def confident(dataset: ImageDataset, device: torch.device, settings: Settings) -
     """Confident learning by cleanlab on out-of-fold probabilities of classifiers trained on the labels as they are.
 
     `is_clean` and `transition` are cleanlab's (filter by noise rate; latent estimates). `score` is the clean posterior
-    of the label, recovered with that transition; a wrong label's suggestion is the best other class by it.
+    of the label, recovered with that transition (the noisy one where it cannot be inverted); a wrong label's suggestion
+    is the best other class by it.
     """
     try:
         from cleanlab.count import compute_confident_joint, estimate_latent  # optional dependency
@@ -252,9 +253,12 @@ def confident(dataset: ImageDataset, device: torch.device, settings: Settings) -
     joint = compute_confident_joint(dataset.labels, probs)
     _, given, _ = estimate_latent(joint, dataset.labels)    # P(observed = row | clean = column)
     is_clean = ~find_label_issues(dataset.labels, probs, confident_joint=joint, n_jobs=1)
-    transition = given.T / given.T.sum(axis=1, keepdims=True)
-    clean = clean_posterior(torch.from_numpy(probs).log(), transition, torch.from_numpy(inverse_transition(transition)))
-    return label_file(dataset, clean.float().numpy(), is_clean, transition)
+    transition = row_stochastic(np.nan_to_num(given.T))     # NaN: a class that no image seems to have
+    try:
+        probs = clean_posterior(torch.from_numpy(probs).log(), transition).numpy()
+    except dnnlib.UserError as e:
+        distributed.print0(f"Warning: the scores are those of the noisy posterior: {e.message}")
+    return label_file(dataset, probs, is_clean, transition)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -262,12 +266,18 @@ def confident(dataset: ImageDataset, device: torch.device, settings: Settings) -
 
 
 def confusion(classes: np.ndarray, dataset: ImageDataset) -> np.ndarray:
-    """Share of the images of each class that are observed as each label, float64 [C,C]; the identity's row for a class
-    without images. With `classes` believed to be the clean ones this estimates T."""
+    """Share of the images of each class that are observed as each label, float64 [C,C].
+
+    With `classes` believed to be the clean ones this estimates T.
+    """
     c = dataset.label_dim
-    counts = np.bincount(classes * c + dataset.labels, minlength=c * c).reshape(c, c).astype(np.float64)
-    counts[counts.sum(axis=1) == 0] = np.eye(c)[counts.sum(axis=1) == 0]
-    return counts / counts.sum(axis=1, keepdims=True)
+    return row_stochastic(np.bincount(classes * c + dataset.labels, minlength=c * c).reshape(c, c))
+
+
+def row_stochastic(counts: np.ndarray) -> np.ndarray:
+    """Rows divided by their sums, float64 [C,C]; an empty row (a class without images) becomes the identity's."""
+    sums = counts.sum(axis=1, keepdims=True)
+    return np.where(sums > 0, counts / np.where(sums > 0, sums, 1), np.eye(len(counts)))
 
 
 def label_file(dataset: ImageDataset, posterior: np.ndarray, is_clean: np.ndarray | None = None,
