@@ -8,18 +8,20 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 
 import click
 import torch
 
 import dnnlib
 from dnnlib.cli import INT_LIST, Command, FloatRange
+from sampling.ddgan import check_options, ddgan_sampler, is_generator
 from sampling.generation import EvaluationCounter, generate_images, share_of
 from sampling.guidance import AffineGuidance, ClassifierFreeGuidance
 from sampling.output import check_free, is_zip, progress, save_images, save_sheet
 from sampling.samplers import DISCRETIZATIONS, SCALINGS, SCHEDULES, SOLVERS, ablation_sampler, heun_sampler
 from torch_utils import distributed, persistence
-from training import networks, resnet  # noqa: F401  They register what a snapshot may hold.
+from training import ddgan_networks, networks, resnet  # noqa: F401  They register what a snapshot may hold.
 
 EXAMPLES = """
 Examples:
@@ -33,7 +35,7 @@ SAMPLER_PARTS = ["solver", "discretization", "schedule", "scaling"]
 
 
 @click.command(cls=Command, help=__doc__, epilog=EXAMPLES)
-@click.option("--network", metavar="PKL|DIR|URL", required=True, help="Snapshot of a denoiser, or its run directory")
+@click.option("--network", metavar="PKL|DIR|URL", required=True, help="Snapshot to sample, or its run directory")
 @click.option("--outdir", metavar="DIR|ZIP", required=True, help="Folder for the images, or X.zip for an archive")
 @click.option("--seeds", metavar="LIST", type=INT_LIST, default="0-63", help="Random seeds, e.g. 1,2,5-10")
 @click.option("--subdirs", is_flag=True, help="Make a folder per 1000 seeds")
@@ -76,7 +78,7 @@ def run(o: dnnlib.EasyDict, device: torch.device) -> None:
     seeds = list(dict.fromkeys(o.seeds))
     own = share_of(seeds, distributed.get_rank(), distributed.get_world_size())
     classes = o.classes and [o.classes[seed % len(o.classes)] for seed in own]
-    batches = generate_images(net, own, device=device, class_idx=classes, batch=o.batch, sampler=choose_sampler(o))
+    batches = generate_images(net, own, device=device, class_idx=classes, batch=o.batch, sampler=choose_sampler(o, net))
     distributed.print0(f"Generating {len(seeds)} images to {o.outdir}")
 
     start, handler = time.time(), signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
@@ -109,8 +111,10 @@ def check_usage(o: dnnlib.EasyDict) -> None:
 def load(o: dnnlib.EasyDict, device: torch.device):
     """The denoiser with its guidance, a counter of its evaluations, and its class names or None."""
     check_free(o.outdir)
-    snapshot = load_snapshot(o.network, o)
+    snapshot = load_snapshot(o.network, o, "denoiser", "generator")
     net = snapshot["ema"].to(device)
+    if is_generator(net):
+        check_options(o.network)
     modules = [net]
     if net.img_channels not in (1, 3):
         raise dnnlib.UserError(f"--network={o.network}: makes images of {net.img_channels} channels; PNGs have 1 or 3")
@@ -122,18 +126,20 @@ def load(o: dnnlib.EasyDict, device: torch.device):
             raise click.UsageError(f"--cfg={o.cfg:g}: needs a network trained with labels; this one was not")
         net = ClassifierFreeGuidance(net, o.cfg)
     if o.network_2 is not None:
-        modules.append(load_snapshot(o.network_2, o)["ema"].to(device))
+        modules.append(load_snapshot(o.network_2, o, "denoiser")["ema"].to(device))
         net = AffineGuidance(net, modules[1], o.affine_weight)
     return net, EvaluationCounter(*modules), (snapshot.get("info") or {}).get("class_names")
 
 
-def load_snapshot(pattern: str, o: dnnlib.EasyDict) -> dict:
+def load_snapshot(pattern: str, o: dnnlib.EasyDict, *kinds: str) -> dict:
     path = persistence.find_snapshot(pattern)
-    return persistence.load_snapshot(path, trust_pickle=o.trust_pickle, kind="denoiser")
+    return persistence.load_snapshot(path, trust_pickle=o.trust_pickle, kind=kinds)
 
 
-def choose_sampler(o: dnnlib.EasyDict) -> functools.partial:
+def choose_sampler(o: dnnlib.EasyDict, net) -> Callable:
     """EDM's sampler, or the general one as soon as a part of it is named; None leaves the sampler its own default."""
+    if is_generator(net):
+        return ddgan_sampler
     kwargs = {name: o[name] for name in SAMPLER_OPTIONS + SAMPLER_PARTS if o[name] is not None}
     return functools.partial(ablation_sampler if any(o[name] for name in SAMPLER_PARTS) else heun_sampler, **kwargs)
 

@@ -91,6 +91,8 @@ class ImageDataset:
         self.labels = self._select(labels)
         self.clean_labels = self._select(clean)
         self._vectors = self._select(self._vectors)
+        outliers = (reader.metadata or {}).get("outliers")  # file names of images put in from another source
+        self.outliers = None if outliers is None else self._select(np.isin(reader.names, outliers))
         self._pixels: torch.Tensor | None = None
 
     def _count_classes(self, labels: np.ndarray, clean: np.ndarray | None) -> int:
