@@ -79,8 +79,8 @@ def main(**opts) -> None:
 def check_usage(o: dnnlib.EasyDict) -> None:
     """Raise for options that contradict each other."""
     if o.method == "ddgan":
-        for name, value, own in (("tau", o.tau, 0), ("phi1", o.phi1, "softplus"), ("phi2", o.phi2, "softplus")):
-            if value not in (None, own):
+        for name, own in dict(tau=0, phi1="softplus", phi2="softplus", cost="pixels").items():
+            if (value := o[name]) not in (None, own):
                 raise click.UsageError(f"--{name}={value}: belongs to --method=rduot; the baseline has {own}")
     if o.precision == "fp16":
         raise click.UsageError("--precision=fp16: the gradient penalty leaves its range; use bf16")

@@ -78,7 +78,9 @@ def test_generator_is_the_u_net_with_other_norms():
 
 
 def test_latent_scales_and_shifts():
-    norm = shaken(LatentGroupNorm(8, 5, eps=1e-6))
+    norm = LatentGroupNorm(8, 5, eps=1e-6)
+    assert norm.affine.bias.tolist() == [1] * 8 + [0] * 8   # where training begins
+    shaken(norm)
     x, latent = torch.randn(3, 8, 4, 4), torch.randn(3, 5)
     p = latent @ norm.affine.weight.T + norm.affine.bias
     plain = torch.nn.functional.group_norm(x, 2, eps=1e-6)

@@ -13,6 +13,7 @@ import torch
 from test_objectives import CPU, Data, make_config
 from torch.nn.functional import logsigmoid, softplus
 
+from sampling.ddgan import ddgan_sampler
 from torch_utils.training_stats import Stats
 from training.diffusion_steps import DiffusionSteps
 from training.objectives.rduot import CONJUGATES, RDUOT, ema_halflife, gradient_penalty
@@ -59,6 +60,31 @@ def test_posterior_from_the_true_image_has_the_forward_marginals(timesteps):
             np.testing.assert_allclose(moments, [abar * mean, var, a * var], atol=1e-2)
         if k == 0:
             torch.testing.assert_close(steps.posterior(x_0, x_next, t, e), x_0)
+
+
+class GaussianPosterior(torch.nn.Module):
+    """The perfect generator of pixels N(mean, std^2): a sample of p(x_0 | x_{t+1}), drawn with z."""
+
+    mean, std, nz, num_timesteps, beta_min, beta_max = 0.5, 0.3, 4, 4, 0.1, 20.0
+
+    def forward(self, x, t, z, class_labels):
+        abar = DiffusionSteps(4).abar[t + 1][:, None, None, None]
+        gain = abar * self.std**2 / (abar**2 * self.std**2 + 1 - abar**2)
+        spread = (self.std**2 * (1 - gain * abar)).sqrt()
+        return self.mean + gain * (x - abar * self.mean) + spread * z.reshape(x.shape)
+
+
+def test_sampler_with_a_perfect_generator():
+    net, n, drawn = GaussianPosterior(), 50_000, []
+    rng = torch.Generator().manual_seed(0)
+
+    def randn_like(x):
+        drawn.append(tuple(x.shape))
+        return torch.randn(x.shape, generator=rng, dtype=x.dtype)
+
+    x = ddgan_sampler(net, torch.randn([n, 1, 2, 2], generator=rng), randn_like=randn_like)
+    assert drawn == [(n, 4), (n, 1, 2, 2)] * 3 + [(n, 4)] and x.dtype == torch.float32
+    np.testing.assert_allclose([x.mean(), x.std()], [net.mean, net.std], atol=3e-3)
 
 
 # The objective.
@@ -228,6 +254,7 @@ def test_each_network_learns_from_its_own_loss():
     images, labels, _, draws = batch(objective)
     objective.draw = lambda *_: draws
     got = step(objective)
+    assert not objective.trained["potential"]._flat_grads.any()     # the generator's loss left it alone
     for loss, name in ((objective.loss, "net"), (lambda *a: objective.potential_loss(True, *a), "potential")):
         net = objective.trained[name].net.requires_grad_(True)
         want = torch.autograd.grad(loss(images, labels, draws, Stats(CPU)).mean(), list(net.parameters()))
@@ -303,7 +330,8 @@ def test_costs():
     cost = TransportCost("standardized", data, steps, CPU)
     x_0 = data.pixels.float() / 127.5 - 1
     std = x_0.std(dim=0, correction=0)
-    u = (x_0 - x_0.mean(dim=0)) / std.clamp(min=0.1 * float(std.mean()))
+    x_0, mean = x_0 + 0.1, x_0.mean(dim=0)
+    u = (x_0 - mean) / std.clamp(min=0.1 * float(std.mean()))
     x_next = torch.randn(64, 1, 8, 8)   # x_T is nearly that, whatever the data
     got = cost(x_0, x_next, torch.full([64], 3))
     want = squared_distance(u, x_next, t)

@@ -16,6 +16,7 @@ from test_training import ROOT, assert_same, final_weights
 import generate
 import train_rduot
 from torch_utils import persistence
+from training.dataset import ImageDataset
 
 PUBLISHED = ("--num_channels_dae 128 --num_timesteps 4 --num_res_blocks 2 --batch_size 64 --ngf 64 --nz 100 "
              "--z_emb_dim 256 --n_mlp 4 --embedding_type positional --use_ema --ema_decay 0.9999 --r1_gamma 0.02 "
@@ -58,6 +59,11 @@ def trained(data, tmp_path_factory):
     outdir = tmp_path_factory.mktemp("trained")
     succeed(train_rduot, f"--outdir={outdir}", f"--data={data}", "--cond=1", "--duration=0.000096", *TINY)
     return outdir / "00000-mixed-cond-rduot-gpus1-batch8-fp32"
+
+
+def test_archive_knows_its_outliers(data):
+    outliers = ImageDataset(str(data), xflip=True, use_labels=False).outliers
+    assert outliers.dtype == bool and np.array_equal(outliers.nonzero()[0], np.arange(0, 128, 8))
 
 
 def test_run_directory(trained):
@@ -167,6 +173,7 @@ def test_bad_options(trained, data, tmp_path):
     good = [f"--outdir={tmp_path}/out", f"--data={data}"]
     fail(2, "--tau=0.1.*--method=rduot", train_rduot, *good, "--method=ddgan", "--tau=0.1")
     fail(2, "--phi1=kl.*has softplus", train_rduot, *good, "--method=ddgan", "--phi1=kl")
+    fail(2, "--cost=features", train_rduot, *good, "--method=ddgan", "--cost=features")
     fail(2, "--batch-gpu=6.*multiple of 4", train_rduot, *good, "--batch-gpu=6")
     fail(2, "--num_epoch and --duration", train_rduot, *good, "--num_epoch=1", "--duration=1")
     fail(2, "--precision=fp16", train_rduot, *good, "--precision=fp16")
