@@ -256,7 +256,7 @@ def test_each_network_learns_from_its_own_loss():
     got = step(objective)
     assert not objective.trained["potential"]._flat_grads.any()     # the generator's loss left it alone
     for loss, name in ((objective.loss, "net"), (lambda *a: objective.potential_loss(True, *a), "potential")):
-        net = objective.trained[name].net.requires_grad_(True)
+        net = objective.trained[name].net
         want = torch.autograd.grad(loss(images, labels, draws, Stats(CPU)).mean(), list(net.parameters()))
         for (k, _), g in zip(net.named_parameters(), want, strict=True):
             torch.testing.assert_close(got[f"{name}.{k}"], g, rtol=1e-5, atol=1e-6)

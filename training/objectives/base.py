@@ -125,8 +125,9 @@ class Objective:
         size = self.config["batch_gpu"] or n
         for name, loss_of, networks in self.phases(nimg):
             active = [self.trained[network] for network in networks]
-            for trained in self.trained.values():
-                trained.net.requires_grad_(trained in active)
+            frozen = [trained for trained in self.trained.values() if trained not in active]
+            for trained in frozen:
+                trained.net.requires_grad_(False)
             for start in range(0, n, size):
                 part = slice(start, start + size)
                 with contextlib.ExitStack() as stack:
@@ -139,6 +140,8 @@ class Objective:
             for trained in active:
                 trained.update(nimg, self.config["batch_size"])
                 stats.add("Health/bad_gradients", trained.take_bad_grads())
+            for trained in frozen:
+                trained.net.requires_grad_(True)
 
     def snapshot(self) -> dict:
         """What `network-snapshot-*.pkl` holds, without the run's own `info`."""

@@ -127,8 +127,8 @@ class RDUOT(Objective):
 
     def phases(self, nimg: int) -> list[Phase]:
         # The step's number follows from the images seen: a resumed run penalises in the same steps.
-        step, lazy = nimg // self.config["batch_size"], self.config["rduot"]["lazy_reg"]
-        penalise = self.losses.r1_gamma > 0 and step % (lazy or 1) == 0
+        step = nimg // self.config["batch_size"]
+        penalise = self.losses.r1_gamma > 0 and step % self.config["rduot"]["lazy_reg"] == 0
         return [("potential", functools.partial(self.potential_loss, penalise), ["potential"]),
                 ("loss", self.loss, ["net"])]
 
