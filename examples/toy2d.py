@@ -139,11 +139,11 @@ def draw(path: str, results: dict, data: torch.Tensor, steps: DiffusionSteps) ->
 @click.option("--outdir", metavar="DIR", required=True, help="Where toy2d.png and toy2d.json go")
 @click.option("--method", type=click.Choice(["both", "ddgan", "rduot"]), default="both", help="What to train")
 @click.option("--outliers", metavar="SHARE", type=FloatRange(min=0, max=1), default=0.05, help="Share of outliers")
-@click.option("--tau", metavar="FLOAT", type=FloatRange(min=0), default=0.06, help="RDUOT: weight of the cost")
+@click.option("--tau", metavar="FLOAT", type=FloatRange(min=0), default=0.08, help="RDUOT: weight of the cost")
 @click.option("--phi1", type=PHI, default="softplus", help="RDUOT: conjugate on generated pairs")
 @click.option("--phi2", type=PHI, default="softplus", help="RDUOT: conjugate on real pairs")
 @click.option("--num_timesteps", metavar="INT", type=click.IntRange(min=1), default=4, help="Steps of the diffusion")
-@click.option("--steps", "num_steps", metavar="INT", type=click.IntRange(min=1), default=10000, help="Training steps")
+@click.option("--steps", "num_steps", metavar="INT", type=click.IntRange(min=1), default=15000, help="Training steps")
 @click.option("--seed", metavar="INT", type=click.IntRange(min=0), default=0, help="Random seed")
 def main(outdir: str, method: str, outliers: float, tau: float, phi1: str, phi2: str, num_timesteps: int,
          num_steps: int, seed: int) -> None:
