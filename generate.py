@@ -30,7 +30,7 @@ RATE = FloatRange(min=0, max=1)
 
 
 @click.command(cls=Command, help=__doc__, epilog=EXAMPLES)
-@click.option("--network", metavar="PKL|DIR|URL", required=True, help="Snapshot of a denoiser, or its run directory")
+@click.option("--network", metavar="PKL|DIR|URL", required=True, help="Snapshot to sample, or its run directory")
 @click.option("--outdir", metavar="DIR|ZIP", required=True, help="Folder for the images, or X.zip for an archive")
 @click.option("--seeds", metavar="LIST", type=INT_LIST, default="0-63", help="Random seeds, e.g. 1,2,5-10")
 @click.option("--subdirs", is_flag=True, help="Make a folder per 1000 seeds")
@@ -84,7 +84,7 @@ def run(o: dnnlib.EasyDict, device: torch.device) -> None:
     seeds = list(dict.fromkeys(o.seeds))
     own = share_of(seeds, distributed.get_rank(), distributed.get_world_size())
     classes = o.classes and [o.classes[seed % len(o.classes)] for seed in own]
-    batches = generate_images(net, own, device=device, class_idx=classes, batch=o.batch, sampler=choose_sampler(o))
+    batches = generate_images(net, own, device=device, class_idx=classes, batch=o.batch, sampler=choose_sampler(o, net))
     distributed.print0(f"Generating {len(seeds)} images to {o.outdir}")
 
     start, handler = time.time(), signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))

@@ -114,7 +114,7 @@ def measure(o: dnnlib.EasyDict, device: torch.device, mode: str, weight: float, 
     net, _, _, names = distributed.together(lambda: load(setting, device), rank0_first=True)
     own = share_of(o.seeds, distributed.get_rank(), distributed.get_world_size())
     batches = generate_images(net, own, device=device, class_idx=[s % net.label_dim for s in own], batch=o.batch,
-                              sampler=choose_sampler(setting))
+                              sampler=choose_sampler(setting, net))
     save_images(progress(batches, len(o.seeds)), images, False, names)
     found = table.evaluate(images, o.data, o.detector, device=device, judge=o.judge)
     return {name: found["metrics"][name] for name in ("label_accuracy", "fid")} if found else {}

@@ -7,13 +7,14 @@ import math
 import os
 import re
 import sys
+from collections.abc import Collection
 from typing import Any
 
 import click
 
 from dnnlib.util import one_line
 
-__all__ = ["BOOL", "INT_LIST", "Command", "FloatRange", "Group", "output_file", "parse_int_list"]
+__all__ = ["BOOL", "INT_LIST", "Command", "FloatRange", "Group", "given_options", "output_file", "parse_int_list"]
 
 _MAX_INTS = 100_000_000
 
@@ -91,6 +92,13 @@ INT_LIST = _IntList()
 BOOL = _Bool()
 
 
+def given_options(besides: Collection[str] = ()) -> list[str]:
+    """Options that the running command was given explicitly, as '--name', but for the parameters named `besides`."""
+    ctx = click.get_current_context()
+    return [p.opts[0] for p in ctx.command.params if p.name not in besides
+            and ctx.get_parameter_source(p.name) not in (None, click.core.ParameterSource.DEFAULT)]
+
+
 def _fail(message: str, exit_code: int) -> None:
     # Under torchrun all processes meet the same mistake; one of them reports it.
     if os.environ.get("RANK", "0") == "0":
@@ -155,7 +163,22 @@ class _OneLineErrors:
 
 
 class Command(_OneLineErrors, click.Command):
-    """click.Command that accepts dashes and underscores alike in options and fails in one line."""
+    """click.Command that accepts dashes and underscores alike in options and fails in one line.
+
+    Lists of integers may be spelled with spaces as well, as argparse takes them: --ch_mult 1 2 2 2.
+    """
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        plain = {name.replace("_", "-") for p in self.params if p.type is INT_LIST for name in p.opts}
+        joined: list[str] = []
+        values = None   # of the list that is being read; None: no list
+        for arg in args:
+            if values and re.fullmatch("[0-9]+", arg):
+                joined[-1] += f",{arg}"
+                continue
+            values = 0 if arg.replace("_", "-") in plain else 1 if values == 0 else None
+            joined.append(arg)
+        return super().parse_args(ctx, joined)
 
 
 class Group(_OneLineErrors, click.Group):

@@ -10,13 +10,14 @@ import click
 import torch
 
 import dnnlib
+from sampling.ddgan import check_options, ddgan_sampler, is_generator
 from sampling.generation import EvaluationMeter, Stopwatch
 from sampling.guidance import AffineGuidance, ClassifierFreeGuidance, DiscriminatorGuidance
 from sampling.output import check_free, is_zip
 from sampling.samplers import ablation_sampler, heun_sampler
 from torch_utils import persistence
 from torch_utils.distributed import print0
-from training import networks, resnet  # noqa: F401  They register what a snapshot may hold.
+from training import ddgan_networks, networks, resnet  # noqa: F401  They register what a snapshot may hold.
 
 __all__ = ["check_usage", "choose_sampler", "load"]
 
@@ -55,8 +56,10 @@ def load(o: dnnlib.EasyDict, device: torch.device) -> tuple[Callable, Evaluation
     `o`: generate.py's options; those that are missing are not given.
     """
     check_free(o.outdir)
-    snapshot = load_snapshot(o.network, o)
+    snapshot = load_snapshot(o.network, o, "denoiser", "generator")
     net = snapshot["ema"].to(device)
+    if is_generator(net):
+        check_options(o.network)
     modules = [net]
     if net.img_channels not in (1, 3):
         raise dnnlib.UserError(f"--network={o.network}: makes images of {net.img_channels} channels; PNGs have 1 or 3")
@@ -68,7 +71,7 @@ def load(o: dnnlib.EasyDict, device: torch.device) -> tuple[Callable, Evaluation
             raise click.UsageError(f"--cfg={o.cfg:g}: needs a network trained with labels; this one was not")
         net = ClassifierFreeGuidance(net, o.cfg)
     if o.get("network_2") is not None:
-        modules.append(load_snapshot(o.network_2, o)["ema"].to(device))
+        modules.append(load_snapshot(o.network_2, o, "denoiser")["ema"].to(device))
         net = AffineGuidance(net, modules[1], o.affine_weight)
     stopwatch = Stopwatch(device)
     if o.discriminator is not None:
@@ -78,7 +81,7 @@ def load(o: dnnlib.EasyDict, device: torch.device) -> tuple[Callable, Evaluation
 
 def guided(net: Callable, o: dnnlib.EasyDict, device: torch.device, stopwatch: Stopwatch) -> DiscriminatorGuidance:
     """The denoiser corrected by --discriminator."""
-    snapshot = load_snapshot(o.discriminator, o, kind="discriminator")
+    snapshot = load_snapshot(o.discriminator, o, "discriminator")
     mode = o.dg_mode or "constant"
     rates, shares = None, None
     if mode == "calibrated":
@@ -103,12 +106,14 @@ def gate(o: dnnlib.EasyDict) -> tuple[float, float]:
     return (0.0 if o.S_clip_min is None else o.S_clip_min), (float("inf") if o.S_clip_max is None else o.S_clip_max)
 
 
-def load_snapshot(pattern: str, o: dnnlib.EasyDict, kind: str = "denoiser") -> dict:
+def load_snapshot(pattern: str, o: dnnlib.EasyDict, *kinds: str) -> dict:
     path = persistence.find_snapshot(pattern)
-    return persistence.load_snapshot(path, trust_pickle=o.trust_pickle, kind=kind)
+    return persistence.load_snapshot(path, trust_pickle=o.trust_pickle, kind=kinds)
 
 
-def choose_sampler(o: dnnlib.EasyDict) -> functools.partial:
+def choose_sampler(o: dnnlib.EasyDict, net: Callable) -> Callable:
     """EDM's sampler, or the general one as soon as a part of it is named; None leaves the sampler its own default."""
+    if is_generator(net):
+        return ddgan_sampler
     kwargs = {name: o[name] for name in SAMPLER_OPTIONS + SAMPLER_PARTS if o.get(name) is not None}
     return functools.partial(ablation_sampler if any(map(o.get, SAMPLER_PARTS)) else heun_sampler, **kwargs)

@@ -187,12 +187,12 @@ def _kimg(path: str) -> float:
 
 
 def load_snapshot(path_or_url: str | os.PathLike[str], trust_pickle: bool = False,
-                  kind: str | None = None) -> dict[str, Any]:
+                  kind: str | tuple[str, ...] | None = None) -> dict[str, Any]:
     """Read a snapshot of ours or of EDM's without running anything in it (formats.md, Network snapshot).
 
     Returns a dict: `ema`, our class of the recorded name in eval mode without gradients, on the CPU; `info`,
     `dataset_kwargs` (dicts), `loss_fn`, `augment_pipe` (dicts with their `class_name`, or None).
-    `kind` (denoiser, classifier, discriminator, generator): refuse networks of another kind.
+    `kind` (denoiser, classifier, discriminator, generator, or several): refuse networks of another kind.
     `trust_pickle` runs the code inside the file instead, which may do anything, and says so.
     Raises UserError naming the file and what is wrong: missing, truncated, corrupt, of another kind, asking for
     anything a snapshot does not need.
@@ -222,10 +222,12 @@ def load_snapshot(path_or_url: str | os.PathLike[str], trust_pickle: bool = Fals
     }
 
 
-def _check_kind(name: str, cls: type, kind: str | None) -> None:
+def _check_kind(name: str, cls: type, kind: str | tuple[str, ...] | None) -> None:
     found = getattr(_classes.get(cls.__name__, cls), "network_kind", None)
-    if kind is not None and found != kind and not (found is None and cls.__module__ in _executed):
-        raise UserError(f"{name}: holds a {found or 'network of another kind'} ({cls.__name__}), not a {kind}")
+    wanted = (kind,) if isinstance(kind, str) else kind
+    if wanted is not None and found not in wanted and not (found is None and cls.__module__ in _executed):
+        raise UserError(f"{name}: holds a {found or 'network of another kind'} ({cls.__name__}), not a "
+                        f"{' or '.join(wanted)}")
 
 
 class _ValueLimit(TorchDispatchMode):
@@ -262,7 +264,7 @@ class _Reader(safe_pickle.Resolver):
             raise self.fail(f"holds no persistent object where one belongs ({type(e).__name__}: {e})") from e
         return class_name, state
 
-    def network_class(self, record: Any, kind: str | None) -> type:
+    def network_class(self, record: Any, kind: str | tuple[str, ...] | None) -> type:
         """Our class of the recorded name."""
         class_name = self._meta(record)[0]
         cls = _classes.get(class_name)
@@ -364,7 +366,7 @@ def _execute_source(meta: dict[str, Any]) -> Any:
     return _restore(cls, meta["state"])
 
 
-def _load_trusted(data: bytes, name: str, kind: str | None) -> dict[str, Any]:
+def _load_trusted(data: bytes, name: str, kind: str | tuple[str, ...] | None) -> dict[str, Any]:
     distributed.print0(f"Warning: --trust_pickle: running the code inside {name}")
     try:
         tree = _TrustedUnpickler(io.BytesIO(data)).load()

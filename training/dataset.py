@@ -92,6 +92,8 @@ class ImageDataset:
         self.clean_labels = self._select(clean)
         self.outliers = self._select(reader.outliers())  # bool: put in from another source; None without a record
         self._vectors = self._select(self._vectors)
+        outliers = (reader.metadata or {}).get("outliers")  # file names of images put in from another source
+        self.outliers = None if outliers is None else self._select(np.isin(reader.names, outliers))
         self._pixels: torch.Tensor | None = None
         self._held: torch.Tensor | None = None
 

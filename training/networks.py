@@ -185,7 +185,7 @@ class FourierEmbedding(torch.nn.Module):
 class UNetBlock(torch.nn.Module):
     """Residual block that sees an embedding, with optional resampling and self-attention.
 
-    [N,in_channels,H,W], [N or 1,emb_channels] -> [N,out_channels,H',W'].
+    [N,in_channels,H,W], [N or 1,emb_channels] -> [N,out_channels,H',W']. `norm_inputs` go to subclasses' norms.
     """
 
     def __init__(self,
@@ -231,17 +231,19 @@ class UNetBlock(torch.nn.Module):
             self.qkv = Conv2d(out_channels, out_channels * 3, 1, **(init if init_attn is None else init_attn))
             self.proj = Conv2d(out_channels, out_channels, 1, **init_zero)
 
-    def forward(self, x: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
-        h = self.conv0(F.silu(self.norm0(x)))
+    def forward(self, x: torch.Tensor, emb: torch.Tensor, *norm_inputs: torch.Tensor) -> torch.Tensor:
+        h = self.conv0(F.silu(self.norm0(x, *norm_inputs)))
         p = self.affine(emb)[:, :, None, None].to(h.dtype)
         if self.adaptive_scale:
             scale, shift = p.chunk(2, dim=1)
-            h = F.silu(torch.addcmul(shift, self.norm1(h), scale + 1))
+            h = F.silu(torch.addcmul(shift, self.norm1(h, *norm_inputs), scale + 1))
         else:
-            h = F.silu(self.norm1(h + p))
+            h = F.silu(self.norm1(h + p, *norm_inputs))
         h = self.conv1(F.dropout(h, self.dropout, self.training))
         x = (h + (x if self.skip is None else self.skip(x))) * self.skip_scale
-        return (self.proj(self._attend(self.norm2(x))) + x) * self.skip_scale if self.num_heads else x
+        if self.num_heads:
+            x = (self.proj(self._attend(self.norm2(x, *norm_inputs))) + x) * self.skip_scale
+        return x
 
     def _attend(self, x: torch.Tensor) -> torch.Tensor:
         # Published weights lay the channels of qkv out as [heads, channels of a head, 3]. PyTorch keeps the softmax in
@@ -280,23 +282,27 @@ class UNet(torch.nn.Module):
         self.enc[f"{self.levels[0]}_conv"] = Conv2d(in_channels, channels, 3, **stem)
         for level, (name, width, attention) in enumerate(plan):
             if level > 0:
-                self.enc[f"{name}_down"] = UNetBlock(channels, channels, down=True, **block)
+                self.enc[f"{name}_down"] = self._block(channels, channels, down=True, **block)
                 skips.append(channels)
             for i in range(num_blocks):
-                self.enc[f"{name}_block{i}"] = UNetBlock(channels, width, attention=attention, **block)
+                self.enc[f"{name}_block{i}"] = self._block(channels, width, attention=attention, **block)
                 channels = width
                 skips.append(channels)
 
         self.dec = torch.nn.ModuleDict()
-        self.dec[f"{self.levels[-1]}_in0"] = UNetBlock(channels, channels, attention=True, **block)
-        self.dec[f"{self.levels[-1]}_in1"] = UNetBlock(channels, channels, **block)
+        self.dec[f"{self.levels[-1]}_in0"] = self._block(channels, channels, attention=True, **block)
+        self.dec[f"{self.levels[-1]}_in1"] = self._block(channels, channels, **block)
         for level, (name, width, attention) in reversed(list(enumerate(plan))):
             if level < len(plan) - 1:
-                self.dec[f"{name}_up"] = UNetBlock(channels, channels, up=True, **block)
+                self.dec[f"{name}_up"] = self._block(channels, channels, up=True, **block)
             for i in range(num_blocks + 1):
                 attend = attention and (attn_in_all_decoder_blocks or i == num_blocks)
-                self.dec[f"{name}_block{i}"] = UNetBlock(channels + skips.pop(), width, attention=attend, **block)
+                self.dec[f"{name}_block{i}"] = self._block(channels + skips.pop(), width, attention=attend, **block)
                 channels = width
+
+    def _block(self, in_channels: int, out_channels: int, **kwargs) -> UNetBlock:
+        # Subclasses with blocks of their own build them here.
+        return UNetBlock(in_channels, out_channels, **kwargs)
 
     def _drop_labels(self, class_labels: torch.Tensor) -> torch.Tensor:
         # Without its label an image teaches the unconditional model that classifier-free guidance needs.

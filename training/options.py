@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import click
 import numpy as np
@@ -31,8 +31,12 @@ MAY_DIFFER = {"total_nimg", "kimg_per_tick", "snapshot_ticks", "state_ticks", "k
               "desc", "tensorboard", "wandb"}
 
 
-def training_options(**defaults) -> Callable:
-    """Decorator that adds the common options; `defaults` overrides defaults by parameter name (duration in Mimg, ...)."""
+def training_options(leave_out: Collection[str] = (), **defaults) -> Callable:
+    """Decorator that adds the common options; `defaults` overrides defaults by parameter name (duration in Mimg, ...).
+
+    `leave_out`: parameter names of those that mean nothing to the script; what they stand for in the configuration it
+    gives to `run` itself.
+    """
     d = dict(cond=False, duration=200.0, batch=512, lr=1e-3, ema=0.5, dropout=0.13, augment=0.12) | defaults
     positive, share = FloatRange(min=0, min_open=True), FloatRange(min=0, max=1)
     options = [
@@ -45,7 +49,7 @@ def training_options(**defaults) -> Callable:
         click.option("--P_mean", "P_mean", metavar="FLOAT", type=FloatRange(), help="Mean of ln sigma in training, --precond=edm only; small images want more noise [default: -1.2]"),
         click.option("--P_std", "P_std", metavar="FLOAT", type=positive, help="Standard deviation of ln sigma in training, --precond=edm only [default: 1.2]"),
         click.option("--duration", metavar="MIMG", type=positive, default=d["duration"], help="Length of training, millions of images"),
-        click.option("--batch", metavar="INT", type=click.IntRange(min=1), default=d["batch"], help="Batch size over all processes"),
+        click.option("--batch", "--batch_size", "batch", metavar="INT", type=click.IntRange(min=1), default=d["batch"], help="Batch size over all processes"),
         click.option("--batch-gpu", metavar="INT", type=click.IntRange(min=1), help="Images at a time on one process [default: its whole share]"),
         click.option("--cbase", metavar="INT", type=click.IntRange(min=1), help="Width: channels of the network's first level [default: by architecture]"),
         click.option("--cres", metavar="LIST", type=INT_LIST, help="Width multiplier of each level, e.g. 1,2,2 [default: by architecture]"),
@@ -82,6 +86,7 @@ def training_options(**defaults) -> Callable:
     def decorate(f):
         for option in reversed(options):
             f = option(f)
+        f.__click_params__ = [p for p in f.__click_params__ if p.name not in leave_out]
         return f
     return decorate
 
@@ -119,14 +124,15 @@ def run(opts: dict, method: str, make_objective: Callable[[dict, ImageDataset, t
         require_labels: bool = False, **extra) -> str | None:
     """Everything a training script does after parsing: configuration, run directory, resume, the loop.
 
-    `extra` are the method's own settings (nested plain data). Returns the run directory (None after --dry-run).
+    `extra` are the method's own settings (nested plain data), which may replace common ones. An option `num_epoch`
+    counts passes over the data in place of --duration. Returns the run directory (None after --dry-run).
     """
     o = dnnlib.EasyDict(opts)
     if require_labels and not o.cond:
         raise click.UsageError(f"--cond=0: {method} trains on labels; leave --cond at 1")
-    if o.fp16 and o.precision not in (None, "fp16"):
+    if o.get("fp16") and o.precision not in (None, "fp16"):
         raise click.UsageError(f"--fp16=1 contradicts --precision={o.precision}")
-    if o.precond != "edm" and (o.P_mean, o.P_std) != (None, None):
+    if o.get("precond", "edm") != "edm" and (o.P_mean, o.P_std) != (None, None):
         raise click.UsageError(f"--P_mean and --P_std belong to --precond=edm, not {o.precond}")
     world = distributed.get_world_size()
     if o.batch % world:
@@ -136,6 +142,8 @@ def run(opts: dict, method: str, make_objective: Callable[[dict, ImageDataset, t
     if o.cond and not dataset.has_labels:
         raise dnnlib.UserError(f"--cond=1: {o.data} has no labels")
 
+    if o.get("num_epoch") is not None:
+        o.duration = o.num_epoch * len(dataset) / 1e6
     state, run_dir = find_state(o)
     config = make_config(o, method, dataset, extra)
     if state is None:
@@ -158,6 +166,7 @@ def run(opts: dict, method: str, make_objective: Callable[[dict, ImageDataset, t
         log_file = os.path.join(run_dir, "log.txt") if distributed.get_rank() == 0 else None
         with dnnlib.Logger(log_file, mode="a"):
             print_summary(o, config, dataset, run_dir, device)
+            print0("".join(f"{line}\n" for line in objective.notes()), end="")
             training_loop(objective, dataset, config, run_dir, device, state)
         distributed.barrier()
     finally:
@@ -173,25 +182,31 @@ def transfer(objective: Objective, o: dnnlib.EasyDict) -> None:
     print0(f"Transferred {objective.trained['net'].transfer(source, path)} tensors from {path}")
 
 
-def make_config(o: dnnlib.EasyDict, method: str, dataset: ImageDataset, extra: dict) -> dict:
-    """The run as one nested dict of plain data; sizes in images."""
+def denoiser_config(o: dnnlib.EasyDict, method: str, dataset: ImageDataset) -> dict:
+    """What the options of networks that know noise levels sigma say, for `make_config`."""
     if method in ("classifier", "discriminator"):
         kwargs = resnet_kwargs(o.arch, dataset.resolution, dataset.num_channels, dataset.label_dim, o.cbase, o.cres)
         kwargs["dropout"] = o.dropout
     else:
         kwargs = network_kwargs(o.arch, o.cbase, o.cres) | dict(dropout=o.dropout, label_dropout=o.label_dropout)
     return dict(
-        method=method,
-        dataset=dict(path=o.data, use_labels=o.cond, xflip=o.xflip, cache=o.cache),
         network=dict(arch=o.arch, precond=o.precond, kwargs=kwargs),
         noise_levels=NoiseLevels(o.precond, **{k: o[k] for k in ("P_mean", "P_std") if o[k] is not None}).settings(),
         augment=default_augment(o.augment).settings() if o.augment else None,
         optimizer=dict(name=o.get("optimizer") or "adam", lr=o.lr),
-        ema_halflife_nimg=round(o.ema * 1e6), lr_rampup_nimg=round(o.lr_rampup_kimg * 1e3),
+        ema_halflife_nimg=round(o.ema * 1e6), lr_rampup_nimg=round(o.lr_rampup_kimg * 1e3), loss_scaling=o.ls)
+
+
+def make_config(o: dnnlib.EasyDict, method: str, dataset: ImageDataset, extra: dict) -> dict:
+    """The run as one nested dict of plain data; sizes in images."""
+    common = dict(
+        method=method,
+        dataset=dict(path=o.data, use_labels=o.cond, xflip=o.xflip, cache=o.cache),
         batch_size=o.batch, batch_gpu=o.batch_gpu, num_processes=distributed.get_world_size(),
         total_nimg=max(round(o.duration * 1e6), 1), kimg_per_tick=o.tick, snapshot_ticks=o.snap, state_ticks=o.dump, keep=o.keep,
-        precision=o.precision or ("fp16" if o.fp16 else "fp32"), loss_scaling=o.ls, cudnn_bench=o.bench, compile=o.compile,
-        workers=o.workers, seed=None, transfer=o.transfer, desc=o.desc, tensorboard=o.tensorboard, wandb=o.wandb, **extra)
+        precision=o.precision or ("fp16" if o.get("fp16") else "fp32"), cudnn_bench=o.bench, compile=o.compile,
+        workers=o.workers, seed=None, transfer=o.transfer, desc=o.desc, tensorboard=o.tensorboard, wandb=o.wandb)
+    return common | (denoiser_config(o, method, dataset) if "arch" in o else {}) | extra
 
 
 def find_state(o: dnnlib.EasyDict) -> tuple[dict | None, str | None]:
@@ -246,9 +261,9 @@ def new_run_dir(o: dnnlib.EasyDict, dataset: ImageDataset, config: dict) -> str:
     if distributed.get_rank() != 0:
         return distributed.broadcast_object(None)
     taken = [int(m.group()) for x in (os.listdir(o.outdir) if os.path.isdir(o.outdir) else []) if (m := re.match(r"\d+", x))]
-    parts = [f"{max(taken, default=-1) + 1:05d}", dataset.name, "cond" if o.cond else "uncond", o.arch, o.precond,
-             f"gpus{distributed.get_world_size()}", f"batch{o.batch}", config["precision"]] + ([o.desc] if o.desc else [])
-    return distributed.broadcast_object(os.path.join(o.outdir, "-".join(parts)))
+    parts = [f"{max(taken, default=-1) + 1:05d}", dataset.name, "cond" if o.cond else "uncond", config["network"]["arch"],
+             config["network"]["precond"], f"gpus{distributed.get_world_size()}", f"batch{o.batch}", config["precision"], o.desc]
+    return distributed.broadcast_object(os.path.join(o.outdir, "-".join(filter(None, parts))))
 
 
 def make_run_dir(run_dir: str, config: dict, fresh: bool) -> None:
@@ -264,7 +279,8 @@ def print_summary(o: dnnlib.EasyDict, config: dict, dataset: ImageDataset, run_d
     rows = {
         "Output directory": run_dir, "Data set": f"{o.data} ({len(dataset)} images, {dataset.num_channels} x {dataset.resolution}"
         f" x {dataset.resolution})", "Classes": dataset.label_dim or "unconditional", "Method": config["method"],
-        "Architecture": o.arch, "Preconditioning": o.precond, "Processes": f"{distributed.get_world_size()} on {device.type}",
+        "Architecture": config["network"]["arch"], "Preconditioning": config["network"]["precond"] or "none",
+        "Processes": f"{distributed.get_world_size()} on {device.type}",
         "Batch size": o.batch, "Precision": config["precision"], "Seed": config["seed"]}
     print0(f"\nTraining options:\n{json.dumps(config, indent=2)}\n")
     print0("\n".join(f"{k + ':':<18s} {v}" for k, v in rows.items()) + "\n")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
+import math
 import warnings
 from collections.abc import Callable
 
@@ -14,21 +15,28 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 import dnnlib
 from torch_utils import distributed
 
-__all__ = ["TrainedNetwork", "linear_rampup", "make_optimizer"]
+__all__ = ["TrainedNetwork", "cosine_decay", "linear_rampup", "make_optimizer"]
 
 
-def make_optimizer(params, name: str, lr: float, device: torch.device) -> torch.optim.Optimizer:
-    """Optimizer by name: adam(0.9, 0.999, 1e-8), adamw (weight decay 0.01) or sgd (momentum 0.9)."""
+def make_optimizer(params, name: str, lr: float, device: torch.device,
+                   betas: tuple[float, float] = (0.9, 0.999)) -> torch.optim.Optimizer:
+    """Optimizer by name: adam(*betas, 1e-8), adamw (weight decay 0.01) or sgd (momentum 0.9)."""
     params = list(params)
     if name == "sgd":
         return torch.optim.SGD(params, lr=lr, momentum=0.9, fused=device.type != "mps")
     cls = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[name]
-    return cls(params, lr=lr, betas=(0.9, 0.999), eps=1e-8, fused=device.type != "mps")
+    return cls(params, lr=lr, betas=betas, eps=1e-8, fused=device.type != "mps")
 
 
 def linear_rampup(rampup_nimg: float) -> Callable[[int], float]:
     """Learning-rate factor that rises linearly from 0 to 1 over `rampup_nimg` images (edm.md, Training recipe)."""
     return lambda nimg: min(nimg / rampup_nimg, 1.0) if rampup_nimg > 0 else 1.0
+
+
+def cosine_decay(total_nimg: int, final: float) -> Callable[[int], float]:
+    """Learning-rate factor that falls from 1 to `final` (at most 1) along half a cosine over `total_nimg` images."""
+    final = min(final, 1.0)
+    return lambda nimg: final + (1 - final) * (1 + math.cos(math.pi * min(nimg / total_nimg, 1.0))) / 2
 
 
 class TrainedNetwork:
@@ -45,6 +53,7 @@ class TrainedNetwork:
         *,
         lr: float,
         optimizer: str = "adam",
+        betas: tuple[float, float] = (0.9, 0.999),
         lr_factor: Callable[[int], float] = lambda nimg: 1.0,
         ema_halflife: float = 0.0,
         loss_scaling: float = 1.0,
@@ -55,7 +64,7 @@ class TrainedNetwork:
         self.lr, self.lr_factor, self.ema_halflife = lr, lr_factor, ema_halflife
         self.loss_scaling = loss_scaling
         self.bad_grads = torch.zeros([], dtype=torch.int64, device=device)
-        self.optimizer = make_optimizer(self.net.parameters(), optimizer, lr, device)
+        self.optimizer = make_optimizer(self.net.parameters(), optimizer, lr, device, betas)
         if compile:
             self.net.compile()
         if distributed.get_world_size() > 1:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 
 import torch
 
 import dnnlib
+from sampling.generation import generate_images
+from sampling.grid import save_grid
 from torch_utils import distributed, misc
 from torch_utils.training_stats import Stats
 from training.augment import AugmentPipe
@@ -14,7 +17,10 @@ from training.dataset import ImageDataset
 from training.noise_levels import NoiseLevels
 from training.trained_network import TrainedNetwork, linear_rampup
 
-__all__ = ["Objective"]
+__all__ = ["Objective", "Phase"]
+
+SHEET_ROWS, SHEET_COLUMNS = 10, 8
+Phase = tuple[str, Callable[..., torch.Tensor], list[str]]
 
 
 class Objective:
@@ -25,11 +31,12 @@ class Objective:
     """
 
     method: str = ""  # goes into the snapshot's info
+    network_options = "--arch, --cbase, --cres"  # what chooses the networks on the command line
     snapshot_on_best = False  # write a snapshot only when the validation value improves
 
     def __init__(self, config: dict, dataset: ImageDataset, device: torch.device):
         self.config, self.dataset, self.device = config, dataset, device
-        self.noise_levels = NoiseLevels(**config["noise_levels"])
+        self.noise_levels = NoiseLevels(**config["noise_levels"]) if config["noise_levels"] else None
         self.augment = AugmentPipe(**config["augment"]) if config["augment"] else None
         self.autocast_dtype = {"bf16": torch.bfloat16}.get(config["precision"])
         self.train_indices = None  # a subset of the data set to train on; None: all of it
@@ -37,7 +44,7 @@ class Objective:
         try:
             self.trained: dict[str, TrainedNetwork] = self.build()
         except ValueError as error:  # the networks' word for arguments that do not fit each other or the images
-            raise dnnlib.UserError(f"--arch, --cbase, --cres: {error}") from None
+            raise dnnlib.UserError(f"{self.network_options}: {error}") from None
 
     # Questions a method answers.
 
@@ -49,12 +56,24 @@ class Objective:
         """Loss of each image, any shape whose sum over all but the batch is the image's loss; reports into `stats`."""
         raise AssertionError("an objective states its loss")
 
+    def phases(self, nimg: int) -> list[Phase]:
+        """What a step does in turn: (name of a loss, the loss, names of the networks that it trains)."""
+        return [("loss", self.loss, list(self.trained))]
+
     def validate(self) -> float | None:
         """A value on held-out data, the lower the better, the same on all ranks; None: nothing is held out."""
         return None
 
     def sheet(self, path: str) -> None:
         """Write a picture of what the EMA does (rank 0 only); methods without pictures do nothing."""
+
+    def notes(self) -> list[str]:
+        """Lines to print before training begins."""
+        return []
+
+    def loss_settings(self) -> dict:
+        """What a snapshot says about the loss; plain data."""
+        return self.noise_levels.settings()
 
     def info(self) -> dict:
         """What the snapshot says beside the network; plain data."""
@@ -99,7 +118,7 @@ class Objective:
 
     def step(self, images: torch.Tensor, labels: torch.Tensor, nimg: int, stats: Stats,
              items: torch.Tensor | None = None) -> None:
-        """One optimizer step on this rank's batch: uint8 [b,C,H,W], float labels [b,label_dim].
+        """One optimizer step a phase on this rank's batch: uint8 [b,C,H,W], float labels [b,label_dim].
 
         `items` int64 [b]: which images of the data set these are, for methods that know something about each image.
         """
@@ -108,30 +127,47 @@ class Objective:
         draws = self.draw(images, misc.step_generator(*seed, self.device, stream=3))
         if items is not None:
             draws["items"] = items.to(self.device, non_blocking=True)
-        net, n = self.trained["net"], len(images)
+        n = len(images)
         size = self.config["batch_gpu"] or n
-        for start in range(0, n, size):
-            part = slice(start, start + size)
-            with contextlib.ExitStack() as stack:
-                for trained in self.trained.values():
-                    stack.enter_context(trained.accumulate(last=start + size >= n))
-                stack.enter_context(self.precision())
-                loss = self.loss(images[part], labels[part], _slice(draws, part), stats)
-                stats.add("Loss/loss", loss.detach())
-                (loss.sum() * (net.loss_scaling / n)).backward()
-        for trained in self.trained.values():
-            trained.update(nimg, self.config["batch_size"])
-            stats.add("Health/bad_gradients", trained.take_bad_grads())
+        for name, loss_of, networks in self.phases(nimg):
+            active = [self.trained[network] for network in networks]
+            frozen = [trained for trained in self.trained.values() if trained not in active]
+            for trained in frozen:
+                trained.net.requires_grad_(False)
+            for start in range(0, n, size):
+                part = slice(start, start + size)
+                with contextlib.ExitStack() as stack:
+                    for trained in active:
+                        stack.enter_context(trained.accumulate(last=start + size >= n))
+                    stack.enter_context(self.precision())
+                    loss = loss_of(images[part], labels[part], _slice(draws, part), stats)
+                    stats.add(f"Loss/{name}", loss.detach())
+                    (loss.sum() * (active[0].loss_scaling / n)).backward()
+            for trained in active:
+                trained.update(nimg, self.config["batch_size"])
+                stats.add("Health/bad_gradients", trained.take_bad_grads())
+            for trained in frozen:
+                trained.net.requires_grad_(True)
 
     def snapshot(self) -> dict:
         """What `network-snapshot-*.pkl` holds, without the run's own `info`."""
         return dict(
             ema=self.trained["net"].ema,
-            loss_fn=dict(class_name=self.method, **self.noise_levels.settings()),
+            loss_fn=dict(class_name=self.method, **self.loss_settings()),
             augment_pipe=self.augment.settings() if self.augment else None,
             dataset_kwargs=self.dataset.kwargs(),
             info=dict(method=self.method, class_names=self.dataset.class_names, **self.info()),
         )
+
+    @torch.no_grad()
+    def sample_sheet(self, path: str, sampler: Callable[..., torch.Tensor]) -> None:
+        """Write pictures of the EMA, always of the same seeds, one row a class, for `sheet`."""
+        net = self.trained["net"].ema
+        rows = min(net.label_dim, SHEET_ROWS) or 1
+        classes = [c for c in range(rows) for _ in range(SHEET_COLUMNS)] if net.label_dim else None
+        seeds = list(range(SHEET_COLUMNS)) * rows
+        batches = generate_images(net, seeds, class_idx=classes, device=self.device, sampler=sampler)
+        save_grid([image for _, images, _ in batches for image in images], path, columns=SHEET_COLUMNS)
 
     def close(self) -> None:
         """Give up what binds this process to the others."""

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from sampling.generation import generate_images
-from sampling.grid import save_grid
+from sampling.samplers import heun_sampler
 from torch_utils.training_stats import Stats
 from training.objectives.base import Objective
 from training.presets import precond_class
 from training.trained_network import TrainedNetwork
 
 __all__ = ["DSM"]
-
-SHEET_ROWS, SHEET_COLUMNS = 10, 8
 
 
 class DSM(Objective):
@@ -50,11 +47,5 @@ class DSM(Objective):
         """The denoised image [n,C,H,W] that is compared with the clean one; TDSM's difference to DSM is all here."""
         return self.trained["net"].forward(x, sigma, labels, augment_labels=augment_labels)
 
-    @torch.no_grad()
     def sheet(self, path: str) -> None:
-        net = self.trained["net"].ema
-        rows = min(net.label_dim, SHEET_ROWS) or 1
-        classes = [c for c in range(rows) for _ in range(SHEET_COLUMNS)] if net.label_dim else None
-        seeds = list(range(SHEET_COLUMNS)) * rows
-        batches = generate_images(net, seeds, class_idx=classes, device=self.device)
-        save_grid([image for _, images, _ in batches for image in images], path, columns=SHEET_COLUMNS)
+        self.sample_sheet(path, heun_sampler)

@@ -11,11 +11,11 @@ from tqdm import tqdm
 
 import dnnlib
 from training.dataset import ImageDataset
+from training.noise_levels import LOWEST_SIGMA
 
 __all__ = ["EMBEDDINGS", "nearest_partners"]
 
 EMBEDDINGS = ("classifier", "clip", "pixels")
-LOWEST_SIGMA = 0.002
 CLIP = ("ViT-B-32", "laion2b_s34b_b79k")    # architecture and weights, by open_clip's names
 BATCH = 256
 

@@ -1,0 +1,1 @@
+"""Small programs that show what a method does."""
