@@ -2,6 +2,9 @@
 
 Trains both on the same points with the losses and the diffusion of train_rduot.py and networks of three small layers.
 Prints each mode's share of the samples and draws samples and the potential's level sets.
+
+Measured with the defaults, 5% outliers in the data, seeds 0, 1, 2: DDGAN makes 3.45, 3.44, 3.93% outliers, RDUOT 1.67,
+2.15, 1.87%; both give each clean mode 23 to 25%.
 """
 
 from __future__ import annotations
