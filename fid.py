@@ -16,7 +16,7 @@ import numpy as np
 
 import dnnlib
 import dnnlib.cli
-from metrics import features, table
+from metrics import detectors, features, images, table
 from metrics.frechet import frechet_distance
 from torch_utils import distributed
 
@@ -24,7 +24,7 @@ from torch_utils import distributed
 def load_reference(path: str) -> tuple[np.ndarray, np.ndarray]:
     """mu [d] and sigma [d,d] of a reference `.npz` (ours or EDM's). UserError when it is none."""
     expected = "expected a reference of 'fid.py ref': mu [d] and sigma [d,d]"
-    arrays = features.read_npz(path, expected)
+    arrays = images.read_npz(path, expected)
     if not {"mu", "sigma"} <= arrays.keys():
         raise dnnlib.UserError(f"{path}: holds {', '.join(arrays) or 'nothing'}; {expected}")
     mu, sigma = arrays["mu"], arrays["sigma"]
@@ -50,12 +50,12 @@ def output_file(_ctx: click.Context, param: click.Parameter, value: str | None) 
 
 def need_detector(_ctx: click.Context, param: click.Parameter, value: str | None) -> str:
     if value is None:
-        raise click.BadParameter(f"is missing; choose {features.DETECTORS}", param=param)
+        raise click.BadParameter(f"is missing; choose {detectors.DETECTORS}", param=param)
     return value
 
 
 detector_option = click.option("--detector", "detector_name", metavar="NAME", callback=need_detector,
-                               help=f"What turns images into features (required): {features.DETECTORS}")
+                               help=f"What turns images into features (required): {detectors.DETECTORS}")
 batch_option = click.option("--batch", type=click.IntRange(min=1), default=64, help="Images a batch and process")
 seed_option = click.option("--seed", type=click.IntRange(min=0), default=0, help="Chooses the images if there are more")
 device_option = click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto",
@@ -80,8 +80,8 @@ def calc(image_path: str, ref_path: str, num: int, detector_name: str, seed: int
     """FID of images against a reference."""
     device = distributed.init(device)
     mu_ref, sigma_ref = load_reference(ref_path)
-    source = features.open_images(image_path, num, seed)
-    extractor = features.detector(detector_name, device)
+    source = images.open_images(image_path, num, seed)
+    extractor = detectors.detector(detector_name, device)
     width = features.feature_width(source, extractor, device)
     if width != len(mu_ref):
         raise dnnlib.UserError(f"--ref: {ref_path} has {len(mu_ref)} features, --detector={detector_name} gives "
@@ -100,8 +100,8 @@ def calc(image_path: str, ref_path: str, num: int, detector_name: str, seed: int
 def ref(dataset_path: str, dest_path: str, detector_name: str, batch: int, device: str) -> None:
     """Reference for 'fid.py calc': mean and covariance of an archive's features."""
     device = distributed.init(device)
-    source = features.open_images(dataset_path, option="--data")
-    extractor = features.detector(detector_name, device)
+    source = images.open_images(dataset_path, option="--data")
+    extractor = detectors.detector(detector_name, device)
     count, mu, sigma = features.compute_statistics(source, extractor, batch, device)
     if distributed.get_rank() == 0:
         os.makedirs(os.path.dirname(os.path.abspath(dest_path)), exist_ok=True)

@@ -11,16 +11,10 @@ import torch
 
 import dnnlib
 from metrics.class_wise import ClassWise, class_wise
-from metrics.features import (
-    ClassifierDetector,
-    Detector,
-    Features,
-    compute_features,
-    describe_shape,
-    detector,
-    open_images,
-)
+from metrics.detectors import ClassifierDetector, Detector, detector
+from metrics.features import Features, compute_features
 from metrics.frechet import fid_from_features
+from metrics.images import describe_shape, open_images
 from metrics.inception_score import inception_score
 from metrics.judge import SvmJudge, label_accuracy
 from metrics.kernel import kid_from_features

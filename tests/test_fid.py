@@ -300,7 +300,7 @@ def bad(files, tmp_path_factory):
     ("", 2, ["calc", "evaluate"]),
     ("measure", 2, ["measure", "evaluate"]),
     ("calc --images={zip} --ref={inception}", 2, ["--detector", "pixels", "snapshot"]),
-    ("calc --images={zip} --ref={inception} --num=37 --detector=fidelity:clip", 1, ["--detector", "clip", "pixels"]),
+    ("calc --images={zip} --ref={inception} --num=37 --detector=fidelity:no", 1, ["--detector", "torch-fidelity"]),
     ("calc --images={zip} --ref={inception} --num=37 --detector={none}/*.pkl", 1, ["*.pkl"]),
     ("calc --images={zip} --ref={inception} --detector=pixels", 1, ["found 37", "50000"]),
     ("calc --images={zip} --ref={inception} --detector=pixels --num=37", 1, ["2048", "64", "inception.npz"]),

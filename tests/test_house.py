@@ -37,7 +37,7 @@ def imports(path):
 
 
 OURS = {name(p) for p in SOURCES} | {p.name for p in ROOT.iterdir() if p.is_dir()}
-OPTIONAL = {"lmdb", "torch.utils.tensorboard", "wandb", "pyspng", "torchvision"}
+OPTIONAL = {"lmdb", "torch.utils.tensorboard", "wandb", "pyspng", "torchvision", "torch_fidelity"}
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=name)

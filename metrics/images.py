@@ -1,0 +1,93 @@
+"""Sets of images that metrics look at: archives, folders and `.npz` files."""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+import dnnlib
+from training.archive_reader import plain_labels
+from training.dataset import ImageDataset
+
+__all__ = ["ImageSource", "NpzImages", "describe_shape", "open_images", "read_npz"]
+
+
+class ImageSource(Protocol):
+    """What metrics need of a set of images; `training.dataset.ImageDataset` is one."""
+
+    path: str
+    image_shape: tuple[int, int, int]       # channels, height, width
+    label_dim: int
+    labels: np.ndarray | None               # int64 [N]
+    clean_labels: np.ndarray | None
+    class_names: list[str] | None
+
+    def __len__(self) -> int: ...
+
+    def images(self, indices: Any) -> torch.Tensor:
+        """uint8 [B,C,H,W] on the CPU."""
+
+
+class NpzImages:
+    """Images of an `.npz`: `arr_0` [N,H,W,C] uint8 and, if present, `arr_1` labels [N]. UserError for anything else."""
+
+    def __init__(self, path: str, max_size: int | None = None, seed: int = 0):
+        self.path = path
+        arrays = read_npz(path, "expected arr_0, images [N,H,W,C] uint8")
+        images, labels = arrays.get("arr_0"), arrays.get("arr_1")
+        if images is None or images.ndim != 4 or images.dtype != np.uint8 or images.shape[3] not in (1, 3):
+            found = f"holds {', '.join(arrays)}" if images is None else f"arr_0 is {images.dtype} {list(images.shape)}"
+            raise dnnlib.UserError(f"{path}: {found}; expected arr_0, images [N,H,W,C] uint8, C = 1 or 3")
+        if labels is not None:
+            if labels.shape != images.shape[:1]:
+                raise dnnlib.UserError(f"{path}: arr_1 is {list(labels.shape)}, expected {len(images)} labels")
+            labels = plain_labels(labels.tolist(), f"{path}: arr_1")
+        chosen = np.arange(len(images))
+        if max_size is not None and max_size < len(images):
+            chosen = np.sort(np.random.default_rng(seed).permutation(len(images))[:max_size])
+        self._images, self._chosen = images, chosen
+        self.image_shape = (images.shape[3], *images.shape[1:3])
+        self.labels = labels if labels is None else labels[chosen]
+        self.clean_labels = self.class_names = None
+        self.label_dim = int(labels.max()) + 1 if labels is not None and len(labels) else 0
+
+    def __len__(self) -> int:
+        return len(self._chosen)
+
+    def images(self, indices: Any) -> torch.Tensor:
+        """uint8 [B,C,H,W] on the CPU."""
+        return torch.from_numpy(self._images[self._chosen[indices]].transpose(0, 3, 1, 2).copy())
+
+
+def read_npz(path: str, expected: str) -> dict[str, np.ndarray]:
+    """The arrays of an `.npz` file or URL, never unpickled. UserError that says what was expected."""
+    try:
+        with np.load(io.BytesIO(dnnlib.read_bytes(path)), allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}
+    except (ValueError, EOFError, OSError, AttributeError, TypeError, KeyError, zipfile.BadZipFile, RuntimeError):
+        raise dnnlib.UserError(f"{path}: not a readable .npz file; {expected}") from None
+
+
+def open_images(path: str, num: int | None = None, seed: int = 0, option: str = "--images") -> ImageSource:
+    """A folder, ZIP archive or `.npz` as a source of `num` images chosen by `seed` (None: all, at least 2).
+
+    Raises UserError, naming the option, when there are fewer.
+    """
+    if path.endswith(".npz"):
+        source: ImageSource = NpzImages(path, max_size=num, seed=seed)
+    else:
+        source = ImageDataset(path, max_size=num, seed=seed, square=False)
+    if len(source) < (num or 2):
+        asked = f"--num asks for {num}" if num else "metrics need at least 2"
+        raise dnnlib.UserError(f"{option}: found {len(source)} images in {path}, {asked}")
+    return source
+
+
+def describe_shape(shape: tuple[int, int, int]) -> str:
+    """(1, 8, 8) -> '8x8 grey'."""
+    channels, height, width = shape
+    return f"{width}x{height} {'grey' if channels == 1 else 'RGB' if channels == 3 else f'{channels}-channel'}"
