@@ -10,29 +10,18 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from typing import Any
 
 import click
 import numpy as np
 
 import dnnlib
 import dnnlib.cli
-from metrics import detectors, features, images, table
+from metrics import detectors, features, images, statistics, table
 from metrics.frechet import frechet_distance
+from metrics.inception_score import IS_SPLIT
 from torch_utils import distributed
-
-
-def load_reference(path: str) -> tuple[np.ndarray, np.ndarray]:
-    """mu [d] and sigma [d,d] of a reference `.npz` (ours or EDM's). UserError when it is none."""
-    expected = "expected a reference of 'fid.py ref': mu [d] and sigma [d,d]"
-    arrays = images.read_npz(path, expected)
-    if not {"mu", "sigma"} <= arrays.keys():
-        raise dnnlib.UserError(f"{path}: holds {', '.join(arrays) or 'nothing'}; {expected}")
-    mu, sigma = arrays["mu"], arrays["sigma"]
-    if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
-        raise dnnlib.UserError(f"{path}: mu is {list(mu.shape)} and sigma {list(sigma.shape)}; {expected}")
-    if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
-        raise dnnlib.UserError(f"{path}: mu or sigma is not finite; {expected}")
-    return mu, sigma
 
 
 def output_file(_ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
@@ -79,7 +68,7 @@ def main(ctx: click.Context) -> None:
 def calc(image_path: str, ref_path: str, num: int, detector_name: str, seed: int, batch: int, device: str) -> None:
     """FID of images against a reference."""
     device = distributed.init(device)
-    mu_ref, sigma_ref = load_reference(ref_path)
+    mu_ref, sigma_ref = statistics.load_reference(ref_path)
     source = images.open_images(image_path, num, seed)
     extractor = detectors.detector(detector_name, device)
     width = features.feature_width(source, extractor, device)
@@ -110,27 +99,38 @@ def ref(dataset_path: str, dest_path: str, detector_name: str, batch: int, devic
     distributed.print0(f"Wrote {dest_path}: {len(mu)} features of {count} images.")
 
 
+def measuring(function: Callable) -> Callable:
+    """The options that `evaluate` and `compare` share."""
+    options = [
+        click.option("--data", metavar="PATH", required=True,
+                     help="Reference archive, all of it, with its clean labels where it has them"),
+        detector_option,
+        click.option("--num", type=click.IntRange(min=2), help="Number of generated images to use  [default: all]"),
+        seed_option,
+        batch_option,
+        click.option("--nearest_k", type=click.IntRange(min=1), default=5,
+                     help="Neighbours that make the radius for precision, recall, density, coverage"),
+        click.option("--splits", metavar="IMAGES", type=click.IntRange(min=1), default=IS_SPLIT,
+                     help="Images in each split of the inception score"),
+        click.option("--bootstrap", metavar="DRAWS", type=click.IntRange(min=0), default=0,
+                     help="Add 95% intervals from so many resampled sets of the images, 200 say; 0 for none"),
+        click.option("--judge", metavar="svm|none|PKL", default="svm",
+                     help="Label accuracy by an SVM trained on the reference, or by a classifier snapshot"),
+        device_option,
+    ]
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
 @main.command(epilog="Example: python fid.py evaluate --images=out --data=digits.zip --detector=pixels --out=out.json")
 @click.option("--images", "image_path", metavar="PATH", required=True,
               help="Generated images: folder or ZIP with dataset.json, or .npz (arr_0 images, arr_1 labels)")
-@click.option("--data", "dataset_path", metavar="PATH", required=True,
-              help="Reference archive, all of it, with its clean labels where it has them")
-@detector_option
-@click.option("--num", type=click.IntRange(min=2), help="Number of generated images to use  [default: all]")
-@seed_option
-@batch_option
-@click.option("--nearest_k", type=click.IntRange(min=1), default=5,
-              help="Neighbours that make the radius for precision, recall, density, coverage")
-@click.option("--judge", metavar="svm|none|PKL", default="svm",
-              help="Label accuracy by an SVM trained on the reference, or by a classifier snapshot")
+@measuring
 @click.option("--out", "out_path", metavar="JSON", callback=output_file, help="Save the table, classes included")
-@device_option
-def evaluate(image_path: str, dataset_path: str, detector_name: str, num: int | None, seed: int, batch: int,
-             nearest_k: int, judge: str, out_path: str | None, device: str) -> None:
+def evaluate(image_path: str, out_path: str | None, device: str, **settings: Any) -> None:
     """The whole table: FID, KID, IS, precision, recall, density, coverage, class-wise too, and label accuracy."""
-    device = distributed.init(device)
-    result = table.evaluate(image_path, dataset_path, detector_name, device=device, num=num, batch=batch, seed=seed,
-                            nearest_k=nearest_k, judge=judge)
+    result = table.evaluate(image_path, device=distributed.init(device), **settings)
     if distributed.get_rank() == 0:
         if out_path is not None:
             table.save_json(result, out_path)

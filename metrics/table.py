@@ -4,31 +4,37 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 
 import dnnlib
+from metrics.bootstrap import LEVEL, interval, resample
 from metrics.class_wise import ClassWise, class_wise
 from metrics.detectors import ClassifierDetector, Detector, detector
 from metrics.features import Features, compute_features
-from metrics.frechet import fid_from_features
+from metrics.frechet import fid_from_features, fid_replicates
 from metrics.images import describe_shape, open_images
-from metrics.inception_score import inception_score
+from metrics.inception_score import IS_SPLIT, inception_score
 from metrics.judge import SvmJudge, label_accuracy
-from metrics.kernel import kid_from_features
-from metrics.neighbours import prdc
+from metrics.kernel import kid_from_features, kid_replicates
+from metrics.neighbours import prdc, prdc_replicates
 from torch_utils import distributed
 
 __all__ = ["evaluate", "evaluate_features", "format_table", "save_json"]
 
+BOOTSTRAP = "generated images drawn again with replacement, within each class where they have labels"
+
 
 def evaluate(images: str, data: str, detector_name: str, *, device: torch.device | str, num: int | None = None,
-             batch: int = 64, seed: int = 0, nearest_k: int = 5, judge: str = "svm") -> dict[str, Any]:
+             batch: int = 64, seed: int = 0, nearest_k: int = 5, splits: int = IS_SPLIT, bootstrap: int = 0,
+             judge: str = "svm") -> dict[str, Any]:
     """All metrics of the images at `images` (folder, ZIP, `.npz`) against the whole archive `data`.
 
     The reference's classes are its clean labels where it has them. `num` of the images (None: all), chosen by `seed`;
+    `splits`: images a split of the inception score; `bootstrap`: draws of the intervals, chosen by `seed`, 0 for none;
     `judge`: 'svm', 'none' or a classifier snapshot. Every process must call it; all but rank 0 get {}.
     Returns what `evaluate_features` does, and `images`, `data`, `detector`, `reference_labels`.
     Raises UserError for images, archives and snapshots that cannot be used or do not fit each other.
@@ -47,8 +53,9 @@ def evaluate(images: str, data: str, detector_name: str, *, device: torch.device
     fake = compute_features(fake_images, extractor, batch, device, network, "generated images")
     if distributed.get_rank() != 0:
         return {}
-    result = evaluate_features(real, fake, real_labels, fake_images.labels, nearest_k=nearest_k,
-                               class_names=real_images.class_names, svm=judge == "svm", device=device)
+    result = evaluate_features(real, fake, real_labels, fake_images.labels, nearest_k=nearest_k, splits=splits,
+                               bootstrap=bootstrap, seed=seed, class_names=real_images.class_names, svm=judge == "svm",
+                               device=device)
     if result["judge"] is not None:
         result["judge"]["name"] = network.name if network else f"SVM on {extractor.name} features"
     source = None if real_labels is None else "clean labels" if clean else "labels as they are, it has no clean ones"
@@ -67,40 +74,53 @@ def _judge_network(name: str, extractor: Detector, device: torch.device | str, l
 
 
 def evaluate_features(real: Features, fake: Features, real_labels: np.ndarray | None, fake_labels: np.ndarray | None, *,
-                      nearest_k: int = 5, class_names: list[str] | None = None, svm: bool = True,
+                      nearest_k: int = 5, splits: int = IS_SPLIT, bootstrap: int = 0, seed: int = 0,
+                      class_names: list[str] | None = None, svm: bool = True,
                       device: torch.device | str = "cpu") -> dict[str, Any]:
     """All metrics from features and labels (None: without labels, no class-wise ones).
 
-    Returns `metrics` {name: value, None when it cannot be had}, `notes` {name: why not, or which classes are not in the
-    mean}, `classes` {class: {"name", "num_reference", "num_images", metric: value}}, `judge` (None or its `accuracy`
-    on `num` images, `on` which), `num_images`, `num_reference`, `num_features`, `nearest_k`.
+    Returns `metrics` {name: value, None when it cannot be had}, `intervals` {name: [low, high]} and `bootstrap` (how
+    they were made, or None), `notes` {name: why not, or which classes are not in the mean}, `classes` {class: {"name",
+    "num_reference", "num_images", metric: value}}, `judge` (None or its `accuracy` on `num` images, `on` which),
+    `num_images`, `num_reference`, `num_features`, `nearest_k`.
     """
     # Distances gain most from a GPU; features stay where they are on everything else.
     move = (lambda x: x.to(device)) if torch.device(device).type == "cuda" else (lambda x: x)
-    table = _Table(real_labels, fake_labels, class_names)
     x, y = real.features, fake.features
+    counts = resample(bootstrap, len(y), fake_labels, seed) if bootstrap else None
+    table = _Table(real_labels, fake_labels, class_names, counts)
     fast_x, fast_y = move(x), move(y)
-    table.add(["fid"], lambda a, b: dict(fid=fid_from_features(a, b)), x, y, minimum=2)
-    table.add(["kid"], lambda a, b: dict(kid=kid_from_features(a, b)), fast_x, fast_y, minimum=2)
+    table.add(["fid"], lambda a, b: dict(fid=fid_from_features(a, b)),
+              lambda a, b, c: dict(fid=fid_replicates(a, b, c)), x, y, minimum=2)
+    table.add(["kid"], lambda a, b: dict(kid=kid_from_features(a, b)),
+              lambda a, b, c: dict(kid=kid_replicates(a, b, c)), fast_x, fast_y, minimum=2)
     if fake.probs is None:
         table.set("is", None, "the detector gives no class probabilities")
     else:
-        table.set("is", inception_score(fake.probs))
-    names = [f"{name}_k{nearest_k}" for name in ("precision", "recall", "density", "coverage")]
-    table.add(names, lambda a, b: {f"{name}_k{nearest_k}": value for name, value in prdc(a, b, nearest_k).items()},
+        table.set("is", inception_score(fake.probs, splits))
+
+    def named(values: dict[str, Any]) -> dict[str, Any]:
+        return {f"{name}_k{nearest_k}": value for name, value in values.items()}
+
+    table.add([*named(dict.fromkeys(("precision", "recall", "density", "coverage")))],
+              lambda a, b: named(prdc(a, b, nearest_k)), lambda a, b, c: named(prdc_replicates(a, b, nearest_k, c)),
               fast_x, fast_y, minimum=nearest_k + 1)
     judge = _judge(table, real, fake, real_labels, fake_labels, svm)
     whole_first = sorted(table.metrics, key=lambda name: (name == "label_accuracy", name.startswith("cw_")))
     return dict(num_images=len(y), num_reference=len(x), num_features=x.shape[1], nearest_k=nearest_k,
-                metrics={name: table.metrics[name] for name in whole_first}, notes=table.notes,
-                classes=table.classes, judge=judge)
+                metrics={name: table.metrics[name] for name in whole_first}, intervals=table.intervals,
+                bootstrap=None if counts is None else dict(draws=bootstrap, level=LEVEL, seed=seed, of=BOOTSTRAP),
+                notes=table.notes, classes=table.classes, judge=judge)
 
 
 class _Table:
     """Collects values, the class-wise ones beside the whole ones, and the reasons why some are missing."""
 
-    def __init__(self, real_labels: np.ndarray | None, fake_labels: np.ndarray | None, class_names: list[str] | None):
+    def __init__(self, real_labels: np.ndarray | None, fake_labels: np.ndarray | None, class_names: list[str] | None,
+                 counts: np.ndarray | None):
+        self.counts = counts
         self.metrics: dict[str, float | None] = {}
+        self.intervals: dict[str, list[float]] = {}
         self.notes: dict[str, str] = {}
         self.classes: dict[str, dict[str, Any]] = {}
         self._real_labels, self._fake_labels = real_labels, fake_labels
@@ -113,26 +133,41 @@ class _Table:
                 self.classes[str(c)] = dict(name=name, num_reference=int((real_labels == c).sum()),
                                             num_images=int((fake_labels == c).sum()))
 
-    def set(self, name: str, value: float | None, note: str | None = None) -> None:
-        self.metrics[name] = value
+    def set(self, name: str, values: Any, note: str | None = None) -> None:
+        """`values`: None, the value, or an array of it and its replicates."""
+        value, replicates = (values, ()) if np.ndim(values) == 0 else (values[0], values[1:])
+        self.metrics[name] = None if value is None else float(value)
+        if len(replicates):
+            self.intervals[name] = interval(self.metrics[name], replicates)
         if note:
             self.notes[name] = note
 
-    def add(self, names: list[str], metric: Any, real: torch.Tensor, fake: torch.Tensor, minimum: int) -> None:
-        """`metric` of the whole sets and of each class; sets with fewer than `minimum` images have no value."""
+    def add(self, names: list[str], metric: Callable[..., dict[str, float]], replicates: Callable[..., dict[str, Any]],
+            real: torch.Tensor, fake: torch.Tensor, minimum: int) -> None:
+        """`metric` of the whole sets and of each class; sets with fewer than `minimum` images have no value.
+
+        `replicates`: the same for the sets that a third argument, counts, describes.
+        """
+        def both(a: torch.Tensor, b: torch.Tensor, counts: np.ndarray | None = None) -> dict[str, Any]:
+            values = metric(a, b)
+            if counts is None:
+                return values
+            return {name: np.append(values[name], found) for name, found in replicates(a, b, counts).items()}
+
         enough = min(len(real), len(fake)) >= minimum
-        values = metric(real, fake) if enough else {}
+        values = both(real, fake, self.counts) if enough else {}
         for name in names:
             self.set(name, values.get(name), None if enough else f"needs {minimum} images a side")
         if self.without_labels:
             for name in names:
                 self.set(f"cw_{name}", None, self.without_labels)
             return
-        found = class_wise(metric, real, fake, self._real_labels, self._fake_labels, minimum, self._num_classes)
+        found = class_wise(both, real, fake, self._real_labels, self._fake_labels, minimum, self._num_classes,
+                           self.counts)
         for name in names:
             self.set(f"cw_{name}", found.mean.get(name), self._missing(found, minimum))
         for c, values in found.per_class.items():
-            self.classes[str(c)].update(values)
+            self.classes[str(c)].update({name: float(np.ravel(value)[0]) for name, value in values.items()})
 
     def _missing(self, found: ClassWise, minimum: int) -> str | None:
         if not found.missing:
@@ -161,7 +196,11 @@ def _judge(table: _Table, real: Features, fake: Features, real_labels: np.ndarra
             return refuse(str(e))
         judged, on = machine.predict(fake.features), "held-out reference images"
         accuracy, num = machine.accuracy, machine.held_out
-    table.set("label_accuracy", label_accuracy(judged, fake_labels))
+    accuracy_of_images = label_accuracy(judged, fake_labels)
+    if table.counts is not None:
+        replicates = table.counts @ (judged == fake_labels).astype(np.int64) / len(judged)
+        accuracy_of_images = np.append(accuracy_of_images, replicates)
+    table.set("label_accuracy", accuracy_of_images)
     for c, values in table.classes.items():
         if values["num_images"]:
             of_class = fake_labels == int(c)
@@ -178,10 +217,16 @@ def format_table(result: dict[str, Any]) -> str:
     judge = result["judge"]
     if judge is not None:
         lines.append(f"judge      {judge['name']}: accuracy {judge['accuracy']:.4f} on {judge['num']} {judge['on']}")
+    if result["bootstrap"] is not None:
+        b = result["bootstrap"]
+        lines.append(f"intervals  {b['level']:.0%} of {b['draws']} bootstrap draws: {b['of']}")
     lines.append("")
     width = max(map(len, result["metrics"]))
     for name, value in result["metrics"].items():
         shown = "n/a" if value is None else f"{value:.6g}"
+        if result["intervals"]:
+            low_high = result["intervals"].get(name)
+            shown = f"{shown:<12}  {'[{:.4g}, {:.4g}]'.format(*low_high) if low_high else '':<22}"
         lines.append(f"{name:<{width}}  {shown:<12}  {result['notes'].get(name, '')}".rstrip())
     return "\n".join(lines)
 
