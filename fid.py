@@ -4,13 +4,13 @@
   python fid.py evaluate --images=out --data=datasets/digits.zip --detector=pixels --out=out.json
   python fid.py ref --data=datasets/digits.zip --dest=fid-refs/digits.npz --detector=pixels
   python fid.py calc --images=out --ref=fid-refs/digits.npz --num=1000 --detector=pixels
+  python fid.py compare --images=a --images=b --data=datasets/digits.zip --detector=pixels --chart=ab.png
   torchrun --standalone --nproc_per_node=2 fid.py calc --images=out --ref=fid-refs/digits.npz --detector=pixels
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from typing import Any
 
 import click
@@ -18,37 +18,10 @@ import numpy as np
 
 import dnnlib
 import dnnlib.cli
-from metrics import detectors, features, images, statistics, table
+from metrics import detectors, features, images, report, statistics, table
 from metrics.frechet import frechet_distance
-from metrics.inception_score import IS_SPLIT
+from metrics.options import batch_option, detector_option, device_option, measuring, output_option, seed_option
 from torch_utils import distributed
-
-
-def output_file(_ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
-    """Find out before the work, not after it, that the result cannot be written; create nothing yet."""
-    if value is not None:
-        folder = os.path.dirname(os.path.abspath(value))
-        while not os.path.lexists(folder):
-            folder = os.path.dirname(folder)
-        if os.path.isdir(value):
-            raise click.BadParameter(f"{value} is a folder, expected a file name", param=param)
-        if not os.path.isdir(folder) or not os.access(folder, os.W_OK):
-            raise click.BadParameter(f"{value}: cannot be written in {folder}", param=param)
-    return value
-
-
-def need_detector(_ctx: click.Context, param: click.Parameter, value: str | None) -> str:
-    if value is None:
-        raise click.BadParameter(f"is missing; choose {detectors.DETECTORS}", param=param)
-    return value
-
-
-detector_option = click.option("--detector", "detector_name", metavar="NAME", callback=need_detector,
-                               help=f"What turns images into features (required): {detectors.DETECTORS}")
-batch_option = click.option("--batch", type=click.IntRange(min=1), default=64, help="Images a batch and process")
-seed_option = click.option("--seed", type=click.IntRange(min=0), default=0, help="Chooses the images if there are more")
-device_option = click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto",
-                             help="Where the detector runs")
 
 
 @click.group(cls=dnnlib.cli.Group, help=__doc__)
@@ -82,7 +55,7 @@ def calc(image_path: str, ref_path: str, num: int, detector_name: str, seed: int
 
 @main.command(epilog="Example: python fid.py ref --data=digits.zip --dest=ref.npz --detector=pixels")
 @click.option("--data", "dataset_path", metavar="PATH", required=True, help="Archive: ZIP, folder or .npz (arr_0)")
-@click.option("--dest", "dest_path", metavar="NPZ", required=True, callback=output_file, help="Reference to write")
+@output_option("--dest", "dest_path", metavar="NPZ", required=True, help="Reference to write")
 @detector_option
 @batch_option
 @device_option
@@ -99,42 +72,35 @@ def ref(dataset_path: str, dest_path: str, detector_name: str, batch: int, devic
     distributed.print0(f"Wrote {dest_path}: {len(mu)} features of {count} images.")
 
 
-def measuring(function: Callable) -> Callable:
-    """The options that `evaluate` and `compare` share."""
-    options = [
-        click.option("--data", metavar="PATH", required=True,
-                     help="Reference archive, all of it, with its clean labels where it has them"),
-        detector_option,
-        click.option("--num", type=click.IntRange(min=2), help="Number of generated images to use  [default: all]"),
-        seed_option,
-        batch_option,
-        click.option("--nearest_k", type=click.IntRange(min=1), default=5,
-                     help="Neighbours that make the radius for precision, recall, density, coverage"),
-        click.option("--splits", metavar="IMAGES", type=click.IntRange(min=1), default=IS_SPLIT,
-                     help="Images in each split of the inception score"),
-        click.option("--bootstrap", metavar="DRAWS", type=click.IntRange(min=0), default=0,
-                     help="Add 95% intervals from so many resampled sets of the images, 200 say; 0 for none"),
-        click.option("--judge", metavar="svm|none|PKL", default="svm",
-                     help="Label accuracy by an SVM trained on the reference, or by a classifier snapshot"),
-        device_option,
-    ]
-    for option in reversed(options):
-        function = option(function)
-    return function
-
-
 @main.command(epilog="Example: python fid.py evaluate --images=out --data=digits.zip --detector=pixels --out=out.json")
 @click.option("--images", "image_path", metavar="PATH", required=True,
               help="Generated images: folder or ZIP with dataset.json, or .npz (arr_0 images, arr_1 labels)")
 @measuring
-@click.option("--out", "out_path", metavar="JSON", callback=output_file, help="Save the table, classes included")
+@output_option("--out", "out_path", metavar="JSON", help="Save the table, classes included")
 def evaluate(image_path: str, out_path: str | None, device: str, **settings: Any) -> None:
-    """The whole table: FID, KID, IS, precision, recall, density, coverage, class-wise too, and label accuracy."""
-    result = table.evaluate(image_path, device=distributed.init(device), **settings)
-    if distributed.get_rank() == 0:
+    """The whole table: FID, KID, IS, precision, recall, density, coverage, class-wise too, label accuracy, CAS."""
+    for result in table.evaluate([image_path], device=distributed.init(device), **settings):
         if out_path is not None:
             table.save_json(result, out_path)
         print(table.format_table(result))
+
+
+@main.command(epilog="Example: python fid.py compare --images=a --images=b --data=digits.zip --detector=pixels")
+@click.option("--images", "image_paths", metavar="PATH", required=True, multiple=True,
+              help="A set of generated images, as for evaluate; once for each set")
+@measuring
+@output_option("--out", "out_path", metavar="JSON", help="Save the tables, a list")
+@output_option("--chart", "chart_path", metavar="PNG", help="Draw them as bars")
+def compare(image_paths: tuple[str], out_path: str | None, chart_path: str | None, device: str,
+            **settings: Any) -> None:
+    """Several sets of images against one reference, side by side."""
+    results = table.evaluate(image_paths, device=distributed.init(device), **settings)
+    if results:
+        if out_path is not None:
+            table.save_json(results, out_path)
+        if chart_path is not None:
+            report.bar_chart(results, chart_path)
+        print(table.format_comparison(results))
 
 
 if __name__ == "__main__":

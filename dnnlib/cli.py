@@ -13,7 +13,7 @@ import click
 
 from dnnlib.util import one_line
 
-__all__ = ["BOOL", "INT_LIST", "Command", "FloatRange", "Group", "parse_int_list"]
+__all__ = ["BOOL", "INT_LIST", "Command", "FloatRange", "Group", "output_file", "parse_int_list"]
 
 _MAX_INTS = 100_000_000
 
@@ -76,6 +76,19 @@ class FloatRange(click.FloatRange):
 
 INT_LIST = _IntList()
 BOOL = _Bool()
+
+
+def output_file(_ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    """Option callback: find out before the work, not after it, that a result cannot be written; create nothing yet."""
+    if value is not None:
+        folder = os.path.dirname(os.path.abspath(value))
+        while not os.path.lexists(folder):
+            folder = os.path.dirname(folder)
+        if os.path.isdir(value):
+            raise click.BadParameter(f"{value} is a folder, expected a file name", param=param)
+        if not os.path.isdir(folder) or not os.access(folder, os.W_OK):
+            raise click.BadParameter(f"{value}: cannot be written in {folder}", param=param)
+    return value
 
 
 def _fail(message: str, exit_code: int) -> None:

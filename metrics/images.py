@@ -25,11 +25,15 @@ class ImageSource(Protocol):
     labels: np.ndarray | None               # int64 [N]
     clean_labels: np.ndarray | None
     class_names: list[str] | None
+    cache: bool                             # may the decoded images be held in memory?
 
     def __len__(self) -> int: ...
 
     def images(self, indices: Any) -> torch.Tensor:
         """uint8 [B,C,H,W] on the CPU."""
+
+    def onehot(self, indices: Any) -> torch.Tensor:
+        """Labels float32 [B,label_dim]."""
 
 
 class NpzImages:
@@ -49,7 +53,7 @@ class NpzImages:
         chosen = np.arange(len(images))
         if max_size is not None and max_size < len(images):
             chosen = np.sort(np.random.default_rng(seed).permutation(len(images))[:max_size])
-        self._images, self._chosen = images, chosen
+        self._images, self._chosen, self.cache = images, chosen, False
         self.image_shape = (images.shape[3], *images.shape[1:3])
         self.labels = labels if labels is None else labels[chosen]
         self.clean_labels = self.class_names = None
@@ -61,6 +65,10 @@ class NpzImages:
     def images(self, indices: Any) -> torch.Tensor:
         """uint8 [B,C,H,W] on the CPU."""
         return torch.from_numpy(self._images[self._chosen[indices]].transpose(0, 3, 1, 2).copy())
+
+    def onehot(self, indices: Any) -> torch.Tensor:
+        """Labels float32 [B,label_dim]."""
+        return torch.nn.functional.one_hot(torch.from_numpy(self.labels[indices]), self.label_dim).float()
 
 
 def read_npz(path: str, expected: str) -> dict[str, np.ndarray]:

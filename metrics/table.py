@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,54 +12,78 @@ import torch
 
 import dnnlib
 from metrics.bootstrap import LEVEL, interval, resample
+from metrics.cas import CAS_ARCHS, check_cas, classification_accuracy_score
 from metrics.class_wise import ClassWise, class_wise
 from metrics.detectors import ClassifierDetector, Detector, detector
+from metrics.feature_cache import FeatureCache
 from metrics.features import Features, compute_features
 from metrics.frechet import fid_from_features, fid_replicates
-from metrics.images import describe_shape, open_images
+from metrics.images import ImageSource, describe_shape, open_images
 from metrics.inception_score import IS_SPLIT, inception_score
 from metrics.judge import SvmJudge, label_accuracy
 from metrics.kernel import kid_from_features, kid_replicates
 from metrics.neighbours import prdc, prdc_replicates
 from torch_utils import distributed
 
-__all__ = ["evaluate", "evaluate_features", "format_table", "save_json"]
+__all__ = ["evaluate", "evaluate_features", "format_comparison", "format_table", "save_json", "short_names"]
 
 BOOTSTRAP = "generated images drawn again with replacement, within each class where they have labels"
 
 
-def evaluate(images: str, data: str, detector_name: str, *, device: torch.device | str, num: int | None = None,
-             batch: int = 64, seed: int = 0, nearest_k: int = 5, splits: int = IS_SPLIT, bootstrap: int = 0,
-             judge: str = "svm") -> dict[str, Any]:
-    """All metrics of the images at `images` (folder, ZIP, `.npz`) against the whole archive `data`.
+def evaluate(images: Sequence[str], data: str, detector_name: str, *, device: torch.device | str,
+             num: int | None = None, batch: int = 64, seed: int = 0, nearest_k: int = 5, splits: int = IS_SPLIT,
+             bootstrap: int | None = None, judge: str = "svm", features: str | None = None, test: str | None = None,
+             cas_arch: str = CAS_ARCHS[0]) -> list[dict[str, Any]]:
+    """All metrics of each set of images (folder, ZIP, `.npz`) against the whole archive `data`.
 
     The reference's classes are its clean labels where it has them. `num` of the images (None: all), chosen by `seed`;
-    `splits`: images a split of the inception score; `bootstrap`: draws of the intervals, chosen by `seed`, 0 for none;
-    `judge`: 'svm', 'none' or a classifier snapshot. Every process must call it; all but rank 0 get {}.
-    Returns what `evaluate_features` does, and `images`, `data`, `detector`, `reference_labels`.
+    `splits`: images a split of the inception score; `bootstrap`: draws of the intervals, chosen by `seed`;
+    `judge`: 'svm', 'none' or a classifier snapshot; `features`: file that keeps features for the next time; `test`:
+    archive of real images that the classification accuracy score is measured on, of a classifier `cas_arch`.
+    Every process must call it; all but rank 0 get []. Returns for each set what `evaluate_features` does, and
+    `images`, `data`, `detector`, `reference_labels`, with `test` also `cas`.
     Raises UserError for images, archives and snapshots that cannot be used or do not fit each other.
     """
-    fake_images, real_images = open_images(images, num, seed), open_images(data, option="--data")
-    if fake_images.image_shape != real_images.image_shape:
-        raise dnnlib.UserError(f"--images: {images} has {describe_shape(fake_images.image_shape)} images, "
-                               f"--data: {data} has {describe_shape(real_images.image_shape)}")
-    extractor = detector(detector_name, device)
-    clean = real_images.clean_labels is not None
-    real_labels = real_images.clean_labels if clean else real_images.labels
+    sources = [open_images(path, num, seed) for path in images]
+    reference = open_images(data, option="--data")
+    tested = None if test is None else open_images(test, option="--test")
+    for source in sources:
+        if source.image_shape != reference.image_shape:
+            raise dnnlib.UserError(f"--images: {source.path} has {describe_shape(source.image_shape)} images, "
+                                   f"--data: {data} has {describe_shape(reference.image_shape)}")
+        if tested is not None:
+            check_cas(source, tested, cas_arch)
+    extractor = distributed.together(lambda: detector(detector_name, device), rank0_first=True)
+    clean = reference.clean_labels is not None
+    real_labels = reference.clean_labels if clean else reference.labels
     network = None
     if judge not in ("svm", "none"):
         network = _judge_network(judge, extractor, device, real_labels, data)
-    real = compute_features(real_images, extractor, batch, device, network, "reference images")
-    fake = compute_features(fake_images, extractor, batch, device, network, "generated images")
+    cache = FeatureCache(features)
+
+    def look(source: ImageSource, text: str, choice: Any = None) -> Features | None:
+        return cache.get(source, extractor, network, choice,
+                         lambda: compute_features(source, extractor, batch, device, network, text))
+
+    # All features before any metric: the other processes are done then and need not wait for rank 0.
+    real = look(reference, "reference images")
+    fakes = [look(source, "generated images", None if num is None else seed) for source in sources]
+    cache.save()
     if distributed.get_rank() != 0:
-        return {}
-    result = evaluate_features(real, fake, real_labels, fake_images.labels, nearest_k=nearest_k, splits=splits,
-                               bootstrap=bootstrap, seed=seed, class_names=real_images.class_names, svm=judge == "svm",
-                               device=device)
-    if result["judge"] is not None:
-        result["judge"]["name"] = network.name if network else f"SVM on {extractor.name} features"
-    source = None if real_labels is None else "clean labels" if clean else "labels as they are, it has no clean ones"
-    return dict(images=images, data=data, detector=extractor.name, reference_labels=source, **result)
+        return []
+    results = []
+    for source, fake in zip(sources, fakes, strict=True):
+        result = evaluate_features(real, fake, real_labels, source.labels, nearest_k=nearest_k, splits=splits,
+                                   bootstrap=bootstrap, seed=seed, class_names=reference.class_names,
+                                   svm=judge == "svm", device=device)
+        if result["judge"] is not None:
+            result["judge"]["name"] = network.name if network else f"SVM on {extractor.name} features"
+        if tested is not None:
+            result["cas"] = classification_accuracy_score(source, tested, cas_arch, device, seed)
+            result["metrics"]["cas"] = result["cas"]["accuracy"]
+        named = None if real_labels is None else "clean labels" if clean else "labels as they are, it has no clean ones"
+        results.append(dict(images=source.path, data=data, detector=extractor.name, reference_labels=named, **result))
+    return results
 
 
 def _judge_network(name: str, extractor: Detector, device: torch.device | str, labels: np.ndarray | None,
@@ -74,7 +98,7 @@ def _judge_network(name: str, extractor: Detector, device: torch.device | str, l
 
 
 def evaluate_features(real: Features, fake: Features, real_labels: np.ndarray | None, fake_labels: np.ndarray | None, *,
-                      nearest_k: int = 5, splits: int = IS_SPLIT, bootstrap: int = 0, seed: int = 0,
+                      nearest_k: int = 5, splits: int = IS_SPLIT, bootstrap: int | None = None, seed: int = 0,
                       class_names: list[str] | None = None, svm: bool = True,
                       device: torch.device | str = "cpu") -> dict[str, Any]:
     """All metrics from features and labels (None: without labels, no class-wise ones).
@@ -209,30 +233,63 @@ def _judge(table: _Table, real: Features, fake: Features, real_labels: np.ndarra
 
 
 def format_table(result: dict[str, Any]) -> str:
-    """The result of `evaluate` as text: what was compared, then one line a metric."""
-    labels = result["reference_labels"] or "no labels"
-    lines = [f"images     {result['images']}: {result['num_images']}",
-             f"reference  {result['data']}: {result['num_reference']}, {labels}",
-             f"detector   {result['detector']}: {result['num_features']} features"]
-    judge = result["judge"]
-    if judge is not None:
-        lines.append(f"judge      {judge['name']}: accuracy {judge['accuracy']:.4f} on {judge['num']} {judge['on']}")
-    if result["bootstrap"] is not None:
-        b = result["bootstrap"]
-        lines.append(f"intervals  {b['level']:.0%} of {b['draws']} bootstrap draws: {b['of']}")
+    """One result of `evaluate` as text: what was compared, then one line a metric."""
+    lines = [f"images     {result['images']}: {result['num_images']}", *_conditions(result)]
+    if "cas" in result:
+        lines.append("cas        {arch} trained on {num_generated} images to {accuracy_on_generated:.4f}, tested on "
+                     "{num_test}".format(**result["cas"]))
     lines.append("")
     width = max(map(len, result["metrics"]))
     for name, value in result["metrics"].items():
-        shown = "n/a" if value is None else f"{value:.6g}"
+        shown = f"{_number(value):<12}"
         if result["intervals"]:
             low_high = result["intervals"].get(name)
-            shown = f"{shown:<12}  {'[{:.4g}, {:.4g}]'.format(*low_high) if low_high else '':<22}"
-        lines.append(f"{name:<{width}}  {shown:<12}  {result['notes'].get(name, '')}".rstrip())
+            shown += f"  {'[{:.4g}, {:.4g}]'.format(*low_high) if low_high else '':<22}"
+        lines.append(f"{name:<{width}}  {shown}  {result['notes'].get(name, '')}".rstrip())
     return "\n".join(lines)
 
 
-def save_json(result: dict[str, Any], path: str) -> None:
-    """Write a result as JSON, making its folder; the file appears only when it is complete."""
+def _number(value: float | None) -> str:
+    return "n/a" if value is None else f"{value:.6g}"
+
+
+def _conditions(result: dict[str, Any]) -> list[str]:
+    lines = [f"reference  {result['data']}: {result['num_reference']}, {result['reference_labels'] or 'no labels'}",
+             f"detector   {result['detector']}: {result['num_features']} features"]
+    judge, bootstrap = result["judge"], result["bootstrap"]
+    if judge is not None:
+        lines.append(f"judge      {judge['name']}: accuracy {judge['accuracy']:.4f} on {judge['num']} {judge['on']}")
+    if bootstrap is not None:
+        lines.append(f"intervals  {bootstrap['level']:.0%} of {bootstrap['draws']} bootstrap draws: {bootstrap['of']}")
+    return lines
+
+
+def short_names(results: Sequence[dict[str, Any]]) -> list[str]:
+    """A name for each set of images: the last part of its path where that tells them apart, else the path."""
+    last = [os.path.splitext(os.path.basename(os.path.normpath(result["images"])))[0] for result in results]
+    return last if len(set(last)) == len(last) else [result["images"] for result in results]
+
+
+def format_comparison(results: Sequence[dict[str, Any]]) -> str:
+    """Results of `evaluate` on one reference as text: one line a metric, one column a set; notes at the end."""
+    names = short_names(results)
+    rows = [["", *names], ["num_images", *(str(result["num_images"]) for result in results)]]
+    for metric in results[0]["metrics"]:
+        row = [metric]
+        for result in results:
+            low_high = result["intervals"].get(metric)
+            row.append(_number(result["metrics"][metric])
+                       + (" [{:.4g}, {:.4g}]".format(*low_high) if low_high else ""))
+        rows.append(row)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    notes = [f"{name}, {metric}: {note}" for name, result in zip(names, results, strict=True)
+             for metric, note in result["notes"].items()]
+    return "\n".join([*_conditions(results[0]), "", *lines, *([""] if notes else []), *notes])
+
+
+def save_json(result: Any, path: str) -> None:
+    """Write one result or a list of them as JSON, making its folder; the file appears only when it is complete."""
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     with dnnlib.atomic_open(path, "w") as file:
         json.dump(result, file, indent=2, allow_nan=False)
