@@ -9,6 +9,7 @@ import contextlib
 import copy
 import io
 import json
+import math
 import os
 import platform
 import statistics
@@ -230,7 +231,7 @@ def metrics_rows(repeats: int) -> list[dict]:
     rng = np.random.default_rng(0)
     scales = np.geomspace(1, 1e-2, 2048)
     s1, s2 = (np.cov(rng.standard_normal((5000, 2048)) * scales, rowvar=False) for _ in range(2))
-    plain = np.trace(scipy.linalg.sqrtm(s1 @ s2)).real
+    difference = abs(trace_of_root(s1, s2) / np.trace(scipy.linalg.sqrtm(s1 @ s2)).real - 1)
     t = compare(
         {"ours": lambda: trace_of_root(s1, s2), "plain": lambda: scipy.linalg.sqrtm(s1 @ s2)}, max(repeats // 4, 1)
     )
@@ -240,7 +241,7 @@ def metrics_rows(repeats: int) -> list[dict]:
     seconds = time.perf_counter() - start
     return [
         dict(name="scipy.linalg.sqrtm / ours, trace of the root, 2048 features", value=t["plain"] / t["ours"]),
-        dict(name="1e-12 of difference between the two, relative", value=1e12 * abs(trace_of_root(s1, s2) / plain - 1)),
+        dict(name="decimal digits in which the two agree", value=-math.log10(difference + 1e-16)),
         dict(name="seconds of prdc, 10,000 x 10,000 images, 256 features", value=seconds),
     ]
 

@@ -14,7 +14,7 @@ from metrics.report import Picture, Report, loss_curves, transition_heatmap
 from sampling.grid import save_grid
 from training.dataset import ImageDataset
 
-__all__ = ["METRICS", "Method", "compare_methods"]
+__all__ = ["METRICS", "Method", "compare_methods", "with_interval"]
 
 METRICS = {"label_accuracy": "label accuracy", "fid": "FD", "cw_fid": "class-wise FD", "density_k5": "density",
            "coverage_k5": "coverage"}
@@ -57,7 +57,7 @@ def compare_methods(directory: str, title: str, question: str, data: str, method
     for method in methods:
         with open(method.table) as f:
             table = json.load(f)
-        rows.append([method.title, *(_with_interval(table, name) for name in METRICS),
+        rows.append([method.title, *(with_interval(table, name) for name in METRICS),
                      *map(dnnlib.format_time, (method.training_seconds, method.sampling_seconds))])
         images = ImageDataset(method.images)
         shown = range(min(SHEET_ROWS * dataset.label_dim, len(images)))
@@ -81,7 +81,7 @@ def compare_methods(directory: str, title: str, question: str, data: str, method
     return Report(title, question, header, rows, notes, pictures, commands).write(directory)
 
 
-def _with_interval(table: dict, metric: str) -> str:
+def with_interval(table: dict, metric: str) -> str:
     """'0.936 ± 0.014', without the interval where there is none."""
     value, (low, high) = table["metrics"][metric], table["intervals"].get(metric, (0, 0))
     return "n/a" if value is None else f"{value:.3f}" + (f" ± {(high - low) / 2:.3f}" if high > low else "")

@@ -135,8 +135,8 @@ def bar_chart(results: Sequence[dict[str, Any]], path: str) -> None:
         for i, (value, result) in enumerate(zip(values, results, strict=True)):
             if value is not None:
                 low, high = result["intervals"].get(metric, (value, value))
-                axis.bar(i, value, yerr=[[value - low], [high - value]] if metric in result["intervals"] else None,
-                         capsize=3, color=f"C{i % 10}")
+                whiskers = [[max(value - low, 0)], [max(high - value, 0)]] if metric in result["intervals"] else None
+                axis.bar(i, value, yerr=whiskers, capsize=3, color=f"C{i % 10}")
         axis.set(title=metric)
         axis.set_xticks(range(len(names)), names, rotation=30, ha="right", fontsize="small")
         axis.grid(axis="y", alpha=0.3)

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from metrics.bootstrap import interval, resample
+from metrics.comparison import with_interval
 from metrics.features import Features
 from metrics.frechet import fid_from_features, fid_replicates
 from metrics.kernel import kid_from_features, kid_replicates
@@ -95,3 +96,8 @@ def test_intervals_of_the_table():
     assert result["intervals"]["cw_fid"] == pytest.approx(
         interval(result["metrics"]["cw_fid"], np.mean(of_classes, axis=0)), rel=1e-9)
     assert evaluate_features(x, y, labels, labels, svm=False)["intervals"] == {}
+
+
+def test_report_shows_intervals():
+    table = dict(metrics=dict(fid=1.25, cw_fid=2.0, label_accuracy=None), intervals=dict(fid=[1.0, 1.45]))
+    assert [with_interval(table, name) for name in table["metrics"]] == ["1.250 ± 0.225", "2.000", "n/a"]
