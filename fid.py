@@ -4,50 +4,24 @@
   python fid.py evaluate --images=out --data=datasets/digits.zip --detector=pixels --out=out.json
   python fid.py ref --data=datasets/digits.zip --dest=fid-refs/digits.npz --detector=pixels
   python fid.py calc --images=out --ref=fid-refs/digits.npz --num=1000 --detector=pixels
+  python fid.py compare --images=a --images=b --data=datasets/digits.zip --detector=pixels --chart=ab.png
   torchrun --standalone --nproc_per_node=2 fid.py calc --images=out --ref=fid-refs/digits.npz --detector=pixels
 """
 
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import click
 import numpy as np
 
 import dnnlib
 import dnnlib.cli
-from dnnlib.cli import output_file
-from metrics import features, table
+from metrics import detectors, features, images, report, statistics, table
 from metrics.frechet import frechet_distance
+from metrics.options import batch_option, detector_option, device_option, measuring, output_option, seed_option
 from torch_utils import distributed
-
-
-def load_reference(path: str) -> tuple[np.ndarray, np.ndarray]:
-    """mu [d] and sigma [d,d] of a reference `.npz` (ours or EDM's). UserError when it is none."""
-    expected = "expected a reference of 'fid.py ref': mu [d] and sigma [d,d]"
-    arrays = dnnlib.read_npz(path, expected)
-    if not {"mu", "sigma"} <= arrays.keys():
-        raise dnnlib.UserError(f"{path}: holds {', '.join(arrays) or 'nothing'}; {expected}")
-    mu, sigma = arrays["mu"], arrays["sigma"]
-    if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
-        raise dnnlib.UserError(f"{path}: mu is {list(mu.shape)} and sigma {list(sigma.shape)}; {expected}")
-    if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
-        raise dnnlib.UserError(f"{path}: mu or sigma is not finite; {expected}")
-    return mu, sigma
-
-
-def need_detector(_ctx: click.Context, param: click.Parameter, value: str | None) -> str:
-    if value is None:
-        raise click.BadParameter(f"is missing; choose {features.DETECTORS}", param=param)
-    return value
-
-
-detector_option = click.option("--detector", "detector_name", metavar="NAME", callback=need_detector,
-                               help=f"What turns images into features (required): {features.DETECTORS}")
-batch_option = click.option("--batch", type=click.IntRange(min=1), default=64, help="Images a batch and process")
-seed_option = click.option("--seed", type=click.IntRange(min=0), default=0, help="Chooses the images if there are more")
-device_option = click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto",
-                             help="Where the detector runs")
 
 
 @click.group(cls=dnnlib.cli.Group, help=__doc__)
@@ -67,9 +41,9 @@ def main(ctx: click.Context) -> None:
 def calc(image_path: str, ref_path: str, num: int, detector_name: str, seed: int, batch: int, device: str) -> None:
     """FID of images against a reference."""
     device = distributed.init(device)
-    mu_ref, sigma_ref = load_reference(ref_path)
-    source = features.open_images(image_path, num, seed)
-    extractor = features.detector(detector_name, device)
+    mu_ref, sigma_ref = statistics.load_reference(ref_path)
+    source = images.open_images(image_path, num, seed)
+    extractor = detectors.detector(detector_name, device)
     width = features.feature_width(source, extractor, device)
     if width != len(mu_ref):
         raise dnnlib.UserError(f"--ref: {ref_path} has {len(mu_ref)} features, --detector={detector_name} gives "
@@ -81,15 +55,15 @@ def calc(image_path: str, ref_path: str, num: int, detector_name: str, seed: int
 
 @main.command(epilog="Example: python fid.py ref --data=digits.zip --dest=ref.npz --detector=pixels")
 @click.option("--data", "dataset_path", metavar="PATH", required=True, help="Archive: ZIP, folder or .npz (arr_0)")
-@click.option("--dest", "dest_path", metavar="NPZ", required=True, callback=output_file, help="Reference to write")
+@output_option("--dest", "dest_path", metavar="NPZ", required=True, help="Reference to write")
 @detector_option
 @batch_option
 @device_option
 def ref(dataset_path: str, dest_path: str, detector_name: str, batch: int, device: str) -> None:
     """Reference for 'fid.py calc': mean and covariance of an archive's features."""
     device = distributed.init(device)
-    source = features.open_images(dataset_path, option="--data")
-    extractor = features.detector(detector_name, device)
+    source = images.open_images(dataset_path, option="--data")
+    extractor = detectors.detector(detector_name, device)
     count, mu, sigma = features.compute_statistics(source, extractor, batch, device)
     if distributed.get_rank() == 0:
         os.makedirs(os.path.dirname(os.path.abspath(dest_path)), exist_ok=True)
@@ -101,30 +75,32 @@ def ref(dataset_path: str, dest_path: str, detector_name: str, batch: int, devic
 @main.command(epilog="Example: python fid.py evaluate --images=out --data=digits.zip --detector=pixels --out=out.json")
 @click.option("--images", "image_path", metavar="PATH", required=True,
               help="Generated images: folder or ZIP with dataset.json, or .npz (arr_0 images, arr_1 labels)")
-@click.option("--data", "dataset_path", metavar="PATH", required=True,
-              help="Reference archive: all of it but recorded outliers, with its clean labels where it has them")
-@detector_option
-@click.option("--num", type=click.IntRange(min=2), help="Number of generated images to use  [default: all]")
-@seed_option
-@batch_option
-@click.option("--nearest_k", type=click.IntRange(min=1), default=5,
-              help="Neighbours that make the radius for precision, recall, density, coverage")
-@click.option("--judge", metavar="svm|none|PKL", default="svm",
-              help="Label accuracy by an SVM trained on the reference, or by a classifier snapshot")
-@click.option("--outlier_data", metavar="PATH",
-              help="Archive that records its outliers, to learn the outlier ratio from  [default: --data, if it does]")
-@click.option("--out", "out_path", metavar="JSON", callback=output_file, help="Save the table, classes included")
-@device_option
-def evaluate(image_path: str, dataset_path: str, detector_name: str, num: int | None, seed: int, batch: int,
-             nearest_k: int, judge: str, outlier_data: str | None, out_path: str | None, device: str) -> None:
-    """The whole table: FID, KID, IS, precision, recall, density, coverage, class-wise too, label accuracy, outliers."""
-    device = distributed.init(device)
-    result = table.evaluate(image_path, dataset_path, detector_name, device=device, num=num, batch=batch, seed=seed,
-                            nearest_k=nearest_k, judge=judge, outlier_data=outlier_data)
-    if distributed.get_rank() == 0:
+@measuring
+@output_option("--out", "out_path", metavar="JSON", help="Save the table, classes included")
+def evaluate(image_path: str, out_path: str | None, device: str, **settings: Any) -> None:
+    """The whole table: FID, KID, IS, precision, recall, density, coverage, class-wise too, label accuracy, CAS."""
+    for result in table.evaluate([image_path], device=distributed.init(device), **settings):
         if out_path is not None:
             table.save_json(result, out_path)
         print(table.format_table(result))
+
+
+@main.command(epilog="Example: python fid.py compare --images=a --images=b --data=digits.zip --detector=pixels")
+@click.option("--images", "image_paths", metavar="PATH", required=True, multiple=True,
+              help="A set of generated images, as for evaluate; once for each set")
+@measuring
+@output_option("--out", "out_path", metavar="JSON", help="Save the tables, a list")
+@output_option("--chart", "chart_path", metavar="PNG", help="Draw them as bars")
+def compare(image_paths: tuple[str], out_path: str | None, chart_path: str | None, device: str,
+            **settings: Any) -> None:
+    """Several sets of images against one reference, side by side."""
+    results = table.evaluate(image_paths, device=distributed.init(device), **settings)
+    if results:
+        if out_path is not None:
+            table.save_json(results, out_path)
+        if chart_path is not None:
+            report.bar_chart(results, chart_path)
+        print(table.format_comparison(results))
 
 
 if __name__ == "__main__":

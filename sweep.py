@@ -116,8 +116,8 @@ def measure(o: dnnlib.EasyDict, device: torch.device, mode: str, weight: float, 
     batches = generate_images(net, own, device=device, class_idx=[s % net.label_dim for s in own], batch=o.batch,
                               sampler=choose_sampler(setting, net))
     save_images(progress(batches, len(o.seeds)), images, False, names)
-    found = table.evaluate(images, o.data, o.detector, device=device, judge=o.judge)
-    return {name: found["metrics"][name] for name in ("label_accuracy", "fid")} if found else {}
+    found = table.evaluate([images], o.data, o.detector, device=device, judge=o.judge)
+    return {name: found[0]["metrics"][name] for name in ("label_accuracy", "fid")} if found else {}
 
 
 def discard(path: str) -> None:

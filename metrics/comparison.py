@@ -14,7 +14,7 @@ from metrics.report import Picture, Report, loss_curves, transition_heatmap
 from sampling.grid import save_grid
 from training.dataset import ImageDataset
 
-__all__ = ["METRICS", "Method", "compare_methods"]
+__all__ = ["METRICS", "Method", "compare_methods", "with_interval"]
 
 METRICS = {"label_accuracy": "label accuracy", "fid": "FD", "cw_fid": "class-wise FD", "density_k5": "density",
            "coverage_k5": "coverage"}
@@ -59,8 +59,7 @@ def compare_methods(directory: str, title: str, question: str, data: str, method
     for method in methods:
         with open(method.table) as f:
             table = json.load(f)
-        values = [table["metrics"][name] for name in METRICS]
-        rows.append([method.title, *("n/a" if v is None else f"{v:.3f}" for v in values),
+        rows.append([method.title, *(with_interval(table, name) for name in METRICS),
                      *map(dnnlib.format_time, (method.training_seconds, method.sampling_seconds))])
         images = ImageDataset(method.images)
         shown = range(min(SHEET_ROWS * dataset.label_dim, len(images)))
@@ -69,6 +68,9 @@ def compare_methods(directory: str, title: str, question: str, data: str, method
     judge = table["judge"]
     notes = [*notes, f"Label accuracy by {judge['name']}, right on {judge['accuracy']:.1%} of {judge['num']} "
              f"{judge['on']}."]
+    if table["bootstrap"] is not None:
+        notes.append("± is half the width of the {level:.0%} interval of {draws} bootstrap draws: {of}.".format(
+            **table["bootstrap"]))
 
     pictures += extra
     curves, heatmap = os.path.join(folder, "losses.png"), os.path.join(folder, "transition.png")
@@ -80,6 +82,12 @@ def compare_methods(directory: str, title: str, question: str, data: str, method
         pictures.append(Picture(heatmap, "Label-transition matrix T", "P(observed given clean label).", width=420))
     header = ["method", *METRICS.values(), "training", "sampling"]
     return Report(title, question, header, rows, notes, pictures, commands).write(directory)
+
+
+def with_interval(table: dict, metric: str) -> str:
+    """'0.936 ± 0.014', without the interval where there is none."""
+    value, (low, high) = table["metrics"][metric], table["intervals"].get(metric, (0, 0))
+    return "n/a" if value is None else f"{value:.3f}" + (f" ± {(high - low) / 2:.3f}" if high > low else "")
 
 
 def _nhwc(dataset: ImageDataset, indices: Sequence[int] | np.ndarray) -> np.ndarray:

@@ -9,11 +9,14 @@ holds for singular covariances too.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
-__all__ = ["as_float64", "fid_from_features", "frechet_distance", "mean_and_covariance", "trace_of_root"]
+__all__ = ["as_float64", "fid_from_features", "fid_replicates", "frechet_distance", "mean_and_covariance",
+           "trace_of_root"]
 
 # Square roots of eigenvalues this far below the largest are mostly rounding error: eps / sqrt(1e-12) = 2e-10.
 MIN_EIGENVALUE_RATIO = 1e-12
@@ -28,31 +31,57 @@ def as_float64(x: Any) -> np.ndarray:
     return np.asarray(x, dtype=np.float64)
 
 
-def mean_and_covariance(features: Any) -> tuple[np.ndarray, np.ndarray]:
+def mean_and_covariance(features: Any, counts: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Mean [d] and unbiased covariance [d,d] of features [N,d], in float64, a block of rows at a time.
 
-    Raises ValueError for fewer than 2 rows.
+    `counts` [N]: how often each row is there. Raises ValueError for fewer than 2 rows.
     """
     if len(features) < 2:
         raise ValueError(f"a covariance needs at least 2 images, not {len(features)}")
+    counts = np.ones(len(features)) if counts is None else np.asarray(counts, dtype=np.float64)
     starts = range(0, len(features), BLOCK)
-    mu = sum(as_float64(features[i:i + BLOCK]).sum(axis=0) for i in starts) / len(features)
+    mu = sum(counts[i:i + BLOCK] @ as_float64(features[i:i + BLOCK]) for i in starts) / counts.sum()
     cov = np.zeros([len(mu), len(mu)])
     for i in starts:
-        centered = as_float64(features[i:i + BLOCK]) - mu
+        centered = (as_float64(features[i:i + BLOCK]) - mu) * np.sqrt(counts[i:i + BLOCK, None])
         cov += centered.T @ centered
-    return mu, cov / (len(features) - 1)
+    return mu, cov / (counts.sum() - 1)
 
 
-def _root(cov: np.ndarray) -> np.ndarray:
-    """A [d,d] with A^T A = cov, from a symmetric eigendecomposition; eigenvalues that are rounding error count as 0."""
-    values, vectors = np.linalg.eigh(cov)
-    noise = max(values[-1], 0.0) * len(values) * np.finfo(np.float64).eps
-    return np.sqrt(np.where(values > noise, values, 0.0))[:, None] * vectors.T
+class _Gaussian:
+    """Mean and covariance, the latter as such or by a root A, cov = A^T A; its factors are made once, when needed."""
 
+    def __init__(self, mean: np.ndarray, cov: np.ndarray | None = None, root: np.ndarray | None = None):
+        self.mean, self.cov, self._root = mean, cov, root
+        self.trace = float(np.trace(cov) if root is None else np.sum(root ** 2))
 
-def _nuclear_norm(a: np.ndarray, b: np.ndarray) -> float:
-    return float(np.linalg.svd(a @ b.T, compute_uv=False).sum())
+    @functools.cached_property
+    def lower(self) -> np.ndarray | None:
+        """L with cov = L L^T; None when the covariance is singular or was given by a root."""
+        try:
+            return None if self.cov is None else np.linalg.cholesky(self.cov)
+        except np.linalg.LinAlgError:
+            return None
+
+    @functools.cached_property
+    def root(self) -> np.ndarray:
+        """A with A^T A = cov; from a symmetric eigendecomposition, where what is rounding error counts as 0."""
+        if self._root is not None:
+            return self._root
+        values, vectors = np.linalg.eigh(self.cov)
+        noise = max(values[-1], 0.0) * len(values) * np.finfo(np.float64).eps
+        return np.sqrt(np.where(values > noise, values, 0.0))[:, None] * vectors.T
+
+    def trace_of_root(self, other: _Gaussian) -> float:
+        if self.lower is not None and other.lower is not None:
+            values = np.linalg.eigvalsh(self.lower.T @ other.cov @ self.lower)
+            if values[0] > MIN_EIGENVALUE_RATIO * values[-1]:
+                return float(np.sqrt(values).sum())
+        return float(np.linalg.svd(self.root @ other.root.T, compute_uv=False).sum())
+
+    def distance(self, other: _Gaussian) -> float:
+        shift = float(np.sum((self.mean - other.mean) ** 2))
+        return shift + self.trace + other.trace - 2 * self.trace_of_root(other)
 
 
 def trace_of_root(cov1: Any, cov2: Any) -> float:
@@ -62,15 +91,7 @@ def trace_of_root(cov1: Any, cov2: Any) -> float:
     Otherwise: the nuclear norm of the product of symmetric roots.
     """
     cov1, cov2 = as_float64(cov1), as_float64(cov2)
-    try:
-        lower = np.linalg.cholesky(cov1)
-        np.linalg.cholesky(cov2)
-        values = np.linalg.eigvalsh(lower.T @ cov2 @ lower)
-        if values[0] > MIN_EIGENVALUE_RATIO * values[-1]:
-            return float(np.sqrt(values).sum())
-    except np.linalg.LinAlgError:
-        pass
-    return _nuclear_norm(_root(cov1), _root(cov2))
+    return _Gaussian(np.zeros(len(cov1)), cov1).trace_of_root(_Gaussian(np.zeros(len(cov2)), cov2))
 
 
 def frechet_distance(mu1: Any, cov1: Any, mu2: Any, cov2: Any) -> float:
@@ -78,7 +99,7 @@ def frechet_distance(mu1: Any, cov1: Any, mu2: Any, cov2: Any) -> float:
     mu1, mu2, cov1, cov2 = map(as_float64, (mu1, mu2, cov1, cov2))
     if mu1.shape != mu2.shape or cov1.shape != cov2.shape:
         raise ValueError(f"feature widths differ: {len(mu1)} and {len(mu2)}")
-    return float(np.sum((mu1 - mu2) ** 2) + np.trace(cov1) + np.trace(cov2) - 2 * trace_of_root(cov1, cov2))
+    return _Gaussian(mu1, cov1).distance(_Gaussian(mu2, cov2))
 
 
 def fid_from_features(real: Any, fake: Any) -> float:
@@ -87,19 +108,27 @@ def fid_from_features(real: Any, fake: Any) -> float:
     With no more images than dimensions the covariance is singular, and the centered features over sqrt(N - 1) are its
     exact root: no [d,d] matrix is made for that side.
     """
-    if min(len(real), len(fake)) > np.shape(real)[1]:
-        return frechet_distance(*mean_and_covariance(real), *mean_and_covariance(fake))
-    means, roots = zip(*(_mean_and_root(x) for x in (real, fake)), strict=True)
-    traces = [np.sum(root ** 2) for root in roots]
-    return float(np.sum((means[0] - means[1]) ** 2) + sum(traces) - 2 * _nuclear_norm(*roots))
+    return _of_features(real).distance(_of_features(fake))
 
 
-def _mean_and_root(features: Any) -> tuple[np.ndarray, np.ndarray]:
+def fid_replicates(real: Any, fake: Any, counts: np.ndarray) -> np.ndarray:
+    """Frechet distances [B] of features `real` [N,d] to B sets that hold each row of `fake` [M,d] counts [B,M] times.
+
+    Each from the weighted mean and covariance; what belongs to `real` is factored once.
+    """
+    reference = _of_features(real)
+    with tqdm(counts, desc="bootstrap", unit="draw", disable=None, leave=False, delay=2) as bar:
+        return np.array([reference.distance(_of_features(fake, row)) for row in bar])
+
+
+def _of_features(features: Any, counts: np.ndarray | None = None) -> _Gaussian:
+    if counts is not None:
+        drawn = np.flatnonzero(counts)
+        features, counts = features[drawn], counts[drawn].astype(np.float64)
     if len(features) > np.shape(features)[1]:
-        mu, cov = mean_and_covariance(features)
-        return mu, _root(cov)
-    if len(features) < 2:
+        return _Gaussian(*mean_and_covariance(features, counts))
+    x, counts = as_float64(features), np.ones(len(features)) if counts is None else counts
+    if counts.sum() < 2:
         raise ValueError(f"a covariance needs at least 2 images, not {len(features)}")
-    x = as_float64(features)
-    mu = x.mean(axis=0)
-    return mu, (x - mu) / np.sqrt(len(x) - 1)
+    mean = counts @ x / counts.sum()
+    return _Gaussian(mean, root=(x - mean) * np.sqrt(counts[:, None] / (counts.sum() - 1)))

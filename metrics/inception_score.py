@@ -8,10 +8,12 @@ import numpy as np
 
 from metrics.frechet import as_float64
 
-__all__ = ["inception_score"]
+__all__ = ["IS_SPLIT", "inception_score"]
+
+IS_SPLIT = 5000    # images a split, as published scores of 50,000 images in 10 splits have it
 
 
-def inception_score(probs: Any, split: int = 5000) -> float:
+def inception_score(probs: Any, split: int = IS_SPLIT) -> float:
     """exp E KL(p(y given x) to p(y)) of class probabilities [N,C], averaged over splits of `split` images.
 
     A last partial split counts like the others, and 0 ln 0 = 0. Raises ValueError without images.

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-__all__ = ["as_features", "block_rows", "prdc"]
+__all__ = ["as_features", "block_rows", "prdc", "prdc_replicates"]
 
 PAIR_CHUNK = 4096  # pairs compared at a time
 SPARE = 2          # candidates beyond the k-th neighbour: most rows need no second look
@@ -110,6 +110,16 @@ def prdc(real: Any, fake: Any, k: int = 5, block: int | None = None) -> dict[str
     `block`: rows of distances held at a time (default: what suits the device). Memory beyond the features: a float64
     copy of them and a few blocks. Raises ValueError when a set has at most k points or the widths differ.
     """
+    return {name: float(values[0]) for name, values in _prdc(real, fake, k, block, None).items()}
+
+
+def prdc_replicates(real: Any, fake: Any, k: int, counts: np.ndarray,
+                    block: int | None = None) -> dict[str, np.ndarray]:
+    """The four ratios [B] for B sets that hold each row of `fake` counts [B,M] times; radii stay those of `fake`."""
+    return _prdc(real, fake, k, block, counts)
+
+
+def _prdc(real: Any, fake: Any, k: int, block: int | None, counts: np.ndarray | None) -> dict[str, np.ndarray]:
     real, fake = as_features(real), as_features(fake)
     if min(len(real), len(fake)) <= k:
         raise ValueError(f"{k} nearest neighbours need more than {k} images a side, not {len(real)} and {len(fake)}")
@@ -123,17 +133,22 @@ def prdc(real: Any, fake: Any, k: int = 5, block: int | None = None) -> dict[str
     real_tolerance = _tolerance(real.norms, fake.norms, width)
     fake_tolerance = _tolerance(fake.norms, real.norms, width)
 
-    covered = recalled = held = 0
-    precise = torch.zeros(m, dtype=torch.bool, device=device)
+    counts = np.ones([1, m]) if counts is None else counts
+    present = torch.as_tensor(counts > 0, device=device).to(torch.float32).T
+    covered = torch.zeros(len(counts), dtype=torch.int64, device=device)
+    recalled = torch.zeros_like(covered)
+    held = torch.zeros(m, dtype=torch.int64, device=device)     # real balls that hold each fake
     rows = block or block_rows(m, device)
     for start in range(0, n, rows):
         stop = min(start + rows, n)
         distances = real.squared_distances(start, stop, fake)
         in_real = _inside(distances, real_radii[start:stop, None], real_tolerance[start:stop, None], start, real, fake)
         in_fake = _inside(distances, fake_radii[None, :], fake_tolerance[None, :], start, real, fake)
-        precise |= in_real.any(dim=0)
-        per_real = in_real.sum(dim=1)
-        held += int(per_real.sum())
-        covered += int(per_real.count_nonzero())
-        recalled += int(in_fake.any(dim=1).sum())
-    return dict(precision=int(precise.sum()) / m, recall=recalled / n, density=held / (k * m), coverage=covered / n)
+        held += in_real.sum(dim=0)
+        # Is any fake of the set inside? Sums of float32 ones may round, but not to 0.
+        covered += (torch.mm(in_real.to(torch.float32), present) > 0).sum(dim=0)
+        recalled += (torch.mm(in_fake.to(torch.float32), present) > 0).sum(dim=0)
+    held, covered, recalled = (x.cpu().numpy() for x in (held, covered, recalled))
+    precise = (held > 0).astype(np.int64)
+    return dict(precision=counts @ precise / m, recall=recalled / n, density=counts @ held / (k * m),
+                coverage=covered / n)

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 import dnnlib
-from metrics.features import Features, ImageSource, describe_shape, open_images
+from metrics.features import Features
+from metrics.images import ImageSource, describe_shape, open_images
 from metrics.judge import SvmJudge
 
 __all__ = ["add_outliers", "clean_part", "open_record", "outlier_ratio"]

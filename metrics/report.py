@@ -5,19 +5,22 @@ from __future__ import annotations
 import base64
 import html
 import json
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import matplotlib
 import numpy as np
 
+from metrics.table import short_names
 from torch_utils.checkpoint import atomic_open
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402  (the backend is chosen first: no display is needed)
 
-__all__ = ["Picture", "Report", "loss_curves", "markdown_table", "tradeoff", "transition_heatmap"]
+__all__ = ["Picture", "Report", "bar_chart", "loss_curves", "markdown_table", "tradeoff", "transition_heatmap"]
 
 
 @dataclass
@@ -135,4 +138,28 @@ def transition_heatmap(transition: np.ndarray, path: str, class_names: Sequence[
     axis.set_xticks(range(len(class_names)), class_names)
     axis.set_yticks(range(len(class_names)), class_names)
     figure.colorbar(picture)
+    _save(figure, path)
+
+
+def bar_chart(results: Sequence[dict[str, Any]], path: str) -> None:
+    """Draw tables of `metrics.table.evaluate`: one panel a metric, one bar a set of images, intervals as whiskers."""
+    names = short_names(results)
+    shown = [m for m in results[0]["metrics"] if any(result["metrics"][m] is not None for result in results)]
+    columns = min(5, len(shown))
+    rows = math.ceil(len(shown) / columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(2.6 * columns, 2.4 * rows), squeeze=False,
+                                layout="constrained")
+    for axis in axes.flat[len(shown):]:
+        axis.axis("off")
+    for axis, metric in zip(axes.flat, shown, strict=False):
+        values = [result["metrics"][metric] for result in results]
+        for i, (value, result) in enumerate(zip(values, results, strict=True)):
+            if value is not None:
+                low, high = result["intervals"].get(metric, (value, value))
+                whiskers = [[max(value - low, 0)], [max(high - value, 0)]] if metric in result["intervals"] else None
+                axis.bar(i, value, yerr=whiskers, capsize=3, color=f"C{i % 10}")
+        axis.set(title=metric)
+        axis.set_xticks(range(len(names)), names, rotation=30, ha="right", fontsize="small")
+        axis.grid(axis="y", alpha=0.3)
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     _save(figure, path)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+import dnnlib
 from torch_utils import distributed
 
-__all__ = ["RunningStatistics"]
+__all__ = ["RunningStatistics", "load_reference"]
 
 MIN_ROWS = 512  # rows merged at a time: the update of the [d,d] matrix costs more than the batch when d is large
 
@@ -59,3 +60,17 @@ class RunningStatistics:
         shift = self._mean - mean
         scatter = distributed.all_reduce_sum(self._scatter.addr(shift, shift, alpha=self._count))
         return count, mean.cpu().numpy(), (scatter / (count - 1)).cpu().numpy()
+
+
+def load_reference(path: str) -> tuple[np.ndarray, np.ndarray]:
+    """mu [d] and sigma [d,d] of a reference `.npz` (ours or EDM's). UserError when it is none."""
+    expected = "expected a reference of 'fid.py ref': mu [d] and sigma [d,d]"
+    arrays = dnnlib.read_npz(path, expected)
+    if not {"mu", "sigma"} <= arrays.keys():
+        raise dnnlib.UserError(f"{path}: holds {', '.join(arrays) or 'nothing'}; {expected}")
+    mu, sigma = arrays["mu"], arrays["sigma"]
+    if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
+        raise dnnlib.UserError(f"{path}: mu is {list(mu.shape)} and sigma {list(sigma.shape)}; {expected}")
+    if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
+        raise dnnlib.UserError(f"{path}: mu or sigma is not finite; {expected}")
+    return mu, sigma

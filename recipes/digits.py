@@ -78,7 +78,8 @@ def plan(outdir: str, seed: int, scale: float, only: Sequence[str], noise: str, 
             Step(f"{row.name}-images", f"make {num:,} images ({row.title})", 8,
                  f"generate.py {row.sampling} --outdir={images} --class=0-9 --seeds=0-{num - 1} --batch=250"),
             Step(f"{row.name}-table", "evaluate them", 2,
-                 f"fid.py evaluate --images={images} --data={clean} --detector=pixels --out={table}")]
+                 f"fid.py evaluate --images={images} --data={clean} --detector=pixels --bootstrap=200"
+                 f" --out={table}")]
     if "sbdc" in only:
         steps.append(Step("sweep", "SBDC for a list of weights", 100, f"sweep.py --network={outdir}/baseline"
                           f" --discriminator={outdir}/discriminator --data={clean} --detector=pixels"

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from click.testing import CliRunner
 import fid
 from metrics.frechet import fid_from_features
 from torch_utils.persistence import persistent_class, save_snapshot
+from training.resnet import Classifier
 
 ROOT = Path(__file__).resolve().parent.parent
 CLASSES = 3
@@ -94,7 +96,10 @@ def files(tmp_path_factory):
     found["folder"] = str(root / "fake")
     with zipfile.ZipFile(found["zip"]) as archive:
         archive.extractall(found["folder"])
-    for name, net in (("classifier", ToyImageClassifier()), ("denoiser", ToyDenoiserOfFid()),
+    torch.manual_seed(0)
+    small = Classifier(8, 1, CLASSES, depth="small", model_channels=8, channel_mult=(1, 2, 4))
+    torch.nn.init.normal_(small.head.weight)
+    for name, net in (("classifier", ToyImageClassifier()), ("small", small), ("denoiser", ToyDenoiserOfFid()),
                       ("rgb", ToyImageClassifier(img_channels=3)), ("two", ToyImageClassifier(label_dim=2))):
         found[name] = str(root / f"network-snapshot-{name}.pkl")
         save_snapshot(found[name], {"ema": net})
@@ -194,6 +199,71 @@ def test_classifier_as_detector_and_as_judge(files):
     assert result["metrics"]["label_accuracy"] is result["judge"] is None
 
 
+def test_intervals_splits_and_cas(files):
+    args = [f"--judge={files['classifier']}", "--splits=10", "--bootstrap=30", "--seed=7", f"--test={files['data']}",
+            "--cas_arch=small"]
+    result, text = evaluate(files, "zip", *args, detector=files["classifier"])
+    for name in ("fid", "cw_fid", "label_accuracy", "cw_density_k5"):
+        low, high = result["intervals"][name]
+        assert low < result["metrics"][name] < high, name
+        assert f"[{low:.4g}, {high:.4g}]" in next(line for line in text.splitlines() if line.startswith(f"{name} "))
+    assert result["bootstrap"]["seed"] == 7 and "95% of 30 bootstrap draws" in text
+    whole, _ = evaluate(files, "zip", detector=files["classifier"])
+    assert whole["intervals"] == {} and whole["bootstrap"] is None and "cas" not in whole["metrics"]
+    assert result["metrics"]["is"] != whole["metrics"]["is"] and result["metrics"]["fid"] == whole["metrics"]["fid"]
+    assert result["metrics"]["cas"] == result["cas"]["accuracy"] > 0.5 and result["cas"]["num_test"] == 60
+    assert "cas        small trained on 37 images" in text
+
+
+def test_compare(files, tmp_path):
+    """The tables are those of `evaluate`, one after the other; the reference is looked at once."""
+    out, chart, cache = (tmp_path / "new" / name for name in ("tables.json", "chart.png", "features.npz"))
+    text = run("compare", f"--images={files['zip']}", f"--images={files['data']}", f"--data={files['noisy']}",
+               "--detector=pixels", f"--out={out}", f"--chart={chart}", f"--features={cache}", "--bootstrap=10",
+               "--device=cpu")
+    tables = json.loads(out.read_text())
+    assert tables == [evaluate(files, name, "--bootstrap=10", data="noisy")[0] for name in ("zip", "data")]
+    rows = {line.split()[0]: line for line in text.splitlines() if line}
+    assert rows["fake"].split() == ["fake", "data"] and rows["num_images"].split()[1:] == ["37", "60"]
+    for table in tables:
+        low, high = table["intervals"]["fid"]
+        assert f"{table['metrics']['fid']:.6g} [{low:.4g}, {high:.4g}]" in rows["fid"]
+    assert "fake, is: the detector gives no class probabilities" in text
+    with PIL.Image.open(chart) as picture:
+        assert picture.format == "PNG" and picture.width > 500
+    with np.load(cache) as file:
+        assert [what["count"] for what in json.loads(str(file["sets"]))] == [60, 37, 60]
+
+
+def test_features_are_kept_and_used_again(files, tmp_path):
+    cache, images, net = tmp_path / "new" / "features.npz", tmp_path / "images", tmp_path / "network-snapshot-1.pkl"
+    shutil.copytree(files["folder"], images)
+    shutil.copy(files["classifier"], net)
+    args = dict(files=files | {"images": images}, images="images", detector=net)
+
+    def used(*more):
+        result, text = evaluate(*args.values(), *more, f"--judge={net}", f"--features={cache}")
+        return result["metrics"], [line.split(": ", 1)[1].split(" ")[0] for line in text.splitlines()
+                                   if line.startswith("Features of ")]
+
+    def evaluate(files, images, detector, *more):
+        return globals()["evaluate"](files, images, *more, detector=detector)
+
+    first = used()
+    assert first[1] == []
+    assert used() == (first[0], ["from", "from"])
+    assert used("--nearest_k=3", "--bootstrap=10")[1] == ["from", "from"]
+    assert used("--num=20")[1] == ["from"] and used("--num=20")[1] == ["from", "from"]
+    assert used("--num=20", "--seed=1")[1] == ["from"]      # other images
+    write_image = images / "00000" / "img00000003.png"
+    write_image.write_bytes(png(files["fake"][4]))
+    changed = used()
+    assert changed[1] == ["from", "computed"] and changed[0] != first[0]
+    assert used() == (changed[0], ["from", "from"])
+    save_snapshot(str(net), {"ema": ToyImageClassifier(), "info": {"note": "trained on"}})
+    assert used()[1] == []                                  # another detector
+
+
 def test_ref_and_calc(files, tmp_path):
     ref = tmp_path / "refs" / "data.npz"
     run("ref", f"--data={files['data']}", f"--dest={ref}", "--detector=pixels", "--batch=7")
@@ -231,15 +301,22 @@ def run_two(*args):
 
 def test_two_processes_give_the_same_table(files, tmp_path):
     """37 images in batches of 8: the shares are unequal."""
-    one, _ = evaluate(files, "zip", "--batch=8")
-    out = tmp_path / "two.json"
+    args = ["--batch=8", f"--judge={files['small']}", "--bootstrap=20", "--splits=9", f"--test={files['data']}",
+            "--cas_arch=small"]
+    one, _ = evaluate(files, "zip", *args, detector=files["small"])
+    out, cache = tmp_path / "two.json", tmp_path / "features.npz"
+    args.append(f"--features={cache}")
+    evaluate(files, "data", *args[:2], args[-1], detector=files["small"])  # keeps the reference's features
     codes, stdout, stderr = run_two("evaluate", f"--images={files['zip']}", f"--data={files['data']}",
-                                    "--detector=pixels", "--batch=8", f"--out={out}", "--device=cpu")
+                                    f"--detector={files['small']}", *args, f"--out={out}", "--device=cpu")
     assert codes == [0, 0], stderr
     two = json.loads(out.read_text())
-    assert numbers(two) == pytest.approx(numbers(one), rel=1e-9)
-    assert two["classes"] == one["classes"]
-    assert stdout[1] == "" and "fid" in stdout[0]
+    assert two["metrics"] == pytest.approx(one["metrics"], rel=1e-9)
+    assert two["intervals"].keys() == one["intervals"].keys()
+    for name, interval in one["intervals"].items():
+        assert two["intervals"][name] == pytest.approx(interval, rel=1e-9)
+    assert two["classes"] == one["classes"] and two["cas"] == one["cas"]
+    assert stdout[1] == "" and "fid" in stdout[0] and stdout[0].count("Features of ") == 1
 
 
 def test_two_processes_reduce_the_statistics(files, tmp_path):
@@ -300,7 +377,7 @@ def bad(files, tmp_path_factory):
     ("", 2, ["calc", "evaluate"]),
     ("measure", 2, ["measure", "evaluate"]),
     ("calc --images={zip} --ref={inception}", 2, ["--detector", "pixels", "snapshot"]),
-    ("calc --images={zip} --ref={inception} --num=37 --detector=fidelity:clip", 1, ["--detector", "clip", "pixels"]),
+    ("calc --images={zip} --ref={inception} --num=37 --detector=fidelity:no", 1, ["--detector", "torch-fidelity"]),
     ("calc --images={zip} --ref={inception} --num=37 --detector={none}/*.pkl", 1, ["*.pkl"]),
     ("calc --images={zip} --ref={inception} --detector=pixels", 1, ["found 37", "50000"]),
     ("calc --images={zip} --ref={inception} --detector=pixels --num=37", 1, ["2048", "64", "inception.npz"]),
@@ -332,6 +409,15 @@ def bad(files, tmp_path_factory):
     ("evaluate --images={zip} --data={data} --detector=pixels --judge={two} --out={out}", 1, ["2 classes", "up to 2"]),
     ("evaluate --images={zip} --data={data} --detector=pixels --judge={rgb} --out={out}", 1, ["8x8 RGB"]),
     ("evaluate --images={zip} --data={data} --detector=pixels --nearest-k=0", 2, ["nearest"]),
+    ("evaluate --images={zip} --data={data} --detector=pixels --splits=0", 2, ["--splits"]),
+    ("evaluate --images={zip} --data={data} --detector=pixels --bootstrap=3", 2, ["--bootstrap", "10"]),
+    ("evaluate --images={zip} --data={data} --detector=pixels --features={npz} --out={out}", 1, ["arr_0", "features"]),
+    ("evaluate --images={zip} --data={data} --detector=pixels --features={text} --out={out}", 1, ["text.npz"]),
+    ("evaluate --images={zip} --data={data} --detector=pixels --features={dir}", 2, ["folder"]),
+    ("evaluate --images={zip} --data={data} --detector=pixels --test={none} --cas_arch=small", 1, ["none"]),
+    ("evaluate --images={zip} --data={data} --detector=pixels --test={color} --cas_arch=small", 1, ["no labels"]),
+    ("compare --data={data} --detector=pixels", 2, ["--images"]),
+    ("compare --images={zip} --images={color} --data={data} --detector=pixels --out={out}", 1, ["8x8 RGB"]),
 ])
 def test_bad_input_gets_one_line(bad, command, code, words):
     result = CliRunner().invoke(fid.main, command.format(**bad).split(), catch_exceptions=False)

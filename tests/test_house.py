@@ -38,7 +38,8 @@ def imports(path):
 
 
 OURS = {name(p) for p in SOURCES} | {p.name for p in ROOT.iterdir() if p.is_dir()}
-OPTIONAL = {"cleanlab", "lmdb", "open_clip", "pyspng", "torch.utils.tensorboard", "torchvision", "wandb"}
+OPTIONAL = {"cleanlab", "lmdb", "open_clip", "pyspng", "torch.utils.tensorboard", "torch_fidelity", "torchvision",
+            "wandb"}
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=name)

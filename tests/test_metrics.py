@@ -106,11 +106,17 @@ def test_fid_of_few_images(n):
     assert abs(frechet_distance(*mean_and_covariance(x), *mean_and_covariance(x))) < 1e-10
 
 
-def test_fid_grows_with_a_pixel_shift():
+@pytest.mark.parametrize("n", [30, 300])
+def test_fid_grows_with_a_pixel_shift(n):
+    """Singular both ways: fewer images than pixels, and a black border; from features and from mu, S."""
     rng = np.random.default_rng(3)
-    images = np.pad(rng.random((30, 5, 5)), ((0, 0), (2, 2), (2, 2)))
-    values = [fid_from_features(images.reshape(30, -1), np.roll(images, s, axis=2).reshape(30, -1)) for s in range(3)]
+    images = np.pad(rng.random((n, 5, 5)), ((0, 0), (2, 2), (2, 2)))
+    x, *shifted = (np.roll(images, s, axis=2).reshape(n, -1) for s in (0, 0, 1, 2))
+    values = [fid_from_features(x, y) for y in shifted]
     assert abs(values[0]) < 1e-10 < values[1] < values[2]
+    assert [fid_from_features(y, x) for y in shifted] == pytest.approx(values, rel=1e-9, abs=1e-10)
+    moments = [mean_and_covariance(y) for y in (x, *shifted)]
+    assert [frechet_distance(*moments[0], *m) for m in moments[1:]] == pytest.approx(values, rel=1e-7, abs=1e-6)
 
 
 def test_running_statistics_are_those_of_the_whole():

@@ -234,7 +234,7 @@ class BatchStream:
         self._pool: ThreadPoolExecutor | None = None
         self._pending: deque[tuple[torch.Tensor, Future[tuple[torch.Tensor, torch.Tensor]]]] = deque()
         self.items = torch.empty(0, dtype=torch.int64)
-        self._on_device = dataset.hold(self._device, workers, memory_limit)
+        self._on_device = dataset.cache and dataset.hold(self._device, workers, memory_limit)
         if self._on_device:
             source = dataset._vectors if dataset._vectors is not None else dataset.labels
             self._labels = None if source is None else torch.from_numpy(source).to(self._device)

@@ -6,6 +6,7 @@ import torch
 
 from training.dataset import ImageDataset
 from training.diffusion_steps import DiffusionSteps
+from training.noise_levels import LOWEST_SIGMA
 from training.resnet import Classifier
 
 __all__ = ["COSTS", "TransportCost", "cost_by_origin", "squared_distance"]

@@ -1,0 +1,115 @@
+"""Features kept in an `.npz`, so that other metrics of the same images need no second pass of the detector."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+import dnnlib
+from metrics.detectors import ClassifierDetector, Detector
+from metrics.features import Features
+from metrics.images import ImageSource
+from torch_utils import distributed
+
+__all__ = ["FeatureCache"]
+
+SETS = "sets"
+PARTS = ("features", "probs", "judged")
+
+
+class FeatureCache:
+    """Features of any number of sets of images in the file `path` (None: nothing is kept).
+
+    `sets`: JSON, a list of what each set is; then arrays `0.features`, `0.probs`, `0.judged`, `1.features`, ...
+    A set is used again when images, number, choice, detector and judge are the same, files by size and time.
+    Rank 0 reads and writes; every process must make the calls. UserError when the file is something else.
+    """
+
+    def __init__(self, path: str | None):
+        self.path = path
+        self._sets: list[tuple[dict[str, Any], dict[str, np.ndarray]]] = []
+        self._changed = False
+        if path is not None:
+            distributed.together(lambda: self._read() if distributed.get_rank() == 0 else None)
+
+    def _read(self) -> None:
+        if not os.path.exists(self.path):
+            return
+        expected = "expected features of 'fid.py evaluate', or no such file yet"
+        arrays = dnnlib.read_npz(self.path, expected)
+        try:
+            for i, what in enumerate(json.loads(str(arrays[SETS]))):
+                parts = {part: arrays[f"{i}.{part}"] for part in PARTS if f"{i}.{part}" in arrays}
+                if not len(parts["features"]) == what["count"]:
+                    raise ValueError
+                self._sets.append((what, parts))
+        except (KeyError, TypeError, ValueError):
+            raise dnnlib.UserError(f"--features: {self.path} holds {', '.join(arrays) or 'nothing'}; "
+                                   f"{expected}") from None
+
+    def get(self, source: ImageSource, extractor: Detector, judge: ClassifierDetector | None, choice: Any,
+            compute: Callable[[], Features]) -> Features | None:
+        """The features of `source` from the file, on rank 0 only, or what `compute()` returns, from then on kept.
+
+        `choice`: what chose the images among those of the file, plain data.
+        """
+        if self.path is None:
+            return compute()
+        what = json.loads(json.dumps(dict(
+            images=os.path.abspath(source.path), version=_version_of_images(source), count=len(source), choice=choice,
+            detector=_named(extractor), judge=None if judge is None else _named(judge))))
+        known = next((parts for other, parts in self._sets if other == what), None)
+        if distributed.broadcast_object(known is not None):
+            distributed.print0(f"Features of {source.path}: from {self.path}")
+            return None if known is None else Features(torch.from_numpy(known["features"]), _tensor(known.get("probs")),
+                                                       known.get("judged"))
+        found = compute()
+        if distributed.get_rank() == 0:
+            same = {key: what[key] for key in ("images", "count", "choice")}
+            stale = [other for other, _ in self._sets if other | same == other and other["version"] != what["version"]]
+            if stale:
+                print(f"Features of {source.path}: computed again, the images have changed since {self.path} was made")
+                self._sets = [(other, parts) for other, parts in self._sets if other not in stale]
+            arrays = zip(PARTS, (found.features, found.probs, found.judged), strict=True)
+            self._sets.append((what, {part: np.asarray(array) for part, array in arrays if array is not None}))
+            self._changed = True
+        return found
+
+    def save(self) -> None:
+        """Write the file, if there is anything new; it appears only when it is complete."""
+        def work() -> None:
+            os.makedirs(os.path.dirname(os.path.abspath(self.path)), exist_ok=True)
+            arrays = {f"{i}.{part}": array for i, (_, parts) in enumerate(self._sets) for part, array in parts.items()}
+            with dnnlib.atomic_open(self.path) as file:
+                np.savez(file, **{SETS: json.dumps([what for what, _ in self._sets])}, **arrays)
+
+        distributed.together(lambda: work() if self._changed else None)
+
+
+def _tensor(array: np.ndarray | None) -> torch.Tensor | None:
+    return None if array is None else torch.from_numpy(array)
+
+
+def _named(extractor: Detector) -> list[Any]:
+    return [extractor.name, _version(extractor.name)]
+
+
+def _version(path: str) -> list[int] | None:
+    """What changes when a file does: size and time of the last change. None for what is no file."""
+    if not os.path.exists(path):
+        return None
+    status = os.stat(path)
+    return [status.st_size, status.st_mtime_ns]
+
+
+def _version_of_images(source: ImageSource) -> Any:
+    if not os.path.isdir(source.path):
+        return _version(source.path)
+    files = [[name, _version(os.path.join(source.path, name))] for name in source.file_names]
+    return hashlib.sha256(json.dumps(files).encode()).hexdigest()

@@ -1,0 +1,91 @@
+"""Sets of images that metrics look at: archives, folders and `.npz` files."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+import dnnlib
+from training.archive_reader import plain_labels
+from training.dataset import ImageDataset
+
+__all__ = ["ImageSource", "NpzImages", "describe_shape", "open_images"]
+
+
+class ImageSource(Protocol):
+    """What metrics need of a set of images; `training.dataset.ImageDataset` is one."""
+
+    path: str
+    image_shape: tuple[int, int, int]       # channels, height, width
+    label_dim: int
+    labels: np.ndarray | None               # int64 [N]
+    clean_labels: np.ndarray | None
+    class_names: list[str] | None
+    outliers: np.ndarray | None             # bool [N]: put in from another source; None without a record
+    cache: bool                             # may the decoded images be held in memory?
+
+    def __len__(self) -> int: ...
+
+    def images(self, indices: Any) -> torch.Tensor:
+        """uint8 [B,C,H,W] on the CPU."""
+
+    def onehot(self, indices: Any) -> torch.Tensor:
+        """Labels float32 [B,label_dim]."""
+
+
+class NpzImages:
+    """Images of an `.npz`: `arr_0` [N,H,W,C] uint8 and, if present, `arr_1` labels [N]. UserError for anything else."""
+
+    def __init__(self, path: str, max_size: int | None = None, seed: int = 0):
+        self.path = path
+        arrays = dnnlib.read_npz(path, "expected arr_0, images [N,H,W,C] uint8")
+        images, labels = arrays.get("arr_0"), arrays.get("arr_1")
+        if images is None or images.ndim != 4 or images.dtype != np.uint8 or images.shape[3] not in (1, 3):
+            found = f"holds {', '.join(arrays)}" if images is None else f"arr_0 is {images.dtype} {list(images.shape)}"
+            raise dnnlib.UserError(f"{path}: {found}; expected arr_0, images [N,H,W,C] uint8, C = 1 or 3")
+        if labels is not None:
+            if labels.shape != images.shape[:1]:
+                raise dnnlib.UserError(f"{path}: arr_1 is {list(labels.shape)}, expected {len(images)} labels")
+            labels = plain_labels(labels.tolist(), f"{path}: arr_1")
+        chosen = np.arange(len(images))
+        if max_size is not None and max_size < len(images):
+            chosen = np.sort(np.random.default_rng(seed).permutation(len(images))[:max_size])
+        self._images, self._chosen, self.cache = images, chosen, False
+        self.image_shape = (images.shape[3], *images.shape[1:3])
+        self.labels = labels if labels is None else labels[chosen]
+        self.clean_labels = self.class_names = self.outliers = None
+        self.label_dim = int(labels.max()) + 1 if labels is not None and len(labels) else 0
+
+    def __len__(self) -> int:
+        return len(self._chosen)
+
+    def images(self, indices: Any) -> torch.Tensor:
+        """uint8 [B,C,H,W] on the CPU."""
+        return torch.from_numpy(self._images[self._chosen[indices]].transpose(0, 3, 1, 2).copy())
+
+    def onehot(self, indices: Any) -> torch.Tensor:
+        """Labels float32 [B,label_dim]."""
+        return torch.nn.functional.one_hot(torch.from_numpy(self.labels[indices]), self.label_dim).float()
+
+
+def open_images(path: str, num: int | None = None, seed: int = 0, option: str = "--images") -> ImageSource:
+    """A folder, ZIP archive or `.npz` as a source of `num` images chosen by `seed` (None: all, at least 2).
+
+    Raises UserError, naming the option, when there are fewer.
+    """
+    if path.endswith(".npz"):
+        source: ImageSource = NpzImages(path, max_size=num, seed=seed)
+    else:
+        source = ImageDataset(path, max_size=num, seed=seed, square=False)
+    if len(source) < (num or 2):
+        asked = f"--num asks for {num}" if num else "metrics need at least 2"
+        raise dnnlib.UserError(f"{option}: found {len(source)} images in {path}, {asked}")
+    return source
+
+
+def describe_shape(shape: tuple[int, int, int]) -> str:
+    """(1, 8, 8) -> '8x8 grey'."""
+    channels, height, width = shape
+    return f"{width}x{height} {'grey' if channels == 1 else 'RGB' if channels == 3 else f'{channels}-channel'}"
