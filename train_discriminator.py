@@ -24,8 +24,8 @@ from training.objectives.tdsm import check_classifier
 EXAMPLES = """
 Examples:
   python train_discriminator.py --outdir=discriminator-runs --data=datasets/digits_sym40.zip --label-path=labels.npz \\
-      --arch=ddpmpp_tiny --augment=0 --duration=0.4 --batch=256 --lr=2e-3 --lr_rampup_kimg=10 --ema=0.02 --P_mean=0 \\
-      --tick=20
+      --arch=ddpmpp_tiny --augment=0 --duration=0.4 --batch=256 --lr=3e-3 --lr_rampup_kimg=10 --ema=0.02 --dropout=0 \\
+      --shift=0 --P_mean=0.2 --P_std=0.9 --tick=20
   torchrun --standalone --nproc_per_node=1 train_discriminator.py --outdir=discriminator-runs \\
       --data=datasets/cifar10_sym_40-32x32.zip --label-path=labels.npz --cond=1 --arch=ddpmpp --batch 1024 --simix 1
 """
