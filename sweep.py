@@ -15,7 +15,7 @@ import torch
 import dnnlib
 from dnnlib.cli import INT_LIST, Command, FloatRange
 from metrics import table
-from metrics.report import markdown_table, tradeoff
+from metrics.report import above, markdown_table, tradeoff
 from sampling.generation import generate_images, share_of
 from sampling.output import check_free, progress, save_images
 from sampling.setup import DEFAULT_WEIGHTS, choose_sampler, load
@@ -137,6 +137,8 @@ def write(outdir: str, settings: list[tuple[str, float]], results: dict) -> None
         if weight:
             curves.setdefault(mode, []).append((weight, found["fid"], found["label_accuracy"]))
     lines = markdown_table(COLUMNS, rows)
+    if {"calibrated", "constant"} <= curves.keys():
+        lines += ["", above(curves, (base["fid"], base["label_accuracy"]), "calibrated", "constant")]
     with dnnlib.atomic_open(os.path.join(outdir, "sweep.md"), "wt") as f:
         f.write("\n".join(lines) + "\n")
     tradeoff(curves, (base["fid"], base["label_accuracy"]), os.path.join(outdir, "sweep.png"))

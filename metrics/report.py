@@ -20,7 +20,7 @@ from torch_utils.checkpoint import atomic_open
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402  (the backend is chosen first: no display is needed)
 
-__all__ = ["Picture", "Report", "bar_chart", "loss_curves", "markdown_table", "tradeoff", "transition_heatmap"]
+__all__ = ["Picture", "Report", "above", "bar_chart", "loss_curves", "markdown_table", "tradeoff", "transition_heatmap"]
 
 
 @dataclass
@@ -111,6 +111,26 @@ def loss_curves(runs: dict[str, str], path: str, statistic: str = "Loss/loss") -
         axis.set(title=title, xlabel="kimg", ylabel="loss" if axis is axes[0, 0] else None)
         axis.grid(alpha=0.3)
     _save(figure, path)
+
+
+def above(curves: dict[str, list[tuple[float, float, float]]], unguided: tuple[float, float], first: str,
+          second: str) -> str:
+    """In one sentence: at equal FD, where is the label accuracy of `first` above that of `second`? (see `tradeoff`)"""
+    lines = []
+    for name in (first, second):
+        points = np.array(sorted([unguided, *((fd, accuracy) for _, fd, accuracy in curves[name])]))
+        # The best accuracy to be had at no more than this FD: a curve may turn back.
+        lines.append((points[:, 0], np.maximum.accumulate(points[:, 1])))
+    low, high = max(x[0] for x, _ in lines), min(x[-1] for x, _ in lines)
+    if not high > low:
+        return f"At equal FD {first} and {second} cannot be compared: they have none in common."
+    grid = np.linspace(low, high, 201)[1:]
+    better = np.interp(grid, *lines[0]) >= np.interp(grid, *lines[1])
+    where = f"FD {low:.3g} to {high:.3g}"
+    if better.all():
+        return f"At equal FD the label accuracy of {first} is above that of {second} over the whole range, {where}."
+    return (f"At equal FD the label accuracy of {first} is above that of {second} on {better.mean():.0%} of the range "
+            f"{where}; below it between FD {grid[~better].min():.3g} and {grid[~better].max():.3g}.")
 
 
 def tradeoff(curves: dict[str, list[tuple[float, float, float]]], unguided: tuple[float, float], path: str) -> None:

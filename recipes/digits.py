@@ -104,8 +104,10 @@ def report(outdir: str, seed: int, only: Sequence[str], seconds: Mapping[str, fl
             notes += [line.strip() for line in f if line.startswith("Detection:")][-1:]
         notes.append("SBDC, constant: weight 0.9 at 1.5 <= sigma <= 50, as in the paper's example; calibrated: weight "
                      f"{WEIGHT} at all noise levels; on top of TDSM: weight 1 for a rest of 10% wrong labels.")
+        with open(f"{outdir}/sweep/sweep.md") as f:
+            verdict = f.read().splitlines()[-1]
         pictures.append(Picture(f"{outdir}/sweep/sweep.png", "How much guidance?",
-                                "SBDC's weights, constant and calibrated, at all noise levels."))
+                                f"SBDC's weights, constant and calibrated, at all noise levels. {verdict}"))
         if os.path.exists(f"{outdir}/detect/labels.png"):
             pictures.append(Picture(f"{outdir}/detect/labels.png", "The most suspicious labels",
                                     "Label in the archive > label that detect_noise.py suggests."))

@@ -250,7 +250,8 @@ def test_sweep(world, trained, tmp_path):
     args = [f"--network={world / 'net.pkl'}", f"--discriminator={trained}", f"--data={world / 'digits.zip'}",
             "--detector=pixels", f"--outdir={tmp_path}", "--weights=2,0.5", "--seeds=0-39", "--steps=3", "--device=cpu"]
     out = succeed(sweep, *args)
-    rows = [line.split("|") for line in (tmp_path / "sweep.md").read_text().splitlines()[2:]]
+    rows = [line.split("|") for line in (tmp_path / "sweep.md").read_text().splitlines()[2:7]]
+    assert (tmp_path / "sweep.md").read_text().splitlines()[-1].startswith("At equal FD")
     assert [(r[1].strip(), r[2].strip()) for r in rows] == [
         ("unguided", "0"), ("constant", "0.5"), ("constant", "2"), ("calibrated", "0.5"), ("calibrated", "2")]
     assert rows[0][5].strip() == "1.00" and (tmp_path / "sweep.png").stat().st_size > 5000 and "| unguided |" in out
