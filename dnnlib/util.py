@@ -7,6 +7,7 @@ import hashlib
 import os
 import re
 import secrets
+import stat
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,8 @@ __all__ = ["EasyDict", "Logger", "UserError", "atomic_open", "format_time", "is_
 _MAX_REDIRECTS = 10
 _TIMEOUT = (20, 60)  # seconds to connect, seconds between bytes
 _CHUNK = 1 << 20
+_MAX_LINE = 4000  # characters of an error message; a name in a stranger's file may have millions
+_MAX_FILE = 16 << 30  # bytes of a file that is read as a whole, and of a download
 
 
 class EasyDict(dict):
@@ -55,6 +58,7 @@ class UserError(click.ClickException):
 def one_line(text: str) -> str:
     """`text` on one line; characters that could steer a terminal (names come from strangers' files) become '?'."""
     text = re.sub(r"\s*[\r\n]+\s*", " ", str(text)).strip()
+    text = text if len(text) <= _MAX_LINE else f"{text[:_MAX_LINE]}..."
     return "".join(c if c.isprintable() else "?" for c in text)
 
 
@@ -205,10 +209,19 @@ def open_url(url: str, cache_dir: str | os.PathLike[str] | None = None, verbose:
     return open(path, "rb")
 
 
+def _open_now(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # a pipe would wait for its other end
+
+
 def read_bytes(path_or_url: str | os.PathLike[str]) -> bytes:
-    """Content of a file or URL. Raises UserError when it is missing or unreadable."""
+    """Content of a file or URL. Raises UserError when it is missing, unreadable, no regular file or over 16 GiB."""
     try:
-        with open_url(path_or_url) if is_url(path_or_url) else open(path_or_url, "rb") as file:
+        with open_url(path_or_url) if is_url(path_or_url) else open(path_or_url, "rb", opener=_open_now) as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise OSError("not a regular file")  # a device never ends
+            if status.st_size > _MAX_FILE:
+                raise OSError(f"is larger than {_MAX_FILE >> 30} GiB")
             return file.read()
     except OSError as e:
         raise UserError(f"{path_or_url}: {e.strerror or e}") from e

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import os
-import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -16,7 +14,7 @@ from tqdm import tqdm
 import dnnlib
 import training.resnet  # noqa: F401  (registers the classifier, so that its snapshots can be built)
 from metrics.statistics import RunningStatistics
-from torch_utils import distributed
+from torch_utils import distributed, safe_files
 from torch_utils.persistence import find_snapshot, load_snapshot
 from training.archive_reader import ordered_map, plain_labels
 from training.dataset import ImageDataset
@@ -79,11 +77,7 @@ class NpzImages:
 
 def read_npz(path: str, expected: str) -> dict[str, np.ndarray]:
     """The arrays of an `.npz` file or URL, never unpickled. UserError that says what was expected."""
-    try:
-        with np.load(io.BytesIO(dnnlib.read_bytes(path)), allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
-    except (ValueError, EOFError, OSError, AttributeError, TypeError, KeyError, zipfile.BadZipFile, RuntimeError):
-        raise dnnlib.UserError(f"{path}: not a readable .npz file; {expected}") from None
+    return safe_files.load_npz(dnnlib.read_bytes(path), path, f"; {expected}")
 
 
 def open_images(path: str, num: int | None = None, seed: int = 0, option: str = "--images") -> ImageSource:

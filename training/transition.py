@@ -7,13 +7,13 @@ Source: Na et al., "Label-Noise Robust Diffusion Models", ICLR 2024; instance-de
 
 from __future__ import annotations
 
-import io
-import json
+import os
 
 import numpy as np
 import torch
 
 import dnnlib
+from torch_utils import safe_files
 
 __all__ = [
     "FAMILIES", "NOISE_TYPES", "asym_targets", "check_matrix", "check_observed", "clean_posterior", "corrupt_labels",
@@ -126,16 +126,10 @@ def check_matrix(matrix: np.ndarray, num_classes: int | None = None, name: str =
 
 def load_matrix(path: str, num_classes: int | None = None) -> np.ndarray:
     """Row-stochastic float64 [C, C] from `.npy`, or from `.json` holding a list of rows. UserError names the file."""
-    data = dnnlib.read_bytes(path)
-    try:
-        if path.lower().endswith(".json"):
-            matrix = json.loads(data)
-        elif path.lower().endswith(".npy"):
-            matrix = np.load(io.BytesIO(data), allow_pickle=False)
-        else:
-            raise dnnlib.UserError(f"{path}: a matrix must be a .npy or .json file")
-    except (ValueError, EOFError, RecursionError):  # bad JSON and bad UTF-8 are ValueErrors
-        raise dnnlib.UserError(f"{path}: not a readable matrix file (.npy numbers, or .json list of rows)") from None
+    reader = {".json": safe_files.load_json, ".npy": safe_files.load_npy}.get(os.path.splitext(path)[1].lower())
+    if reader is None:
+        raise dnnlib.UserError(f"{path}: a matrix must be a .npy or .json file")
+    matrix = reader(dnnlib.read_bytes(path), path)
     return check_matrix(matrix, num_classes, name=path)
 
 
