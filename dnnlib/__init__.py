@@ -1,17 +1,8 @@
 """Helpers that need neither torch nor the rest of the project."""
 
 from dnnlib import cli
-from dnnlib.util import (
-    EasyDict,
-    Logger,
-    UserError,
-    atomic_open,
-    format_time,
-    is_url,
-    one_line,
-    open_url,
-    read_bytes,
-)
+from dnnlib.downloads import is_url, open_url, read_bytes
+from dnnlib.util import EasyDict, Logger, UserError, atomic_open, format_time, one_line
 
 __version__ = "0.1.0"
 

@@ -1,30 +1,21 @@
-"""Attribute dictionaries, errors for users, logs, durable files and cached downloads."""
+"""Attribute dictionaries, errors for users, logs and durable files."""
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import re
 import secrets
-import stat
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
-from urllib.parse import urljoin, urlsplit
 
 import click
-import requests
 
-__all__ = ["EasyDict", "Logger", "UserError", "atomic_open", "format_time", "is_url", "one_line", "open_url",
-           "read_bytes"]
+__all__ = ["EasyDict", "Logger", "UserError", "atomic_open", "format_time", "one_line", "sync_directory"]
 
-_MAX_REDIRECTS = 10
-_TIMEOUT = (20, 60)  # seconds to connect, seconds between bytes
-_CHUNK = 1 << 20
 _MAX_LINE = 4000  # characters of an error message; a name in a stranger's file may have millions
-_MAX_FILE = 16 << 30  # bytes of a file that is read as a whole, and of a download
 
 
 class EasyDict(dict):
@@ -117,7 +108,8 @@ class Logger:
         self._file = None
 
 
-def _sync_directory(path: Path) -> None:
+def sync_directory(path: Path) -> None:
+    """Have the names in a folder on disk when this returns."""
     if os.name == "posix":  # elsewhere directories cannot be opened
         fd = os.open(path, os.O_RDONLY)
         try:
@@ -142,7 +134,7 @@ def atomic_open(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[A
             file.flush()
             os.fsync(file.fileno())
         os.replace(temp, path)
-        _sync_directory(path.parent)
+        sync_directory(path.parent)
     except OSError as e:
         # "No space left" from write() names no file, and the temporary name means nothing to the user.
         if e.errno is not None and e.filename in (None, str(temp)):
@@ -150,80 +142,3 @@ def atomic_open(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[A
         raise
     finally:
         temp.unlink(missing_ok=True)
-
-
-def is_url(s: object) -> bool:
-    """Whether `s` is a string that starts with http:// or https://."""
-    return isinstance(s, str) and re.match(r"https?://[^/]", s, re.IGNORECASE) is not None
-
-
-def _cache_path(url: str, cache_dir: str | os.PathLike[str] | None) -> Path:
-    base = cache_dir or os.environ.get("DNNLIB_CACHE_DIR") or Path.home() / ".cache" / "cleanscore"
-    name = re.sub(r"[^A-Za-z0-9._-]+", "_", os.path.basename(urlsplit(url).path))[-80:] or "download"
-    return Path(base) / f"{hashlib.sha256(url.encode()).hexdigest()[:32]}_{name}"
-
-
-def _download(url: str, allow_http: bool, file: IO[bytes]) -> None:
-    schemes = ("https", "http") if allow_http else ("https",)
-    for _ in range(_MAX_REDIRECTS):
-        # Redirects are followed by hand: requests would follow one from https down to http.
-        if urlsplit(url).scheme.lower() not in schemes:
-            raise OSError(f"only https is downloaded, not {url[:200]}")
-        with requests.get(url, stream=True, timeout=_TIMEOUT, allow_redirects=False,
-                          headers={"Accept-Encoding": "identity"}) as reply:
-            if reply.is_redirect:
-                url = urljoin(url, reply.headers["location"])
-                continue
-            reply.raise_for_status()
-            received = 0
-            for chunk in reply.iter_content(_CHUNK):
-                received += len(chunk)
-                file.write(chunk)
-            expected = reply.headers.get("content-length")  # urllib3 compares by itself from version 2 on
-            if expected is not None and int(expected) != received:
-                raise OSError(f"received {received} of {expected} bytes")
-            return
-    raise OSError(f"more than {_MAX_REDIRECTS} redirects")
-
-
-def open_url(url: str, cache_dir: str | os.PathLike[str] | None = None, verbose: bool = True,
-             allow_http: bool = False) -> IO[bytes]:
-    """Binary file with the content of `url`, from the cache when it is there.
-
-    The cache lies in `cache_dir`, else $DNNLIB_CACHE_DIR, else ~/.cache/cleanscore, keyed by the URL's SHA-256; a file
-    enters it only when complete. https only, redirects included, unless `allow_http`.
-    Raises UserError naming the URL and the cache path that would serve instead.
-    """
-    if not is_url(url):
-        raise UserError(f"{url}: not a URL; expected https://...")
-    path = _cache_path(url, cache_dir)
-    if not path.is_file():
-        if verbose:
-            print(f"Downloading {url}")
-        try:
-            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with atomic_open(path) as file:
-                _download(url, allow_http, file)
-        except (OSError, ValueError) as e:  # requests' errors are OSErrors; ValueError: malformed header or address
-            raise UserError(f"{url}: download failed ({e}); to go on without it, put the file at {path}") from e
-    return open(path, "rb")
-
-
-def _open_now(path: str, flags: int) -> int:
-    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # a pipe would wait for its other end
-
-
-def read_bytes(path_or_url: str | os.PathLike[str]) -> bytes:
-    """Content of a file or URL. Raises UserError when it is missing, unreadable, no regular file or over 16 GiB."""
-    try:
-        with open_url(path_or_url) if is_url(path_or_url) else open(path_or_url, "rb", opener=_open_now) as file:
-            status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                raise OSError("not a regular file")  # a device never ends
-            if status.st_size > _MAX_FILE:
-                raise OSError(f"is larger than {_MAX_FILE >> 30} GiB")
-            return file.read()
-    except OSError as e:
-        raise UserError(f"{path_or_url}: {e.strerror or e}") from e
-    except ValueError as e:  # a null byte in the name
-        raise UserError(f"{path_or_url}: {e}") from e
