@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import tokenize
 import zipfile
 from typing import Any
 
@@ -26,7 +27,7 @@ _CHUNK = 1 << 20
 _QUOTE, _BACKSLASH, _OPEN, _CLOSE = b'"', b"\\", b"[{", b"]}"
 # What the parsers below raise for damaged bytes. MemoryError: a number in the file asked for too much.
 _DAMAGED = (ArithmeticError, AttributeError, EOFError, LookupError, MemoryError, OSError, RuntimeError, SyntaxError,
-            TypeError, ValueError, zipfile.BadZipFile)  # fmt: skip
+            TypeError, ValueError, tokenize.TokenError, zipfile.BadZipFile)  # fmt: skip
 
 
 def unpacked_limit(size: int) -> int:

@@ -122,6 +122,9 @@ def end_of_pickle(data: bytes | IO[bytes], name: str) -> int:
             # The C reader allocates its memo up to the largest index before it looks further.
             if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and arg > count:
                 raise ValueError(f"memo index {arg} in operation {count}")
+            if opcode.name in ("EXT1", "EXT2", "EXT4"):
+                # Those of a program's registered extensions do not go through find_class once they have been used.
+                raise ValueError("it asks for a registered extension")
             if count > MAX_OPERATIONS:
                 raise ValueError(f"more than {MAX_OPERATIONS:,} operations")
             end = pos + 1
