@@ -38,6 +38,8 @@ def load_reference(path: str) -> tuple[np.ndarray, np.ndarray]:
 def output_file(_ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
     """Find out before the work, not after it, that the result cannot be written; create nothing yet."""
     if value is not None:
+        if not value:
+            raise click.BadParameter("is empty, expected a file name", param=param)
         folder = os.path.dirname(os.path.abspath(value))
         while not os.path.lexists(folder):
             folder = os.path.dirname(folder)

@@ -124,6 +124,13 @@ def legacy(pickled):
     return b"".join([*parts, pickled, pickle.dumps([], 2)])
 
 
+def legacy_of(value):
+    """What torch.save writes of `value` without a ZIP."""
+    buffer = io.BytesIO()
+    torch.save(value, buffer, _use_new_zipfile_serialization=False)
+    return buffer.getvalue()
+
+
 def torch_zip(pickled):
     """What torch.save writes, with `pickled` as the object."""
     buffer = io.BytesIO()
@@ -141,9 +148,7 @@ def storage(blob):
 
 def tensor_with(size):
     """A pickled tensor whose size is a pickle's piece."""
-    buffer = io.BytesIO()
-    torch.save(torch.zeros(1)._typed_storage(), buffer, _use_new_zipfile_serialization=False)
-    blob = buffer.getvalue()
+    blob = legacy_of(torch.zeros(1)._typed_storage())
     load = named("torch.storage:_load_from_bytes") + b"(B" + struct.pack("<I", len(blob)) + blob + b"tR"
     return b"\x80\x03" + named("torch._utils:_rebuild_tensor_v2") + b"(" + load + b"K\0" + size + b"(K\1t\x89}tR."
 

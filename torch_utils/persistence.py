@@ -213,9 +213,13 @@ def load_snapshot(path_or_url: str | os.PathLike[str], trust_pickle: bool = Fals
     reader = _Reader(name, len(data))
     cls = reader.network_class(tree["ema"], kind)  # "a class we do not have" explains more than the names it asks for
     safe_pickle.refuse(refused, name, hint)
+    info = reader.settings(tree.get("info")) or {}
+    names = info.get("class_names")
+    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise reader.fail("its class_names are no list of strings")
     return {
         "ema": reader.build(cls, tree["ema"]),
-        "info": reader.settings(tree.get("info")) or {},
+        "info": info,
         "dataset_kwargs": reader.settings(tree.get("dataset_kwargs")) or {},
         "loss_fn": reader.settings(tree.get("loss_fn")),
         "augment_pipe": reader.settings(tree.get("augment_pipe")),

@@ -202,7 +202,11 @@ def find_state(o: dnnlib.EasyDict) -> tuple[dict | None, str | None]:
         return None, None
     path, run_dir = found
     print0(f"Resuming from {path}")
-    return checkpoint.load_state(path), run_dir
+    state = checkpoint.load_state(path)
+    kinds = dict(config=dict, nimg=int, best=dict, objective=dict)
+    if any(type(state.get(k)) is not kind for k, kind in kinds.items()) or state["nimg"] < 0 or state["best"].keys() != {"value", "name"}:
+        raise dnnlib.UserError(f"--resume: {path} is not the state of a run of this program")
+    return state, run_dir
 
 
 def _find_state(o: dnnlib.EasyDict) -> tuple[str, str | None] | None:
