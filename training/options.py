@@ -112,7 +112,7 @@ def stated_transition(noise_type: str | None, rate: float | None, matrix: str | 
     if noise_type == "clean":
         return np.eye(dataset.label_dim)
     return transition_matrix(noise_type, rate, dataset.label_dim, family=dataset.family,
-                             matrix=load_matrix(matrix) if matrix else None)
+                             matrix=load_matrix(matrix, dataset.label_dim) if matrix else None)
 
 
 def run(opts: dict, method: str, make_objective: Callable[[dict, ImageDataset, torch.device], Objective], *,
