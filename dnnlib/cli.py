@@ -15,7 +15,7 @@ from dnnlib.util import one_line
 
 __all__ = ["BOOL", "INT_LIST", "Command", "FloatRange", "Group", "parse_int_list"]
 
-_MAX_INTS = 100_000_000
+_MAX_INTS = 10_000_000
 
 
 def parse_int_list(text: str) -> list[int]:
@@ -126,6 +126,11 @@ class _OneLineErrors:
             if not standalone_mode:
                 raise
             _fail("interrupted", 130)
+        except (MemoryError, RuntimeError) as e:
+            # PyTorch says it with a RuntimeError. Any other one is a bug, whose traceback is wanted.
+            if not standalone_mode or not (isinstance(e, MemoryError) or "allocate memory" in str(e)):
+                raise
+            _fail("not enough memory for this", 1)
         except OSError as e:
             if not standalone_mode:
                 raise

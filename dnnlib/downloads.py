@@ -18,7 +18,7 @@ from urllib.parse import urldefrag, urljoin, urlsplit
 import requests
 from urllib3.exceptions import HTTPError
 
-from dnnlib.util import UserError, sync_directory
+from dnnlib.util import UserError, open_file, sync_directory
 
 __all__ = ["is_url", "open_url", "read_bytes"]
 
@@ -250,21 +250,12 @@ def _get(url: str, headers: dict[str, str], allow_http: bool) -> Iterator[reques
     raise _FinalError(f"more than {_MAX_REDIRECTS} redirects")
 
 
-def _open_now(path: str, flags: int) -> int:
-    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # a pipe would wait for its other end
-
-
 def read_bytes(path_or_url: str | os.PathLike[str]) -> bytes:
     """Content of a file or URL. Raises UserError when it is missing, unreadable, no regular file or over 16 GiB."""
-    try:
-        with open_url(path_or_url) if is_url(path_or_url) else open(path_or_url, "rb", opener=_open_now) as file:
-            status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                raise OSError("not a regular file")  # a device never ends
-            if status.st_size > _MAX_FILE:
+    with open_url(path_or_url) if is_url(path_or_url) else open_file(path_or_url) as file:
+        try:
+            if os.fstat(file.fileno()).st_size > _MAX_FILE:
                 raise OSError(f"is larger than {_MAX_FILE >> 30} GiB")
             return file.read()
-    except OSError as e:
-        raise UserError(f"{path_or_url}: {e.strerror or e}") from e
-    except ValueError as e:  # a null byte in the name
-        raise UserError(f"{path_or_url}: {e}") from e
+        except OSError as e:
+            raise UserError(f"{path_or_url}: {e.strerror or e}") from e

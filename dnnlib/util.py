@@ -6,6 +6,7 @@ import contextlib
 import os
 import re
 import secrets
+import stat
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,8 @@ from typing import IO, Any
 
 import click
 
-__all__ = ["EasyDict", "Logger", "UserError", "atomic_open", "format_time", "one_line", "sync_directory"]
+__all__ = ["EasyDict", "Logger", "UserError", "atomic_open", "format_time", "one_line", "open_file",
+           "sync_directory"]
 
 _MAX_LINE = 4000  # characters of an error message; a name in a stranger's file may have millions
 
@@ -116,6 +118,21 @@ def sync_directory(path: Path) -> None:
             os.fsync(fd)
         finally:
             os.close(fd)
+
+
+def open_file(path: str | os.PathLike[str]) -> IO[bytes]:
+    """A file to read. Raises UserError when it is missing, unreadable, or no regular file."""
+    try:
+        # A pipe would wait for its other end.
+        file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0)))
+    except OSError as e:
+        raise UserError(f"{path}: cannot be read ({e.strerror or e})") from e
+    except ValueError as e:  # a null byte in the name
+        raise UserError(f"{path}: {e}") from e
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise UserError(f"{path}: not a regular file")  # a device never ends
+    return file
 
 
 @contextlib.contextmanager

@@ -208,6 +208,28 @@ def test_networks_of_another_shape_have_nothing_to_transfer(files, tmp_path):
     assert "no parameter" in stderr and not (tmp_path / "new").exists()
 
 
+# ---- what is no file at all
+
+@pytest.mark.parametrize("script, line", [
+    *((reader.split()[0], line) for reader, line in READERS.items()), ("dataset_tool", "--source={file} --dest={new}"),
+    ("fid", "calc --images={zip} --ref={file} --detector=pixels --num=4"), *(door[:2] for door in DOORS.values()),
+    ("dataset_tool", "--source={zip} --labels={file} --dest={new}"),
+    ("train", "--data={zip} --outdir={new} --resume={file}"),
+])
+def test_devices_and_pipes(script, line, files, tmp_path):
+    os.mkfifo(tmp_path / "pipe.npy")
+    for path in ("/dev/zero", tmp_path / "pipe.npy"):
+        fails(1, [str(path)], script, line, file=path, new=tmp_path / "new", **files)
+    assert not (tmp_path / "new").exists()
+
+
+def test_numbers_beyond_all_range(files, tmp_path):
+    line = f"--network={{pkl}} --outdir={tmp_path}/new --seeds=0 --steps=3"
+    for options in ("--sigma_max=1e308 --disc=vp", "--rho=1e-300", "--sigma_max=1e300", "--S_churn=1 --S_noise=1e300"):
+        fails(1, ["a broken network or setting"], "generate", f"{line} {options}", **files)
+    assert os.listdir(tmp_path) == []
+
+
 # ---- runs
 
 @pytest.mark.parametrize("script", ["train", "train_classifier", "train_noise"])
@@ -230,8 +252,8 @@ def state_of(value):
 ])
 def test_states(make, words, files, tmp_path):
     make(tmp_path / "other.pt")
-    fails(1, ["other.pt", *words], "train", f"--data={{zip}} --outdir={tmp_path}/new --resume={tmp_path}/other.pt {TINY}",
-          **files)
+    line = f"--data={{zip}} --outdir={tmp_path}/new --resume={tmp_path}/other.pt {TINY}"
+    fails(1, ["other.pt", *words], "train", line, **files)
     assert os.listdir(tmp_path) == ["other.pt"]
 
 

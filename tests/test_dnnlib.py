@@ -70,6 +70,7 @@ def command(ctx, data, **options):
     raise {
         "user": dnnlib.UserError("x.zip: not a ZIP\nat all"), "usage": click.UsageError("--class=7: there are 3"),
         "file": FileNotFoundError(2, "No such file or directory", "x.zip"), "full": OSError(28, "No space left"),
+        "memory": MemoryError(), "tensor": RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to"),
         "ctrl-c": KeyboardInterrupt(), "bug": ZeroDivisionError("bug"), "eof": EOFError("a bug as well"),
     }[data]
 
@@ -99,6 +100,8 @@ def test_dashes_and_underscores_are_interchangeable(rampup, images):
     (["--data=usage"], 2, "--class=7: there are 3"),
     (["--data=file"], 1, "x.zip: No such file or directory"),
     (["--data=full"], 1, "No space left"),
+    (["--data=memory"], 1, "not enough memory for this"),
+    (["--data=tensor"], 1, "not enough memory for this"),
     (["--data=ctrl-c"], 130, "interrupted"),
     ([], 2, "Missing option '--data'."),
     (["--data=exit", "--max-images=x"], 2, "Invalid value for '--max-images': 'x' is not a valid integer."),

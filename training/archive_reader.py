@@ -73,10 +73,7 @@ class ArchiveReader:
         self.metadata = self._parse_metadata() if METADATA in files else None
 
     def _open_zip(self, path: str) -> None:
-        try:
-            self._file = open(path, "rb")  # stays open: the object owns it
-        except OSError as err:
-            raise dnnlib.UserError(f"{path}: cannot be read ({err.strerror or err})") from None
+        self._file = dnnlib.open_file(path)  # stays open: the object owns it
         try:
             self._zip = zipfile.ZipFile(self._file)
             _check_members(self._zip.infolist(), path)

@@ -63,6 +63,8 @@ def open_source(path: str, test: bool = False) -> Source:
     """
     if path != "digits" and not os.path.exists(path):
         raise dnnlib.UserError(f"--source: {path}: no such file or folder (and not the built-in source 'digits')")
+    if path != "digits" and not os.path.isdir(path):
+        dnnlib.open_file(path).close()  # UserError for devices and pipes, before anything reads them
     if os.path.isfile(path) and IDX_NAME.fullmatch(os.path.basename(path)):
         part = IDX_NAME.fullmatch(os.path.basename(path))[1]
         return _open_mnist(os.path.dirname(path), "t10k" if test else part, path)
@@ -206,7 +208,7 @@ def _open_mnist(folder: str, part: str, path: str) -> Source:
     labels = _read_idx(os.path.join(folder, f"{part}-labels-idx1-ubyte"), 1).astype(np.int64)
     if len(images) != len(labels):
         raise dnnlib.UserError(f"{path}: {len(images)} images, but {len(labels)} labels")
-    if not len(images):
+    if not images.size:
         raise dnnlib.UserError(f"{path}: holds no images")
     if images.shape[1:] == (28, 28):
         images = np.pad(images, [(0, 0), (2, 2), (2, 2)])  # 32 x 32: a side the U-Nets can halve
