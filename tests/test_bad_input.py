@@ -233,7 +233,7 @@ def test_numbers_beyond_all_range(files, tmp_path):
 @pytest.mark.parametrize("option", ["--duration", "--tick", "--ema", "--lr_rampup_kimg"])
 def test_lengths_that_are_no_number_of_images(option, files, tmp_path):
     line = f"--data={{zip}} --outdir={tmp_path}/new {TINY}"
-    for value in ("1e308", "-1", "nan", "inf"):
+    for value in ("1e+308", "-1", "nan", "inf"):
         fails(2, [option, value], "train", f"{line} {option}={value}", **files)
 
 
