@@ -241,9 +241,10 @@ def archives():
     return {
         **{f"name {name}": renamed(zip_of({"x" * len(name): PNG, "b.png": PNG}), "x" * len(name), name)
            for name in traversals},
-        "link": zip_of({"a.png": b"/etc/passwd", "b.png": PNG}, external_attr=LINK, create_system=3),
-        "device": zip_of({"a.png": b"", "b.png": PNG}, external_attr=DEVICE, create_system=3),
-        "link as dataset.json": zip_of({"dataset.json": b"/etc/passwd", "b.png": PNG}, external_attr=LINK),
+        # their bytes are right, so that nothing but their kind gives them away
+        "link": zip_of({"a.png": PNG}, external_attr=LINK, create_system=3),
+        "device": zip_of({"a.png": PNG}, external_attr=DEVICE, create_system=3),
+        "link as dataset.json": zip_of({"dataset.json": b'{"labels": null}', "b.png": PNG}, external_attr=LINK),
         "a name twice": renamed(zip_of({"a.png": PNG, "b.png": PNG, "c.png": PNG}), "b.png", "a.png"),
         "overlapping": overlapping([f"{i:03d}.png" for i in range(500)], PNG),
         "deflate bomb": with_size(bomb, 1 << 20, 0xFFFFFFF0),
@@ -283,15 +284,17 @@ def folders():
         def make(folder):
             folder.mkdir()
             (folder / "a.png").write_bytes(PNG)
+            (folder.parent / "private.png").write_bytes(PNG)
+            (folder.parent / "private.json").write_text('{"labels": null}')
             action(folder)
         return make
     return {
-        "link that leaves the folder": fill(lambda f: (f / "b.png").symlink_to("/etc/passwd")),
+        "link that leaves the folder": fill(lambda f: (f / "b.png").symlink_to("../private.png")),
         "link to a device": fill(lambda f: (f / "b.png").symlink_to("/dev/zero")),
         "link to itself": fill(lambda f: (f / "b.png").symlink_to(f / "b.png")),
         "pipe": fill(lambda f: os.mkfifo(f / "b.png")),
         "pipe as dataset.json": fill(lambda f: os.mkfifo(f / "dataset.json")),
-        "dataset.json that leaves the folder": fill(lambda f: (f / "dataset.json").symlink_to("/etc/passwd")),
+        "dataset.json that leaves the folder": fill(lambda f: (f / "dataset.json").symlink_to("../private.json")),
     }
 
 

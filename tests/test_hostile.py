@@ -12,6 +12,8 @@ import zipfile
 
 import hostile
 import numpy as np
+import PIL.EpsImagePlugin
+import PIL.Image
 import pytest
 import torch
 from click.testing import CliRunner
@@ -25,6 +27,7 @@ import train_noise
 from dnnlib import UserError
 from tests import synth
 from torch_utils.persistence import save_snapshot
+from training.archive_reader import image_shape
 from training.archive_writer import ArchiveWriter
 from training.networks import EDMPrecond
 from training.resnet import Classifier
@@ -236,6 +239,23 @@ def test_json_that_grows(kind, file, data, honest, tmp_path):
 def test_torch_files_that_grow(kind, file, wrap, name, honest, tmp_path):
     (tmp_path / file).write_bytes(wrap(hostile.TORCH[name]))
     try_doors(kind, tmp_path / file, honest, tmp_path, 0, True)
+
+
+@pytest.mark.parametrize("name", ["PostScript", "PostScript as PNG"])
+def test_no_interpreter_is_started(name, honest, tmp_path, monkeypatch):
+    """Pillow would hand PostScript to Ghostscript, where that is installed."""
+    started = []
+    monkeypatch.setattr(PIL.EpsImagePlugin, "Ghostscript", lambda *args, **kwargs: started.append(args))
+    with contextlib.suppress(Exception):
+        PIL.Image.open(io.BytesIO(hostile.EPS)).load()
+    assert started.pop() and not started
+    refused("archive", 0, write("archive", name, tmp_path), honest, tmp_path)
+    assert not started
+
+
+def test_sizes_are_refused_before_memory_is_asked_for():
+    with pytest.raises(UserError, match="65536x65536 is more than the limit"):
+        image_shape(hostile.png_claiming(65536, 65536), "a.png")
 
 
 def test_idx_bomb(tmp_path, honest):
