@@ -16,15 +16,16 @@ import numpy as np
 
 import dnnlib
 import dnnlib.cli
+from dnnlib.cli import output_file
 from metrics import features, table
 from metrics.frechet import frechet_distance
-from torch_utils import distributed
+from torch_utils import distributed, safe_files
 
 
 def load_reference(path: str) -> tuple[np.ndarray, np.ndarray]:
     """mu [d] and sigma [d,d] of a reference `.npz` (ours or EDM's). UserError when it is none."""
     expected = "expected a reference of 'fid.py ref': mu [d] and sigma [d,d]"
-    arrays = features.read_npz(path, expected)
+    arrays = safe_files.read_npz(path, expected)
     if not {"mu", "sigma"} <= arrays.keys():
         raise dnnlib.UserError(f"{path}: holds {', '.join(arrays) or 'nothing'}; {expected}")
     mu, sigma = arrays["mu"], arrays["sigma"]
@@ -33,21 +34,6 @@ def load_reference(path: str) -> tuple[np.ndarray, np.ndarray]:
     if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
         raise dnnlib.UserError(f"{path}: mu or sigma is not finite; {expected}")
     return mu, sigma
-
-
-def output_file(_ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
-    """Find out before the work, not after it, that the result cannot be written; create nothing yet."""
-    if value is not None:
-        if not value:
-            raise click.BadParameter("is empty, expected a file name", param=param)
-        folder = os.path.dirname(os.path.abspath(value))
-        while not os.path.lexists(folder):
-            folder = os.path.dirname(folder)
-        if os.path.isdir(value):
-            raise click.BadParameter(f"{value} is a folder, expected a file name", param=param)
-        if not os.path.isdir(folder) or not os.access(folder, os.W_OK):
-            raise click.BadParameter(f"{value}: cannot be written in {folder}", param=param)
-    return value
 
 
 def need_detector(_ctx: click.Context, param: click.Parameter, value: str | None) -> str:
@@ -116,7 +102,7 @@ def ref(dataset_path: str, dest_path: str, detector_name: str, batch: int, devic
 @click.option("--images", "image_path", metavar="PATH", required=True,
               help="Generated images: folder or ZIP with dataset.json, or .npz (arr_0 images, arr_1 labels)")
 @click.option("--data", "dataset_path", metavar="PATH", required=True,
-              help="Reference archive, all of it, with its clean labels where it has them")
+              help="Reference archive: all of it but recorded outliers, with its clean labels where it has them")
 @detector_option
 @click.option("--num", type=click.IntRange(min=2), help="Number of generated images to use  [default: all]")
 @seed_option
@@ -125,14 +111,16 @@ def ref(dataset_path: str, dest_path: str, detector_name: str, batch: int, devic
               help="Neighbours that make the radius for precision, recall, density, coverage")
 @click.option("--judge", metavar="svm|none|PKL", default="svm",
               help="Label accuracy by an SVM trained on the reference, or by a classifier snapshot")
+@click.option("--outlier_data", metavar="PATH",
+              help="Archive that records its outliers, to learn the outlier ratio from  [default: --data, if it does]")
 @click.option("--out", "out_path", metavar="JSON", callback=output_file, help="Save the table, classes included")
 @device_option
 def evaluate(image_path: str, dataset_path: str, detector_name: str, num: int | None, seed: int, batch: int,
-             nearest_k: int, judge: str, out_path: str | None, device: str) -> None:
-    """The whole table: FID, KID, IS, precision, recall, density, coverage, class-wise too, and label accuracy."""
+             nearest_k: int, judge: str, outlier_data: str | None, out_path: str | None, device: str) -> None:
+    """The whole table: FID, KID, IS, precision, recall, density, coverage, class-wise too, label accuracy, outliers."""
     device = distributed.init(device)
     result = table.evaluate(image_path, dataset_path, detector_name, device=device, num=num, batch=batch, seed=seed,
-                            nearest_k=nearest_k, judge=judge)
+                            nearest_k=nearest_k, judge=judge, outlier_data=outlier_data)
     if distributed.get_rank() == 0:
         if out_path is not None:
             table.save_json(result, out_path)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import math
-import os
 import signal
 import sys
 import time
@@ -14,22 +12,21 @@ import torch
 
 import dnnlib
 from dnnlib.cli import INT_LIST, Command, FloatRange
-from sampling.generation import EvaluationCounter, generate_images, share_of
-from sampling.guidance import AffineGuidance, ClassifierFreeGuidance
-from sampling.output import check_free, is_zip, progress, save_images, save_sheet
-from sampling.samplers import DISCRETIZATIONS, SCALINGS, SCHEDULES, SOLVERS, ablation_sampler, heun_sampler
-from torch_utils import distributed, persistence
-from training import networks, resnet  # noqa: F401  They register what a snapshot may hold.
+from sampling.generation import generate_images, share_of
+from sampling.output import progress, save_images, save_sheet
+from sampling.samplers import DISCRETIZATIONS, SCALINGS, SCHEDULES, SOLVERS
+from sampling.setup import DEFAULT_WEIGHTS, check_usage, choose_sampler, load
+from torch_utils import distributed
 
 EXAMPLES = """
 Examples:
   python generate.py --network=training-runs/00000-digits-cond-ddpmpp_tiny-edm-gpus1-batch128-fp32 --outdir=out
   python generate.py --network=network.pkl --outdir=threes.zip --class=3 --seeds=0-999 --grid=threes.png
+  python generate.py --network=network.pkl --outdir=right --discriminator=discriminator.pkl --dg_mode=calibrated
   torchrun --standalone --nproc_per_node=2 generate.py --network=network.pkl --outdir=out --seeds=0-49999 --batch=64
 """
 COUNT, POSITIVE, NOT_NEGATIVE = click.IntRange(min=1), FloatRange(min=0, min_open=True), FloatRange(min=0)
-SAMPLER_OPTIONS = ["num_steps", "sigma_min", "sigma_max", "rho", "S_churn", "S_min", "S_max", "S_noise"]
-SAMPLER_PARTS = ["solver", "discretization", "schedule", "scaling"]
+RATE = FloatRange(min=0, max=1)
 
 
 @click.command(cls=Command, help=__doc__, epilog=EXAMPLES)
@@ -56,6 +53,17 @@ SAMPLER_PARTS = ["solver", "discretization", "schedule", "scaling"]
 @click.option("--network_2", metavar="PKL|DIR|URL", help="A weaker network to steer away from, with --affine_weight")
 @click.option("--affine_weight", metavar="W", type=FloatRange(), help="Affine guidance: (1+W) D - W D_2")
 @click.option("--cfg", metavar="S", type=FloatRange(), help="Classifier-free guidance: D = D_0 + S (D_y - D_0)")
+@click.option("--discriminator", metavar="PKL|DIR|URL", help="Correct wrong labels by this network")
+@click.option("--dg_mode", type=click.Choice(list(DEFAULT_WEIGHTS)), help="Weight of its gradient: the same "
+              "everywhere, or times the probability that the label is wrong here  [default: constant]")
+@click.option("--dg_weight_1st_order", metavar="W", type=FloatRange(),
+              help="Weight at a step's first evaluation  [default: 2; calibrated: 1]")
+@click.option("--dg_weight_2nd_order", metavar="W", type=FloatRange(),
+              help="Weight at its second evaluation  [default: 0; calibrated: 1]")
+@click.option("--S_clip_min", "S_clip_min", metavar="SIGMA", type=NOT_NEGATIVE, help="Correct from this noise level on")
+@click.option("--S_clip_max", "S_clip_max", metavar="SIGMA", type=NOT_NEGATIVE, help="Correct up to this noise level")
+@click.option("--noise_rate", metavar="R", type=RATE, help="Share of wrong labels, for --dg_mode=calibrated  [default: "
+              "each class's own, from the label file]")
 @click.option("--grid", metavar="PNG", type=click.Path(dir_okay=False), help="Also write all images as one sheet")
 @click.option("--save_each_sample", is_flag=True, expose_value=False, help="Write every image; this is the default")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto", help="Where to run")
@@ -72,7 +80,7 @@ def main(**opts) -> None:
 def run(o: dnnlib.EasyDict, device: torch.device) -> None:
     """Everything after the options are known to fit together; collective."""
     torch.backends.cudnn.allow_tf32 = False     # With ten-bit products an image would depend on its batch.
-    net, counter, class_names = distributed.together(lambda: load(o, device), rank0_first=True)
+    net, meter, corrections, class_names = distributed.together(lambda: load(o, device), rank0_first=True)
     seeds = list(dict.fromkeys(o.seeds))
     own = share_of(seeds, distributed.get_rank(), distributed.get_world_size())
     classes = o.classes and [o.classes[seed % len(o.classes)] for seed in own]
@@ -88,54 +96,10 @@ def run(o: dnnlib.EasyDict, device: torch.device) -> None:
     if o.grid is not None:
         distributed.together(lambda: save_sheet(o.grid, o.outdir, seeds, o.subdirs))
     distributed.print0(f"{len(seeds)} images in {dnnlib.format_time(seconds)}, {len(seeds) / seconds:.1f} images/s, "
-                       f"{counter.count / max(len(own), 1):g} network evaluations per image")
-
-
-def check_usage(o: dnnlib.EasyDict) -> None:
-    """Raise for options that contradict each other, before anything is loaded."""
-    if o.affine_weight is not None and o.network_2 is None:
-        raise click.UsageError(f"--affine_weight={o.affine_weight:g}: needs a second network, --network_2")
-    if o.network_2 is not None and o.affine_weight is None:
-        raise click.UsageError(f"--network_2={o.network_2}: needs its weight, --affine_weight")
-    if o.grid is None:
-        return
-    if not o.grid.lower().endswith(".png"):
-        raise click.UsageError(f"--grid={o.grid}: the sheet is a PNG; give a name that ends in .png")
-    outdir = os.path.abspath(o.outdir)
-    if not is_zip(outdir) and os.path.commonpath([outdir, os.path.abspath(o.grid)]) == outdir:
-        raise click.UsageError(f"--grid={o.grid}: inside --outdir the sheet would count as an image; put it elsewhere")
-
-
-def load(o: dnnlib.EasyDict, device: torch.device):
-    """The denoiser with its guidance, a counter of its evaluations, and its class names or None."""
-    check_free(o.outdir)
-    snapshot = load_snapshot(o.network, o)
-    net = snapshot["ema"].to(device)
-    modules = [net]
-    if net.img_channels not in (1, 3):
-        raise dnnlib.UserError(f"--network={o.network}: makes images of {net.img_channels} channels; PNGs have 1 or 3")
-    if o.classes is not None and max(o.classes) >= net.label_dim:
-        known = f"knows classes 0 to {net.label_dim - 1}" if net.label_dim else "was trained without labels"
-        raise click.UsageError(f"--class={max(o.classes)}: this network {known}")
-    if o.cfg is not None:
-        if not net.label_dim:
-            raise click.UsageError(f"--cfg={o.cfg:g}: needs a network trained with labels; this one was not")
-        net = ClassifierFreeGuidance(net, o.cfg)
-    if o.network_2 is not None:
-        modules.append(load_snapshot(o.network_2, o)["ema"].to(device))
-        net = AffineGuidance(net, modules[1], o.affine_weight)
-    return net, EvaluationCounter(*modules), (snapshot.get("info") or {}).get("class_names")
-
-
-def load_snapshot(pattern: str, o: dnnlib.EasyDict) -> dict:
-    path = persistence.find_snapshot(pattern)
-    return persistence.load_snapshot(path, trust_pickle=o.trust_pickle, kind="denoiser")
-
-
-def choose_sampler(o: dnnlib.EasyDict) -> functools.partial:
-    """EDM's sampler, or the general one as soon as a part of it is named; None leaves the sampler its own default."""
-    kwargs = {name: o[name] for name in SAMPLER_OPTIONS + SAMPLER_PARTS if o[name] is not None}
-    return functools.partial(ablation_sampler if any(o[name] for name in SAMPLER_PARTS) else heun_sampler, **kwargs)
+                       f"{meter.count / max(len(own), 1):g} network evaluations per image")
+    if o.discriminator is not None and own:
+        ratio = 1 + corrections.seconds / meter.stopwatch.seconds
+        distributed.print0(f"Guided sampling took {ratio:.2f} times the network time of unguided sampling")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import click
 
 from dnnlib.util import one_line
 
-__all__ = ["BOOL", "INT_LIST", "Command", "FloatRange", "Group", "parse_int_list"]
+__all__ = ["BOOL", "INT_LIST", "Command", "FloatRange", "Group", "output_file", "parse_int_list"]
 
 _MAX_INTS = 10_000_000
 
@@ -72,6 +72,21 @@ class FloatRange(click.FloatRange):
         if math.isnan(number) or (self._finite and math.isinf(number)):
             self.fail(f"{value!r} is not a finite number" if self._finite else f"{value!r} is not a number", param, ctx)
         return number
+
+
+def output_file(_ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    """Callback of an option: find out before the work that the result cannot be written; create nothing yet."""
+    if value is not None:
+        if not value:
+            raise click.BadParameter("is empty, expected a file name", param=param)
+        folder = os.path.dirname(os.path.abspath(value))
+        while not os.path.lexists(folder):
+            folder = os.path.dirname(folder)
+        if os.path.isdir(value):
+            raise click.BadParameter(f"{value} is a folder, expected a file name", param=param)
+        if not os.path.isdir(folder) or not os.access(folder, os.W_OK):
+            raise click.BadParameter(f"{value}: cannot be written in {folder}", param=param)
+    return value
 
 
 INT_LIST = _IntList()

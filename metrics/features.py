@@ -18,13 +18,12 @@ from torch_utils import distributed, safe_files
 from torch_utils.persistence import find_snapshot, load_snapshot
 from training.archive_reader import ordered_map, plain_labels
 from training.dataset import ImageDataset
+from training.noise_levels import LOWEST_SIGMA
 
 __all__ = ["DETECTORS", "ClassifierDetector", "Detector", "Features", "ImageSource", "NpzImages", "PixelDetector",
-           "compute_features", "compute_statistics", "describe_shape", "detector", "feature_width", "open_images",
-           "read_npz"]
+           "compute_features", "compute_statistics", "describe_shape", "detector", "feature_width", "open_images"]
 
 DETECTORS = "'pixels' or a classifier snapshot of train_classifier.py (file, URL or run directory)"
-LOWEST_SIGMA = 0.002
 WORKERS = min(4, os.cpu_count() or 1)  # threads that decode ahead of the detector
 
 
@@ -37,6 +36,7 @@ class ImageSource(Protocol):
     labels: np.ndarray | None               # int64 [N]
     clean_labels: np.ndarray | None
     class_names: list[str] | None
+    outliers: np.ndarray | None             # bool [N]: put in from another source; None without a record
 
     def __len__(self) -> int: ...
 
@@ -49,7 +49,7 @@ class NpzImages:
 
     def __init__(self, path: str, max_size: int | None = None, seed: int = 0):
         self.path = path
-        arrays = read_npz(path, "expected arr_0, images [N,H,W,C] uint8")
+        arrays = safe_files.read_npz(path, "expected arr_0, images [N,H,W,C] uint8")
         images, labels = arrays.get("arr_0"), arrays.get("arr_1")
         if images is None or images.ndim != 4 or images.dtype != np.uint8 or images.shape[3] not in (1, 3):
             found = f"holds {', '.join(arrays)}" if images is None else f"arr_0 is {images.dtype} {list(images.shape)}"
@@ -64,7 +64,7 @@ class NpzImages:
         self._images, self._chosen = images, chosen
         self.image_shape = (images.shape[3], *images.shape[1:3])
         self.labels = labels if labels is None else labels[chosen]
-        self.clean_labels = self.class_names = None
+        self.clean_labels = self.class_names = self.outliers = None
         self.label_dim = int(labels.max()) + 1 if labels is not None and len(labels) else 0
 
     def __len__(self) -> int:
@@ -73,11 +73,6 @@ class NpzImages:
     def images(self, indices: Any) -> torch.Tensor:
         """uint8 [B,C,H,W] on the CPU."""
         return torch.from_numpy(self._images[self._chosen[indices]].transpose(0, 3, 1, 2).copy())
-
-
-def read_npz(path: str, expected: str) -> dict[str, np.ndarray]:
-    """The arrays of an `.npz` file or URL, never unpickled. UserError that says what was expected."""
-    return safe_files.load_npz(dnnlib.read_bytes(path), path, f"; {expected}")
 
 
 def open_images(path: str, num: int | None = None, seed: int = 0, option: str = "--images") -> ImageSource:

@@ -25,18 +25,22 @@ from metrics.inception_score import inception_score
 from metrics.judge import SvmJudge, label_accuracy
 from metrics.kernel import kid_from_features
 from metrics.neighbours import prdc
+from metrics.outliers import add_outliers, clean_part, open_record
 from torch_utils import distributed
 
 __all__ = ["evaluate", "evaluate_features", "format_table", "save_json"]
 
 
 def evaluate(images: str, data: str, detector_name: str, *, device: torch.device | str, num: int | None = None,
-             batch: int = 64, seed: int = 0, nearest_k: int = 5, judge: str = "svm") -> dict[str, Any]:
-    """All metrics of the images at `images` (folder, ZIP, `.npz`) against the whole archive `data`.
+             batch: int = 64, seed: int = 0, nearest_k: int = 5, judge: str = "svm",
+             outlier_data: str | None = None) -> dict[str, Any]:
+    """All metrics of the images at `images` (folder, ZIP, `.npz`) against the archive `data`, less recorded outliers.
 
-    The reference's classes are its clean labels where it has them. `num` of the images (None: all), chosen by `seed`;
+    The reference's classes are its clean labels where it has them. `outlier_data`: an archive with outliers on record
+    (None: `data`, if it has them) to learn the outlier ratio from. `num` of the images (None: all), chosen by `seed`;
     `judge`: 'svm', 'none' or a classifier snapshot. Every process must call it; all but rank 0 get {}.
-    Returns what `evaluate_features` does, and `images`, `data`, `detector`, `reference_labels`.
+    Returns what `evaluate_features` does, and `images`, `data`, `detector`, `reference_labels`, `reference_outliers`
+    (how many were left out), and what `add_outliers` adds.
     Raises UserError for images, archives and snapshots that cannot be used or do not fit each other.
     """
     fake_images, real_images = open_images(images, num, seed), open_images(data, option="--data")
@@ -46,19 +50,29 @@ def evaluate(images: str, data: str, detector_name: str, *, device: torch.device
     extractor = detector(detector_name, device)
     clean = real_images.clean_labels is not None
     real_labels = real_images.clean_labels if clean else real_images.labels
+    record = open_record(outlier_data, real_images)
     network = None
     if judge not in ("svm", "none"):
         network = _judge_network(judge, extractor, device, real_labels, data)
     real = compute_features(real_images, extractor, batch, device, network, "reference images")
     fake = compute_features(fake_images, extractor, batch, device, network, "generated images")
+    known = real
+    if record not in (None, real_images):
+        known = compute_features(record, extractor, batch, device, None, "images with outliers")
     if distributed.get_rank() != 0:
         return {}
+    left_out = 0
+    if real_images.outliers is not None:
+        real, left_out = clean_part(real, real_images.outliers), int(real_images.outliers.sum())
+        real_labels = None if real_labels is None else real_labels[~real_images.outliers]
     result = evaluate_features(real, fake, real_labels, fake_images.labels, nearest_k=nearest_k,
                                class_names=real_images.class_names, svm=judge == "svm", device=device)
     if result["judge"] is not None:
         result["judge"]["name"] = network.name if network else f"SVM on {extractor.name} features"
+    add_outliers(result, record, known, fake, extractor.name)
     source = None if real_labels is None else "clean labels" if clean else "labels as they are, it has no clean ones"
-    return dict(images=images, data=data, detector=extractor.name, reference_labels=source, **result)
+    return dict(images=images, data=data, detector=extractor.name, reference_labels=source, reference_outliers=left_out,
+                **result)
 
 
 def _judge_network(name: str, extractor: Detector, device: torch.device | str, labels: np.ndarray | None,
@@ -178,12 +192,17 @@ def _judge(table: _Table, real: Features, fake: Features, real_labels: np.ndarra
 def format_table(result: dict[str, Any]) -> str:
     """The result of `evaluate` as text: what was compared, then one line a metric."""
     labels = result["reference_labels"] or "no labels"
+    left_out = f", {result['reference_outliers']} outliers left out" if result["reference_outliers"] else ""
     lines = [f"images     {result['images']}: {result['num_images']}",
-             f"reference  {result['data']}: {result['num_reference']}, {labels}",
+             f"reference  {result['data']}: {result['num_reference']}, {labels}{left_out}",
              f"detector   {result['detector']}: {result['num_features']} features"]
     judge = result["judge"]
     if judge is not None:
         lines.append(f"judge      {judge['name']}: accuracy {judge['accuracy']:.4f} on {judge['num']} {judge['on']}")
+    outliers = result["outliers"]
+    if outliers is not None:
+        lines.append(f"outliers   {outliers['data']}: share {outliers['training_share']:.4f}, {outliers['name']}: "
+                     f"accuracy {outliers['accuracy']:.4f} on {outliers['num']} {outliers['on']}")
     lines.append("")
     width = max(map(len, result["metrics"]))
     for name, value in result["metrics"].items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -12,7 +13,7 @@ import dnnlib
 from sampling.samplers import heun_sampler
 from sampling.seeds import StackedRandomGenerator
 
-__all__ = ["EvaluationCounter", "generate_images", "share_of", "to_uint8"]
+__all__ = ["EvaluationMeter", "Stopwatch", "generate_images", "share_of", "to_uint8"]
 
 
 def generate_images(
@@ -63,13 +64,44 @@ def share_of(items: Sequence, rank: int, world_size: int) -> Sequence:
     return items[len(items) * rank // world_size : len(items) * (rank + 1) // world_size]
 
 
-class EvaluationCounter:
-    """Counts the images that go through `networks` (modules): `count` over the images made is evaluations per image."""
+class Stopwatch:
+    """Context manager that adds up the seconds the device spends inside; a GPU is not waited for until `seconds`."""
 
-    def __init__(self, *networks: torch.nn.Module):
-        self.count = 0
+    def __init__(self, device: torch.device):
+        self._device, self._spans = device, []
+
+    def __enter__(self) -> None:
+        self._start = self._mark()
+
+    def __exit__(self, *_exception) -> None:
+        self._spans.append((self._start, self._mark()))
+
+    def _mark(self):
+        if self._device.type == "cuda":
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            return event
+        if self._device.type == "mps":
+            torch.mps.synchronize()
+        return time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+            return sum(start.elapsed_time(end) for start, end in self._spans) / 1000
+        return sum(end - start for start, end in self._spans)
+
+
+class EvaluationMeter:
+    """Counts the images that go through `networks` (modules) and the seconds that takes."""
+
+    def __init__(self, device: torch.device, *networks: torch.nn.Module):
+        self.count, self.stopwatch = 0, Stopwatch(device)
         for net in networks:
-            net.register_forward_pre_hook(self._add)
+            net.register_forward_pre_hook(self._before)
+            net.register_forward_hook(lambda *_: self.stopwatch.__exit__())
 
-    def _add(self, _net: torch.nn.Module, args: tuple) -> None:
+    def _before(self, _net: torch.nn.Module, args: tuple) -> None:
         self.count += len(args[0])
+        self.stopwatch.__enter__()

@@ -19,9 +19,10 @@ WHITE = 255
 def save_grid(
     images: np.ndarray | Sequence[np.ndarray], path: str, columns: int | None = None, scale: int | None = None,
     row_labels: Sequence[str] | None = None, column_labels: Sequence[str] | None = None,
+    captions: Sequence[str] | None = None,
 ) -> None:
     """Write `image_sheet` of the same arguments to `path` as a PNG (atomically)."""
-    sheet = image_sheet(images, columns, scale, row_labels, column_labels)
+    sheet = image_sheet(images, columns, scale, row_labels, column_labels, captions)
     with atomic_open(path) as file:
         sheet.save(file, format="png")
 
@@ -29,12 +30,14 @@ def save_grid(
 def image_sheet(
     images: np.ndarray | Sequence[np.ndarray], columns: int | None = None, scale: int | None = None,
     row_labels: Sequence[str] | None = None, column_labels: Sequence[str] | None = None,
+    captions: Sequence[str] | None = None,
 ) -> Image.Image:
     """One picture of all images, uint8 [N,H,W,C] (or N of [H,W,C]; C = 1 or 3), row by row, thin gaps between.
 
     `columns` default to about as many as rows. `scale` is the whole factor by which images are enlarged (nearest
     neighbour, so that pixels stay what they are); by default small images grow to about 64 pixels. `row_labels` stand
-    left of the rows, `column_labels` above the columns. ValueError: no images, other than 1 or 3 channels.
+    left of the rows, `column_labels` above the columns, `captions` (one an image, of one line or more) below the
+    images. ValueError: no images, other than 1 or 3 channels.
     """
     images = np.asarray(images)
     if images.ndim != 4 or not len(images) or images.shape[-1] not in (1, 3):
@@ -46,15 +49,17 @@ def image_sheet(
         room = SHEET // max(columns * width, rows * height)
         scale = max(1, min(room, CELL // max(height, width)))
 
+    font = ImageFont.load_default()
+    line = math.ceil(font.getbbox("|")[3]) + 1
+    below = line * max((text.count("\n") + 1 for text in captions or ()), default=0)
     gap = max(1, scale * max(height, width) // 12)
-    cell_h, cell_w = scale * height + gap, scale * width + gap
+    cell_h, cell_w = scale * height + gap + below, scale * width + gap
     cells = np.full([rows * columns, cell_h, cell_w, channels], WHITE, np.uint8)
-    cells[:n, gap:, gap:] = images.repeat(scale, axis=1).repeat(scale, axis=2)
+    cells[:n, gap : gap + scale * height, gap:] = images.repeat(scale, axis=1).repeat(scale, axis=2)
     cells = cells.reshape(rows, columns, cell_h, cell_w, channels).transpose(0, 2, 1, 3, 4)
     pixels = cells.reshape(rows * cell_h, columns * cell_w, channels)
     body = Image.fromarray(pixels[:, :, 0] if channels == 1 else pixels)
 
-    font = ImageFont.load_default()
     left = max((math.ceil(font.getlength(text)) + gap for text in row_labels or ()), default=0)
     above = max((math.ceil(font.getbbox(text)[3]) + gap for text in column_labels or ()), default=0)
     sheet = Image.new(body.mode, (left + body.width + gap, above + body.height + gap), "white")
@@ -62,8 +67,15 @@ def image_sheet(
     draw = ImageDraw.Draw(sheet)
     for row, text in enumerate((row_labels or ())[:rows]):
         draw.text((gap, above + row * cell_h + cell_h // 2), text, fill="black", font=font, anchor="lm")
-    for column, text in enumerate((column_labels or ())[:columns]):
+
+    def write(x: int, y: int, text: str) -> None:   # what is wider than an image is cut off
         while text and font.getlength(text) > cell_w - gap:
             text = text[:-1]
-        draw.text((left + gap + column * cell_w, gap), text, fill="black", font=font)
+        draw.text((x, y), text, fill="black", font=font)
+
+    for column, text in enumerate((column_labels or ())[:columns]):
+        write(left + gap + column * cell_w, gap, text)
+    for i, text in enumerate((captions or ())[:n]):
+        for k, part in enumerate(text.split("\n")):
+            write(left + gap + i % columns * cell_w, above + (i // columns + 1) * cell_h - below + k * line, part)
     return sheet

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 import dnnlib
+from sampling.guidance import at_order
 from training.networks import vp_sigma, vp_sigma_inv
 
 __all__ = ["DISCRETIZATIONS", "SCALINGS", "SCHEDULES", "SOLVERS", "ablation_sampler", "heun_sampler"]
@@ -50,15 +51,16 @@ def heun_sampler(
     noise_std = (t_hat.square() - steps.square()).clamp(min=0).sqrt() * S_noise
     t_next = torch.cat([steps[1:], steps.new_zeros(1)])
 
+    first, second = at_order(net, 1), at_order(net, 2)
     x = latents.to(dtype) * steps[0]
     for i in range(num_steps):
         # Drawn also when the churn is zero, so that a seed's stream means the same for all settings.
         x_hat = x + noise_std[i] * randn_like(x)
         h = t_next[i] - t_hat[i]
-        d = (x_hat - net(x_hat, t_hat[i], class_labels).to(dtype)) / t_hat[i]
+        d = (x_hat - first(x_hat, t_hat[i], class_labels).to(dtype)) / t_hat[i]
         x = x_hat + h * d
         if i < num_steps - 1:
-            d_next = (x - net(x, t_next[i], class_labels).to(dtype)) / t_next[i]
+            d_next = (x - second(x, t_next[i], class_labels).to(dtype)) / t_next[i]
             x = x_hat + h * (d + d_next) / 2
     return x
 
@@ -98,7 +100,9 @@ def ablation_sampler(
     noise_std = (curve.sigma(t_hat).square() - sigma.square()).clamp(min=0).sqrt() * scale.s(t_hat) * S_noise
     t_next = torch.cat([t[1:], t.new_zeros(1)])
 
-    def slope(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    first, second = at_order(net, 1), at_order(net, 2)
+
+    def slope(net: Denoiser, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         sigma, s = curve.sigma(t), scale.s(t)
         growth = curve.derivative(t) / sigma
         denoised = net(x / s, sigma, class_labels).to(dtype)
@@ -108,11 +112,11 @@ def ablation_sampler(
     for i in range(num_steps):
         x_hat = scale.s(t_hat[i]) / scale.s(t[i]) * x + noise_std[i] * randn_like(x)
         h = t_next[i] - t_hat[i]
-        d = slope(x_hat, t_hat[i])
+        d = slope(first, x_hat, t_hat[i])
         if solver == "euler" or i == num_steps - 1:
             x = x_hat + h * d
         else:
-            d_next = slope(x_hat + alpha * h * d, t_hat[i] + alpha * h)
+            d_next = slope(second, x_hat + alpha * h * d, t_hat[i] + alpha * h)
             x = x_hat + h * ((1 - 1 / (2 * alpha)) * d + d_next / (2 * alpha))
     return x
 

@@ -91,7 +91,7 @@ ZIP, TREE, CIFAR, MNIST = "--source={d}/in.zip", "--source={d}/in", "--source={d
 BAD = {
     # usage: exit code 2
     "no source": ({}, [], 2, "--source"),
-    "unknown option": ({}, [DIGITS, "--outliers=x"], 2, "--outliers"),
+    "unknown option": ({}, [DIGITS, "--outlier=x"], 2, "--outlier"),
     "rate": ({}, [DIGITS, "--noise_type=sym", "--noise_rate=1.5"], 2, "1.5"),
     "rate without type": ({}, [DIGITS, "--noise_rate=0.5"], 2, "--noise_rate needs --noise_type"),
     "type without rate": ({}, [DIGITS, "--noise_type=pair"], 2, "--noise_type=pair needs --noise_rate"),

@@ -233,7 +233,7 @@ def test_a_guided_denoiser_states_what_a_denoiser_states_and_can_be_sampled():
 def test_networks_that_do_not_fit_are_refused(name, value):
     other = labelled(1)
     setattr(other, name, value)
-    with pytest.raises(dnnlib.UserError, match="network_2 makes .* it must make 3x3 images with 2 channel"):
+    with pytest.raises(dnnlib.UserError, match="network_2 makes .* the network makes 3x3 images with 2 channel"):
         AffineGuidance(labelled(1), other, 1)
     other.label_dim = 0
     with pytest.raises(dnnlib.UserError, match="network with labels"):

@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from dnnlib import UserError
+from dnnlib import UserError, read_bytes
 from torch_utils import safe_pickle
 
-__all__ = ["load_json", "load_npy", "load_npz", "load_pt", "read_member", "unpacked_limit"]
+__all__ = ["load_json", "load_npy", "load_npz", "load_pt", "read_member", "read_npz", "unpacked_limit"]
 
 MAX_JSON = 1 << 30  # bytes of objects a JSON file may become, estimated from its punctuation
 MAX_DEPTH = 64
@@ -80,6 +80,8 @@ def _array(data: bytes) -> np.ndarray:
         raise ValueError(f"version {version}")
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, fortran, dtype = read(stream)
+    if dtype.hasobject:
+        raise ValueError("holds Python objects, which are never loaded")
     if dtype.kind not in "biufcU" or dtype.shape:
         raise ValueError(f"holds {str(dtype)[:50]}, expected numbers or text")
     content = memoryview(data)[stream.tell():]
@@ -107,6 +109,11 @@ def load_npz(data: bytes, name: str, hint: str = "") -> dict[str, np.ndarray]:
             return {m.filename.removesuffix(".npy"): _array(read_member(archive, m, m.file_size)) for m in members}
     except _DAMAGED as e:
         raise UserError(f"{name}: not a readable .npz file ({_reason(e)}){hint}") from None
+
+
+def read_npz(path_or_url: str, expected: str) -> dict[str, np.ndarray]:
+    """The arrays of an `.npz` file or URL. UserError that says what was `expected`."""
+    return load_npz(read_bytes(path_or_url), path_or_url, f"; {expected}")
 
 
 def load_pt(data: bytes, name: str) -> Any:

@@ -20,21 +20,26 @@ class Stats:
     def __init__(self, device: torch.device | str):
         self._device = torch.device(device)
         self._dtype = torch.float32 if self._device.type == "mps" else torch.float64
-        self._counts: dict[str, int] = {}
-        self._sums: dict[str, torch.Tensor] = {}
+        self._sums: dict[str, torch.Tensor] = {}    # name: count, sum, sum of squares
 
-    def add(self, name: str, value: torch.Tensor | float) -> None:
-        """Count every element of `value` (any shape) under `name`, without waiting for the device."""
+    def add(self, name: str, value: torch.Tensor | float, mask: torch.Tensor | None = None) -> None:
+        """Count every element of `value` (any shape) under `name`, without waiting for the device.
+
+        `mask` (bool, same shape): count those elements only.
+        """
         if not isinstance(value, torch.Tensor):
             value = torch.tensor(value, dtype=self._dtype)
         value = value.detach().to(self._dtype)
         if name not in self._sums:
-            self._counts[name] = 0
-            self._sums[name] = torch.zeros(2, dtype=self._dtype, device=self._device)
-        self._counts[name] += value.numel()
+            self._sums[name] = torch.zeros(3, dtype=self._dtype, device=self._device)
         total = self._sums[name]
-        total[0].add_(value.sum())
-        total[1].add_(value.square().sum())
+        if mask is None:
+            total[0].add_(value.numel())
+        else:
+            total[0].add_(mask.sum())
+            value = torch.where(mask, value, 0)
+        total[1].add_(value.sum())
+        total[2].add_(value.square().sum())
 
     def reduce(self) -> Mapping[str, dict[str, float]]:
         """Statistics since the last call, over all processes, as {name: {num, mean, std}}; then starts again.
@@ -46,16 +51,13 @@ class Stats:
         # First row: a checksum of the names, small enough for its square to stay exact in a float64.
         check = zlib.crc32("\n".join(names).encode()) & 0xFFFF
         table[0, 1], table[0, 2] = check, check ** 2
-        for row, name in enumerate(names, 1):
-            table[row, 0] = self._counts[name]
         table = table.to(self._device)
         if names:
-            table[1:len(names) + 1, 1:] = torch.stack([self._sums[name] for name in names])
+            table[1:len(names) + 1] = torch.stack([self._sums[name] for name in names])
         table = distributed.all_reduce_sum(table).double().cpu()
         size = distributed.get_world_size()
         if table[0, 1] != size * check or table[0, 2] != size * check ** 2:
             raise RuntimeError(f"processes report different statistics; rank {distributed.get_rank()} has {names}")
-        self._counts.clear()
         self._sums.clear()
         result = {}
         for name, (num, total, squares) in zip(names, table[1:len(names) + 1].tolist(), strict=True):

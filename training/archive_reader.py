@@ -167,8 +167,20 @@ class ArchiveReader:
             raise dnnlib.UserError(f'{self.where(METADATA)}: "class_names" must be a list of strings')
         return list(names)
 
+    def outliers(self) -> np.ndarray | None:
+        """Which images were put in from another source, bool [N] in the order of `names`; None without a record."""
+        listed = (self.metadata or {}).get("outliers")
+        if listed is None:
+            return None
+        where = f'{self.where(METADATA)}: "outliers"'
+        if not isinstance(listed, list) or not all(isinstance(name, str) for name in listed):
+            raise dnnlib.UserError(f"{where} must be a list of file names")
+        if absent := sorted(set(listed).difference(self.names)):
+            raise dnnlib.UserError(f"{where} names '{absent[0]}', which is not among the {len(self)} images")
+        return np.isin(self.names, listed)
+
     def corruption(self) -> dict[str, Any]:
-        """What the archive records about its own label noise; an empty dict when it records nothing."""
+        """What the archive records about its own label noise and outliers; an empty dict when it records nothing."""
         found = (self.metadata or {}).get("corruption")
         return dict(found) if isinstance(found, dict) else {}
 

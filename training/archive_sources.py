@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from sklearn.datasets import load_digits
+from sklearn.datasets import load_digits, load_sample_images
 
 import dnnlib
 from torch_utils import safe_pickle
@@ -28,6 +28,8 @@ from training.archive_reader import ArchiveReader, decode_image, plain_labels
 
 __all__ = ["Source", "open_source"]
 
+PHOTO_CROPS = 2000  # images of `photos` unless told otherwise
+CROP_SIDES = (64, 256)  # pixels of a 640 x 427 photograph: smaller windows are mostly flat, larger ones much the same
 # What damaged .gz and .tar files raise.
 DAMAGED = (OSError, EOFError, ValueError, OverflowError, zlib.error, lzma.LZMAError, struct.error, tarfile.TarError)
 
@@ -37,7 +39,8 @@ class Source:
     """Images and labels, by index. `image` maps 0 .. length - 1 to uint8 [H, W, C]; it is called from threads.
 
     Labels are int64 [N] or float32 [N, D]. `names` are the images' names where the source has names. `corruption` is
-    what the source records about its own label noise, with the data set's family. `in_memory`: nothing to decode.
+    what the source records about its own label noise and outliers, with the data set's family; `outliers` (bool [N])
+    which images it says were put in. `in_memory`: nothing to decode.
     """
 
     path: str
@@ -47,6 +50,7 @@ class Source:
     clean_labels: np.ndarray | None = None
     class_names: list[str] | None = None
     names: list[str] | None = None
+    outliers: np.ndarray | None = None
     corruption: dict[str, Any] = field(default_factory=dict)
     in_memory: bool = False
 
@@ -55,15 +59,18 @@ class Source:
         return f"{self.path}: {self.names[index] if self.names is not None else f'image {index}'}"
 
 
-def open_source(path: str, test: bool = False) -> Source:
-    """Opens `digits`, a folder, a ZIP, CIFAR-10/100 (.tar.gz), MNIST / Fashion-MNIST (idx files) or an LSUN LMDB.
+def open_source(
+    path: str, test: bool = False, number: int = PHOTO_CROPS, seed: int = 0, option: str = "--source"
+) -> Source:
+    """Opens `digits`, `photos`, a folder, a ZIP, CIFAR-10/100 (.tar.gz), (Fashion-)MNIST (idx files) or an LSUN LMDB.
 
-    `test` chooses the test part of CIFAR and MNIST. UserError when the source is missing, unreadable or of no known
-    kind, or has no test part.
+    `test` chooses the test part of CIFAR and MNIST; `number` and `seed` are for `photos`, which has as many images as
+    one wants. UserError when the source is missing (naming `option`), unreadable or of no known kind, or has no test
+    part.
     """
-    if path != "digits" and not os.path.exists(path):
-        raise dnnlib.UserError(f"--source: {path}: no such file or folder (and not the built-in source 'digits')")
-    if path != "digits" and not os.path.isdir(path):
+    if path not in ("digits", "photos") and not os.path.exists(path):
+        raise dnnlib.UserError(f"{option}: {path}: no such file or folder (the built-in sources: digits, photos)")
+    if path not in ("digits", "photos") and not os.path.isdir(path):
         dnnlib.open_file(path).close()  # UserError for devices and pipes, before anything reads them
     if os.path.isfile(path) and IDX_NAME.fullmatch(os.path.basename(path)):
         part = IDX_NAME.fullmatch(os.path.basename(path))[1]
@@ -76,6 +83,8 @@ def open_source(path: str, test: bool = False) -> Source:
         raise dnnlib.UserError(f"--eval: {path} has no test part (CIFAR and MNIST archives have)")
     if path == "digits":
         return _open_digits()
+    if path == "photos":
+        return _open_photos(number, seed)
     if os.path.isdir(path) and os.path.isfile(os.path.join(path, "data.mdb")):
         return _open_lmdb(path)
     if os.path.isdir(path) or path.lower().endswith(".zip") or zipfile.is_zipfile(path):
@@ -105,6 +114,26 @@ def _open_digits() -> Source:
     return _in_memory("digits", images, digits.target.astype(np.int64), "digits", [str(i) for i in range(10)])
 
 
+def _open_photos(number: int, seed: int) -> Source:
+    """Square windows of scikit-learn's two photographs, RGB, of random place and size; the class is the photograph.
+
+    The same `seed` gives the same windows at every resolution, and more of them begin with the fewer.
+    """
+    bundle = load_sample_images()
+    draws = np.random.default_rng(seed).random([number, 4])  # one row an image
+    classes = (draws[:, 0] * len(bundle.images)).astype(np.int64)
+    low, high = CROP_SIDES
+    sides = (low + draws[:, 1] * (high + 1 - low)).astype(np.int64)
+
+    def image(index: int) -> np.ndarray:
+        photo, side = bundle.images[classes[index]], sides[index]
+        top, left = (int(u * (n + 1 - side)) for u, n in zip(draws[index, 2:], photo.shape[:2], strict=True))
+        return photo[top : top + side, left : left + side]
+
+    names = [os.path.splitext(os.path.basename(name))[0] for name in bundle.filenames]
+    return Source("photos", number, image, classes, class_names=names, corruption=dict(family="photos", seed=seed))
+
+
 def _open_images(path: str) -> Source:
     """A folder or ZIP in the layout of this project, EDM, StyleGAN or TDSM, or with a sub-folder per class."""
     reader = ArchiveReader(path)
@@ -116,6 +145,7 @@ def _open_images(path: str) -> Source:
         clean_labels=reader.labels("clean_labels"),
         class_names=reader.class_names(),
         names=reader.names,
+        outliers=reader.outliers(),
         corruption=reader.corruption(),
     )
 

@@ -19,7 +19,7 @@ import PIL.Image
 import dnnlib
 from training.archive_reader import METADATA, PNG_SIGNATURE, check_name
 
-__all__ = ["TRANSFORMS", "ArchiveWriter", "encode_png", "image_name", "make_transform"]
+__all__ = ["TRANSFORMS", "ArchiveWriter", "encode_png", "fit_image", "image_name", "make_transform", "with_channels"]
 
 TRANSFORMS = ("center-crop", "center-crop-wide")
 Transform = Callable[[np.ndarray], "np.ndarray | None"]
@@ -49,6 +49,20 @@ def make_transform(name: str | None, resolution: tuple[int, int] | None) -> Tran
         "center-crop": lambda image: _resize(_crop(image, *[min(image.shape[:2])] * 2), width, height),
         "center-crop-wide": lambda image: _center_crop_wide(image, width, height),
     }[name]
+
+
+def fit_image(image: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """The largest central square of an image, resized to `shape` [H, W, C] with H = W, in its number of channels."""
+    return _resize(_crop(with_channels(image, shape[2]), *[min(image.shape[:2])] * 2), shape[1], shape[0])
+
+
+def with_channels(image: np.ndarray, channels: int) -> np.ndarray:
+    """The image as grey (1; the luma of ITU-R 601) or RGB (3)."""
+    if image.shape[2] == channels:
+        return image
+    if channels == 1:
+        return np.asarray(PIL.Image.fromarray(image).convert("L"))[:, :, None]
+    return np.repeat(image, 3, axis=2)
 
 
 def _resize(image: np.ndarray, width: int, height: int) -> np.ndarray:

@@ -1,9 +1,10 @@
-"""Building an archive: source -> transform, label noise -> PNGs and `dataset.json`."""
+"""Building an archive: source -> transform, outliers, label noise -> PNGs and `dataset.json`."""
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,10 +15,19 @@ import dnnlib
 from training import transition
 from training.archive_labels import load_labels
 from training.archive_reader import ordered_map
-from training.archive_sources import Source
-from training.archive_writer import ArchiveWriter, Transform, check_destination, encode_png, image_name
+from training.archive_sources import Source, open_source
+from training.archive_writer import (
+    ArchiveWriter,
+    Transform,
+    check_destination,
+    encode_png,
+    fit_image,
+    image_name,
+    with_channels,
+)
+from training.label_file import LabelFile
 
-__all__ = ["Noise", "Summary", "build_archive", "replace_labels"]
+__all__ = ["Noise", "Outliers", "Summary", "build_archive", "clean_source", "replace_labels"]
 
 
 @dataclass
@@ -31,8 +41,20 @@ class Noise:
 
 
 @dataclass
+class Outliers:
+    """Images of another source to put in place of some: `path` as `open_source` takes it, `percent` of the images."""
+
+    path: str
+    percent: float
+    seed: int
+
+
+@dataclass
 class Summary:
-    """What was written. `realised_rate`: share of labels that differ from the clean ones, None when unknown."""
+    """What was written. `realised_rate`: share of labels that differ from the clean ones, None when unknown.
+
+    `outliers`: how many images are on record as put in, None without a record.
+    """
 
     path: str
     images: int
@@ -40,6 +62,7 @@ class Summary:
     classes: int
     shape: tuple[int, ...]
     realised_rate: float | None
+    outliers: int | None
 
 
 def replace_labels(source: Source, path: str, key: str | None = None) -> None:
@@ -54,9 +77,31 @@ def replace_labels(source: Source, path: str, key: str | None = None) -> None:
     if source.clean_labels is None:
         source.clean_labels = source.labels
     source.labels = labels
-    source.corruption = dict(family=source.corruption.get("family"))
+    source.corruption = {k: v for k, v in source.corruption.items() if k == "family" or k.startswith("outlier_")}
     if source.clean_labels is not None:
         source.corruption["noise_type"] = "imported"
+
+
+def clean_source(source: Source, file: LabelFile, classes: int, fix: str) -> None:
+    """Corrects a source's labels: `fix` is 'relabel' (wrong ones become the suggested) or 'drop' (left out).
+
+    What was recorded of the noise no longer describes the labels: it moves to `corruption["cleaned"]["before"]`.
+    UserError when no image would be left.
+    """
+    before = {k: v for k, v in source.corruption.items() if k != "family"}
+    cleaned = dict(fix=fix, images=int(np.sum(~file.is_clean)), before=before)
+    source.corruption = dict(family=source.corruption.get("family"), cleaned=cleaned)
+    if source.class_names is None:  # the labels alone may no longer show how many classes there are
+        source.class_names = [str(i) for i in range(classes)]
+    if fix == "relabel":
+        source.labels = np.where(file.is_clean, file.labels, file.suggested)
+        return
+    rows, image = np.flatnonzero(file.is_clean), source.image
+    if not len(rows):
+        raise dnnlib.UserError(f"--fix=drop: all {source.length} labels are believed wrong, no image would be left")
+    source.image, source.length, source.labels = lambda index: image(rows[index]), len(rows), file.labels[rows]
+    source.clean_labels = None if source.clean_labels is None else source.clean_labels[rows]
+    source.names = [source.names[i] for i in rows]
 
 
 def build_archive(
@@ -66,11 +111,15 @@ def build_archive(
     noise: Noise | None = None,
     max_images: int | None = None,
     workers: int = 0,
+    channels: int | None = None,
+    outliers: Outliers | None = None,
 ) -> Summary:
     """Writes `source` as an archive to `dest`, a .zip or a folder; see `ArchiveWriter` for what makes it atomic.
 
     `workers` threads (0: one a core) decode, transform and encode; they change no byte. Sources in memory (tiny images)
     take one: writing the ZIP is most of their work, measured slower with more. The first `max_images` images are used.
+    `channels` 1 or 3 converts all of them; None keeps the first image's kind. An outlier takes the size, the channels
+    and the labels of the image it replaces.
     UserError on images that do not fit together or are not square with a power of two as side.
     """
     check_destination(dest)
@@ -78,7 +127,8 @@ def build_archive(
     classes = count_classes(source)
     workers = 1 if source.in_memory else workers or available_cores()
     T = prepare_noise(source, noise, classes)  # its errors come before the work
-    encoder = Encoder(source, transform, keep=noise is not None and noise.type == "instance")
+    foreign = prepare_outliers(source, outliers, count)
+    encoder = Encoder(source, transform, noise is not None and noise.type == "instance", channels, foreign)
     with ArchiveWriter(dest) as archive:
         kept = []
         for index, png in encoder.run(count, workers):
@@ -90,6 +140,13 @@ def build_archive(
         labels = None if source.labels is None else source.labels[kept]
         clean = None if source.clean_labels is None else source.clean_labels[kept]
         corruption = dict(source.corruption)
+        record = None if source.outliers is None else source.outliers[kept]
+        if outliers is not None:
+            record = np.isin(kept, list(foreign))
+            rate = outliers.percent / 100
+            corruption.update(outlier_source=outliers.path, outlier_rate=rate, outlier_seed=outliers.seed)
+            if corruption.get("seed") is None:  # the source's own labels may have noise of another seed
+                corruption["seed"] = outliers.seed
         if noise is not None:
             clean = labels
             if T is not None:
@@ -99,8 +156,9 @@ def build_archive(
             corruption.update(noise_type=noise.type, noise_rate=noise.rate, seed=noise.seed)
             corruption["T"] = None if T is None else T.tolist()
         rate = realised_rate(labels, clean)
-        archive.add_metadata(make_metadata(source, labels, clean, {**corruption, "realised_rate": rate}))
-    return Summary(dest, len(kept), count - len(kept), classes, encoder.shape, rate)
+        archive.add_metadata(make_metadata(source, labels, clean, {**corruption, "realised_rate": rate}, record))
+    outlier_count = None if record is None else int(record.sum())
+    return Summary(dest, len(kept), count - len(kept), classes, encoder.shape, rate, outlier_count)
 
 
 def count_classes(source: Source) -> int:
@@ -140,6 +198,25 @@ def prepare_noise(source: Source, noise: Noise | None, classes: int) -> np.ndarr
     return transition.transition_matrix(noise.type, noise.rate, classes, source.corruption.get("family"), matrix)
 
 
+def prepare_outliers(source: Source, outliers: Outliers | None, count: int) -> dict[int, Callable[[], np.ndarray]]:
+    """{index of an image to replace: what reads the image to put there}, for the first `count` images.
+
+    Exactly round(count * percent / 100) of them, drawn without replacement; so are the outliers, going through their
+    source again only when it has fewer. UserError when it cannot be read or `source` records outliers already.
+    """
+    if outliers is None:
+        return {}
+    if source.outliers is not None:
+        raise dnnlib.UserError(f"--outliers: {source.path} has outliers on record already: start from the clean source")
+    number = round(count * outliers.percent / 100)
+    other = open_source(outliers.path, number=max(number, 1), seed=outliers.seed, option="--outliers")
+    rng = np.random.default_rng([outliers.seed, 1])  # other random numbers than the crops of `photos`
+    places = rng.permutation(count)[:number]
+    rounds = [rng.permutation(other.length) for _ in range(0, number, other.length)]
+    chosen = np.concatenate([np.zeros(0, np.int64), *rounds])[:number]
+    return {int(i): functools.partial(other.image, int(j)) for i, j in zip(places, chosen, strict=True)}
+
+
 def realised_rate(labels: np.ndarray | None, clean: np.ndarray | None) -> float | None:
     """Share of labels that differ from the clean ones; None when either is unknown or they are of two kinds."""
     if labels is None or clean is None or labels.shape != clean.shape:
@@ -148,8 +225,9 @@ def realised_rate(labels: np.ndarray | None, clean: np.ndarray | None) -> float 
 
 
 def make_metadata(
-    source: Source, labels: np.ndarray | None, clean: np.ndarray | None, corruption: dict[str, Any]
-) -> dict[str, Any]:
+    source: Source, labels: np.ndarray | None, clean: np.ndarray | None, corruption: dict[str, Any],
+    outliers: np.ndarray | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """The content of `dataset.json`; `labels` is null for an archive without labels."""
 
     def pairs(values: np.ndarray) -> list[list[Any]]:
@@ -158,6 +236,8 @@ def make_metadata(
     metadata: dict[str, Any] = dict(labels=None if labels is None else pairs(labels))
     if clean is not None:
         metadata["clean_labels"] = pairs(clean)
+    if outliers is not None:
+        metadata["outliers"] = [image_name(int(i)) for i in np.flatnonzero(outliers)]
     if source.class_names is not None:
         metadata["class_names"] = source.class_names
     empty = dict(family=None, noise_type=None, noise_rate=None, T=None, seed=None)
@@ -169,12 +249,16 @@ class Encoder:
     """Turns the images of a source into PNGs on several threads, in order, and checks that they fit together.
 
     `shape` [H, W, C] of the written images; `images` holds them when `keep` is set (instance noise looks at pixels).
+    `channels` and `foreign` as `build_archive` and `prepare_outliers` have them.
     """
 
-    def __init__(self, source: Source, transform: Transform, keep: bool) -> None:
-        self._source, self._transform, self._keep = source, transform, keep
+    def __init__(
+        self, source: Source, transform: Transform, keep: bool, channels: int | None,
+        foreign: dict[int, Callable[[], np.ndarray]],
+    ) -> None:  # fmt: skip
+        self._source, self._transform, self._keep, self._foreign = source, transform, keep, foreign
         first = source.image(0)
-        self._channels = first.shape[2]
+        self._convert, self._channels = channels is not None, channels or first.shape[2]
         self._step = max(1, (1 << 19) // first.size)  # about half a megabyte of pixels a task
         self.shape: tuple[int, ...] = ()
         self.images: list[np.ndarray] = []
@@ -197,19 +281,19 @@ class Encoder:
         results = []
         for index in part:
             image = self._transform(self._same_channels(self._source.image(index), index))
+            if image is not None and index in self._foreign:
+                image = fit_image(self._foreign[index](), image.shape)
             results.append(None if image is None else (encode_png(image), image))
         return results
 
     def _same_channels(self, image: np.ndarray, index: int) -> np.ndarray:
-        """Grey images among RGB ones become RGB; the reverse would lose something, so it is an error."""
-        if image.shape[2] == self._channels:
-            return image
-        if image.shape[2] == 3:
+        """Grey images among RGB ones become RGB; the reverse would lose something, so one must ask for it."""
+        if image.shape[2] > self._channels and not self._convert:
             raise dnnlib.UserError(
                 f"{self._source.name(index)}: is an RGB image, but {self._source.name(0)} is grey: "
-                "convert the images to one kind"
+                "give --channels=1 or --channels=3"
             )
-        return np.repeat(image, 3, axis=2)
+        return with_channels(image, self._channels)
 
     def _check(self, shape: tuple[int, ...], index: int) -> None:
         if shape == self.shape:

@@ -90,8 +90,10 @@ class ImageDataset:
         self._copies = 2 if xflip else 1
         self.labels = self._select(labels)
         self.clean_labels = self._select(clean)
+        self.outliers = self._select(reader.outliers())  # bool: put in from another source; None without a record
         self._vectors = self._select(self._vectors)
         self._pixels: torch.Tensor | None = None
+        self._held: torch.Tensor | None = None
 
     def _count_classes(self, labels: np.ndarray, clean: np.ndarray | None) -> int:
         count = int(labels.max()) + 1
@@ -168,6 +170,20 @@ class ImageDataset:
             self._pixels = pixels
         return self._pixels
 
+    def hold(self, device: torch.device | str, workers: int = 1, limit: int = MEMORY_LIMIT) -> bool:
+        """Decode all images once and keep them on `device`; False where `limit` bytes or `cache` do not allow it."""
+        if not self.cache or self.nbytes > limit:
+            return False
+        if self._held is None:
+            self._held = self.load(workers).to(device)
+        return True
+
+    def images_on(self, device: torch.device | str, items: torch.Tensor) -> torch.Tensor:
+        """A batch of images, uint8 [B, C, H, W] on `device`; indexed there if they are held there (see `hold`)."""
+        if self._held is not None:
+            return _take(self._held, items.to(device, non_blocking=True), self._copies)
+        return self.images(items.cpu()).to(device, non_blocking=True)
+
     def _empty(self, n: int) -> torch.Tensor:
         return torch.empty([n, *self.image_shape], dtype=torch.uint8)
 
@@ -190,6 +206,7 @@ class BatchStream:
     and a rank takes its contiguous share: the stream can start anywhere, and neither `workers` nor the way the data
     are held changes it. Data up to `memory_limit` bytes (none when the data set says `cache=False`) are decoded once
     and indexed on the device; larger ones are decoded ahead of time by `workers` threads. `indices`: the items to use.
+    `items` [b] (on the CPU) says which items of the data set the batch returned last consists of.
     """
 
     def __init__(
@@ -213,10 +230,10 @@ class BatchStream:
         self._position = start_nimg + rank * batch_per_rank
         self._orders: dict[int, np.ndarray] = {}
         self._pool: ThreadPoolExecutor | None = None
-        self._pending: deque[Future[tuple[torch.Tensor, torch.Tensor]]] = deque()
-        self._on_device = dataset.cache and dataset.nbytes <= memory_limit
+        self._pending: deque[tuple[torch.Tensor, Future[tuple[torch.Tensor, torch.Tensor]]]] = deque()
+        self.items = torch.empty(0, dtype=torch.int64)
+        self._on_device = dataset.hold(self._device, workers, memory_limit)
         if self._on_device:
-            self._pixels = dataset.load(workers).to(self._device)
             source = dataset._vectors if dataset._vectors is not None else dataset.labels
             self._labels = None if source is None else torch.from_numpy(source).to(self._device)
         else:
@@ -228,11 +245,14 @@ class BatchStream:
 
     def __next__(self) -> tuple[torch.Tensor, torch.Tensor]:
         if self._on_device:
-            indices = torch.from_numpy(self._next_indices()).to(self._device, non_blocking=True)
-            return _take(self._pixels, indices, self._dataset._copies), self._take_labels(indices)
+            self.items = self._next_indices()
+            indices = self.items.to(self._device, non_blocking=True)
+            return self._dataset.images_on(self._device, indices), self._take_labels(indices)
         while len(self._pending) < self._depth:
-            self._pending.append(self._pool.submit(self._fetch, self._next_indices()))
-        images, labels = self._pending.popleft().result()
+            items = self._next_indices()
+            self._pending.append((items, self._pool.submit(self._fetch, items)))
+        self.items, pending = self._pending.popleft()
+        images, labels = pending.result()
         return images.to(self._device, non_blocking=True), labels.to(self._device, non_blocking=True)
 
     def close(self) -> None:
@@ -240,14 +260,14 @@ class BatchStream:
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def _next_indices(self) -> np.ndarray:
+    def _next_indices(self) -> torch.Tensor:
         """Items at positions position .. position + batch - 1; a batch may touch several epochs."""
         positions = np.arange(self._position, self._position + self._batch)
         self._position += self._stride
         epochs, offsets = np.divmod(positions, len(self._items))
         touched = range(int(epochs[0]), int(epochs[-1]) + 1)
         self._orders = {e: self._orders[e] if e in self._orders else self._order(e) for e in touched}
-        return np.concatenate([self._orders[e][offsets[epochs == e]] for e in touched])
+        return torch.from_numpy(np.concatenate([self._orders[e][offsets[epochs == e]] for e in touched]))
 
     def _order(self, epoch: int) -> np.ndarray:
         return np.random.default_rng([self._seed, epoch]).permutation(self._items)
@@ -258,7 +278,7 @@ class BatchStream:
         labels = self._labels[indices]
         return labels if labels.ndim == 2 else _onehot(labels, self._dataset.label_dim)
 
-    def _fetch(self, indices: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    def _fetch(self, indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         batch = self._dataset.images(indices), self._dataset.onehot(indices)
         if self._device.type == "cuda":  # pinned memory lets the copy overlap with the previous step
             return batch[0].pin_memory(), batch[1].pin_memory()

@@ -6,7 +6,9 @@ import torch
 
 from training.networks import vp_sigma
 
-__all__ = ["NoiseLevels"]
+__all__ = ["LOWEST_SIGMA", "NoiseLevels"]
+
+LOWEST_SIGMA = 0.002  # at which a noise-level-conditional classifier sees images as they are
 
 _DEFAULTS = {
     "vp": dict(beta_d=19.9, beta_min=0.1, epsilon_t=1e-5),

@@ -92,7 +92,7 @@ def noise_options(*names: str) -> Callable:
     options = [
         click.option("--noise_type", type=click.Choice(names), help="How labels were corrupted"),
         click.option("--noise_rate", metavar="R", type=FloatRange(min=0, max=1), help="Share of wrong labels"),
-        click.option("--noise_matrix", metavar="FILE", help="T [C,C] as .npy or .json, rows: clean label; for --noise_type=matrix"),
+        click.option("--noise_matrix", metavar="FILE", help="T [C,C] as .npy, .json or a label file of detect_noise.py, rows: clean label; for --noise_type=matrix"),
     ]
 
     def decorate(f):
@@ -176,7 +176,7 @@ def transfer(objective: Objective, o: dnnlib.EasyDict) -> None:
 
 def make_config(o: dnnlib.EasyDict, method: str, dataset: ImageDataset, extra: dict) -> dict:
     """The run as one nested dict of plain data; sizes in images."""
-    if method == "classifier":
+    if method in ("classifier", "discriminator"):
         kwargs = resnet_kwargs(o.arch, dataset.resolution, dataset.num_channels, dataset.label_dim, o.cbase, o.cres)
         kwargs["dropout"] = o.dropout
     else:

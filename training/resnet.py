@@ -1,4 +1,5 @@
-"""Noise-level-conditional ResNet: the time-dependent classifier of TDSM and, at its lowest sigma, a feature extractor.
+"""Noise-level-conditional ResNet: TDSM's time-dependent classifier (at its lowest sigma a feature extractor) and SBDC's
+discriminator.
 
 CIFAR-style residual network (3x3 stem, no pooling before the head) that also sees the noise level: the input is scaled
 by c_in(sigma) of the preconditioner, and the embedding of c_noise(sigma) is added after each stage by a linear layer.
@@ -21,7 +22,7 @@ from training.networks import (
     vp_coefs,
 )
 
-__all__ = ["Classifier", "resnet_kwargs"]
+__all__ = ["Classifier", "Discriminator", "resnet_kwargs"]
 
 # name: (blocks a stage, width of the first stage, width multiplier a stage)
 DEPTHS = {
@@ -65,14 +66,8 @@ class ResBlock(torch.nn.Module):
         return h + (x if self.skip is None else self.skip(x))
 
 
-@persistent_class(embed_source=False)
-class Classifier(torch.nn.Module):
-    """Time-dependent classifier: [N,C,H,W] image at noise level sigma ([] or [N]) -> [N,label_dim] logits (tdsm.md).
-
-    Any resolution from 8 up. `augment_labels` [N,augment_dim]: how the image was augmented, as the U-Nets see it.
-    """
-
-    network_kind = "classifier"
+class _ResNet(torch.nn.Module):
+    """What classifier and discriminator share: everything up to the head's `outputs` numbers."""
 
     def __init__(self,
         img_resolution,                     # height and width in pixels
@@ -85,6 +80,8 @@ class Classifier(torch.nn.Module):
         channel_mult        = (1, 2, 4, 8), # width multiplier a stage
         embedding_type      = "positional", # noise embedding: positional, fourier
         dropout             = 0.1,          # dropout probability, in the blocks and before the head
+        *,
+        outputs,                            # numbers an image
     ):
         if img_resolution >> (len(channel_mult) - 1) < 1:
             raise ValueError(f"{len(channel_mult)} levels are too many for images of {img_resolution} pixels")
@@ -111,23 +108,73 @@ class Classifier(torch.nn.Module):
             self.stages.append(torch.nn.Sequential(first, *rest))
             self.affines.append(Linear(emb, width))
         self.norm_out = GroupNorm(widths[-1])
-        self.head = Linear(widths[-1], label_dim, init_weight=1e-2)
+        self.head = Linear(widths[-1], outputs, init_weight=1e-2)
 
-    def features(self, x: torch.Tensor, sigma: torch.Tensor,
-                 augment_labels: torch.Tensor | None = None) -> torch.Tensor:
-        """Penultimate activations [N,d]: globally averaged, before the head."""
-        sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).reshape(-1, 1, 1, 1)
-        _, _, c_in, c_noise = COEFS[self.precond](sigma)
-        emb = self.map_layer0(self.map_noise(c_noise.flatten().expand(len(x))))
+    def embedding(self, c_noise: torch.Tensor, augment_labels: torch.Tensor | None) -> torch.Tensor:
+        """Of the noise level and the augmentation, before its last layer: [N,4 model_channels]."""
+        emb = self.map_layer0(self.map_noise(c_noise))
         if self.map_augment is not None and augment_labels is not None:
             emb = emb + self.map_augment(augment_labels)
+        return emb
+
+    def body(self, x: torch.Tensor, c_in: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
+        """Penultimate activations [N,d]: globally averaged, before the head."""
         emb = silu(self.map_layer1(silu(emb)))
         h = self.stem(x.to(torch.float32) * c_in)
         for stage, affine in zip(self.stages, self.affines, strict=True):
             h = stage(h) + affine(emb)[:, :, None, None]
         return silu(self.norm_out(h)).mean(dim=[2, 3])
 
+    def coefs(self, x: torch.Tensor, sigma: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """c_in [N or 1,1,1,1] and c_noise [N] of the preconditioner at `sigma` ([] or [N])."""
+        sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).reshape(-1, 1, 1, 1)
+        _, _, c_in, c_noise = COEFS[self.precond](sigma)
+        return c_in, c_noise.flatten().expand(len(x))
+
+    def logits(self, features: torch.Tensor) -> torch.Tensor:
+        return self.head(dropout(features, self.dropout, self.training)).to(torch.float32)
+
+
+@persistent_class(embed_source=False)
+class Classifier(_ResNet):
+    """Time-dependent classifier: [N,C,H,W] image at noise level sigma ([] or [N]) -> [N,label_dim] logits (tdsm.md).
+
+    Any resolution from 8 up. `augment_labels` [N,augment_dim]: how the image was augmented, as the U-Nets see it.
+    Arguments: those of `_ResNet`, without `outputs`.
+    """
+
+    network_kind = "classifier"
+
+    def __init__(self, img_resolution: int, img_channels: int, label_dim: int, **kwargs):
+        super().__init__(img_resolution, img_channels, label_dim, outputs=label_dim, **kwargs)
+
+    def features(self, x: torch.Tensor, sigma: torch.Tensor,
+                 augment_labels: torch.Tensor | None = None) -> torch.Tensor:
+        """Penultimate activations [N,d]: globally averaged, before the head."""
+        c_in, c_noise = self.coefs(x, sigma)
+        return self.body(x, c_in, self.embedding(c_noise, augment_labels))
+
     def forward(self, x: torch.Tensor, sigma: torch.Tensor,
                 augment_labels: torch.Tensor | None = None) -> torch.Tensor:
-        h = self.features(x, sigma, augment_labels)
-        return self.head(dropout(h, self.dropout, self.training)).to(torch.float32)
+        return self.logits(self.features(x, sigma, augment_labels))
+
+
+@persistent_class(embed_source=False)
+class Discriminator(_ResNet):
+    """Is the label right? [N,C,H,W] image at noise level sigma ([] or [N]), [N,label_dim] label -> [N] logit (sbdc.md).
+
+    The label enters the embedding as in the U-Nets. Arguments: those of `_ResNet`, without `outputs`.
+    """
+
+    network_kind = "discriminator"
+
+    def __init__(self, img_resolution: int, img_channels: int, label_dim: int, **kwargs):
+        super().__init__(img_resolution, img_channels, label_dim, outputs=1, **kwargs)
+        self.map_label = Linear(label_dim, self.map_layer0.weight.shape[0], bias=False,
+                                init_mode="kaiming_normal", init_weight=label_dim ** 0.5)
+
+    def forward(self, x: torch.Tensor, sigma: torch.Tensor, class_labels: torch.Tensor,
+                augment_labels: torch.Tensor | None = None) -> torch.Tensor:
+        c_in, c_noise = self.coefs(x, sigma)
+        emb = self.embedding(c_noise, augment_labels) + self.map_label(class_labels.to(torch.float32))
+        return self.logits(self.body(x, c_in, emb))[:, 0]

@@ -64,7 +64,7 @@ def training_loop(
 
     while nimg < total:
         images, labels = next(stream)
-        objective.step(images, labels, nimg, stats)
+        objective.step(images, labels, nimg, stats, stream.items)
         first, previous, nimg = nimg == 0, nimg, nimg + batch
         bar.update(batch)
         stopping = stop.agreed(device)

@@ -56,7 +56,7 @@ def transition_matrix(
     """
     if noise_type == "matrix":
         if matrix is None:
-            raise dnnlib.UserError("noise type 'matrix' needs a matrix: give --noise_matrix=FILE.npy or .json")
+            raise dnnlib.UserError("noise type 'matrix' needs a matrix: give --noise_matrix=FILE")
         return check_matrix(matrix, num_classes)
     if noise_type not in NOISE_TYPES:
         raise dnnlib.UserError(f"unknown noise type '{noise_type}': expected one of {', '.join(NOISE_TYPES)}")
@@ -125,10 +125,18 @@ def check_matrix(matrix: np.ndarray, num_classes: int | None = None, name: str =
 
 
 def load_matrix(path: str, num_classes: int | None = None) -> np.ndarray:
-    """Row-stochastic float64 [C, C] from `.npy`, or from `.json` holding a list of rows. UserError names the file."""
+    """Row-stochastic float64 [C, C]: `.npy`, `.json` (a list of rows), or `.npz` (the `transition` of a label file).
+
+    UserError names the file.
+    """
+    if path.lower().endswith(".npz"):
+        arrays = safe_files.read_npz(path, "expected a label file of detect_noise.py")
+        if "transition" not in arrays:
+            raise dnnlib.UserError(f"{path}: holds no 'transition' (there are: {', '.join(arrays) or 'none'})")
+        return check_matrix(arrays["transition"], num_classes, name=path)
     reader = {".json": safe_files.load_json, ".npy": safe_files.load_npy}.get(os.path.splitext(path)[1].lower())
     if reader is None:
-        raise dnnlib.UserError(f"{path}: a matrix must be a .npy or .json file")
+        raise dnnlib.UserError(f"{path}: a matrix must be a .npy or .json file, or the .npz of detect_noise.py")
     matrix = reader(dnnlib.read_bytes(path), path)
     return check_matrix(matrix, num_classes, name=path)
 

@@ -97,11 +97,17 @@ class Objective:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self.autocast_dtype)
 
-    def step(self, images: torch.Tensor, labels: torch.Tensor, nimg: int, stats: Stats) -> None:
-        """One optimizer step on this rank's batch: uint8 [b,C,H,W], float labels [b,label_dim]."""
+    def step(self, images: torch.Tensor, labels: torch.Tensor, nimg: int, stats: Stats,
+             items: torch.Tensor | None = None) -> None:
+        """One optimizer step on this rank's batch: uint8 [b,C,H,W], float labels [b,label_dim].
+
+        `items` int64 [b]: which images of the data set these are, for methods that know something about each image.
+        """
         seed = (self.config["seed"], distributed.get_rank(), nimg)
         torch.manual_seed(misc.step_seed(*seed, stream=2))  # dropout's
         draws = self.draw(images, misc.step_generator(*seed, self.device, stream=3))
+        if items is not None:
+            draws["items"] = items.to(self.device, non_blocking=True)
         net, n = self.trained["net"], len(images)
         size = self.config["batch_gpu"] or n
         for start in range(0, n, size):

@@ -1,0 +1,155 @@
+"""SBDC's discriminator (sbdc.md, section 2; Nguyen Cong et al., ICCV 2025): is this the right label for this image?"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch.nn.functional import binary_cross_entropy_with_logits
+
+from torch_utils.training_stats import Stats
+from training.dataset import ImageDataset
+from training.objectives.base import Objective
+from training.objectives.classifier import shift_images
+from training.resnet import Discriminator
+from training.trained_network import TrainedNetwork
+
+__all__ = ["DiscriminatorObjective", "Shuffle", "right_shares"]
+
+MIXUP_ALPHA = 0.2   # lambda ~ Beta(alpha, alpha)
+MAX_FLIP = 0.9      # of the right pairs of a class, so that some stay right
+SIGMA_BANDS = (0.0, 0.1, 0.5, 1.5, 5.0, float("inf"))
+
+
+class Shuffle:
+    """Which pairs believed right become wrong ones, and which label they get: `flip` [C], `rows` [C,C], float64.
+
+    Without T the new label is uniform over the other classes and right and wrong pairs come out even. With T wrong
+    pairs are distributed as T makes them: flip = kappa (1 - T[c,c]) / T[c,c], the label from T's row c without c.
+    """
+
+    def __init__(self, is_clean: np.ndarray, num_classes: int, transition: np.ndarray | None = None):
+        others = 1 - np.eye(num_classes)
+        self.rows = others / max(num_classes - 1, 1)
+        if transition is None:
+            self.flip = np.full(num_classes, max(1 - 0.5 / max(is_clean.mean(), 1e-9), 0.0))
+            return
+        stays = np.diagonal(transition)
+        odds = (1 - stays) / np.maximum(stays, 1e-9)
+        self.flip = odds * min(1.0, MAX_FLIP / max(odds.max(), 1e-9))
+        moved = transition * others
+        leaves = moved.sum(axis=1) > 0
+        self.rows[leaves] = moved[leaves] / moved[leaves].sum(axis=1, keepdims=True)
+
+
+def right_shares(labels: np.ndarray, is_clean: np.ndarray, shuffle: Shuffle) -> np.ndarray:
+    """R [C]: expected share of right pairs among those with label o that training sees; 1/2 for a label never seen."""
+    num_classes = len(shuffle.flip)
+    clean = np.bincount(labels[is_clean], minlength=num_classes).astype(np.float64)
+    right = clean * (1 - shuffle.flip)
+    wrong = np.bincount(labels[~is_clean], minlength=num_classes) + (clean * shuffle.flip) @ shuffle.rows
+    return np.where(right + wrong > 0, right / np.maximum(right + wrong, 1e-9), 0.5)
+
+
+class DiscriminatorObjective(Objective):
+    """Binary cross-entropy of f(x_t, sigma, o) on "this label is right" (sbdc.md).
+
+    `is_clean` bool [N] and `noise_rates` [C] come from a label file; `partners` int64 [N,k]: which images an image of
+    the second half of a batch may be mixed up with (None: with any).
+    """
+
+    method = "discriminator"
+
+    def __init__(
+        self,
+        config: dict,
+        dataset: ImageDataset,
+        device: torch.device,
+        *,
+        is_clean: np.ndarray,
+        noise_rates: np.ndarray,
+        transition: np.ndarray | None = None,
+        partners: np.ndarray | None = None,
+    ):
+        self.shuffle = Shuffle(is_clean, dataset.label_dim, transition)
+        self.noise_rates = noise_rates
+        self.right_shares = right_shares(dataset.labels, is_clean, self.shuffle)
+        self.observed = torch.as_tensor(dataset.labels, device=device)
+        self.is_clean = torch.as_tensor(is_clean, device=device)
+        self.flip = torch.as_tensor(self.shuffle.flip, dtype=torch.float32, device=device)
+        self.cumulative = torch.as_tensor(self.shuffle.rows, dtype=torch.float32).cumsum(dim=1).to(device)
+        self.partners = None if partners is None else torch.as_tensor(partners, device=device)
+        super().__init__(config, dataset, device)
+        if config["precision"] == "fp16" and device.type == "cuda":
+            self.autocast_dtype = torch.float16     # This network does not cast itself, as the U-Nets do.
+
+    def build(self) -> dict[str, TrainedNetwork]:
+        c = self.config["network"]
+        net = Discriminator(
+            img_resolution=self.dataset.resolution,
+            img_channels=self.dataset.num_channels,
+            label_dim=self.dataset.label_dim,
+            precond=c["precond"],
+            augment_dim=self.augment.label_dim if self.augment else 0,
+            **c["kwargs"],
+        )
+        return {"net": self.trained_network(net)}
+
+    def draw(self, images: torch.Tensor, generator: torch.Generator) -> dict:
+        n, where = len(images), dict(generator=generator, device=self.device)
+        choices = len(self.dataset) if self.partners is None else self.partners.shape[1]
+        # PyTorch's own Beta takes no generator.
+        mixing = np.random.default_rng(generator.initial_seed()).beta(MIXUP_ALPHA, MIXUP_ALPHA, n).astype(np.float32)
+        draws = super().draw(images, generator) | dict(
+            shuffle=torch.rand([n, 2], **where),
+            partner_shuffle=torch.rand([n, 2], **where),
+            partner=torch.randint(choices, [n], **where),
+            mixing=torch.from_numpy(mixing).to(self.device),
+            mixed=torch.arange(n) >= n // 2,    # on the CPU: which rows are mixed up is known without asking the device
+        )
+        shift = round(self.config["discriminator"]["shift"] * images.shape[-1])
+        if shift:
+            draws["shift"] = torch.randint(-shift, shift + 1, [n, 2], **where)
+        return draws
+
+    def pairs(self, items: torch.Tensor, uniform: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Labels [n,C] (one-hot) and targets [n] (1: right) after the shuffle by numbers `uniform` [n,2] in [0,1)."""
+        observed, clean = self.observed[items], self.is_clean[items]
+        flipped = clean & (uniform[:, 0] < self.flip[observed])
+        rows = self.cumulative[observed]
+        # Scaled to the row's own end: rounding must not let a label through whose probability is zero.
+        other = torch.searchsorted(rows, (uniform[:, 1:] * rows[:, -1:]).contiguous(), right=True)[:, 0]
+        label = torch.where(flipped, other.clamp(max=rows.shape[1] - 1), observed)
+        onehot = torch.nn.functional.one_hot(label, rows.shape[1]).to(torch.float32)
+        return onehot, (clean & ~flipped).to(torch.float32)
+
+    def loss(self, images: torch.Tensor, labels: torch.Tensor, draws: dict, stats: Stats) -> torch.Tensor:
+        items = draws["items"]
+        images = images.to(torch.float32)
+        labels, targets = self.pairs(items, draws["shuffle"])
+        rows = draws["mixed"].nonzero()[:, 0].to(self.device, non_blocking=True)
+        if len(rows):
+            choice = draws["partner"][rows]
+            partner = choice if self.partners is None else self.partners[items[rows], choice]
+            other_labels, other_targets = self.pairs(partner, draws["partner_shuffle"][rows])
+            other_images = self.dataset.images_on(self.device, partner).to(torch.float32)
+            share = draws["mixing"][rows]
+            images[rows] = images[rows].lerp(other_images, 1 - share.reshape(-1, 1, 1, 1))
+            labels[rows] = labels[rows].lerp(other_labels, 1 - share[:, None])
+            targets[rows] = targets[rows].lerp(other_targets, 1 - share)
+        y, augment_labels = self.prepare(images, draws)
+        if "shift" in draws:
+            y = shift_images(y, draws["shift"])
+        sigma = draws["sigma"]
+        x = y + sigma.reshape(-1, 1, 1, 1) * draws["noise"]
+        logits = self.trained["net"].forward(x, sigma, labels, augment_labels=augment_labels)
+
+        plain = ~draws["mixed"].to(self.device, non_blocking=True)
+        correct = ((logits > 0) == (targets > 0.5)).float()
+        stats.add("Discriminator/correction_rate", correct, plain)
+        for low, high in zip(SIGMA_BANDS, SIGMA_BANDS[1:], strict=False):
+            stats.add(f"Discriminator/correction_rate_sigma_{low:g}_{high:g}", correct,
+                      plain & (sigma >= low) & (sigma < high))
+        return binary_cross_entropy_with_logits(logits, targets, reduction="none")
+
+    def info(self) -> dict:
+        return dict(noise_rates=self.noise_rates.tolist(), right_shares=self.right_shares.tolist())
