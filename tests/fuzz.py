@@ -21,10 +21,12 @@ from click.testing import CliRunner
 from hypothesis import strategies as st
 
 import dataset_tool
+import detect_noise
 import fid
 import generate
 import train
 import train_classifier
+import train_discriminator
 import train_noise
 from tests import synth
 from torch_utils import checkpoint, persistence
@@ -34,7 +36,7 @@ from training.resnet import Classifier
 TINY = ("--arch=ddpmpp_tiny --cbase=8 --batch=8 --duration=0.00001 --tick=1 --augment=0 --seed=0 --lr_rampup_kimg=0 "
         "--device=cpu").split()
 SCRIPTS = dict(dataset_tool=dataset_tool, fid=fid, generate=generate, train=train, train_classifier=train_classifier,
-               train_noise=train_noise)
+               train_noise=train_noise, train_discriminator=train_discriminator, detect_noise=detect_noise)
 FAST = ["--seeds=0-1", "--steps=2", "--device=cpu"]
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -281,6 +283,8 @@ COMMANDS = [
     ("train", [], "--data={zip} --outdir={new} -n " + " ".join(TINY)),
     ("train_classifier", [], "--data={zip} --outdir={new} -n " + " ".join(TINY)),
     ("train_noise", [], "--data={zip} --outdir={new} --cls={cls} -n " + " ".join(TINY)),
+    ("train_discriminator", [], "--data={zip} --outdir={new} --label-path={ref} -n " + " ".join(TINY)),
+    ("detect_noise", [], "--data={zip} --dest={new}.npz --epochs=1 --device=cpu"),
 ]  # fmt: skip
 VALUES = ["", "0", "1", "-1", "2", "3", "0.5", "nan", "inf", "-inf", "1e308", "1e-320", "1e30", "99999999999999999999",
           "4294967296", "abc", "a,b", "0-3", "5-1", "0-99999999999", "é", "\x1b[2J", "*", "[", "no such file", ".",

@@ -19,10 +19,12 @@ import torch
 from click.testing import CliRunner
 
 import dataset_tool
+import detect_noise
 import fid
 import generate
 import train
 import train_classifier
+import train_discriminator
 import train_noise
 from dnnlib import UserError
 from tests import synth
@@ -45,6 +47,11 @@ DOORS = {
         (train_noise, f"--data={{zip}} --outdir={{new}} --cls={{file}} --noise_type=sym --noise_rate=0.1 {TINY}"),
         (train_noise, f"--data={{zip}} --outdir={{new}} --cls={{cls}} --noise_type=sym --noise_rate=0.1 "
                       f"--resume_sub={{file}} {TINY}"),
+        (generate, "--network={pkl} --discriminator={file} --outdir={new} --seeds=0 --device=cpu"),
+        (detect_noise, "--data={zip} --dest={new}.npz --cls={file} --device=cpu"),
+    ],
+    "label file": [
+        (train_discriminator, f"--data={{zip}} --outdir={{new}} --label-path={{file}} {TINY}"),
     ],
     "state": [
         (train, f"--data={{zip}} --outdir={{new}} --resume={{file}} {TINY}"),
@@ -68,6 +75,7 @@ DOORS = {
         (dataset_tool, "--source={file} --dest={new}.zip --workers=2"),
         (fid, "ref --data={file} --detector=pixels --dest={new} --device=cpu"),
         (train, f"--data={{file}} --outdir={{new}} --cond=1 {TINY}"),
+        (detect_noise, "--data={file} --dest={new}.npz --epochs=1 --device=cpu"),
     ],
     "cifar": [
         (dataset_tool, "--source={file} --dest={new}"),
@@ -90,6 +98,7 @@ def kinds(name, data):
     yield "matrix", "t.npy", hostile.npy_of_objects(data)
     yield "reference", "r.npz", hostile.npz_of_objects(data)
     yield "images", "i.npz", hostile.npz_of_objects(data)
+    yield "label file", "f.npz", hostile.npz_of_objects(data)
 
 
 GADGETS = list(hostile.gadgets(""))
