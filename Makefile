@@ -1,9 +1,9 @@
-# make demo | test | test-long | lint | bench | clean. Each makes .venv on first use.
+# make demo | demo-full | test | test-long | lint | bench | clean. Each makes .venv on first use.
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test test-long lint bench clean
+.PHONY: demo demo-full test test-long lint bench clean
 .DEFAULT_GOAL := demo
 
 # On a machine without an NVIDIA GPU the lock's CPU build of PyTorch is enough (and small); elsewhere take the newest.
@@ -20,6 +20,9 @@ $(STAMP): requirements.txt requirements-dev.txt requirements-cpu.lock
 demo: $(STAMP)
 	$(BIN)/python quickstart.py --outdir=demo
 
+demo-full: $(STAMP)
+	$(BIN)/python quickstart.py --outdir=demo-full --only=all
+
 test: $(STAMP)
 	$(BIN)/python -m pytest
 
@@ -33,5 +36,5 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks
 
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache .hypothesis demo
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis demo demo-full
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

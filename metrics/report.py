@@ -8,7 +8,7 @@ import json
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import matplotlib
@@ -34,8 +34,8 @@ class Picture:
 
 
 @dataclass
-class Report:
-    """What the page says, in this order: question, table, notes, pictures, commands."""
+class Section:
+    """One question and its answer, in this order: title, question, table, notes, pictures."""
 
     title: str
     question: str
@@ -43,7 +43,14 @@ class Report:
     rows: Sequence[Sequence[str]]
     notes: Sequence[str] = ()
     pictures: Sequence[Picture] = ()
-    commands: Sequence[str] = field(default_factory=list)
+
+
+@dataclass
+class Report:
+    """The page: its sections, then the commands; the first section's title is the page's."""
+
+    sections: Sequence[Section]
+    commands: Sequence[str] = ()
 
     def write(self, directory: str) -> tuple[str, str]:
         """Write `report.html` (images inlined) and `report.md` (images by relative path); returns both paths."""
@@ -54,27 +61,35 @@ class Report:
         return paths
 
     def _markdown(self, directory: str) -> str:
-        lines = [f"# {self.title}", "", self.question, "", *markdown_table(self.columns, self.rows), ""]
-        lines += [f"* {note}" for note in self.notes]
-        for p in self.pictures:
-            path = os.path.relpath(p.path, directory)
-            lines += ["", f"## {p.title}", "", *([p.text, ""] if p.text else []), f"![{p.title}]({path})"]
-        lines += ["", "## Commands", "", "```", *self.commands, "```", ""]
+        lines = []
+        for s in self.sections:
+            lines += [f"# {s.title}", "", s.question, "", *markdown_table(s.columns, s.rows), ""]
+            lines += [f"* {note}" for note in s.notes]
+            for p in s.pictures:
+                path = os.path.relpath(p.path, directory)
+                lines += ["", f"## {p.title}", "", *([p.text, ""] if p.text else []), f"![{p.title}]({path})"]
+            lines.append("")
+        lines += ["## Commands", "", "```", *self.commands, "```", ""]
         return "\n".join(lines)
 
     def _html(self) -> str:
         e = html.escape
-        head = "".join(f"<th>{e(c)}</th>" for c in self.columns)
-        body = "".join("<tr>" + "".join(f"<td>{e(c)}</td>" for c in row) + "</tr>" for row in self.rows)
-        notes = "".join(f"<li>{e(n)}</li>" for n in self.notes)
-        pictures = "".join(
-            f"<h2>{e(p.title)}</h2><p>{e(p.text)}</p><img alt='{e(p.title)}' style='width:{p.width}px' "
-            f"src='data:image/png;base64,{_inline(p.path)}'>" for p in self.pictures)
         commands = "\n".join(e(c) for c in self.commands)
-        return (f"<!doctype html><html lang='en'><head><meta charset='utf-8'><title>{e(self.title)}</title>"
-                f"<style>{STYLE}</style></head><body><h1>{e(self.title)}</h1><p>{e(self.question)}</p><table><thead><tr>{head}</tr></thead>"
-                f"<tbody>{body}</tbody></table><ul>{notes}</ul>{pictures}"
+        return (f"<!doctype html><html lang='en'><head><meta charset='utf-8'><title>{e(self.sections[0].title)}</title>"
+                f"<style>{STYLE}</style></head><body>{''.join(map(_html_section, self.sections))}"
                 f"<h2>Commands</h2><pre>{commands}</pre></body></html>\n")
+
+
+def _html_section(section: Section) -> str:
+    e = html.escape
+    head = "".join(f"<th>{e(c)}</th>" for c in section.columns)
+    body = "".join("<tr>" + "".join(f"<td>{e(c)}</td>" for c in row) + "</tr>" for row in section.rows)
+    notes = "".join(f"<li>{e(n)}</li>" for n in section.notes)
+    pictures = "".join(
+        f"<h2>{e(p.title)}</h2><p>{e(p.text)}</p><img alt='{e(p.title)}' style='width:{p.width}px' "
+        f"src='data:image/png;base64,{_inline(p.path)}'>" for p in section.pictures)
+    return (f"<h1>{e(section.title)}</h1><p>{e(section.question)}</p><table><thead><tr>{head}</tr></thead>"
+            f"<tbody>{body}</tbody></table><ul>{notes}</ul>{pictures}")
 
 
 def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

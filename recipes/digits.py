@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 
-from metrics.comparison import Method, compare_methods
-from metrics.report import Picture
-from recipes.steps import Row, Step
+from metrics.comparison import compare_methods
+from metrics.report import Picture, Section
+from recipes.steps import Row, Step, evaluation, finished
 
 __all__ = ["NOISES", "plan", "report", "rows"]
 
@@ -73,13 +73,7 @@ def plan(outdir: str, seed: int, scale: float, only: Sequence[str], noise: str, 
             Step("discriminator", "train SBDC's discriminator", 80, training(
                 "train_discriminator.py", "discriminator", 400, f"{DISCRIMINATOR} --label-path={labels}"))]
     for row in rows(outdir, only):
-        images, table = f"{outdir}/images/{row.name}.zip", f"{outdir}/tables/{row.name}.json"
-        steps += [
-            Step(f"{row.name}-images", f"make {num:,} images ({row.title})", 8,
-                 f"generate.py {row.sampling} --outdir={images} --class=0-9 --seeds=0-{num - 1} --batch=250"),
-            Step(f"{row.name}-table", "evaluate them", 2,
-                 f"fid.py evaluate --images={images} --data={clean} --detector=pixels --bootstrap=200"
-                 f" --out={table}")]
+        steps += evaluation(outdir, row, num, clean, "--class=0-9 ")
     if "sbdc" in only:
         steps.append(Step("sweep", "SBDC for a list of weights", 100, f"sweep.py --network={outdir}/baseline"
                           f" --discriminator={outdir}/discriminator --data={clean} --detector=pixels"
@@ -87,13 +81,9 @@ def plan(outdir: str, seed: int, scale: float, only: Sequence[str], noise: str, 
     return steps
 
 
-def report(outdir: str, seed: int, only: Sequence[str], seconds: Mapping[str, float], commands: Sequence[str],
-           noise: str, num: int) -> tuple[str, str]:
-    """Write the report of a finished plan; paths of the HTML and the Markdown page."""
-    methods = [Method(row.title, {name: f"{outdir}/{name}" for name in row.training if name != "detect"},
-                      f"{outdir}/images/{row.name}.zip", f"{outdir}/tables/{row.name}.json",
-                      sum(seconds[name] for name in row.training), seconds[f"{row.name}-images"])
-               for row in rows(outdir, only)]
+def report(outdir: str, seed: int, only: Sequence[str], seconds: Mapping[str, float], noise: str, num: int) -> Section:
+    """What the report says of a finished plan."""
+    methods = finished(outdir, rows(outdir, only), seconds)
     notes = [f"Each row: {num:,} images, {num // 10} a class, seeds 0 to {num - 1}, 18 steps. Training seed {seed}.",
              "The training time of TDSM includes its classifier's, that of SBDC the model's that it corrects and the"
              " detection's.",
@@ -115,4 +105,4 @@ def report(outdir: str, seed: int, only: Sequence[str], seconds: Mapping[str, fl
         outdir, f"cleanscore: digits with 40% wrong labels, {NOISES[noise]} noise",
         "A class-conditional diffusion model is trained on 1,797 digits, four in ten of them with a wrong label. "
         "Does it make the digit that it is asked for?", f"{outdir}/datasets/digits_{noise}40.zip", methods, notes,
-        commands, pictures)
+        pictures)

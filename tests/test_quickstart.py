@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 import quickstart
-from metrics.report import Report
+from metrics.report import Report, Section
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def test_report_is_complete(demo):
     assert "http" not in html   # self-contained
     for picture in re.findall(r"\]\((.*?\.png)\)", markdown):
         assert (outdir / picture).read_bytes() in map(base64.b64decode, inlined)
-    for script in quickstart.SCRIPTS:
+    for script in set(quickstart.SCRIPTS) - {"train_rduot.py"}:
         assert f"python {script} " in html and f"python {script} " in markdown
 
 
@@ -61,6 +61,25 @@ def test_other_options_and_strange_folders_are_refused(demo, tmp_path):
 
 
 def test_report_escapes_what_it_shows(tmp_path):
-    html, _ = Report("<b>t</b>", "q & a", ["m"], [["<script>"]]).write(str(tmp_path))
+    html, _ = Report([Section("<b>t</b>", "q & a", ["m"], [["<script>"]])]).write(str(tmp_path))
     text = open(html).read()
     assert "<script>" not in text and "&lt;script&gt;" in text and "q &amp; a" in text
+
+
+def test_outliers_have_their_own_sections(tmp_path):
+    outdir = tmp_path / "demo"
+    result = CliRunner().invoke(quickstart.main, [f"--outdir={outdir}", "--only=rduot", "--minutes=0.01", "--num=20"])
+    assert result.exit_code == 0, result.output + repr(result.exception)
+    html, markdown = (outdir / "report.html").read_text(), (outdir / "report.md").read_text()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in markdown.splitlines() if line.startswith("| ")]
+    assert [row[0] for row in rows] == ["method", "DDGAN", "RDUOT", "method", "DDGAN", "RDUOT, cost pixels",
+                                        "RDUOT, cost standardized", "RDUOT, cost features"]
+    own = rows[0].index("outliers in training")
+    assert rows[1][own] == rows[2][own] == "0.100" and rows[4][own] == f"{180 / 1797:.3f}"
+    for i, name in ((2, "photos-rduot"), (5, "digits-rduot-pixels")):
+        metrics = json.loads((outdir / "tables" / f"{name}.json").read_text())["metrics"]
+        assert rows[i][1] == f"{metrics['outlier_ratio']:.3f}" and rows[i][2].startswith(f"{metrics['fid']:.3f}")
+    # Only digits by the paper's cost have outliers that are cheap.
+    assert re.findall(r"^\* (.*): Warning: the outliers are the cheaper", markdown, re.M) == ["RDUOT, cost pixels"]
+    assert len(re.findall(r"data:image/png;base64,", html)) == len(re.findall(r"\]\(.*?\.png\)", markdown)) == 10
+    assert "python train.py " not in markdown
