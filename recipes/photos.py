@@ -80,8 +80,8 @@ def report(outdir: str, seed: int, seconds: Mapping[str, float], num: int) -> li
 
 def _notes(outdir: str, setup: Setup, seed: int, num: int) -> list[str]:
     notes = [f"Each row: {num:,} images, seeds 0 to {num - 1}, 4 steps. Training seed {seed}.",
-             "FD: Frechet distance of pixels in [-1,1] to the clean images of the archive; coverage: the share of those that"
-             " have a generated image nearby."]
+             "FD: Frechet distance of pixels in [-1,1] to the clean images of the archive; coverage: the share of those"
+             " that have a generated image nearby."]
     for row in setup.rows(outdir):
         with open(f"{outdir}/logs/{row.name}.txt") as f:
             said = [line.strip() for line in f if line.startswith(("Transport cost", "Warning: the outliers"))]
