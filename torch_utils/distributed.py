@@ -181,25 +181,26 @@ def shared(error: Exception) -> Exception:
 
 
 @contextlib.contextmanager
-def guard(where: Callable[[], str]) -> Iterator[None]:
-    """Inside it an error that this process meets alone names it, and one that comes of another's end names that one.
+def guard(where: Callable[[], str], lone: bool = False) -> Iterator[None]:
+    """Inside it an error that comes of another process's end names that process and says `where()` the work was.
 
-    `where` says how far the work is. Processes that fail alone take the others down: their collectives fail.
+    `lone`: mistakes in here are this process's own; it names itself. Processes that fail alone take the others down:
+    their collectives fail.
     """
     try:
         yield
     except Exception as e:
         if get_world_size() == 1 or getattr(e, "shared", False):
             raise
-        if isinstance(e, (click.ClickException, OSError)):
-            raise LoneError(f"process {get_rank()}, {where()}: {_describe(e)}") from e
+        if lone and isinstance(e, (click.ClickException, OSError)):
+            raise shared(LoneError(f"process {get_rank()}, {where()}: {_describe(e)}")) from e
         gone = ended() if isinstance(e, RuntimeError) else []   # so are the errors of collectives
         if not gone:
             raise
         names = " and ".join(f"process {rank} (id {_processes[rank][1]})" for rank in gone)
-        message = f"{names} ended {where()}, so the other processes stop"
         first = next(rank for rank in range(get_world_size()) if rank not in gone)
-        raise (LoneError if get_rank() == first else dnnlib.UserError)(message) from e
+        kind = LoneError if get_rank() == first else dnnlib.UserError
+        raise shared(kind(f"{names} ended {where()}, so the other processes stop")) from e
 
 
 def ended() -> list[int]:

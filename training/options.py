@@ -122,6 +122,7 @@ def stated_transition(noise_type: str | None, rate: float | None, matrix: str | 
                              matrix=load_matrix(matrix) if matrix else None)
 
 
+@distributed.guard(lambda: "before training began or after it")
 def run(opts: dict, method: str, make_objective: Callable[[dict, ImageDataset, torch.device], Objective], *,
         require_labels: bool = False, **extra) -> str | None:
     """Everything a training script does after parsing: configuration, run directory, resume, the loop.

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -59,7 +60,7 @@ def training_loop(
     print0(f"Training for {total / 1000:g} kimg...\n")
     hidden = None if rank == 0 else True    # None: on a terminal only
     with (
-        distributed.guard(lambda: f"at {nimg / 1000:.1f} kimg"),
+        distributed.guard(lambda: f"at {nimg / 1000:.1f} kimg", lone=True),
         StopRequest() as stop,
         contextlib.closing(BatchStream(dataset, batch // world, rank, world, config["seed"], nimg, device,
                                        config["workers"], indices=objective.train_indices)) as stream,
@@ -73,7 +74,8 @@ def training_loop(
             stopping = stop.agreed(device)
             done = nimg >= total
             tick = nimg // tick_nimg
-            due = first or done or stopping or tick > previous // tick_nimg
+            full = first or done or tick > previous // tick_nimg    # not cut short by a signal
+            due = full or stopping
             # Looking costs a synchronisation: a tenth of the steps that are borne will do.
             few = max(config["max_bad_steps"] // 10, 1)
             bad = int(distributed.all_reduce_max(objective.bad_steps)) if due or nimg // batch % few == 0 else 0
@@ -88,7 +90,7 @@ def training_loop(
                 log.write, values, tick=tick, nimg=nimg, total=total, elapsed=now - start_time,
                 tick_seconds=now - tick_time, tick_nimg=nimg - tick_start, maintenance=maintenance,
                 rate=(nimg - start_nimg) / (now - start_time))
-            snapshot = done or (tick % config["snapshot_ticks"] == 0 and not stopping)
+            snapshot = done or (full and tick % config["snapshot_ticks"] == 0)
             keep = stopping or done or (tick > 0 and tick % config["state_ticks"] == 0)
             saver.tick(nimg, line and (lambda line=line: bar.write(line(), file=sys.stdout)),
                        snapshot and bad < few, keep and bad < few)
@@ -111,7 +113,9 @@ class Saver:
 
     def __init__(self, objective: Objective, config: dict, run_dir: str, best: dict):
         self.objective, self.config, self.run_dir, self.best = objective, config, run_dir, best
-        self._best_of_state = best["name"]      # the snapshot that the newest state takes for the best
+        self._best_of_state = best["name"]      # the snapshot that the newest state takes for the best: it stays
+        if best["name"] is not None and distributed.get_rank() == 0:
+            self.remove_outdated()
 
     def tick(self, nimg: int, report: Callable[[], None] | None, snapshot: bool, state: bool) -> None:
         """Report, then save what is due: rank 0, whose failure all ranks raise."""
@@ -147,8 +151,9 @@ class Saver:
         checkpoint.require_space(path, checkpoint.size_of(data))
         persistence.save_snapshot(path, data)
         outdated, best["value"], best["name"] = best["name"], value, name
-        if outdated != self._best_of_state:     # a run that is resumed from that state may still need it
-            self._remove_outdated(outdated)
+        if self.objective.snapshot_on_best and outdated not in (None, name, self._best_of_state):
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(os.path.join(self.run_dir, outdated))
         if nimg > self.config["batch_size"]:
             self.objective.sheet(os.path.join(self.run_dir, f"samples-{nimg // 1000:06d}.png"))
 
@@ -159,13 +164,16 @@ class Saver:
             dict(config=self.config, nimg=nimg, best=self.best, objective=self.objective.state_dict()),
         )
         checkpoint.prune_states(self.run_dir, self.config["keep"])
-        outdated, self._best_of_state = self._best_of_state, self.best["name"]
-        self._remove_outdated(outdated)
+        self.remove_outdated()
 
-    def _remove_outdated(self, name: str | None) -> None:
-        path = os.path.join(self.run_dir, name or "")
-        if self.objective.snapshot_on_best and name not in (None, self.best["name"]) and os.path.exists(path):
-            os.remove(path)
+    def remove_outdated(self) -> None:
+        """Once a state says which snapshot is the best, delete those before it; a run resumed before needed them."""
+        self._best_of_state = best = self.best["name"]
+        if self.objective.snapshot_on_best and best is not None and os.path.exists(os.path.join(self.run_dir, best)):
+            for name in os.listdir(self.run_dir):
+                match = re.fullmatch(r"network-snapshot-([0-9]+)\.pkl", name)
+                if match and int(match[1]) < int(best[17:-4]):
+                    os.remove(os.path.join(self.run_dir, name))
 
     def newest(self) -> str:
         """What a run that ends here can be continued from, for the last line on the screen."""
@@ -302,6 +310,8 @@ class TickLog:
         values = {**values, **{k: dict(num=1, mean=float(v), std=0.0) for k, v in fields.items()}}
         with open(self.path, "a") as f:
             f.write(json.dumps({**values, "timestamp": time.time()}) + "\n")
+            f.flush()
+            os.fsync(f.fileno())    # what a state continues from has its ticks on disk as well
         for mirror in self.mirrors:
             mirror({k: v["mean"] for k, v in values.items() if np.isfinite(v["mean"])}, nimg)
         bad = {what: values.get(f"Health/bad_{what}", dict(mean=0, num=0)) for what in ("losses", "gradients")}
