@@ -134,6 +134,7 @@ class Disk:
 
     def operation(self, what, path, mid_write=None):
         """Count; fail or die if it is time. Returns how much of a write gets through: all of it or half."""
+        path = os.fspath(path)
         name = os.path.basename(path)
         half = 1.0
         if name != "log.txt":

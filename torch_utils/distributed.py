@@ -63,6 +63,18 @@ def _choose_device(name: str, local_rank: int, processes: int) -> torch.device:
     raise AssertionError
 
 
+def _store() -> dist.Store:
+    """Where the processes find each other's addresses.
+
+    torchrun keeps one store for all its restarts, in which a restarted process would find the addresses of dead ones.
+    Machines may disagree on the number of restarts, so it tells lives apart on a single machine only.
+    """
+    store, _, _ = next(dist.rendezvous("env://"))
+    if _env("LOCAL_WORLD_SIZE", 1) < get_world_size():
+        return store
+    return dist.PrefixStore(f"life{_env('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+
+
 def init(device: str = "auto") -> torch.device:
     """Choose this process's device and, under torchrun, join the other processes (NCCL on GPUs, gloo on CPUs).
 
@@ -78,7 +90,8 @@ def init(device: str = "auto") -> torch.device:
         torch.cuda.set_device(chosen)
     if world_size > 1 and not dist.is_initialized():
         # Objects travel over gloo even beside NCCL, so that they cost no GPU memory and no GPU synchronisation.
-        dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo")
+        backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=_store(), rank=get_rank(), world_size=world_size)
         # A group that still stands when Python's finalisation begins aborts the process.
         atexit.register(shutdown)
         _processes[:] = all_gather_object((socket.gethostname(), os.getpid()))
