@@ -230,6 +230,15 @@ def test_a_save_that_cannot_fit_is_not_begun(ask, undisturbed, tmp_path):
     assert_continues(ask, tmp_path, undisturbed(2, PLAIN)[0])
 
 
+def test_a_finished_run_without_states_is_not_overwritten(ask, tmp_path):
+    assert ask(tmp_path, "--nosubdir", duration=0.001)["codes"] == [0]
+    checkpoint.states(tmp_path)[0].unlink()
+    again = ask(tmp_path, "--nosubdir", "--resume=latest", duration=0.001)
+    assert again["codes"] == [1] and "already holds a run" in errors(again)[0]
+    again = ask(tmp_path, "--nosubdir", "--resume=latest")  # one that did not come to its end is begun anew
+    assert again["codes"] == [0], again
+
+
 def test_loss_scaling_is_undone_on_two_processes(ask, undisturbed, tmp_path):
     run = ask(tmp_path, "--ls=128", ranks=2)    # a power of two: exactly
     assert run["codes"] == [0, 0], run

@@ -21,7 +21,6 @@ from training.trained_network import TrainedNetwork, linear_rampup
 __all__ = ["Objective", "Phase"]
 
 SHEET_ROWS, SHEET_COLUMNS = 10, 8
-PROBE_IMAGES = 16   # of which all processes must find the same losses
 Phase = tuple[str, Callable[..., torch.Tensor], list[str]]
 
 
@@ -158,12 +157,13 @@ class Objective:
         self.bad_steps = torch.where(bad > 0, self.bad_steps + 1, 0)
 
     def probe(self, nimg: int) -> list[float]:
-        """What all processes must agree on: a checksum of the weights in training, and the losses of a few images.
+        """What all processes must agree on: a checksum of the weights in training, and the losses of some images.
 
         The images and random numbers are the same on every process. Nothing is trained.
         """
-        n = min(self.config["batch_gpu"] or PROBE_IMAGES, PROBE_IMAGES, len(self.dataset))
-        items = torch.arange(n)
+        # As many as a network sees at a time in training: compiled ones know no other number.
+        n = self.config["batch_gpu"] or self.config["batch_size"] // distributed.get_world_size()
+        items = torch.arange(n) % len(self.dataset)
         images, labels = self.dataset.images(items).to(self.device), self.dataset.onehot(items).to(self.device)
         seed = (self.config["seed"], 0, nimg)
         torch.manual_seed(misc.step_seed(*seed, stream=5))
