@@ -101,9 +101,9 @@ def given_options(besides: Collection[str] = ()) -> list[str]:
             and ctx.get_parameter_source(p.name) not in (None, click.core.ParameterSource.DEFAULT)]
 
 
-def _fail(message: str, exit_code: int) -> None:
-    # Under torchrun all processes meet the same mistake; one of them reports it.
-    if os.environ.get("RANK", "0") == "0":
+def _fail(message: str, exit_code: int, lone: bool = False) -> None:
+    # Under torchrun all processes meet the same mistake, unless the error says that it is one's alone; one reports it.
+    if lone or os.environ.get("RANK", "0") == "0":
         click.echo(f"Error: {one_line(message)}", err=True)
     sys.exit(exit_code)
 
@@ -144,7 +144,7 @@ class _OneLineErrors:
         except click.ClickException as e:
             if not standalone_mode:
                 raise
-            _fail(e.format_message(), e.exit_code)
+            _fail(e.format_message(), e.exit_code, getattr(e, "lone", False))
         except click.Abort:
             if not standalone_mode:
                 raise

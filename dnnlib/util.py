@@ -158,4 +158,5 @@ def atomic_open(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[A
             raise OSError(e.errno, e.strerror, str(path)) from e
         raise
     finally:
-        temp.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a disk that has become read-only: what it refused first is the news
+            temp.unlink(missing_ok=True)

@@ -1,5 +1,6 @@
 """Training states: nothing half-written is ever taken for one."""
 
+import errno
 import os
 import pickle
 import resource
@@ -11,7 +12,7 @@ import torch
 
 from dnnlib import EasyDict, UserError
 from torch_utils import checkpoint
-from torch_utils.checkpoint import latest_run, latest_state, load_state, prune_states, save_state
+from torch_utils.checkpoint import latest_run, latest_state, load_state, prune_states, remove_leftovers, save_state
 
 
 def state(value=1.0, size=100):
@@ -65,24 +66,60 @@ def test_a_full_disk_leaves_the_previous_state(tmp_path, limit):
     assert load_state(path) == {"number": 1} and names(tmp_path) == [path.name]
 
 
-def test_every_cut_and_every_altered_byte_of_the_tensors_is_noticed(tmp_path):
+def test_every_cut_and_every_altered_byte_is_noticed(tmp_path):
     path = tmp_path / "training-state-000001.pt"
-    save_state(path, state())
+    save_state(path, state(size=20))
     data = path.read_bytes()
-    for cut in range(0, len(data), len(data) // 30):
+    for cut in range(0, len(data) - 64, len(data) // 100):
         path.write_bytes(data[:cut])
-        with pytest.raises(UserError, match="truncated or not a state"):
-            load_state(path)
         assert latest_state(tmp_path) is None
-    weight = state()["net"]["weight"]
-    save_state(path, {"weight": weight})
+    for position in range(len(data)):
+        path.write_bytes(data[:position] + bytes([data[position] ^ 1 << position % 8]) + data[position + 1:])
+        assert latest_state(tmp_path) is None, position
+    with pytest.raises(UserError, match="truncated, damaged or not a state .*checksum") as e:
+        load_state(path)
+    assert str(path) in e.value.message and "\n" not in e.value.message
+
+
+def test_states_of_earlier_versions_rely_on_the_container(tmp_path):
+    path = tmp_path / "training-state-000001.pt"
+    weight = torch.arange(100.0)
+    torch.save({"weight": weight}, path)
+    assert latest_state(tmp_path) == str(path) and torch.equal(load_state(path)["weight"], weight)
     data = path.read_bytes()
     start = data.index(weight.numpy().tobytes())
-    for position in range(start, start + weight.nbytes, 80):
+    for position in range(start, start + weight.nbytes, 40):
         path.write_bytes(data[:position] + bytes([data[position] ^ 4]) + data[position + 1:])
-        with pytest.raises(UserError, match="checksum") as e:
+        with pytest.raises(UserError, match="damaged .checksum"):
             load_state(path)
-        assert str(path) in e.value.message and "\n" not in e.value.message
+
+
+def test_what_reads_back_differently_replaces_nothing(tmp_path, monkeypatch):
+    path = tmp_path / "training-state-000001.pt"
+    save_state(path, {"number": 1})
+    sync = os.fsync
+
+    def lying_disk(fd):
+        sync(fd)
+        os.pwrite(fd, b"?", 700)
+
+    monkeypatch.setattr(os, "fsync", lying_disk)
+    with pytest.raises(OSError, match="reads back differently") as e:
+        save_state(path, state())
+    assert e.value.filename == str(path) and load_state(path) == {"number": 1} and names(tmp_path) == [path.name]
+
+
+def test_a_save_that_cannot_fit_is_not_begun(tmp_path, monkeypatch):
+    path = tmp_path / "training-state-000001.pt"
+    save_state(path, state(size=5000))
+    expected, size = checkpoint.size_of(state(size=5000)), path.stat().st_size
+    assert size <= expected < 1.1 * size
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda where: EasyDict(free=expected - 1))
+    with pytest.raises(OSError, match="needs 0.1 MiB and 0.1 MiB are free") as e:
+        save_state(tmp_path / "b.pt", state(size=5000))
+    assert e.value.filename == str(tmp_path / "b.pt") and names(tmp_path) == [path.name]
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda where: EasyDict(free=expected))
+    save_state(tmp_path / "b.pt", state(size=5000))
 
 
 class _Network:
@@ -101,7 +138,7 @@ def test_foreign_and_hostile_states_are_refused(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="holds a list"):
         load_state("list.pt")
     (tmp_path / "pickle.pt").write_bytes(pickle.dumps(_Network()))
-    for path, message in (("other.pt", "not a training state"), ("pickle.pt", "truncated or not a state"),
+    for path, message in (("other.pt", "not a training state"), ("pickle.pt", "truncated, damaged or not a state"),
                           ("none.pt", "No such file"), (".", "directory")):
         with pytest.raises(UserError, match=message):
             load_state(path)
@@ -120,6 +157,19 @@ def test_latest_state_skips_what_is_broken(tmp_path, capsys):
     assert out.startswith("Warning: ") and "training-state-2000000.pt" in out and out.count("\n") == 1
 
 
+def test_latest_state_skips_what_cannot_be_read(tmp_path, monkeypatch, capsys):
+    save(tmp_path, "000001", "000002")
+
+    def bad_sector(path, *args):
+        if path == tmp_path / "training-state-000002.pt":
+            raise OSError(errno.EIO, "Input/output error")
+        return open(path, *args)
+
+    monkeypatch.setattr(checkpoint, "open", bad_sector, raising=False)
+    assert latest_state(tmp_path) == str(tmp_path / "training-state-000001.pt")
+    assert "unreadable (Input/output error)" in capsys.readouterr().out
+
+
 def test_latest_run(tmp_path):
     assert latest_run(tmp_path) is None and latest_run(tmp_path / "none") is None
     save(tmp_path / "00002-a", "000001")
@@ -135,11 +185,17 @@ def test_latest_run(tmp_path):
 
 def test_prune_states(tmp_path):
     save(tmp_path, "000009", "000010", "1000000")
-    others = [".network-snapshot-000001.pkl.1234abcd.tmp", ".training-state-000001.pt.1234abcd.tmp", ".a.tmp",
-              "network-snapshot-000001.pkl"]
-    for name in others:
-        (tmp_path / name).touch()
     prune_states(tmp_path, 2)
-    assert names(tmp_path) == [".a.tmp", others[3], "training-state-000010.pt", "training-state-1000000.pt"]
+    assert names(tmp_path) == ["training-state-000010.pt", "training-state-1000000.pt"]
     prune_states(tmp_path, 0)
     assert checkpoint.latest_state(tmp_path) == str(tmp_path / "training-state-1000000.pt")
+
+
+def test_remove_leftovers(tmp_path):
+    others = [".a.tmp", ".training-state-000001.pt.tmp", "network-snapshot-000001.pkl", "stats.jsonl"]
+    for name in [*others, ".network-snapshot-000001.pkl.1234abcd.tmp", ".training-state-000001.pt.1234abcd.tmp",
+                 ".samples-000001.png.00000000.tmp", ".training_options.json.ffffffff.tmp",
+                 ".stats.jsonl.01234567.tmp"]:
+        (tmp_path / name).touch()
+    remove_leftovers(tmp_path)
+    assert names(tmp_path) == others

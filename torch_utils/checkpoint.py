@@ -3,37 +3,86 @@
 from __future__ import annotations
 
 import collections
+import errno
+import hashlib
 import os
 import re
+import shutil
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
 from dnnlib import UserError, atomic_open
 from torch_utils import distributed, safe_pickle
 
-__all__ = ["atomic_open", "latest_run", "latest_state", "load_state", "prune_states", "save_state"]
+__all__ = ["atomic_open", "latest_run", "latest_state", "load_state", "prune_states", "remove_leftovers",
+           "require_space", "save_state", "size_of", "states"]
 
-_LEFTOVER = re.compile(r"\.(training-state|network-snapshot)-.*\.tmp")
+_LEFTOVER = re.compile(r"\.(training-state|network-snapshot|samples|training_options|stats)\b.*\.[0-9a-f]{8}\.tmp")
+_DIGEST = 64        # hexadecimal digits of the SHA-256 that follows a state's ZIP container
+_END_RECORD = 22    # bytes of the record that ends a ZIP container without a comment
 
 
 def save_state(path: str | os.PathLike[str], state: dict[str, Any]) -> None:
-    """Write a state that appears under `path` only when complete and on disk.
+    """Write a state that appears under `path` only when complete, on disk and read back without an error.
 
     `state`: nested dicts, lists and tuples of tensors, numbers, strings, None. Raises OSError naming `path` when the
     disk refuses (an older file of that name stays valid), TypeError for anything that `load_state` would refuse.
     """
     _check_plain(state, "state")
+    require_space(path, size_of(state))
     with atomic_open(path) as file:
+        hashed = _HashedFile(file)
         try:
-            torch.save(state, file)
+            torch.save(state, hashed)
         except RuntimeError as e:
             # The ZIP writer trips over its own bookkeeping after a failed write and hides what happened.
             if isinstance(e.__context__, OSError):
                 raise e.__context__ from None
             raise
+        file.write(hashed.sha256.hexdigest().encode())
+        file.flush()
+        os.fsync(file.fileno())
+        if hasattr(os, "posix_fadvise"):    # read from the disk, not from the memory that was to be written there
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        if _damage(file.name) is not None:
+            raise OSError(errno.EIO, "what was written reads back differently", str(path))
+
+
+class _HashedFile:
+    """What torch.save needs of a file, and the SHA-256 of what it wrote."""
+
+    def __init__(self, file: IO[bytes]):
+        self._file, self.sha256 = file, hashlib.sha256()
+        self.flush: Callable[[], None] = file.flush
+
+    def write(self, data: bytes) -> int:
+        self.sha256.update(data)
+        return self._file.write(data)
+
+
+def size_of(value: Any) -> int:
+    """Bytes on disk of a state or snapshot, slightly overestimated, from its tensors and those of its networks."""
+    if isinstance(value, torch.nn.Module):
+        value = value.state_dict()
+    if isinstance(value, torch.Tensor):
+        return 512 + value.numel() * value.element_size()
+    if isinstance(value, dict):
+        return 64 + sum(64 + size_of(item) for item in value.values())
+    if isinstance(value, (list, tuple)):
+        return 64 + sum(size_of(item) for item in value)
+    return 64 + len(value) if isinstance(value, (str, bytes)) else 64
+
+
+def require_space(path: str | os.PathLike[str], size: int) -> None:
+    """Raise OSError naming `path` when the disk it lies on has fewer than `size` bytes to give."""
+    free = shutil.disk_usage(os.path.dirname(os.path.abspath(path))).free
+    if free < size:
+        raise OSError(errno.ENOSPC, f"needs {size / 2**20:.1f} MiB and {free / 2**20:.1f} MiB are free, so it was not "
+                      "begun", str(path))
 
 
 def _check_plain(value: Any, where: str) -> None:
@@ -49,13 +98,28 @@ def _check_plain(value: Any, where: str) -> None:
 
 
 def _damage(path: str | os.PathLike[str]) -> str | None:
-    # torch.load does not compare the container's checksums.
-    try:
+    """What is wrong with the bytes of a state, None: nothing. Raises OSError when they cannot be read.
+
+    The container's own checksums leave out most of its directory, from which sizes and places of tensors are taken;
+    torch.load does not compare even those. So a SHA-256 of the whole container follows it.
+    """
+    sha256, size = hashlib.sha256(), os.path.getsize(path)
+    with open(path, "rb") as file:
+        left = size - _DIGEST
+        while left > 0 and (chunk := file.read(min(left, 1 << 20))):
+            sha256.update(chunk)
+            left -= len(chunk)
+        if left == 0 and file.read() == sha256.hexdigest().encode():
+            return None
+        file.seek(max(size - _END_RECORD, 0))
+        if not file.read().startswith(b"PK\5\6"):
+            return "truncated, damaged or not a state (its checksum differs)"
+    try:    # a container that nothing follows: a state of an earlier version, or of another program
         with zipfile.ZipFile(path) as archive:
             if any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()):
                 return "not a state (its parts are compressed)"  # and could unfold into any size
             bad = archive.testzip()
-    except (zipfile.BadZipFile, EOFError, ValueError, RuntimeError, OverflowError) as e:
+    except Exception as e:  # whatever wrong bytes make of the reader
         return f"truncated or not a state ({str(e).rstrip('.')})"
     return None if bad is None else f"damaged (checksum of its part {bad} differs)"
 
@@ -79,8 +143,8 @@ def load_state(path: str | os.PathLike[str]) -> dict[str, Any]:
     return state
 
 
-def _states(run_dir: str | os.PathLike[str]) -> list[Path]:
-    """States in `run_dir`, newest first."""
+def states(run_dir: str | os.PathLike[str]) -> list[Path]:
+    """Files in `run_dir` named as states, newest first."""
     found = []
     if os.path.isdir(run_dir):
         for path in Path(run_dir).iterdir():
@@ -92,8 +156,11 @@ def _states(run_dir: str | os.PathLike[str]) -> list[Path]:
 
 def latest_state(run_dir: str | os.PathLike[str]) -> str | None:
     """Path of the newest complete state in a run directory, None without one; says which newer ones are damaged."""
-    for path in _states(run_dir):
-        damage = _damage(path)
+    for path in states(run_dir):
+        try:
+            damage = _damage(path)
+        except OSError as e:    # a bad sector, say: the one before it may be readable
+            damage = f"unreadable ({e.strerror or e})"
         if damage is None:
             return str(path)
         distributed.print0(f"Warning: {path} is {damage}; trying the one before it")
@@ -115,9 +182,13 @@ def latest_run(outdir: str | os.PathLike[str]) -> str | None:
 
 
 def prune_states(run_dir: str | os.PathLike[str], keep: int) -> None:
-    """Delete all but the newest `keep` (at least 1) states, and what interrupted saves left behind."""
-    for path in _states(run_dir)[max(keep, 1):]:
+    """Delete all but the newest `keep` (at least 1) states."""
+    for path in states(run_dir)[max(keep, 1):]:
         path.unlink(missing_ok=True)
+
+
+def remove_leftovers(run_dir: str | os.PathLike[str]) -> None:
+    """Delete the temporary files of saves that were killed. For a run that starts: no other may be writing there."""
     for path in Path(run_dir).iterdir():
         if _LEFTOVER.fullmatch(path.name):
             path.unlink(missing_ok=True)

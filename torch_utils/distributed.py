@@ -3,21 +3,33 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
-from collections.abc import Callable
+import socket
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import click
+import psutil
 import torch
 import torch.distributed as dist
 import torch.distributed.nn.functional  # noqa: F401  (loaded after init(), its default arguments would keep the group alive)
 
 import dnnlib
 
-__all__ = ["all_gather_object", "all_reduce_sum", "barrier", "broadcast_object", "device", "get_rank",
-           "get_world_size", "init", "print0", "shutdown", "together"]
+__all__ = ["LoneError", "all_gather_object", "all_reduce_max", "all_reduce_sum", "barrier", "broadcast_object",
+           "device", "ended", "get_rank", "get_world_size", "guard", "init", "print0", "shared", "shutdown", "together"]
 
 _device: torch.device | None = None
+_processes: list[tuple[str, int]] = []  # machine and process id of every rank
+_PATIENCE = 3.0     # seconds in which a process whose connections are gone has ended
+
+
+class LoneError(dnnlib.UserError):
+    """A mistake or misfortune that the other processes do not meet: the one that does reports it, whatever its rank."""
+
+    lone = True
 
 
 def _env(name: str, default: int) -> int:
@@ -51,6 +63,18 @@ def _choose_device(name: str, local_rank: int, processes: int) -> torch.device:
     raise AssertionError
 
 
+def _store() -> dist.Store:
+    """Where the processes find each other's addresses.
+
+    torchrun keeps one store for all its restarts, in which a restarted process would find the addresses of dead ones.
+    Machines may disagree on the number of restarts, so it tells lives apart on a single machine only.
+    """
+    store, _, _ = next(dist.rendezvous("env://"))
+    if _env("LOCAL_WORLD_SIZE", 1) < get_world_size():
+        return store
+    return dist.PrefixStore(f"life{_env('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+
+
 def init(device: str = "auto") -> torch.device:
     """Choose this process's device and, under torchrun, join the other processes (NCCL on GPUs, gloo on CPUs).
 
@@ -66,9 +90,11 @@ def init(device: str = "auto") -> torch.device:
         torch.cuda.set_device(chosen)
     if world_size > 1 and not dist.is_initialized():
         # Objects travel over gloo even beside NCCL, so that they cost no GPU memory and no GPU synchronisation.
-        dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo")
+        backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=_store(), rank=get_rank(), world_size=world_size)
         # A group that still stands when Python's finalisation begins aborts the process.
         atexit.register(shutdown)
+        _processes[:] = all_gather_object((socket.gethostname(), os.getpid()))
     _device = chosen
     return chosen
 
@@ -129,6 +155,15 @@ def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     return result
 
 
+def all_reduce_max(tensor: torch.Tensor) -> torch.Tensor:
+    """Largest `tensor` over processes, by element, as `all_reduce_sum`."""
+    if get_world_size() == 1:
+        return tensor
+    result = tensor.clone()
+    dist.all_reduce(result, dist.ReduceOp.MAX)
+    return result
+
+
 def together(fn: Callable[[], Any], rank0_first: bool = False) -> Any:
     """`fn()` of every process; when one fails, all raise. Collective.
 
@@ -145,11 +180,57 @@ def together(fn: Callable[[], Any], rank0_first: bool = False) -> Any:
                 error = e
         messages = all_gather_object(None if error is None else _describe(error))
         if error is not None:
-            raise error
+            raise shared(error)
         for rank, message in enumerate(messages):
             if message is not None:
-                raise dnnlib.UserError(f"process {rank}: {message}")
+                raise shared(dnnlib.UserError(f"process {rank}: {message}"))
     return value
+
+
+def shared(error: Exception) -> Exception:
+    """Mark an error that every process raises at this point; to be raised. `guard` leaves it as it is."""
+    error.shared = True
+    return error
+
+
+@contextlib.contextmanager
+def guard(where: Callable[[], str], lone: bool = False) -> Iterator[None]:
+    """Inside it an error that comes of another process's end names that process and says `where()` the work was.
+
+    `lone`: mistakes in here are this process's own; it names itself. Processes that fail alone take the others down:
+    their collectives fail.
+    """
+    try:
+        yield
+    except Exception as e:
+        if get_world_size() == 1 or getattr(e, "shared", False):
+            raise
+        if lone and isinstance(e, (click.ClickException, OSError)):
+            raise shared(LoneError(f"process {get_rank()}, {where()}: {_describe(e)}")) from e
+        gone = ended() if isinstance(e, RuntimeError) else []   # so are the errors of collectives
+        if not gone:
+            raise
+        names = " and ".join(f"process {rank} (id {_processes[rank][1]})" for rank in gone)
+        first = next(rank for rank in range(get_world_size()) if rank not in gone)
+        kind = LoneError if get_rank() == first else dnnlib.UserError
+        raise shared(kind(f"{names} ended {where()}, so the other processes stop")) from e
+
+
+def ended() -> list[int]:
+    """Ranks on this machine whose process has ended, after waiting a moment for one that is ending."""
+    deadline = time.monotonic() + _PATIENCE
+    while True:
+        gone = [rank for rank, (host, pid) in enumerate(_processes) if host == socket.gethostname() and not _alive(pid)]
+        if gone or time.monotonic() > deadline:
+            return gone
+        time.sleep(0.05)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _describe(error: Exception) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -21,14 +22,14 @@ from training.noise_levels import NoiseLevels
 from training.objectives.base import Objective
 from training.presets import ARCHS, network_kwargs
 from training.resnet import resnet_kwargs
-from training.training_loop import training_loop
+from training.training_loop import last_nimg, training_loop
 from training.transition import load_matrix, transition_matrix
 
 __all__ = ["noise_options", "run", "stated_transition", "training_options"]
 
 # What a resumed run may change; any other difference would make it another run.
 MAY_DIFFER = {"total_nimg", "kimg_per_tick", "snapshot_ticks", "state_ticks", "keep", "workers", "dataset.cache", "cudnn_bench",
-              "desc", "tensorboard", "wandb"}
+              "max_bad_steps", "desc", "tensorboard", "wandb"}
 
 
 def training_options(leave_out: Collection[str] = (), **defaults) -> Callable:
@@ -73,6 +74,7 @@ def training_options(leave_out: Collection[str] = (), **defaults) -> Callable:
         click.option("--snap", metavar="TICKS", type=click.IntRange(min=1), default=50, help="Save a network snapshot every so many ticks"),
         click.option("--dump", metavar="TICKS", type=click.IntRange(min=1), default=500, help="Save the training state every so many ticks"),
         click.option("--keep", metavar="INT", type=click.IntRange(min=1), default=2, help="How many training states to keep"),
+        click.option("--max_bad_steps", metavar="INT", type=click.IntRange(min=1), default=100, help="Stop after so many steps in a row with non-finite losses or gradients"),
         click.option("--seed", metavar="INT", type=click.IntRange(min=0, max=2**63 - 1), help="Random seed [default: random]"),
         click.option("--lr_rampup_kimg", metavar="KIMG", type=length_or_0, default=10000.0, help="Learning-rate ramp-up, thousands of images"),
         click.option("--label-dropout", metavar="P", type=share, default=0.0, help="Drop the label this often (for --cfg in generate.py)"),
@@ -121,6 +123,7 @@ def stated_transition(noise_type: str | None, rate: float | None, matrix: str | 
                              matrix=load_matrix(matrix, dataset.label_dim) if matrix else None)
 
 
+@distributed.guard(lambda: "before training began or after it")
 def run(opts: dict, method: str, make_objective: Callable[[dict, ImageDataset, torch.device], Objective], *,
         require_labels: bool = False, **extra) -> str | None:
     """Everything a training script does after parsing: configuration, run directory, resume, the loop.
@@ -163,7 +166,8 @@ def run(opts: dict, method: str, make_objective: Callable[[dict, ImageDataset, t
     if o.transfer and state is None:
         transfer(objective, o)
     try:
-        distributed.together(lambda: make_run_dir(run_dir, config, state is None) if distributed.get_rank() == 0 else None)
+        make = functools.partial(make_run_dir, run_dir, config, state is None, again=o.resume == "latest")
+        distributed.together(lambda: make() if distributed.get_rank() == 0 else None)
         log_file = os.path.join(run_dir, "log.txt") if distributed.get_rank() == 0 else None
         with dnnlib.Logger(log_file, mode="a"):
             print_summary(o, config, dataset, run_dir, device)
@@ -206,7 +210,7 @@ def make_config(o: dnnlib.EasyDict, method: str, dataset: ImageDataset, extra: d
         batch_size=o.batch, batch_gpu=o.batch_gpu, num_processes=distributed.get_world_size(),
         total_nimg=max(round(o.duration * 1e6), 1), kimg_per_tick=o.tick, snapshot_ticks=o.snap, state_ticks=o.dump, keep=o.keep,
         precision=o.precision or ("fp16" if o.get("fp16") else "fp32"), cudnn_bench=o.bench, compile=o.compile,
-        workers=o.workers, seed=None, transfer=o.transfer, desc=o.desc, tensorboard=o.tensorboard, wandb=o.wandb)
+        workers=o.workers, max_bad_steps=o.max_bad_steps, seed=None, transfer=o.transfer, desc=o.desc, tensorboard=o.tensorboard, wandb=o.wandb)
     return common | (denoiser_config(o, method, dataset) if "arch" in o else {}) | extra
 
 
@@ -218,7 +222,7 @@ def find_state(o: dnnlib.EasyDict) -> tuple[dict | None, str | None]:
         return None, None
     path, run_dir = found
     print0(f"Resuming from {path}")
-    state = checkpoint.load_state(path)
+    state = distributed.together(lambda: checkpoint.load_state(path))
     kinds = dict(config=dict, nimg=int, best=dict, objective=dict)
     if any(type(state.get(k)) is not kind for k, kind in kinds.items()) or state["nimg"] < 0 or state["best"].keys() != {"value", "name"}:
         raise dnnlib.UserError(f"--resume: {path} is not the state of a run of this program")
@@ -251,13 +255,18 @@ def flatten(config: dict, prefix: str = "") -> dict:
     return flat
 
 
+def differing(old: dict, new: dict, besides: Collection[str] = ()) -> list[str]:
+    """Every setting in which a continued run would not be the same run, in words."""
+    old, new = flatten(json.loads(json.dumps(old))), flatten(json.loads(json.dumps(new)))
+    return [f"{k}: {old.get(k)} there, {new.get(k)} here" for k in sorted(old | new)
+            if k not in MAY_DIFFER and k not in besides and old.get(k) != new.get(k)]
+
+
 def compare_configs(old: dict, new: dict, name: str) -> None:
     """Raise UserError listing every setting in which the resumed run would not be the same run."""
-    old, new = flatten(json.loads(json.dumps(old))), flatten(json.loads(json.dumps(new)))
-    differing = [f"{k}: {old.get(k)} there, {new.get(k)} here" for k in sorted(old | new)
-                 if k not in MAY_DIFFER and old.get(k) != new.get(k)]
-    if differing:
-        raise dnnlib.UserError(f"--resume={name}: that run had other options ({'; '.join(differing)}); give the same, or start a "
+    found = differing(old, new)
+    if found:
+        raise dnnlib.UserError(f"--resume={name}: that run had other options ({'; '.join(found)}); give the same, or start a "
                                "new run from its weights with --transfer")
 
 
@@ -271,13 +280,28 @@ def new_run_dir(o: dnnlib.EasyDict, dataset: ImageDataset, config: dict) -> str:
     return distributed.broadcast_object(os.path.join(o.outdir, "-".join(filter(None, parts))))
 
 
-def make_run_dir(run_dir: str, config: dict, fresh: bool) -> None:
-    """Create the directory with training_options.json; a fresh run is refused where another run's files are."""
+def make_run_dir(run_dir: str, config: dict, fresh: bool, again: bool = False) -> None:
+    """Create the directory with training_options.json; a fresh run is refused where another run's files are.
+
+    `again`: but not where this very run was interrupted before its first state.
+    """
     if fresh and os.path.isdir(run_dir) and any(re.match(r"(network-snapshot|training-state)-", x) for x in os.listdir(run_dir)):
-        raise dnnlib.UserError(f"--outdir: {run_dir} already holds a run; choose another folder, or continue it with --resume={run_dir}")
+        if not (again and interrupted_early(run_dir, config)):
+            raise dnnlib.UserError(f"--outdir: {run_dir} already holds a run; choose another folder, or continue it with --resume={run_dir}")
     os.makedirs(run_dir, exist_ok=True)
+    checkpoint.remove_leftovers(run_dir)
     with checkpoint.atomic_open(os.path.join(run_dir, "training_options.json"), "wt") as f:
         json.dump(config, f, indent=2)
+
+
+def interrupted_early(run_dir: str, config: dict) -> bool:
+    """Whether `run_dir` holds a run of these options that never came to save a state, nor to its end."""
+    try:
+        with open(os.path.join(run_dir, "training_options.json")) as f:
+            same = not differing(json.load(f), config, besides=["seed"])
+    except (OSError, ValueError):
+        return False
+    return same and not checkpoint.states(run_dir) and last_nimg(run_dir) < config["total_nimg"]
 
 
 def print_summary(o: dnnlib.EasyDict, config: dict, dataset: ImageDataset, run_dir: str, device: torch.device) -> None:

@@ -102,7 +102,7 @@ class TrainedNetwork:
     def _reduce_bucket(
         self, _state, bucket
     ):  # Without annotations: DDP compares them with its types, and ours are strings.
-        return allreduce_hook(None, bucket).then(lambda future: self._sanitize(future.value()[0]))
+        return allreduce_hook(None, bucket).then(lambda future: self._sanitize(future.value()))
 
     @contextlib.contextmanager
     def accumulate(self, last: bool):

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import os
+import re
 import signal
 import sys
 import time
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import psutil
@@ -20,7 +24,9 @@ from torch_utils.training_stats import Stats
 from training.dataset import BatchStream, ImageDataset
 from training.objectives.base import Objective
 
-__all__ = ["training_loop"]
+__all__ = ["last_nimg", "training_loop"]
+
+LOSS_TOLERANCE = 0.05   # relative; machines round differently, in half precision most
 
 
 def training_loop(
@@ -51,83 +57,151 @@ def training_loop(
             # What modules and optimizers say to parts of another size, or of none.
             raise dnnlib.UserError(f"--resume: the state does not fit this run ({error})") from None
         print0(f"Resuming at {nimg / 1000:.1f} kimg.")
-    stream = BatchStream(dataset, batch // world, rank, world, config["seed"], nimg, device, config["workers"],
-                         indices=objective.train_indices)
-    stats, log = Stats(device), distributed.together(lambda: TickLog(run_dir, config) if rank == 0 else None)
-    stop = StopRequest()
-    start_time = tick_time = time.time()
-    start_nimg = tick_start = nimg
-    maintenance = 0.0
+    saver = Saver(objective, config, run_dir, best)
+    log = distributed.together(lambda: TickLog(run_dir, config, nimg) if rank == 0 else None)
+    stats, start_time = Stats(device), time.time()
+    tick_time, start_nimg, tick_start, maintenance = start_time, nimg, nimg, 0.0
     print0(f"Training for {total / 1000:g} kimg...\n")
     hidden = None if rank == 0 else True    # None: on a terminal only
-    bar = tqdm(total=total, initial=nimg, unit="img", desc=objective.method, disable=hidden, leave=False)
+    with (
+        distributed.guard(lambda: f"at {nimg / 1000:.1f} kimg", lone=True),
+        StopRequest() as stop,
+        contextlib.closing(BatchStream(dataset, batch // world, rank, world, config["seed"], nimg, device,
+                                       config["workers"], indices=objective.train_indices)) as stream,
+        tqdm(total=total, initial=nimg, unit="img", desc=objective.method, disable=hidden, leave=False) as bar,
+    ):
+        while nimg < total:
+            images, labels = next(stream)
+            objective.step(images, labels, nimg, stats, stream.items)
+            first, previous, nimg = nimg == 0, nimg, nimg + batch
+            bar.update(batch)
+            stopping = stop.agreed(device)
+            done = nimg >= total
+            tick = nimg // tick_nimg
+            full = first or done or tick > previous // tick_nimg    # not cut short by a signal
+            due = full or stopping
+            # Looking costs a synchronisation: a tenth of the steps that are borne will do.
+            few = max(config["max_bad_steps"] // 10, 1)
+            bad = int(distributed.all_reduce_max(objective.bad_steps)) if due or nimg // batch % few == 0 else 0
+            failed = bad >= config["max_bad_steps"] or (done and bad >= few)
+            if not (due or failed):
+                continue
 
-    while nimg < total:
-        images, labels = next(stream)
-        objective.step(images, labels, nimg, stats, stream.items)
-        first, previous, nimg = nimg == 0, nimg, nimg + batch
-        bar.update(batch)
-        stopping = stop.agreed(device)
-        done = nimg >= total
-        tick = nimg // tick_nimg
-        if not (first or done or stopping or tick > previous // tick_nimg):
-            continue
-
-        # A tick: report, then save what is due. Tick numbers follow from nimg, so a resumed run has the same ones.
-        values = stats.reduce()
-        now = time.time()
-        if log is not None:
-            line = log.write(values, tick=tick, nimg=nimg, total=total, elapsed=now - start_time,
-                             tick_seconds=now - tick_time, tick_nimg=nimg - tick_start, maintenance=maintenance,
-                             rate=(nimg - start_nimg) / (now - start_time))
-            bar.write(line, file=sys.stdout)
-        if done or (tick % config["snapshot_ticks"] == 0 and not stopping):
-            save_snapshot(objective, config, run_dir, nimg, best)
-        if stopping or done or (tick > 0 and tick % config["state_ticks"] == 0):
-            save_state(objective, config, run_dir, nimg, best)
-        if stopping and not done:
-            bar.close()
-            print0(f"Stopped by {signal.Signals(stopping).name} at {nimg / 1000:.1f} kimg; the state is saved. "
-                   f"To go on: the same command with --resume={run_dir}")
-            stop.restore()
-            sys.exit(130 if stopping == signal.SIGINT else 143)
-        tick_time, tick_start, maintenance = time.time(), nimg, time.time() - now
-    bar.close()
-    stream.close()
-    stop.restore()
+            # A tick: report, then save what is due. Tick numbers follow from nimg, so a resumed run has the same ones.
+            values = stats.reduce()
+            now = time.time()
+            line = None if log is None else functools.partial(
+                log.write, values, tick=tick, nimg=nimg, total=total, elapsed=now - start_time,
+                tick_seconds=now - tick_time, tick_nimg=nimg - tick_start, maintenance=maintenance,
+                rate=(nimg - start_nimg) / (now - start_time))
+            snapshot = done or (full and tick % config["snapshot_ticks"] == 0)
+            keep = stopping or done or (tick > 0 and tick % config["state_ticks"] == 0)
+            saver.tick(nimg, line and (lambda line=line: bar.write(line(), file=sys.stdout)),
+                       snapshot and bad < few, keep and bad < few)
+            if failed:
+                raise distributed.shared(dnnlib.UserError(
+                    f"the last {bad} steps, to {nimg / 1000:.1f} kimg, had non-finite losses or gradients "
+                    f"(--max_bad_steps={config['max_bad_steps']}); {saver.newest()}"))
+            if bad >= few and (snapshot or keep):
+                print0(f"Nothing was saved: the last {bad} steps had non-finite losses or gradients.")
+            if stopping and not done:
+                bar.close()
+                print0(f"Stopped by {signal.Signals(stopping).name} at {nimg / 1000:.1f} kimg; {saver.newest()}")
+                sys.exit(130 if stopping == signal.SIGINT else 143)
+            tick_time, tick_start, maintenance = time.time(), nimg, time.time() - now
     print0(f"\nDone: {nimg / 1000:g} kimg in {dnnlib.format_time(time.time() - start_time)}.")
 
 
-def save_snapshot(objective: Objective, config: dict, run_dir: str, nimg: int, best: dict) -> None:
-    """Write `network-snapshot-NNNNNN.pkl` and a picture; with a validation value, only the best snapshot is kept."""
-    value = objective.validate()
-    name = f"network-snapshot-{nimg // 1000:06d}.pkl"
-    if objective.snapshot_on_best:
-        if best["value"] is not None and not value < best["value"]:
-            print0(f"Validation loss {value:.4f}; the best stays {best['value']:.4f} ({best['name']})")
-            return
-        print0(f"Validation loss {value:.4f}: {name} is the best so far")
-    outdated, best["value"], best["name"] = best["name"], value, name
-    if distributed.get_rank() != 0:
-        return
-    data = objective.snapshot()
-    data["info"].update(nimg=nimg, validation_loss=value, version=dnnlib.__version__, options=config)
-    persistence.save_snapshot(os.path.join(run_dir, name), data)
-    if objective.snapshot_on_best and outdated not in (None, name) and os.path.exists(os.path.join(run_dir, outdated)):
-        os.remove(os.path.join(run_dir, outdated))
-    if nimg > config["batch_size"]:
-        objective.sheet(os.path.join(run_dir, f"samples-{nimg // 1000:06d}.png"))
+class Saver:
+    """Snapshots and states of a run: what is written when, in which order, and what is deleted after it."""
 
+    def __init__(self, objective: Objective, config: dict, run_dir: str, best: dict):
+        self.objective, self.config, self.run_dir, self.best = objective, config, run_dir, best
+        self._best_of_state = best["name"]      # the snapshot that the newest state takes for the best: it stays
+        if best["name"] is not None and distributed.get_rank() == 0:
+            self.remove_outdated()
 
-def save_state(objective: Objective, config: dict, run_dir: str, nimg: int, best: dict) -> None:
-    """Write `training-state-NNNNNN.pt` (rank 0) and keep the newest `config['keep']`."""
-    if distributed.get_rank() == 0:
+    def tick(self, nimg: int, report: Callable[[], None] | None, snapshot: bool, state: bool) -> None:
+        """Report, then save what is due: rank 0, whose failure all ranks raise."""
+        value = None
+        if snapshot:
+            check_agreement(self.objective, nimg)
+            value = self.objective.validate()
+
+        def rank0() -> None:
+            try:
+                report()
+                if snapshot:
+                    self.save_snapshot(nimg, value)
+                if state:
+                    self.save_state(nimg)
+            except OSError as e:
+                message = f"{e.filename or self.run_dir}: {e.strerror or e}; {self.newest()}"
+                raise dnnlib.UserError(message) from e
+
+        distributed.together(rank0 if distributed.get_rank() == 0 else lambda: None)
+
+    def save_snapshot(self, nimg: int, value: float | None) -> None:
+        """Write `network-snapshot-NNNNNN.pkl` and a picture; with a validation value, only the best one is kept."""
+        best, name = self.best, f"network-snapshot-{nimg // 1000:06d}.pkl"
+        if self.objective.snapshot_on_best:
+            if best["value"] is not None and not value < best["value"]:
+                print0(f"Validation loss {value:.4f}; the best stays {best['value']:.4f} ({best['name']})")
+                return
+            print0(f"Validation loss {value:.4f}: {name} is the best so far")
+        data = self.objective.snapshot()
+        data["info"].update(nimg=nimg, validation_loss=value, version=dnnlib.__version__, options=self.config)
+        path = os.path.join(self.run_dir, name)
+        checkpoint.require_space(path, checkpoint.size_of(data))
+        persistence.save_snapshot(path, data)
+        outdated, best["value"], best["name"] = best["name"], value, name
+        if self.objective.snapshot_on_best and outdated not in (None, name, self._best_of_state):
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(os.path.join(self.run_dir, outdated))
+        if nimg > self.config["batch_size"]:
+            self.objective.sheet(os.path.join(self.run_dir, f"samples-{nimg // 1000:06d}.png"))
+
+    def save_state(self, nimg: int) -> None:
+        """Write `training-state-NNNNNN.pt` and keep the newest `config['keep']`."""
         checkpoint.save_state(
-            os.path.join(run_dir, f"training-state-{nimg // 1000:06d}.pt"),
-            dict(config=config, nimg=nimg, best=best, objective=objective.state_dict()),
+            os.path.join(self.run_dir, f"training-state-{nimg // 1000:06d}.pt"),
+            dict(config=self.config, nimg=nimg, best=self.best, objective=self.objective.state_dict()),
         )
-        checkpoint.prune_states(run_dir, config["keep"])
-    distributed.barrier()
+        checkpoint.prune_states(self.run_dir, self.config["keep"])
+        self.remove_outdated()
+
+    def remove_outdated(self) -> None:
+        """Once a state says which snapshot is the best, delete those before it; a run resumed before needed them."""
+        self._best_of_state = best = self.best["name"]
+        if self.objective.snapshot_on_best and best is not None and os.path.exists(os.path.join(self.run_dir, best)):
+            for name in os.listdir(self.run_dir):
+                match = re.fullmatch(r"network-snapshot-([0-9]+)\.pkl", name)
+                if match and int(match[1]) < int(best[17:-4]):
+                    os.remove(os.path.join(self.run_dir, name))
+
+    def newest(self) -> str:
+        """What a run that ends here can be continued from, for the last line on the screen."""
+        states = checkpoint.states(self.run_dir)
+        if not states:
+            return "no state had been saved yet"
+        return f"{states[0].name} is saved. To go on: the same command with --resume={self.run_dir}"
+
+
+def check_agreement(objective: Objective, nimg: int) -> None:
+    """Raise UserError on every process when their weights, or what they compute from them, have drifted apart."""
+    if distributed.get_world_size() == 1:
+        return
+    ours, *others = distributed.all_gather_object(objective.probe(nimg))
+    for rank, theirs in enumerate(others, start=1):
+        if theirs[0] != ours[0]:
+            found = "their weights differ"
+        elif not np.allclose(theirs, ours, rtol=LOSS_TOLERANCE, equal_nan=True):
+            found = f"on the same images they find the losses {ours[1:]} and {theirs[1:]}"
+        else:
+            continue
+        raise distributed.shared(dnnlib.UserError(
+            f"processes 0 and {rank} have drifted apart at {nimg / 1000:.1f} kimg: {found}. One of the machines "
+            "computes wrongly; states saved before may be sound: continue from one with --resume, elsewhere"))
 
 
 class StopRequest:
@@ -138,13 +212,15 @@ class StopRequest:
         self._previous = {number: signal.signal(number, self._catch) for number in (signal.SIGTERM, signal.SIGINT)}
         self._pending: tuple | None = None
 
-    def restore(self) -> None:
-        """Put back the handlers found, and take leave of the other ranks."""
-        if self._pending is not None:
-            self._pending[0].wait()
-            self._pending = None
+    def __enter__(self) -> StopRequest:
+        return self
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        """Put back the handlers found and, unless something failed, take leave of the other ranks."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+        if self._pending is not None and kind in (None, SystemExit):
+            self._pending[0].wait()
 
     def _catch(self, number: int, _frame) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -164,12 +240,28 @@ class StopRequest:
         return result
 
 
+def logged_ticks(path: str) -> Iterator[tuple[str, int]]:
+    """(line, images seen) of every tick in a `stats.jsonl`; lines that were cut off are left out."""
+    with open(path, errors="replace") as f:
+        for line in f:
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                yield line, round(json.loads(line)["Progress/kimg"]["mean"] * 1000)
+
+
+def last_nimg(run_dir: str) -> int:
+    """Images that the run in `run_dir` had seen when it last reported; 0 when it never did."""
+    path = os.path.join(run_dir, "stats.jsonl")
+    return max((nimg for _, nimg in logged_ticks(path)), default=0) if os.path.exists(path) else 0
+
+
 class TickLog:
     """A line on the screen and in `stats.jsonl` a tick, mirrored to TensorBoard and Weights & Biases when asked for."""
 
-    def __init__(self, run_dir: str, config: dict):
+    def __init__(self, run_dir: str, config: dict, nimg: int):
         self.path = os.path.join(run_dir, "stats.jsonl")
         self.mirrors = []
+        if os.path.exists(self.path):
+            self._go_back(nimg)
         if config["tensorboard"]:
             try:
                 from torch.utils.tensorboard import SummaryWriter  # optional dependency
@@ -186,6 +278,12 @@ class TickLog:
                 raise dnnlib.UserError("--wandb needs the package wandb: pip install wandb") from None
             run = wandb.init(project=config["wandb"], dir=run_dir, config=config, name=os.path.basename(run_dir))
             self.mirrors.append(lambda values, step: run.log(values, step=step))
+
+    def _go_back(self, nimg: int) -> None:
+        """Drop the ticks that a resumed run repeats, and a line that was cut off: one object a tick, and whole ones."""
+        kept = [line for line, reached in logged_ticks(self.path) if reached <= nimg]
+        with checkpoint.atomic_open(self.path, "w") as f:
+            f.writelines(kept)
 
     def write(
         self,
@@ -216,9 +314,11 @@ class TickLog:
         values = {**values, **{k: dict(num=1, mean=float(v), std=0.0) for k, v in fields.items()}}
         with open(self.path, "a") as f:
             f.write(json.dumps({**values, "timestamp": time.time()}) + "\n")
+            f.flush()
+            os.fsync(f.fileno())    # what a state continues from has its ticks on disk as well
         for mirror in self.mirrors:
             mirror({k: v["mean"] for k, v in values.items() if np.isfinite(v["mean"])}, nimg)
-        bad = values.get("Health/bad_gradients", dict(mean=0, num=0))
+        bad = {what: values.get(f"Health/bad_{what}", dict(mean=0, num=0)) for what in ("losses", "gradients")}
         return "  ".join(
             [
                 f"tick {tick:<5d}",
@@ -235,6 +335,6 @@ class TickLog:
                     if "Resources/peak_gpu_mem_gb" in fields
                     else []
                 ),
-                *([f"non-finite gradients {bad['mean'] * bad['num']:.0f}"] if bad["mean"] else []),
+                *(f"non-finite {what} {v['mean'] * v['num']:.0f}" for what, v in bad.items() if v["mean"]),
             ]
         )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterable
 
 import torch
 
@@ -40,6 +41,8 @@ class Objective:
         self.augment = AugmentPipe(**config["augment"]) if config["augment"] else None
         self.autocast_dtype = {"bf16": torch.bfloat16}.get(config["precision"])
         self.train_indices = None  # a subset of the data set to train on; None: all of it
+        # Steps in a row with a non-finite loss or gradient, counted on the device: to look is to wait for it.
+        self.bad_steps = torch.zeros([], dtype=torch.int64, device=device)
         torch.manual_seed(misc.step_seed(config["seed"], 0, 0, stream=1))  # The same initial weights on every rank.
         try:
             self.trained: dict[str, TrainedNetwork] = self.build()
@@ -129,6 +132,7 @@ class Objective:
             draws["items"] = items.to(self.device, non_blocking=True)
         n = len(images)
         size = self.config["batch_gpu"] or n
+        bad = torch.zeros_like(self.bad_steps)
         for name, loss_of, networks in self.phases(nimg):
             active = [self.trained[network] for network in networks]
             frozen = [trained for trained in self.trained.values() if trained not in active]
@@ -141,13 +145,38 @@ class Objective:
                         stack.enter_context(trained.accumulate(last=start + size >= n))
                     stack.enter_context(self.precision())
                     loss = loss_of(images[part], labels[part], _slice(draws, part), stats)
-                    stats.add(f"Loss/{name}", loss.detach())
+                    bad += _add_loss(name, loss.detach(), stats)
                     (loss.sum() * (active[0].loss_scaling / n)).backward()
             for trained in active:
                 trained.update(nimg, self.config["batch_size"])
-                stats.add("Health/bad_gradients", trained.take_bad_grads())
+                bad_grads = trained.take_bad_grads()
+                stats.add("Health/bad_gradients", bad_grads)
+                bad += bad_grads
             for trained in frozen:
                 trained.net.requires_grad_(True)
+        self.bad_steps = torch.where(bad > 0, self.bad_steps + 1, 0)
+
+    def probe(self, nimg: int) -> list[float]:
+        """What all processes must agree on: a checksum of the weights in training, and the losses of some images.
+
+        The images and random numbers are the same on every process. Nothing is trained.
+        """
+        # As many as a network sees at a time in training: compiled ones know no other number.
+        n = self.config["batch_gpu"] or self.config["batch_size"] // distributed.get_world_size()
+        items = torch.arange(n) % len(self.dataset)
+        images, labels = self.dataset.images(items).to(self.device), self.dataset.onehot(items).to(self.device)
+        seed = (self.config["seed"], 0, nimg)
+        torch.manual_seed(misc.step_seed(*seed, stream=5))
+        draws = self.draw(images, misc.step_generator(*seed, self.device, stream=6))
+        draws["items"] = items.to(self.device)
+        values = [float(_checksum(trained.net for trained in self.trained.values()))]
+        for _, loss_of, _ in self.phases(nimg):
+            with contextlib.ExitStack() as stack:
+                for trained in self.trained.values():
+                    stack.enter_context(trained.accumulate(last=False))
+                stack.enter_context(self.precision())
+                values.append(float(loss_of(images, labels, draws, Stats(self.device)).detach().sum() / n))
+        return values
 
     def snapshot(self) -> dict:
         """What `network-snapshot-*.pkl` holds, without the run's own `info`."""
@@ -180,6 +209,23 @@ class Objective:
     def load_state_dict(self, state: dict) -> None:
         for name, trained in self.trained.items():
             trained.load_state_dict(state[name])
+
+
+def _checksum(modules: Iterable[torch.nn.Module]) -> int:
+    crc = 0
+    for module in modules:
+        for tensor in module.state_dict().values():
+            crc = zlib.crc32(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy(), crc)
+    return crc
+
+
+def _add_loss(name: str, loss: torch.Tensor, stats: Stats) -> torch.Tensor:
+    # Non-finite values are counted apart: one would hide all others in the mean.
+    finite = loss.isfinite()
+    bad = finite.logical_not().sum()
+    stats.add(f"Loss/{name}", loss, mask=finite)
+    stats.add("Health/bad_losses", bad)
+    return bad
 
 
 def _slice(draws: dict, part: slice) -> dict:
