@@ -33,7 +33,7 @@ from training import options
 from training.objectives.base import Objective
 
 KILLED = 137
-TIMEOUT = 600   # a busy disk may take minutes over one fsync
+TIMEOUT = 600   # seconds; for machines that are busy with other work
 
 
 @persistent_class(embed_source=False)
