@@ -235,7 +235,9 @@ def test_stream_is_independent_of_everything_but_seed_and_position(
     expected = images[start:], labels[start:]
     data = ImageDataset(str(archive[0]), xflip=xflip, cache=cache)
     streams = [BatchStream(data, batch, rank, world, seed, start, "cpu", workers, limit) for rank in range(world)]
-    steps = [[next(stream) for stream in streams] for _ in range(3)]
+    steps = [[(*next(stream), stream.items) for stream in streams] for _ in range(3)]
+    for step in steps:      # `items` says which ones they are, and they can be had again where they are held
+        assert all(same((images, labels), (data.images_on("cpu", i), data.onehot(i))) for images, labels, i in step)
     for stream in streams:
         stream.close()
     found = tuple(torch.cat([share[i] for step in steps for share in step]) for i in (0, 1))
