@@ -24,10 +24,10 @@ demo-full: $(STAMP)
 	$(BIN)/python quickstart.py --outdir=demo-full --only=all
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses=auto --dist=loadfile
 
 test-long: $(STAMP)
-	$(BIN)/python -m pytest -m "long or not long"
+	$(BIN)/python -m pytest --numprocesses=auto --dist=loadfile -m "long or not long"
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

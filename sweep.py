@@ -55,7 +55,7 @@ class FloatList(click.ParamType):
 @click.option("--data", metavar="PATH", required=True, help="Reference archive, with clean labels for its judge")
 @click.option("--detector", metavar="NAME", required=True, help="As in fid.py evaluate")
 @click.option("--outdir", metavar="DIR", required=True, help="Where plot, table and images go")
-@click.option("--weights", metavar="LIST", type=FloatList(), default="0.2,0.5,1,1.5,2,3", help="Weights, for both orders")
+@click.option("--weights", metavar="LIST", type=FloatList(), default="0.2,0.5,1,1.5,2,3", help="Weights of both orders")
 @click.option("--modes", type=click.Choice([*DEFAULT_WEIGHTS, "both"]), default="both", help="Which --dg_mode")
 @click.option("--seeds", metavar="LIST", type=INT_LIST, default="0-999", help="Random seeds; classes take turns")
 @click.option("--batch", metavar="INT", type=click.IntRange(min=1), default=250, help="Images at a time on a process")

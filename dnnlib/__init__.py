@@ -1,20 +1,10 @@
 """Helpers that need neither torch nor the rest of the project."""
 
 from dnnlib import cli
-from dnnlib.util import (
-    EasyDict,
-    Logger,
-    UserError,
-    atomic_open,
-    format_time,
-    is_url,
-    one_line,
-    open_url,
-    read_bytes,
-    read_npz,
-)
+from dnnlib.downloads import is_url, open_url, read_bytes
+from dnnlib.util import EasyDict, Logger, UserError, atomic_open, format_time, one_line, open_file
 
 __version__ = "0.1.0"
 
-__all__ = ["EasyDict", "Logger", "UserError", "atomic_open", "cli", "format_time", "is_url", "one_line", "open_url",
-           "read_bytes", "read_npz"]
+__all__ = ["EasyDict", "Logger", "UserError", "atomic_open", "cli", "format_time", "is_url", "one_line", "open_file",
+           "open_url", "read_bytes"]

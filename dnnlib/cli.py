@@ -16,7 +16,7 @@ from dnnlib.util import one_line
 
 __all__ = ["BOOL", "INT_LIST", "Command", "FloatRange", "Group", "given_options", "output_file", "parse_int_list"]
 
-_MAX_INTS = 100_000_000
+_MAX_INTS = 10_000_000
 
 
 def parse_int_list(text: str) -> list[int]:
@@ -78,6 +78,8 @@ class FloatRange(click.FloatRange):
 def output_file(_ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
     """Callback of an option: find out before the work that the result cannot be written; create nothing yet."""
     if value is not None:
+        if not value:
+            raise click.BadParameter("is empty, expected a file name", param=param)
         folder = os.path.dirname(os.path.abspath(value))
         while not os.path.lexists(folder):
             folder = os.path.dirname(folder)
@@ -147,6 +149,11 @@ class _OneLineErrors:
             if not standalone_mode:
                 raise
             _fail("interrupted", 130)
+        except (MemoryError, RuntimeError) as e:
+            # PyTorch says it with a RuntimeError. Any other one is a bug, whose traceback is wanted.
+            if not standalone_mode or not (isinstance(e, MemoryError) or "allocate memory" in str(e)):
+                raise
+            _fail("not enough memory for this", 1)
         except OSError as e:
             if not standalone_mode:
                 raise

@@ -15,7 +15,7 @@ import dnnlib
 from metrics.detectors import ClassifierDetector, Detector
 from metrics.features import Features
 from metrics.images import ImageSource
-from torch_utils import distributed
+from torch_utils import distributed, safe_files
 
 __all__ = ["FeatureCache"]
 
@@ -42,7 +42,7 @@ class FeatureCache:
         if not os.path.exists(self.path):
             return
         expected = "expected features of 'fid.py evaluate', or no such file yet"
-        arrays = dnnlib.read_npz(self.path, expected)
+        arrays = safe_files.read_npz(self.path, expected)
         try:
             for i, what in enumerate(json.loads(str(arrays[SETS]))):
                 parts = {part: arrays[f"{i}.{part}"] for part in PARTS if f"{i}.{part}" in arrays}

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 import dnnlib
+from torch_utils import safe_files
 from training.archive_reader import plain_labels
 from training.dataset import ImageDataset
 
@@ -40,7 +41,7 @@ class NpzImages:
 
     def __init__(self, path: str, max_size: int | None = None, seed: int = 0):
         self.path = path
-        arrays = dnnlib.read_npz(path, "expected arr_0, images [N,H,W,C] uint8")
+        arrays = safe_files.read_npz(path, "expected arr_0, images [N,H,W,C] uint8")
         images, labels = arrays.get("arr_0"), arrays.get("arr_1")
         if images is None or images.ndim != 4 or images.dtype != np.uint8 or images.shape[3] not in (1, 3):
             found = f"holds {', '.join(arrays)}" if images is None else f"arr_0 is {images.dtype} {list(images.shape)}"

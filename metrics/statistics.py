@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 import dnnlib
-from torch_utils import distributed
+from torch_utils import distributed, safe_files
 
 __all__ = ["RunningStatistics", "load_reference"]
 
@@ -65,7 +65,7 @@ class RunningStatistics:
 def load_reference(path: str) -> tuple[np.ndarray, np.ndarray]:
     """mu [d] and sigma [d,d] of a reference `.npz` (ours or EDM's). UserError when it is none."""
     expected = "expected a reference of 'fid.py ref': mu [d] and sigma [d,d]"
-    arrays = dnnlib.read_npz(path, expected)
+    arrays = safe_files.read_npz(path, expected)
     if not {"mu", "sigma"} <= arrays.keys():
         raise dnnlib.UserError(f"{path}: holds {', '.join(arrays) or 'nothing'}; {expected}")
     mu, sigma = arrays["mu"], arrays["sigma"]

@@ -47,7 +47,7 @@ def generate_images(
             images = to_uint8(sampler(net, latents, labels, randn_like=rnd.randn_like))
         except torch.OutOfMemoryError:
             raise dnnlib.UserError(f"--batch: {device} has too little memory for {len(part)} at a time") from None
-        except FloatingPointError as e:
+        except (FloatingPointError, OverflowError) as e:
             raise dnnlib.UserError(f"seeds {part[0]} to {part[-1]}: {e}; a broken network or setting") from None
         yield part, images, None if classes is None else classes.cpu().numpy()
 

@@ -1,5 +1,6 @@
 """What bad input to dataset_tool.py gets: one line, the right exit code, nothing left behind."""
 
+import gzip
 import io
 import json
 import os
@@ -138,6 +139,8 @@ BAD = {
     "batch keys": (cifar_files(data_batch_1=pickle.dumps({"data": 3}, 2)), [CIFAR], 1, "data_batch_1: not a CIFAR"),
     "hostile batch": (cifar_files(data_batch_1=pickle.dumps(Hostile(), 2)), [CIFAR], 1, "data_batch_1"),
     "idx cut": (mnist_files(cut_file("train-images-idx3-ubyte.gz")), [MNIST], 1, "images-idx3-ubyte.gz: damaged"),
+    "idx empty images": (mnist_files(lambda f: (f / "train-images-idx3-ubyte.gz").write_bytes(gzip.compress(
+        b"\0\0\x08\3" + (6).to_bytes(4, "big") + bytes(4) + (28).to_bytes(4, "big")))), [MNIST], 1, "holds no images"),
     "idx labels": (
         mnist_files(lambda f: (f / "train-labels-idx1-ubyte.gz").unlink()), [MNIST], 1, "train-labels-idx1-ubyte"),
     "idx counts": (

@@ -1,12 +1,10 @@
 """dnnlib: command lines that fail in one line, durable files, logs, downloads."""
 
 import copy
-import http.server
 import os
 import pickle
 import resource
 import sys
-import threading
 
 import click
 import pytest
@@ -72,6 +70,7 @@ def command(ctx, data, **options):
     raise {
         "user": dnnlib.UserError("x.zip: not a ZIP\nat all"), "usage": click.UsageError("--class=7: there are 3"),
         "file": FileNotFoundError(2, "No such file or directory", "x.zip"), "full": OSError(28, "No space left"),
+        "memory": MemoryError(), "tensor": RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to"),
         "ctrl-c": KeyboardInterrupt(), "bug": ZeroDivisionError("bug"), "eof": EOFError("a bug as well"),
     }[data]
 
@@ -101,6 +100,8 @@ def test_dashes_and_underscores_are_interchangeable(rampup, images):
     (["--data=usage"], 2, "--class=7: there are 3"),
     (["--data=file"], 1, "x.zip: No such file or directory"),
     (["--data=full"], 1, "No space left"),
+    (["--data=memory"], 1, "not enough memory for this"),
+    (["--data=tensor"], 1, "not enough memory for this"),
     (["--data=ctrl-c"], 130, "interrupted"),
     ([], 2, "Missing option '--data'."),
     (["--data=exit", "--max-images=x"], 2, "Invalid value for '--max-images': 'x' is not a valid integer."),
@@ -225,65 +226,3 @@ def test_read_bytes(tmp_path):
     for bad in (tmp_path / "b", tmp_path, "a\0b"):
         with pytest.raises(dnnlib.UserError):
             dnnlib.read_bytes(bad)
-
-
-# ---- downloads
-
-class _Handler(http.server.BaseHTTPRequestHandler):
-    def do_GET(self):
-        self.server.asked.append(self.path)
-        if self.path == "/good.pkl":
-            self.send_response(200)
-            self.send_header("Content-Length", "4")
-            self.end_headers()
-            self.wfile.write(b"data")
-        elif self.path == "/cut":
-            self.send_response(200)
-            self.send_header("Content-Length", "400")
-            self.end_headers()
-            self.wfile.write(b"data")
-        elif self.path == "/missing":
-            self.send_error(404)
-        else:
-            target = {"/to-good": "/good.pkl", "/to-file": "file:///etc/passwd"}.get(self.path, "/loop")
-            self.send_response(302)
-            self.send_header("Location", target)
-            self.end_headers()
-
-    def log_message(self, *args):
-        pass
-
-
-@pytest.fixture
-def server():
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Handler) as server:
-        server.asked = []
-        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        server.url = f"http://127.0.0.1:{server.server_port}"
-        yield server
-        server.shutdown()
-
-
-def test_download_is_cached(server, tmp_path, monkeypatch):
-    monkeypatch.setenv("DNNLIB_CACHE_DIR", str(tmp_path / "cache"))
-    for _ in range(2):
-        with dnnlib.open_url(f"{server.url}/to-good", allow_http=True, verbose=False) as file:
-            assert file.read() == b"data"
-    assert server.asked == ["/to-good", "/good.pkl"]
-
-
-@pytest.mark.parametrize("page, reason", [
-    ("missing", "404"), ("cut", "4 bytes read"), ("loop", "more than 10 redirects"), ("to-file", "https")])
-def test_failed_downloads_leave_nothing(server, tmp_path, page, reason):
-    with pytest.raises(dnnlib.UserError, match=reason) as e:
-        dnnlib.open_url(f"{server.url}/{page}", tmp_path, verbose=False, allow_http=True)
-    assert f"{server.url}/{page}" in e.value.message and str(tmp_path) in e.value.message
-    assert os.listdir(tmp_path) == []
-
-
-def test_plain_http_is_refused_unless_allowed(server, tmp_path):
-    with pytest.raises(dnnlib.UserError, match="only https"):
-        dnnlib.open_url(f"{server.url}/good.pkl", tmp_path, verbose=False)
-    assert server.asked == []
-    with pytest.raises(dnnlib.UserError, match="not a URL"):
-        dnnlib.open_url("good.pkl", tmp_path)

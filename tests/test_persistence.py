@@ -23,7 +23,6 @@ from pickles import TOY, Raw, import_source, module_state, persistent, published
 from dnnlib import EasyDict, UserError
 from torch_utils import persistence, safe_pickle
 from torch_utils.persistence import find_snapshot, load_snapshot, persistent_class, save_snapshot
-from training import networks
 
 FIXTURES = os.path.join(os.path.dirname(__file__), "fixtures")
 
@@ -180,66 +179,6 @@ def test_a_full_disk_leaves_the_previous_snapshot(toy, snapshot):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert e.value.filename == str(snapshot)
     assert snapshot.read_bytes() == before and os.listdir(snapshot.parent) == [snapshot.name]
-
-
-STOCK = {
-    "dnnlib/__init__.py": """
-class EasyDict(dict):
-    def __getattr__(self, name):
-        return self[name]
-""",
-    "torch_utils/__init__.py": "",
-    "torch_utils/persistence.py": """
-import types
-import dnnlib
-
-modules = {}
-
-def persistent_class(cls):
-    class Wrapped(cls):
-        def __init__(self, *args, **kwargs):
-            self._init_args, self._init_kwargs = args, kwargs
-            super().__init__(*args, **kwargs)
-    Wrapped.__name__ = cls.__name__
-    return Wrapped
-
-def _reconstruct_persistent_obj(meta):
-    meta = dnnlib.EasyDict(meta)
-    assert meta.type == "class" and meta.version == 6
-    if meta.module_src not in modules:
-        modules[meta.module_src] = types.ModuleType("embedded")
-        exec(meta.module_src, vars(modules[meta.module_src]))
-    cls = vars(modules[meta.module_src])[meta.class_name]
-    obj = cls.__new__(cls)
-    obj.__setstate__(dnnlib.EasyDict(meta.state))
-    return obj
-"""}
-
-USE = """
-import importlib.util, pickle, sys
-sys.path.insert(0, sys.argv[1])
-import torch
-assert importlib.util.find_spec("training") is None
-with open(sys.argv[2], "rb") as f:
-    net = pickle.load(f)["ema"]
-assert type(net).__name__ == "EDMPrecond" and type(net).__mro__[1].__module__ == "embedded"
-assert not net.training and net._init_kwargs["img_resolution"] == net.img_resolution == 8
-torch.save(net(*torch.load(sys.argv[3])), sys.argv[4])
-"""
-
-
-def test_programs_that_run_embedded_source_load_our_networks(tmp_path):
-    for name, text in STOCK.items():
-        (tmp_path / "stock" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "stock" / name).write_text(text)
-    net = load_snapshot(os.path.join(FIXTURES, "edm_snapshot.pkl"))["ema"]
-    assert type(net) is networks.EDMPrecond
-    save_snapshot(tmp_path / "a.pkl", {"ema": net, "info": {"T": np.eye(2)}})
-    x, sigma, labels = torch.randn(2, 1, 8, 8), torch.tensor([0.5, 5.0]), torch.eye(10)[:2]
-    torch.save((x, sigma, labels), tmp_path / "in.pt")
-    args = [tmp_path / name for name in ("stock", "a.pkl", "in.pt", "out.pt")]
-    subprocess.run([sys.executable, "-I", "-c", USE, *args], check=True)
-    assert torch.equal(torch.load(tmp_path / "out.pt", weights_only=True), net(x, sigma, labels))
 
 
 # ---- what published files hold

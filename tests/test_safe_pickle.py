@@ -70,6 +70,14 @@ def test_tensors_in_plain_data():
     assert data[2] == 5 and data[2].dtype == torch.bfloat16 and data[3].shape == (0, 3)
 
 
+def test_arrays_that_share_their_bytes_do_not_multiply():
+    content = bytes(10 ** 5)
+    arrays = [Raw(np._core.numeric._frombuffer, content, np.dtype("u1"), (10 ** 5,), "C") for _ in range(3)]
+    assert len(safe_pickle.load(pickle.dumps(arrays[:1]), "x", safe_pickle.ARRAYS)[0]) == 10 ** 5
+    with pytest.raises(UserError, match="repeat themselves"):
+        safe_pickle.load(pickle.dumps(arrays), "x", safe_pickle.ARRAYS)
+
+
 # ---- CIFAR's archives
 
 PYTHON_2 = (b"\x80\x02}q\x01(U\x04dataq\x02cnumpy.core.multiarray\n_reconstruct\nq\x03cnumpy\nndarray\n"

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from dnnlib import UserError, atomic_open
-from torch_utils import distributed
+from torch_utils import distributed, safe_pickle
 
 __all__ = ["atomic_open", "latest_run", "latest_state", "load_state", "prune_states", "save_state"]
 
@@ -52,8 +52,10 @@ def _damage(path: str | os.PathLike[str]) -> str | None:
     # torch.load does not compare the container's checksums.
     try:
         with zipfile.ZipFile(path) as archive:
+            if any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()):
+                return "not a state (its parts are compressed)"  # and could unfold into any size
             bad = archive.testzip()
-    except (zipfile.BadZipFile, EOFError, ValueError, RuntimeError) as e:
+    except (zipfile.BadZipFile, EOFError, ValueError, RuntimeError, OverflowError) as e:
         return f"truncated or not a state ({str(e).rstrip('.')})"
     return None if bad is None else f"damaged (checksum of its part {bad} differs)"
 
@@ -67,21 +69,14 @@ def load_state(path: str | os.PathLike[str]) -> dict[str, Any]:
     if damage is not None:
         raise UserError(f"{path}: {damage}")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e:  # whatever a foreign file makes of the reader: nothing of it has run
-        raise UserError(f"{path}: not a training state of this program{_foreign(path)}; to go on from a snapshot's "
-                        "weights, give the network-snapshot-*.pkl beside it to --transfer") from e
+        with open(path, "rb") as file:
+            state = safe_pickle.load_torch(file, str(path))
+    except UserError as e:
+        raise UserError(f"{path}: not a training state of this program ({e.message.removeprefix(f'{path}: ')}); to go "
+                        "on from a snapshot's weights, give the network-snapshot-*.pkl beside it to --transfer") from e
     if not isinstance(state, dict):
         raise UserError(f"{path}: not a training state, it holds a {type(state).__name__}")
     return state
-
-
-def _foreign(path: str | os.PathLike[str]) -> str:
-    try:
-        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except Exception:  # the name is a courtesy in the message about a file that is refused anyway
-        return ""
-    return f" (it asks for {sorted(names)[0]!r})" if names else ""
 
 
 def _states(run_dir: str | os.PathLike[str]) -> list[Path]:

@@ -213,9 +213,13 @@ def load_snapshot(path_or_url: str | os.PathLike[str], trust_pickle: bool = Fals
     reader = _Reader(name, len(data))
     cls = reader.network_class(tree["ema"], kind)  # "a class we do not have" explains more than the names it asks for
     safe_pickle.refuse(refused, name, hint)
+    info = reader.settings(tree.get("info")) or {}
+    names = info.get("class_names")
+    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise reader.fail("its class_names are no list of strings")
     return {
         "ema": reader.build(cls, tree["ema"]),
-        "info": reader.settings(tree.get("info")) or {},
+        "info": info,
         "dataset_kwargs": reader.settings(tree.get("dataset_kwargs")) or {},
         "loss_fn": reader.settings(tree.get("loss_fn")),
         "augment_pipe": reader.settings(tree.get("augment_pipe")),
@@ -286,17 +290,19 @@ class _Reader(safe_pickle.Resolver):
         if inner is not None and str(inner) not in _classes:
             raise self.fail(f"names a model of type {str(inner)[:100]!r}, which this program does not have")
         tensors: dict[str, torch.Tensor] = {}
-        self._collect(record, "", tensors)
+        buffers: set[str] = set()  # names of those that were no parameters
+        self._collect(record, "", tensors, buffers)
         try:
             # A number in the arguments may ask for any size. Building takes a few times the values it ends with.
             with _ValueLimit(4_000_000 + 16 * sum(tensor.numel() for tensor in tensors.values())):
                 net = cls(*args, **kwargs).eval().requires_grad_(False)
         except Exception as e:  # constructors check little; the arguments come from a stranger
             raise self.fail(f"no {cls.__name__} can be built from the recorded arguments ({e})") from e
+        _rename_buffers(net, tensors, buffers)
         self._load(net, tensors)
         return net
 
-    def _collect(self, record: Any, prefix: str, tensors: dict[str, torch.Tensor]) -> None:
+    def _collect(self, record: Any, prefix: str, tensors: dict[str, torch.Tensor], buffers: set[str]) -> None:
         self.spend(prefix.count("."))
         path = getattr(type(record), "path", None)
         if path in safe_pickle.CONTAINERS and isinstance(record.state, dict):
@@ -308,11 +314,12 @@ class _Reader(safe_pickle.Resolver):
             for name, tensor in named.items():
                 if tensor is not None and name not in state.get("_non_persistent_buffers_set", ()):
                     tensors[prefix + name] = self.tensor(tensor)
+            buffers.update(prefix + name for name in state["_buffers"])
             children = {prefix + name + ".": child for name, child in state["_modules"].items() if child is not None}
         except (AttributeError, KeyError, TypeError) as e:
             raise self.fail(f"malformed module {prefix.rstrip('.')!r} ({type(e).__name__}: {e})") from e
         for name, child in children.items():
-            self._collect(child, name, tensors)
+            self._collect(child, name, tensors, buffers)
 
     def _load(self, net: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> None:
         expected = net.state_dict()
@@ -335,6 +342,19 @@ class _Reader(safe_pickle.Resolver):
         if not (value is None or isinstance(value, dict)):
             raise self.fail(f"holds a {type(value).__name__} where settings belong")
         return value if class_name is None else {"class_name": class_name, **(value or {})}
+
+
+def _rename_buffers(net: torch.nn.Module, tensors: dict[str, torch.Tensor], buffers: set[str]) -> None:
+    """Give buffers that other versions call otherwise our names, where a module has one such buffer and no doubt."""
+    expected = net.state_dict()
+    ours = {name for name, _ in net.named_buffers() if name in expected and name not in tensors}
+    theirs = buffers & (tensors.keys() - expected.keys())
+    for name in ours:
+        prefix = name.rpartition(".")[0]
+        missing = [n for n in ours if n.rpartition(".")[0] == prefix]
+        unknown = [n for n in theirs if n.rpartition(".")[0] == prefix]
+        if len(missing) == len(unknown) == 1 and tensors[unknown[0]].shape == expected[name].shape:
+            tensors[name] = tensors.pop(unknown[0])
 
 
 class _TrustedUnpickler(pickle.Unpickler):

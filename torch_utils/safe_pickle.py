@@ -3,6 +3,9 @@
 Nothing a pickle names is imported, nothing it calls exists: every allowed global becomes a fresh class whose instances
 only hold their arguments, so that no opcode (REDUCE, BUILD, NEWOBJ, ...) reaches a real function or class. What the
 records mean is worked out afterwards, from a pickle that was read to its end.
+
+Files of torch.save are read here as well. torch.load(weights_only=True) runs nothing either, but calls what is on its
+list: bytearray(10**12) in a file of a kilobyte takes the machine's memory.
 """
 
 from __future__ import annotations
@@ -12,8 +15,9 @@ import math
 import pickle
 import pickletools
 import re
-from collections.abc import Iterable
-from typing import Any
+import zipfile
+from collections.abc import Callable, Iterable
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -21,7 +25,7 @@ import torch
 from dnnlib import UserError
 
 __all__ = ["ARRAYS", "CONTAINERS", "TENSORS", "Record", "Resolver", "end_of_pickle", "load", "load_cifar_batch",
-           "parse", "refuse"]
+           "load_torch", "parse", "refuse"]
 
 # What the published network snapshots ask for, beside their persistent objects and plain data.
 TENSORS = frozenset({"torch._utils._rebuild_parameter", "torch._utils._rebuild_tensor_v2",
@@ -33,10 +37,18 @@ _DICTS = frozenset({"collections.OrderedDict", "dnnlib.util.EasyDict"})
 ARRAYS = frozenset({"numpy.core.multiarray._reconstruct", "numpy.core.numeric._frombuffer", "numpy.ndarray",
                     "_codecs.encode"})
 
+# Storages in files of torch.save, by the name of the class that stood for the kind.
+_KINDS = {f"torch.{name}Storage": getattr(torch, dtype) for name, dtype in dict(
+    Double="float64", Float="float32", Half="float16", BFloat16="bfloat16", Long="int64", Int="int32", Short="int16",
+    Char="int8", Byte="uint8", Bool="bool", ComplexDouble="complex128", ComplexFloat="complex64").items()}  # fmt: skip
+
 MAX_DEPTH = 200
-_LEGACY_MAGIC = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)  # how torch begins a storage inside a pickle
+MAX_OPERATIONS = 4_000_000  # the largest published file (CIFAR-100) has half a million
+_LEGACY_MAGIC, _LEGACY_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # how torch.save begins where it writes no ZIP
+_ReadStorage = Callable[[Any, memoryview], int]  # fills the memory from the storage of a key, returns how much it had
 # What reading a record raises when its arguments are not of the kind they should be.
-_MALFORMED = (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError)
+_MALFORMED = (ArithmeticError, AttributeError, EOFError, LookupError, MemoryError, OSError, RuntimeError, TypeError,
+              ValueError, zipfile.BadZipFile)  # fmt: skip
 
 
 class Record:
@@ -69,12 +81,20 @@ class _RecordDict(dict):
         pass  # attributes of a dict, such as a state dict's version numbers
 
 
+class _Stored(Record):
+    """A storage outside the pickle, as torch.save refers to it: args are its kind, its key, its number of values."""
+
+    __slots__ = ()
+    path = "a storage"
+
+
 class _Unpickler(pickle.Unpickler):
-    def __init__(self, data: bytes, allowed: frozenset[str], encoding: str):
-        super().__init__(io.BytesIO(data), encoding=encoding)
+    def __init__(self, stream: IO[bytes], allowed: frozenset[str], encoding: str):
+        super().__init__(stream, encoding=encoding)
         self._allowed = allowed
         self._classes: dict[str, type] = {}
         self.refused: list[str] = []
+        self.stored: dict[Any, _Stored] = {}  # storages outside the pickle by key
 
     def find_class(self, module: str, name: str) -> type:
         path = re.sub(r"^numpy\._core\.", "numpy.core.", f"{module}.{name}")
@@ -86,8 +106,14 @@ class _Unpickler(pickle.Unpickler):
             self._classes[path] = type("Inert", (base,), {"__slots__": (), "path": path})
         return self._classes[path]
 
+    def persistent_load(self, pid: Any) -> Record:
+        kind = pid[1].path if isinstance(pid, tuple) and len(pid) in (5, 6) and pid[0] == "storage" else None
+        if not _KINDS.keys() & self._allowed or kind not in _KINDS or pid[5:] not in ((), (None,)):
+            raise pickle.UnpicklingError("it refers to an object outside")
+        return self.stored.setdefault(pid[2], _Stored(kind, pid[2], pid[4]))
 
-def end_of_pickle(data: bytes, name: str) -> int:
+
+def end_of_pickle(data: bytes | IO[bytes], name: str) -> int:
     """Offset after a pickle's last opcode, found without reading it. Raises UserError when it is cut off or none."""
     count, end = 0, 0
     try:
@@ -96,9 +122,15 @@ def end_of_pickle(data: bytes, name: str) -> int:
             # The C reader allocates its memo up to the largest index before it looks further.
             if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and arg > count:
                 raise ValueError(f"memo index {arg} in operation {count}")
+            if opcode.name in ("EXT1", "EXT2", "EXT4"):
+                # Those of a program's registered extensions do not go through find_class once they have been used.
+                raise ValueError("it asks for a registered extension")
+            if count > MAX_OPERATIONS:
+                raise ValueError(f"more than {MAX_OPERATIONS:,} operations")
             end = pos + 1
     except Exception as e:  # pickletools raises a dozen kinds; all of them mean this
-        raise UserError(f"{name}: {'truncated or corrupt' if count else 'not a'} pickle ({e})") from e
+        why = str(e) or type(e).__name__
+        raise UserError(f"{name}: {'truncated or corrupt' if count else 'not a'} pickle ({why[:200]})") from e
     return end
 
 
@@ -109,14 +141,23 @@ def parse(data: bytes, name: str, extra: Iterable[str] = (), encoding: str = "AS
     are not allowed (the caller refuses, or explains better), and the offset after the last opcode.
     Raises UserError naming the file `name` when it is truncated or corrupt.
     """
-    end = end_of_pickle(data, name)
-    reader = _Unpickler(data, _SCALARS | _DICTS | frozenset(extra), encoding)
+    stream = io.BytesIO(data)
+    tree, reader = _parse(stream, name, extra, encoding)
+    return tree, reader.refused, stream.tell()
+
+
+def _parse(stream: IO[bytes], name: str, extra: Iterable[str] = (), encoding: str = "ASCII") -> tuple[Any, _Unpickler]:
+    # The pickle at the stream's position; leaves the stream behind it.
+    start, end = stream.tell(), end_of_pickle(stream, name)
+    stream.seek(start)
+    reader = _Unpickler(stream, _SCALARS | _DICTS | frozenset(extra), encoding)
     try:
         tree = reader.load()
     except Exception as e:  # any misuse of an inert record ends here: TypeError, AttributeError, KeyError, ...
         refuse(reader.refused, name)
-        raise UserError(f"{name}: corrupt pickle ({e})") from e
-    return tree, reader.refused, end
+        raise UserError(f"{name}: corrupt pickle ({str(e)[:200]})") from e
+    stream.seek(end)
+    return tree, reader
 
 
 def refuse(refused: list[str], name: str, hint: str = "") -> None:
@@ -135,11 +176,86 @@ def load(data: bytes, name: str, extra: Iterable[str] = (), encoding: str = "ASC
     return Resolver(name, len(data)).plain(tree)
 
 
-class Resolver:
-    """Turns the records of a file of `size` bytes into values. Every method raises UserError naming the file."""
+def load_torch(file: IO[bytes], name: str, extra: Iterable[str] = ()) -> Any:
+    """The plain data and tensors (on the CPU) of a file written by torch.save, in its ZIP or its older form.
 
-    def __init__(self, name: str, size: int):
-        self._name = name
+    `extra`: names allowed beside those, such as ARRAYS. Raises UserError naming the file `name` when it is truncated
+    or corrupt, or asks for anything else.
+    """
+    extra = frozenset(extra) | TENSORS | _KINDS.keys()
+    size = file.seek(0, io.SEEK_END)
+    file.seek(0)
+    zipped = file.read(4) == b"PK\3\4"
+    file.seek(0)
+    try:
+        tree, refused, read = (_open_zip if zipped else _open_legacy)(file, name, extra)
+    except _MALFORMED as e:
+        raise UserError(f"{name}: malformed ({e})") from e
+    refuse(refused, name)
+    return Resolver(name, size, read).plain(tree)
+
+
+def _open_zip(file: IO[bytes], name: str, extra: Iterable[str]) -> tuple[Any, list[str], _ReadStorage]:
+    try:
+        archive = zipfile.ZipFile(file)
+        entries = {info.filename: info for info in archive.infolist()}
+        pickles = [entry for entry in entries if entry.endswith("/data.pkl")]
+        # torch.save stores its entries as they are: nothing here can unfold into more than the file's size.
+        if len(pickles) != 1 or len(entries) != len(archive.infolist()) or any(
+                info.compress_type or info.flag_bits & 1 or info.compress_size != info.file_size
+                for info in entries.values()):
+            raise ValueError("not the ZIP that torch.save writes")
+        prefix = pickles[0].removesuffix("data.pkl")
+        if prefix + "byteorder" in entries and archive.read(prefix + "byteorder") != b"little":
+            raise ValueError("not little-endian")
+        data = archive.read(pickles[0])
+    except Exception as e:  # zipfile raises a dozen kinds; all of them mean this
+        raise UserError(f"{name}: truncated or corrupt ({str(e)[:200]})") from e
+    tree, refused, _ = parse(data, name, extra)
+
+    def read(key: Any, memory: memoryview) -> int:
+        with archive.open(entries[f"{prefix}data/{key}"]) as source:
+            filled = source.readinto(memory)
+            if source.read(1):  # also lets it compare the checksum
+                raise ValueError(f"storage {key} is larger")
+            return filled
+
+    return tree, refused, read
+
+
+def _open_legacy(file: IO[bytes], name: str, extra: Iterable[str]) -> tuple[Any, list[str], _ReadStorage]:
+    magic, protocol, system = (_parse(file, name)[0] for _ in range(3))
+    if (magic, protocol) != (_LEGACY_MAGIC, _LEGACY_PROTOCOL) or not (
+            isinstance(system, dict) and system.get("little_endian") is True):
+        raise UserError(f"{name}: not a file of torch.save, or not a little-endian one")
+    tree, reader = _parse(file, name, extra)
+    keys = _parse(file, name)[0]
+    if not isinstance(keys, list) or len(keys) != len(reader.stored) or set(keys) != reader.stored.keys():
+        raise UserError(f"{name}: corrupt, it lists other storages than it uses")
+    # Behind the pickles: of each storage the number of values and the values.
+    places, end = {}, file.tell()
+    for key in keys:
+        kind, _, count = reader.stored[key].args
+        places[key] = end
+        end += 8 + count * _KINDS[kind].itemsize
+
+    def read(key: Any, memory: memoryview) -> int:
+        file.seek(places[key])
+        if int.from_bytes(file.read(8), "little") != reader.stored[key].args[2]:
+            raise ValueError(f"storage {key} has another size")
+        return file.readinto(memory)
+
+    return tree, reader.refused, read
+
+
+class Resolver:
+    """Turns the records of a file of `size` bytes into values. Every method raises UserError naming the file.
+
+    `read`: where the storages outside the pickle come from.
+    """
+
+    def __init__(self, name: str, size: int, read: _ReadStorage | None = None):
+        self._name, self._size, self._read = name, size, read
         # Shared references let a small file unfold into a huge object. An honest one has a few bytes for each value.
         self._left = size + 1000
         self._storages: dict[int, tuple[Record, torch.dtype, torch.UntypedStorage]] = {}
@@ -155,9 +271,9 @@ class Resolver:
         except TypeError as e:  # a value that cannot be a key
             raise self.fail(f"malformed ({e})") from e
 
-    def spend(self, depth: int) -> None:
-        """Count one value met at `depth`; refuse the file when there are more than its size explains."""
-        self._left -= 1
+    def spend(self, depth: int, nbytes: int = 1) -> None:
+        """Count one value of `nbytes` met at `depth`; refuse the file when there is more than its size explains."""
+        self._left -= nbytes
         if self._left < 0 or depth > MAX_DEPTH:
             raise self.fail("refused, its contents repeat themselves or are nested beyond reason")
 
@@ -217,6 +333,7 @@ class Resolver:
         data = data.encode("latin1") if isinstance(data, str) else data
         if len(data) != math.prod(shape) * dtype.itemsize:
             raise ValueError(f"{len(data)} bytes for shape {shape} of {dtype}")
+        self.spend(0, len(data))
         return np.frombuffer(bytearray(data), dtype).reshape(shape, order=order)
 
     def _encoded(self, record: Record) -> bytes:
@@ -248,21 +365,34 @@ class Resolver:
 
     def _storage(self, record: Any) -> tuple[torch.dtype, torch.UntypedStorage]:
         if id(record) not in self._storages:
-            if not (isinstance(record, Record) and type(record).path == "torch.storage._load_from_bytes"):
-                raise ValueError("no storage")
-            (blob,) = record.args
-            if not blob.startswith(_LEGACY_MAGIC):
-                raise ValueError("not a storage")
-            try:
-                # What torch.storage._load_from_bytes does, without its trust.
-                storage = torch.load(io.BytesIO(blob), map_location="cpu", weights_only=True)
-            except Exception as e:
-                raise ValueError(f"unreadable storage: {str(e).splitlines()[0][:100] if str(e) else e!r}") from e
-            if not isinstance(storage, torch.storage.TypedStorage):
-                raise ValueError(f"a {type(storage).__name__} where a storage belongs")
             # The record is kept, so that no other one can get its id.
-            self._storages[id(record)] = (record, storage.dtype, storage._untyped_storage)  # untyped() warns
+            self._storages[id(record)] = (record, *self._load_storage(record))
         return self._storages[id(record)][1:]
+
+    def _load_storage(self, record: Any) -> tuple[torch.dtype, torch.UntypedStorage]:
+        read = self._read
+        if isinstance(record, Record) and type(record).path == "torch.storage._load_from_bytes":
+            # A file of torch.save inside the pickle, which holds one storage and nothing else.
+            (blob,) = record.args
+            self.spend(0, len(blob))
+            try:
+                record, refused, read = _open_legacy(io.BytesIO(blob), "storage", _KINDS)
+                refuse(refused, "storage")
+            except UserError as e:
+                raise ValueError(e.message) from e
+        if not isinstance(record, _Stored):
+            raise ValueError("no storage")
+        kind, key, count = record.args
+        dtype = _KINDS[kind]
+        if type(count) is not int or not 0 <= count * dtype.itemsize <= self._size:
+            raise ValueError(f"storage of {count} values in a file of {self._size} bytes")
+        nbytes = count * dtype.itemsize
+        if read is self._read:
+            self.spend(0, nbytes)
+        memory = torch.empty(nbytes, dtype=torch.uint8)
+        if nbytes and read(key, memoryview(memory.numpy())) != nbytes:
+            raise ValueError("a storage is cut off")
+        return dtype, memory.untyped_storage()
 
 
 def load_cifar_batch(data: bytes, name: str) -> dict[str, Any]:

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import io
-import json
 import os
-import pickle
-import zipfile
 from typing import Any
 
 import numpy as np
 import torch
 
 import dnnlib
+from torch_utils import safe_files
 from training.archive_reader import match_labels, plain_labels
 
 __all__ = ["load_labels"]
+
+_READERS = {".json": safe_files.load_json, ".npy": safe_files.load_npy, ".npz": safe_files.load_npz,
+            ".pt": safe_files.load_pt}
 
 
 def load_labels(path: str, names: list[list[str]], count: int, key: str | None = None) -> np.ndarray:
@@ -26,15 +26,9 @@ def load_labels(path: str, names: list[list[str]], count: int, key: str | None =
     UserError: unreadable or hostile file, no such key, length mismatch (with both lengths), labels that are no labels.
     """
     suffix = os.path.splitext(path)[1].lower()
-    if suffix not in (".json", ".npy", ".npz", ".pt"):
+    if suffix not in _READERS:
         raise dnnlib.UserError(f"--labels: {path}: expected a .json, .npy, .npz or .pt file")
-    data = dnnlib.read_bytes(path)
-    try:
-        found = _READERS[suffix](data)
-    except (ValueError, EOFError, OSError, RecursionError, RuntimeError, zipfile.BadZipFile, pickle.UnpicklingError,
-            AttributeError, KeyError, IndexError, TypeError, AssertionError):  # fmt: skip
-        # What the three parsers raise on damaged bytes, or on pickles of more than tensors and arrays.
-        raise dnnlib.UserError(f"--labels: {path}: not a readable {suffix} label file") from None
+    found = _READERS[suffix](dnnlib.read_bytes(path), f"--labels: {path}")
     if suffix == ".json":
         if not isinstance(found, dict):
             raise dnnlib.UserError(f'--labels: {path}: must hold {{"labels": [[file name, label], ...]}}')
@@ -71,33 +65,3 @@ def _choose(found: Any, key: str | None, path: str) -> Any:
         problem = f"no entry '{key}' in {path}" if key else f"{path} has several entries, choose one"
         raise dnnlib.UserError(f"--label_key: {problem} (there are: {', '.join(map(str, found)) or 'none'})")
     return found[key]
-
-
-def _read_npz(data: bytes) -> dict[str, np.ndarray]:
-    with np.load(io.BytesIO(data), allow_pickle=False) as archive:
-        return dict(archive)
-
-
-def _latin1(text: str, encoding: str) -> bytes:
-    """What `_codecs.encode` is in a pickled array: a way to write bytes. Nothing else passes."""
-    if encoding != "latin1":
-        raise pickle.UnpicklingError
-    return text.encode("latin1")
-
-
-def _read_pt(data: bytes) -> Any:
-    # CIFAR-N's files hold NumPy arrays: the functions that rebuild one, under their old and new names, and no more.
-    rebuild = np.core.multiarray if np.__version__ < "2" else np._core.multiarray
-    allowed = [(getattr(rebuild, name), f"numpy.{core}.multiarray.{name}")
-               for core in ("core", "_core") for name in ("_reconstruct", "scalar")]  # fmt: skip
-    dtypes = [type(np.dtype(name)) for name in np.typecodes["AllInteger"] + "fd?"]
-    with torch.serialization.safe_globals([*allowed, np.ndarray, np.dtype, *dtypes, (_latin1, "_codecs.encode")]):
-        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-
-
-_READERS = {
-    ".json": json.loads,
-    ".npy": lambda data: np.load(io.BytesIO(data), allow_pickle=False),
-    ".npz": _read_npz,
-    ".pt": _read_pt,
-}

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import io
 import json
+import lzma
 import os
 import re
+import stat
 import struct
 import warnings
 import zipfile
@@ -21,29 +23,37 @@ import numpy as np
 import PIL.Image
 
 import dnnlib
+from torch_utils.safe_files import load_json, read_member, unpacked_limit
 
 try:
     import pyspng
 except ImportError:  # Pillow decodes as well, only slower
     pyspng = None
 
-__all__ = ["ArchiveReader", "decode_image", "image_shape", "match_labels", "ordered_map", "plain_labels"]
+__all__ = ["ArchiveReader", "check_name", "decode_image", "image_shape", "match_labels", "ordered_map", "plain_labels"]
 
 PIL.Image.init()
-EXTENSIONS = frozenset(ext.lower() for ext, kind in PIL.Image.EXTENSION.items() if kind in PIL.Image.OPEN)
+# Pillow goes by content, not by name, and hands some of the formats it knows (EPS) to other programs that run them.
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+EXTENSIONS = frozenset(ext.lower() for ext, kind in PIL.Image.EXTENSION.items() if kind in FORMATS)
 METADATA = "dataset.json"
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 SHARD = re.compile(r"\d{5,6}")  # the numbered folders of this project's and EDM's archives: no class names
 
 # Pillow warns at its limit and raises at twice the limit; one limit, always an error, is what a reader can rely on.
 warnings.filterwarnings("error", category=PIL.Image.DecompressionBombWarning)
+# What a member that is no ZIP entry, or whose bytes changed, makes of the readers.
+DAMAGED = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, OSError, RuntimeError, EOFError, ValueError,
+           ArithmeticError)  # fmt: skip
+MEMBER_LIMIT = unpacked_limit(0)  # bytes of one member of a ZIP
 
 
 class ArchiveReader:
     """The images of a ZIP or a folder, in sorted order, and its `dataset.json`; opening reads no image.
 
     `names`: image names relative to the root, '/' between folders. `metadata`: the parsed `dataset.json` or None.
-    UserError: missing or unreadable, not a ZIP, no images, `dataset.json` that is not a JSON object with `labels`.
+    UserError: missing or unreadable, not a ZIP, no images, `dataset.json` that is not a JSON object with `labels`,
+    members that lead out of the archive, lie over each other, or are links or devices.
     """
 
     def __init__(self, path: str) -> None:
@@ -63,15 +73,16 @@ class ArchiveReader:
         self.metadata = self._parse_metadata() if METADATA in files else None
 
     def _open_zip(self, path: str) -> None:
-        try:
-            self._file = open(path, "rb")  # stays open: the object owns it
-        except OSError as err:
-            raise dnnlib.UserError(f"{path}: cannot be read ({err.strerror or err})") from None
+        self._file = dnnlib.open_file(path)  # stays open: the object owns it
         try:
             self._zip = zipfile.ZipFile(self._file)
-        except (zipfile.BadZipFile, ValueError, struct.error, OSError):
+            _check_members(self._zip.infolist(), path)
+        except (zipfile.BadZipFile, ValueError, struct.error, OSError, OverflowError, RuntimeError):
             self._file.close()
             raise dnnlib.UserError(f"{path}: not a ZIP file (or an incomplete one)") from None
+        except dnnlib.UserError:
+            self._file.close()
+            raise
         self._entries = {info.filename: info for info in self._zip.infolist()}
 
     def _strip_root(self, files: list[str]) -> list[str]:
@@ -102,13 +113,15 @@ class ArchiveReader:
                 raise dnnlib.UserError(f"{self.where(name)}: cannot be read ({err.strerror or err})") from None
         try:
             return self._read_zip(self._entries[self._root + name])
-        except (zipfile.BadZipFile, zlib.error, struct.error, OSError, RuntimeError, EOFError):
+        except DAMAGED:
             raise dnnlib.UserError(f"{self.where(name)}: damaged (or encrypted) in the ZIP") from None
 
     def _read_zip(self, info: zipfile.ZipInfo) -> bytes:
         """Positional reads of the one open file: no seek to share, so no lock and no handle per thread."""
         if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or info.flag_bits & 1:
-            return self._zip.read(info)  # rare kinds: zipfile's own reader, which locks
+            return read_member(self._zip, info, MEMBER_LIMIT)  # rare kinds: zipfile's own reader, which locks
+        if max(info.file_size, info.compress_size) > MEMBER_LIMIT:
+            raise zipfile.BadZipFile
         fd = self._file.fileno()
         header = os.pread(fd, 30, info.header_offset)
         signature, name_length, extra_length = struct.unpack("<4s22xHH", header)
@@ -127,10 +140,7 @@ class ArchiveReader:
 
     def _parse_metadata(self) -> dict[str, Any]:
         where = self.where(METADATA)
-        try:
-            metadata = json.loads(self.read(METADATA))
-        except (ValueError, RecursionError):
-            raise dnnlib.UserError(f"{where}: not valid JSON") from None
+        metadata = load_json(self.read(METADATA), where)
         if not isinstance(metadata, dict) or "labels" not in metadata:
             raise dnnlib.UserError(f'{where}: lacks "labels" (a list of [file name, label] pairs, or null)')
         return metadata
@@ -191,9 +201,52 @@ def _walk(path: str) -> Iterator[str]:
     def fail(err: OSError) -> None:
         raise dnnlib.UserError(f"{err.filename or path}: cannot be read ({err.strerror or err})")
 
+    root = os.path.realpath(path)
     for folder, _folders, files in os.walk(path, onerror=fail):
         prefix = os.path.relpath(folder, path).replace(os.sep, "/")
-        yield from (name if prefix == "." else f"{prefix}/{name}" for name in files)
+        for name in files:
+            member = name if prefix == "." else f"{prefix}/{name}"
+            if _is_image(member) or member == METADATA:
+                _check_file(os.path.join(folder, name), root, f"{path}: {member}")
+            yield member
+
+
+def _check_file(path: str, root: str, where: str) -> None:
+    """UserError for what is no file (a device never ends, a pipe waits) and for links that leave the folder."""
+    try:
+        mode = os.lstat(path).st_mode
+        if stat.S_ISLNK(mode):
+            if os.path.commonpath([root, os.path.realpath(path)]) != root:
+                raise dnnlib.UserError(f"{where}: is a link to a file outside the folder; put a copy in its place")
+            mode = os.stat(path).st_mode
+    except (OSError, ValueError) as err:
+        raise dnnlib.UserError(f"{where}: cannot be read ({getattr(err, 'strerror', None) or err})") from None
+    if not stat.S_ISREG(mode):
+        raise dnnlib.UserError(f"{where}: is no regular file")
+
+
+def _check_members(members: list[zipfile.ZipInfo], path: str) -> None:
+    """UserError for members that lead out of the archive, are there twice, are links, or lie over each other."""
+    seen: set[str] = set()
+    end = 0
+    for info in sorted(members, key=lambda info: info.header_offset):
+        where = f"{path}: {info.filename}"
+        check_name(info.filename, where)
+        if info.filename in seen:
+            raise dnnlib.UserError(f"{where}: is there twice")
+        seen.add(info.filename)
+        kind = stat.S_IFMT(info.external_attr >> 16)
+        if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
+            raise dnnlib.UserError(f"{where}: is a {'link' if kind == stat.S_IFLNK else 'special file'}, not an image")
+        if info.header_offset < end:  # how a few bytes are made to unfold into very many images
+            raise dnnlib.UserError(f"{where}: lies over the member before it")
+        end = info.header_offset + 30 + len(info.filename) + info.compress_size
+
+
+def check_name(name: str, where: str) -> None:
+    """UserError for names of members that would lead out of the folder into which they are unpacked."""
+    if re.match(r"[/\\]|[A-Za-z]:", name) or ".." in re.split(r"[/\\]", name):
+        raise dnnlib.UserError(f"{where}: the name leads out of the archive")
 
 
 def _is_image(name: str) -> bool:
@@ -278,13 +331,15 @@ def decode_image(data: bytes, where: str) -> np.ndarray:
                 raise dnnlib.UserError(f"{where}: truncated or damaged image") from None
             return image.reshape(height, width, -1)
     try:
-        with PIL.Image.open(io.BytesIO(data)) as image:
+        with PIL.Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            _check_pixels(*image.size, where)
             _check_mode(image, where)
             mode = image.mode if image.mode in ("L", "RGB") else "L" if image.mode == "1" else "RGB"
             return np.asarray(image.convert(mode)).reshape(image.height, image.width, -1)
     except (PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning):
         raise dnnlib.UserError(f"{where}: more pixels than the limit of {PIL.Image.MAX_IMAGE_PIXELS:,}") from None
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error):  # what Pillow raises on bad files
+    except (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, MemoryError, LookupError, TypeError,
+            AttributeError, ArithmeticError, RuntimeError):  # what Pillow raises on bad files
         raise dnnlib.UserError(f"{where}: truncated or damaged image") from None
 
 
@@ -292,6 +347,7 @@ def image_shape(data: bytes, where: str) -> tuple[int, int, int]:
     """(height, width, channels) of an image file: from the header for common PNGs, else by decoding it."""
     kind = _png_kind(data)
     if kind is not None and kind[2:] in ((8, 0), (8, 2)):
+        _check_pixels(*kind[:2], where)
         return kind[1], kind[0], 3 if kind[3] == 2 else 1
     return decode_image(data, where).shape
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import bz2
+import contextlib
 import gzip
+import io
+import lzma
 import os
 import re
 import struct
@@ -19,13 +23,15 @@ from sklearn.datasets import load_digits, load_sample_images
 
 import dnnlib
 from torch_utils import safe_pickle
+from torch_utils.safe_files import unpacked_limit
 from training.archive_reader import ArchiveReader, decode_image, plain_labels
 
 __all__ = ["Source", "open_source"]
 
 PHOTO_CROPS = 2000  # images of `photos` unless told otherwise
 CROP_SIDES = (64, 256)  # pixels of a 640 x 427 photograph: smaller windows are mostly flat, larger ones much the same
-DAMAGED = (OSError, EOFError, zlib.error, struct.error, tarfile.TarError)  # what damaged .gz and .tar files raise
+# What damaged .gz and .tar files raise.
+DAMAGED = (OSError, EOFError, ValueError, OverflowError, zlib.error, lzma.LZMAError, struct.error, tarfile.TarError)
 
 
 @dataclass
@@ -64,6 +70,8 @@ def open_source(
     """
     if path not in ("digits", "photos") and not os.path.exists(path):
         raise dnnlib.UserError(f"{option}: {path}: no such file or folder (the built-in sources: digits, photos)")
+    if path not in ("digits", "photos") and not os.path.isdir(path):
+        dnnlib.open_file(path).close()  # UserError for devices and pipes, before anything reads them
     if os.path.isfile(path) and IDX_NAME.fullmatch(os.path.basename(path)):
         part = IDX_NAME.fullmatch(os.path.basename(path))[1]
         return _open_mnist(os.path.dirname(path), "t10k" if test else part, path)
@@ -148,9 +156,38 @@ def _open_images(path: str) -> Source:
 BATCH_NAME = re.compile(r"(?:(data_batch_\d+|train)|(test_batch|test)|(batches\.meta|meta))")
 
 
+class _Unpacked:
+    """What `tarfile` may read of a packed file: no more than the limit in all, however much a header asks for."""
+
+    def __init__(self, path: str):
+        with open(path, "rb") as file:
+            magic = file.read(6)
+        packed = {b"\x1f\x8b": gzip, b"BZ": bz2, b"\xfd7": lzma}.get(magic[:2])
+        self._file = packed.open(path) if packed else open(path, "rb")
+        self._left = unpacked_limit(os.path.getsize(path))
+        self.tell, self.close = self._file.tell, self._file.close
+
+    def read(self, size: int) -> bytes:
+        if size > self._left:
+            raise tarfile.ReadError("unpacks into too much")
+        data = self._file.read(size)
+        self._left -= len(data)
+        return data
+
+    def seek(self, position: int) -> int:
+        # Going forward in a packed file unpacks what is passed over.
+        ahead = position - self._file.tell()
+        if ahead < 0:
+            return self._file.seek(position)
+        while ahead > 0 and (data := self.read(min(ahead, 1 << 20))):
+            ahead -= len(data)
+        return self._file.tell()
+
+
 def _is_tar(path: str) -> bool:
     try:
-        return tarfile.is_tarfile(path)
+        with contextlib.closing(_Unpacked(path)) as file, tarfile.open(fileobj=file, mode="r:"):
+            return True
     except DAMAGED:
         return False
 
@@ -158,11 +195,11 @@ def _is_tar(path: str) -> bool:
 def _open_cifar(path: str, test: bool) -> Source:
     batches, class_names, family = {}, None, None
     try:
-        with tarfile.open(path) as tar:
+        with contextlib.closing(_Unpacked(path)) as file, tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:  # in file order: seeking back in a .gz would unpack it again
                 name = os.path.basename(member.name)
                 match = BATCH_NAME.fullmatch(name)
-                if match is None or not member.isfile() or match[1 if test else 2]:
+                if match is None or not member.isfile() or member.issparse() or match[1 if test else 2]:
                     continue
                 batch = safe_pickle.load_cifar_batch(tar.extractfile(member).read(), f"{path}: {member.name}")
                 if match[3]:
@@ -201,7 +238,7 @@ def _open_mnist(folder: str, part: str, path: str) -> Source:
     labels = _read_idx(os.path.join(folder, f"{part}-labels-idx1-ubyte"), 1).astype(np.int64)
     if len(images) != len(labels):
         raise dnnlib.UserError(f"{path}: {len(images)} images, but {len(labels)} labels")
-    if not len(images):
+    if not images.size:
         raise dnnlib.UserError(f"{path}: holds no images")
     if images.shape[1:] == (28, 28):
         images = np.pad(images, [(0, 0), (2, 2), (2, 2)])  # 32 x 32: a side the U-Nets can halve
@@ -217,12 +254,16 @@ def _read_idx(path: str, ndim: int) -> np.ndarray:
     path = path + ".gz" if zipped else path
     data = dnnlib.read_bytes(path)
     try:
-        data = gzip.decompress(data) if zipped else data
+        if zipped:
+            limit = unpacked_limit(len(data))
+            data = gzip.GzipFile(fileobj=io.BytesIO(data)).read(limit + 1)
+            if len(data) > limit:
+                raise ValueError
         magic, *shape = struct.unpack(f">{1 + ndim}I", data[: 4 + 4 * ndim])
         if magic != 0x800 + ndim:
             raise ValueError
         return np.frombuffer(data, np.uint8, offset=4 + 4 * ndim).reshape(shape)
-    except (*DAMAGED, ValueError):
+    except DAMAGED:
         raise dnnlib.UserError(f"{path}: damaged, incomplete or not an idx file of {ndim} dimensions") from None
 
 

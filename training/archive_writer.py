@@ -17,7 +17,7 @@ import numpy as np
 import PIL.Image
 
 import dnnlib
-from training.archive_reader import METADATA, PNG_SIGNATURE
+from training.archive_reader import METADATA, PNG_SIGNATURE, check_name
 
 __all__ = ["TRANSFORMS", "ArchiveWriter", "encode_png", "fit_image", "image_name", "make_transform", "with_channels"]
 
@@ -147,7 +147,8 @@ class ArchiveWriter:
         return self
 
     def add(self, name: str, data: bytes) -> None:
-        """Appends a member."""
+        """Appends a member. UserError: a name that leads out of the archive."""
+        check_name(name, f"{self.path}: {name}")
         if self._zip is not None:
             info = zipfile.ZipInfo(name)  # dated 1980
             info.create_system, info.external_attr = 3, 0o100644 << 16  # a Unix file that unpacks as rw-r--r--

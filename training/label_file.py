@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 import dnnlib
+from torch_utils import safe_files
 from training.archive_reader import plain_labels
 from training.dataset import ImageDataset
 from training.transition import check_matrix
@@ -67,7 +68,7 @@ def load_label_file(path: str | os.PathLike[str], dataset: ImageDataset) -> Labe
     """
     if dataset.labels is None:
         raise dnnlib.UserError(f"{path}: is of no use for {dataset.path}, which has no labels of one class an image")
-    arrays = dnnlib.read_npz(path, EXPECTED)
+    arrays = safe_files.read_npz(path, EXPECTED)
     if "names" in arrays:
         return _load_ours(str(path), arrays, dataset)
     return _load_published(str(path), arrays, dataset)

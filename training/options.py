@@ -39,6 +39,7 @@ def training_options(leave_out: Collection[str] = (), **defaults) -> Callable:
     """
     d = dict(cond=False, duration=200.0, batch=512, lr=1e-3, ema=0.5, dropout=0.13, augment=0.12) | defaults
     positive, share = FloatRange(min=0, min_open=True), FloatRange(min=0, max=1)
+    length, length_or_0 = FloatRange(min=0, min_open=True, max=1e12), FloatRange(min=0, max=1e12)  # become counts of images
     options = [
         click.option("--outdir", metavar="DIR", required=True, help="Where the run directory is made"),
         click.option("--data", metavar="ZIP|DIR", required=True, help="Training images: a dataset_tool.py archive or a folder"),
@@ -48,13 +49,13 @@ def training_options(leave_out: Collection[str] = (), **defaults) -> Callable:
                      help="Preconditioning and noise distribution"),
         click.option("--P_mean", "P_mean", metavar="FLOAT", type=FloatRange(), help="Mean of ln sigma in training, --precond=edm only; small images want more noise [default: -1.2]"),
         click.option("--P_std", "P_std", metavar="FLOAT", type=positive, help="Standard deviation of ln sigma in training, --precond=edm only [default: 1.2]"),
-        click.option("--duration", metavar="MIMG", type=positive, default=d["duration"], help="Length of training, millions of images"),
+        click.option("--duration", metavar="MIMG", type=length, default=d["duration"], help="Length of training, millions of images"),
         click.option("--batch", "--batch_size", "batch", metavar="INT", type=click.IntRange(min=1), default=d["batch"], help="Batch size over all processes"),
         click.option("--batch-gpu", metavar="INT", type=click.IntRange(min=1), help="Images at a time on one process [default: its whole share]"),
         click.option("--cbase", metavar="INT", type=click.IntRange(min=1), help="Width: channels of the network's first level [default: by architecture]"),
         click.option("--cres", metavar="LIST", type=INT_LIST, help="Width multiplier of each level, e.g. 1,2,2 [default: by architecture]"),
         click.option("--lr", metavar="FLOAT", type=positive, default=d["lr"], help="Learning rate"),
-        click.option("--ema", metavar="MIMG", type=FloatRange(min=0), default=d["ema"], help="Half-life of the weights' moving average, millions of images"),
+        click.option("--ema", metavar="MIMG", type=length_or_0, default=d["ema"], help="Half-life of the weights' moving average, millions of images"),
         click.option("--dropout", metavar="P", type=share, default=d["dropout"], help="Dropout probability"),
         click.option("--augment", metavar="P", type=share, default=d["augment"], help="Probability of each non-leaking augmentation; 0 is none"),
         click.option("--xflip", type=BOOL, default=False, help="Add every image's mirror image to the data set"),
@@ -68,12 +69,12 @@ def training_options(leave_out: Collection[str] = (), **defaults) -> Callable:
         click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto", help="Where to train"),
         click.option("--desc", metavar="STR", help="Text for the end of the run directory's name"),
         click.option("--nosubdir", is_flag=True, help="Write into --outdir itself instead of a new run directory"),
-        click.option("--tick", metavar="KIMG", type=positive, default=50.0, help="Report every so many thousand images"),
+        click.option("--tick", metavar="KIMG", type=length, default=50.0, help="Report every so many thousand images"),
         click.option("--snap", metavar="TICKS", type=click.IntRange(min=1), default=50, help="Save a network snapshot every so many ticks"),
         click.option("--dump", metavar="TICKS", type=click.IntRange(min=1), default=500, help="Save the training state every so many ticks"),
         click.option("--keep", metavar="INT", type=click.IntRange(min=1), default=2, help="How many training states to keep"),
         click.option("--seed", metavar="INT", type=click.IntRange(min=0, max=2**63 - 1), help="Random seed [default: random]"),
-        click.option("--lr_rampup_kimg", metavar="KIMG", type=FloatRange(min=0), default=10000.0, help="Learning-rate ramp-up, thousands of images"),
+        click.option("--lr_rampup_kimg", metavar="KIMG", type=length_or_0, default=10000.0, help="Learning-rate ramp-up, thousands of images"),
         click.option("--label-dropout", metavar="P", type=share, default=0.0, help="Drop the label this often (for --cfg in generate.py)"),
         click.option("--transfer", metavar="PKL|URL", help="Start from the weights of a snapshot"),
         click.option("--resume", metavar="PT|DIR|latest", help="Continue a run: a training state, a run directory, or the newest run below --outdir"),
@@ -117,7 +118,7 @@ def stated_transition(noise_type: str | None, rate: float | None, matrix: str | 
     if noise_type == "clean":
         return np.eye(dataset.label_dim)
     return transition_matrix(noise_type, rate, dataset.label_dim, family=dataset.family,
-                             matrix=load_matrix(matrix) if matrix else None)
+                             matrix=load_matrix(matrix, dataset.label_dim) if matrix else None)
 
 
 def run(opts: dict, method: str, make_objective: Callable[[dict, ImageDataset, torch.device], Objective], *,
@@ -217,7 +218,11 @@ def find_state(o: dnnlib.EasyDict) -> tuple[dict | None, str | None]:
         return None, None
     path, run_dir = found
     print0(f"Resuming from {path}")
-    return checkpoint.load_state(path), run_dir
+    state = checkpoint.load_state(path)
+    kinds = dict(config=dict, nimg=int, best=dict, objective=dict)
+    if any(type(state.get(k)) is not kind for k, kind in kinds.items()) or state["nimg"] < 0 or state["best"].keys() != {"value", "name"}:
+        raise dnnlib.UserError(f"--resume: {path} is not the state of a run of this program")
+    return state, run_dir
 
 
 def _find_state(o: dnnlib.EasyDict) -> tuple[str, str | None] | None:

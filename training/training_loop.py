@@ -45,7 +45,11 @@ def training_loop(
     nimg, best = 0, dict(value=None, name=None)
     if state is not None:
         nimg, best = state["nimg"], state["best"]
-        objective.load_state_dict(state["objective"])
+        try:
+            objective.load_state_dict(state["objective"])
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            # What modules and optimizers say to parts of another size, or of none.
+            raise dnnlib.UserError(f"--resume: the state does not fit this run ({error})") from None
         print0(f"Resuming at {nimg / 1000:.1f} kimg.")
     stream = BatchStream(dataset, batch // world, rank, world, config["seed"], nimg, device, config["workers"],
                          indices=objective.train_indices)

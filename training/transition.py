@@ -7,13 +7,13 @@ Source: Na et al., "Label-Noise Robust Diffusion Models", ICLR 2024; instance-de
 
 from __future__ import annotations
 
-import io
-import json
+import os
 
 import numpy as np
 import torch
 
 import dnnlib
+from torch_utils import safe_files
 
 __all__ = [
     "FAMILIES", "NOISE_TYPES", "asym_targets", "check_matrix", "check_observed", "clean_posterior", "corrupt_labels",
@@ -130,20 +130,14 @@ def load_matrix(path: str, num_classes: int | None = None) -> np.ndarray:
     UserError names the file.
     """
     if path.lower().endswith(".npz"):
-        arrays = dnnlib.read_npz(path, "expected a label file of detect_noise.py")
+        arrays = safe_files.read_npz(path, "expected a label file of detect_noise.py")
         if "transition" not in arrays:
             raise dnnlib.UserError(f"{path}: holds no 'transition' (there are: {', '.join(arrays) or 'none'})")
         return check_matrix(arrays["transition"], num_classes, name=path)
-    data = dnnlib.read_bytes(path)
-    try:
-        if path.lower().endswith(".json"):
-            matrix = json.loads(data)
-        elif path.lower().endswith(".npy"):
-            matrix = np.load(io.BytesIO(data), allow_pickle=False)
-        else:
-            raise dnnlib.UserError(f"{path}: a matrix must be a .npy or .json file, or the .npz of detect_noise.py")
-    except (ValueError, EOFError, RecursionError):  # bad JSON and bad UTF-8 are ValueErrors
-        raise dnnlib.UserError(f"{path}: not a readable matrix file (.npy numbers, or .json list of rows)") from None
+    reader = {".json": safe_files.load_json, ".npy": safe_files.load_npy}.get(os.path.splitext(path)[1].lower())
+    if reader is None:
+        raise dnnlib.UserError(f"{path}: a matrix must be a .npy or .json file, or the .npz of detect_noise.py")
+    matrix = reader(dnnlib.read_bytes(path), path)
     return check_matrix(matrix, num_classes, name=path)
 
 

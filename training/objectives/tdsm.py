@@ -9,7 +9,14 @@ import dnnlib
 from torch_utils.training_stats import Stats
 from training.dataset import ImageDataset
 from training.objectives.dsm import DSM
-from training.transition import check_observed, clean_posterior, cut_weights, inverse_transition, posterior_weights
+from training.transition import (
+    check_matrix,
+    check_observed,
+    clean_posterior,
+    cut_weights,
+    inverse_transition,
+    posterior_weights,
+)
 
 __all__ = ["TDSM"]
 
@@ -104,7 +111,11 @@ def known_transition(info: dict, stated: np.ndarray | None, dataset: ImageDatase
 
     Raises UserError when the two contradict each other, or when neither knows T.
     """
-    recorded = info.get("transition")
+    recorded, posterior = info.get("transition"), info.get("posterior", "noisy")
+    if recorded is not None:
+        recorded = check_matrix(recorded, dataset.label_dim, name=f"--cls: the transition matrix recorded in {path}")
+    if posterior not in ("noisy", "clean"):
+        raise dnnlib.UserError(f"--cls: {path} records the posterior {posterior!r}, expected 'noisy' or 'clean'")
     if recorded is not None and stated is not None and np.abs(np.subtract(recorded, stated)).max() > 1e-3:
         i, j = np.unravel_index(np.abs(np.subtract(recorded, stated)).argmax(), stated.shape)
         raise dnnlib.UserError(
@@ -121,4 +132,4 @@ def known_transition(info: dict, stated: np.ndarray | None, dataset: ImageDatase
         raise dnnlib.UserError(
             f"--noise_type: {path} was trained without a transition matrix; state the label noise{hint}"
         )
-    return np.asarray(stated if recorded is None else recorded), info.get("posterior", "noisy")
+    return np.asarray(stated if recorded is None else recorded), posterior

@@ -1,0 +1,142 @@
+"""Label, matrix and reference files (.json, .npy, .npz, .pt) and archive members, read without trust.
+
+Each reader states what a file may grow to before it lets it grow: a ZIP of a kilobyte can claim a terabyte, a line of
+JSON can nest a million lists. Nothing here unpickles.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import tokenize
+import zipfile
+from typing import Any
+
+import numpy as np
+
+from dnnlib import UserError, read_bytes
+from torch_utils import safe_pickle
+
+__all__ = ["load_json", "load_npy", "load_npz", "load_pt", "read_member", "read_npz", "unpacked_limit"]
+
+MAX_JSON = 1 << 30  # bytes of objects a JSON file may become, estimated from its punctuation
+MAX_DEPTH = 64
+MAX_UNPACKED = 512 << 20
+_CHUNK = 1 << 20
+_QUOTE, _BACKSLASH, _OPEN, _CLOSE = b'"', b"\\", b"[{", b"]}"
+# What the parsers below raise for damaged bytes. MemoryError: a number in the file asked for too much.
+_DAMAGED = (ArithmeticError, AttributeError, EOFError, LookupError, MemoryError, OSError, RuntimeError, SyntaxError,
+            TypeError, ValueError, tokenize.TokenError, zipfile.BadZipFile)  # fmt: skip
+
+
+def unpacked_limit(size: int) -> int:
+    """Bytes that a compressed file of `size` bytes may become: 512 MiB, or ten times as much for larger ones."""
+    return max(MAX_UNPACKED, 10 * size)
+
+
+def load_json(data: bytes, name: str) -> Any:
+    """The value of a JSON text in UTF-8. UserError naming `name`: no JSON, nested too deep, or too large when read."""
+    # Of CPython: a list takes 64 bytes and more, a dictionary 240, an item with its string or number about 60.
+    objects = 64 * (data.count(b"[") + data.count(b",")) + 240 * data.count(b"{")
+    if objects + len(data) * (1 if data.isascii() else 4) > MAX_JSON:
+        raise UserError(f"{name}: JSON of {len(data):,} bytes is too large to be read safely")
+    if _depth(data) > MAX_DEPTH:
+        raise UserError(f"{name}: not valid JSON for this purpose, it is nested more than {MAX_DEPTH} levels deep")
+    try:
+        return json.loads(data.decode("utf-8-sig"))
+    except (ValueError, RecursionError):  # bad UTF-8 is a ValueError, as are numbers of very many digits
+        raise UserError(f"{name}: not valid JSON") from None
+
+
+def _depth(data: bytes) -> int:
+    """How deep the brackets outside strings nest, without building anything."""
+    if _BACKSLASH in data:
+        # Escaped characters matter to nobody here, and without them a quote is a quote.
+        data = data.replace(rb"\\", b"__").replace(rb"\"", b"__")
+    deepest = level = inside = 0
+    for start in range(0, len(data), _CHUNK):
+        text = np.frombuffer(data, np.uint8, min(_CHUNK, len(data) - start), start)
+        quotes = inside + np.cumsum(text == ord(_QUOTE), dtype=np.int32)
+        step = np.isin(text, list(_OPEN)).astype(np.int32) - np.isin(text, list(_CLOSE))
+        step[quotes % 2 == 1] = 0
+        levels = level + np.cumsum(step)
+        deepest, level, inside = max(deepest, int(levels.max())), int(levels[-1]), int(quotes[-1]) % 2
+    return deepest
+
+
+def load_npy(data: bytes, name: str, hint: str = "") -> np.ndarray:
+    """The array of a `.npy` file: numbers, truth values or text. UserError naming `name` and ended by `hint` if not."""
+    try:
+        return _array(data)
+    except _DAMAGED as e:
+        raise UserError(f"{name}: not a readable .npy file ({_reason(e)}){hint}") from None
+
+
+def _array(data: bytes) -> np.ndarray:
+    stream = io.BytesIO(data)
+    version = np.lib.format.read_magic(stream)
+    if version not in ((1, 0), (2, 0)):
+        raise ValueError(f"version {version}")
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, fortran, dtype = read(stream)
+    if dtype.hasobject:
+        raise ValueError("holds Python objects, which are never loaded")
+    if dtype.kind not in "biufcU" or dtype.shape:
+        raise ValueError(f"holds {str(dtype)[:50]}, expected numbers or text")
+    content = memoryview(data)[stream.tell():]
+    count = math.prod(shape)
+    if min(shape, default=0) < 0 or count * dtype.itemsize != len(content):
+        raise ValueError(f"{len(content)} bytes for shape {list(shape)} of {dtype}")
+    if not count and math.prod(n for n in shape if n) > 1:
+        raise ValueError(f"shape {list(shape)} is empty")
+    if dtype.kind == "U" and np.frombuffer(content, dtype.byteorder + "u4").max(initial=0) > 0x10FFFF:
+        raise ValueError("text that is no text")
+    return np.frombuffer(content, dtype).reshape(shape, order="F" if fortran else "C").copy()
+
+
+def load_npz(data: bytes, name: str, hint: str = "") -> dict[str, np.ndarray]:
+    """The arrays of a `.npz` file by name, like `load_npy`. UserError also when they would unfold beyond reason."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            members = archive.infolist()
+            if len({member.filename for member in members}) < len(members):
+                raise ValueError("a name is there twice")
+            if not all(member.filename.endswith(".npy") for member in members):
+                raise ValueError("holds other files than arrays")
+            if sum(member.file_size for member in members) > unpacked_limit(len(data)):
+                raise ValueError(f"{len(data):,} bytes that would become too many")
+            return {m.filename.removesuffix(".npy"): _array(read_member(archive, m, m.file_size)) for m in members}
+    except _DAMAGED as e:
+        raise UserError(f"{name}: not a readable .npz file ({_reason(e)}){hint}") from None
+
+
+def read_npz(path_or_url: str, expected: str) -> dict[str, np.ndarray]:
+    """The arrays of an `.npz` file or URL. UserError that says what was `expected`."""
+    return load_npz(read_bytes(path_or_url), path_or_url, f"; {expected}")
+
+
+def load_pt(data: bytes, name: str) -> Any:
+    """Tensors, arrays and plain data of a file of torch.save. UserError naming `name` for anything else."""
+    try:
+        return safe_pickle.load_torch(io.BytesIO(data), name, safe_pickle.ARRAYS)
+    except UserError as e:
+        raise UserError(f"{name}: not a readable .pt file ({e.message.removeprefix(f'{name}: ')})") from None
+
+
+def read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, limit: int) -> bytes:
+    """The bytes of a ZIP's member. BadZipFile: it is longer than `limit` or than it says, damaged, or encrypted."""
+    if member.flag_bits & 1 or member.file_size > limit:
+        raise zipfile.BadZipFile(f"{member.file_size:,} bytes, or encrypted")
+    with archive.open(member) as file:
+        # In small steps: of each, zipfile unpacks all that it holds.
+        step = member.file_size + 1 if member.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) else 1 << 12
+        parts = list(iter(lambda: file.read(step), b""))
+    data = b"".join(parts)
+    if len(data) != member.file_size:
+        raise zipfile.BadZipFile(f"{len(data):,} bytes instead of {member.file_size:,}")
+    return data
+
+
+def _reason(error: BaseException) -> str:
+    return str(error).split("\n")[0][:200].rstrip(".") or type(error).__name__
