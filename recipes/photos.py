@@ -52,7 +52,7 @@ SETUPS = [
           "RDUOT then keeps them, unless another cost finds them expensive.",
           "--source=digits --outliers=photos", 60, 130,
           {"ddgan": DDGAN} | {f"rduot-{cost}": (f"RDUOT, cost {cost}", f"--method=rduot --cost={cost} --tau={tau}")
-                              for cost, tau in dict(pixels=0.03, standardized=0.005, features=0.0005).items()}),
+                              for cost, tau in dict(pixels=0.01, standardized=0.005, features=0.0005).items()}),
 ]
 
 
