@@ -205,7 +205,9 @@ def test_a_process_that_dies_is_named_by_one_of_the_others(ask, undisturbed, tmp
     kimg = 2.0 if ranks == 2 else 2.4
     named = rf"Error: process 1 \(id \d+\) ended at {kimg} kimg, so the other processes stop"
     assert re.fullmatch(named, errors(run)[0])
-    assert errors(run)[1:] == [""] * (ranks - 1)
+    # A third process may notice only after the first has stopped too; it then names both.
+    late = re.compile(r"Error: process 0 \(id \d+\) and process 1 \(id \d+\) ended at .*")
+    assert errors(run)[1] == "" and all(e == "" or late.fullmatch(e) for e in errors(run)[2:])
     if ranks == 2:
         assert_continues(ask, tmp_path, undisturbed(2, PLAIN)[0])
 
