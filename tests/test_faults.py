@@ -280,6 +280,8 @@ def test_elastic_restarts_end_with_the_weights_of_an_undisturbed_run(tmp_path):
         log = (newest_run(tmp_path / name, PLAIN) / "log.txt").read_text()
         assert len(list((tmp_path / name).iterdir())) == 1 and log.count("Resuming at") == len(kills)
         for rank, step in kills:
-            assert re.search(rf"Error: process {rank} \(id \d+\) ended at {step * 32 / 1000:.1f} kimg", run.stderr)
+            # By us, or by torchrun where it stops the others before they notice.
+            ours = rf"Error: process {rank} \(id \d+\) ended at {step * 32 / 1000:.1f} kimg"
+            assert re.search(rf"{ours}|failed \(exitcode: -9\) local_rank: {rank}", run.stderr)
         ends[name] = ended_with(newest_run(tmp_path / name, PLAIN))
     assert_same(ends["killed"], ends["undisturbed"])
