@@ -13,13 +13,13 @@ import click
 import torch
 
 import dnnlib
-from dnnlib.cli import INT_LIST, Command, FloatRange
+from dnnlib.cli import FLOAT_LIST, INT_LIST, Command, FloatRange
 from metrics import table
 from metrics.report import above, markdown_table, tradeoff
 from sampling.generation import generate_images, share_of
 from sampling.output import check_free, progress, save_images
 from sampling.setup import DEFAULT_WEIGHTS, choose_sampler, load
-from torch_utils import distributed
+from torch_utils import distributed, safe_files
 from torch_utils.distributed import print0
 
 EXAMPLES = """
@@ -32,30 +32,13 @@ Examples:
 COLUMNS = ["mode", "weight", "label accuracy", "FD", "FD / unguided"]
 
 
-class FloatList(click.ParamType):
-    """0.5,1,2 -> [0.5, 1.0, 2.0]; all above 0."""
-
-    name = "LIST"
-
-    def convert(self, value, param, ctx):
-        if isinstance(value, list):
-            return value
-        try:
-            weights = [float(x) for x in value.split(",")]
-        except ValueError:
-            self.fail(f"'{value}' is not a list of numbers such as 0.5,1,2", param, ctx)
-        if not all(0 < w < float("inf") for w in weights):
-            self.fail(f"'{value}': weights must be above 0 (0, no guidance, is always measured)", param, ctx)
-        return sorted(set(weights))
-
-
 @click.command(cls=Command, help=__doc__, epilog=EXAMPLES)
 @click.option("--network", metavar="PKL|DIR|URL", required=True, help="Snapshot of a denoiser, or its run directory")
 @click.option("--discriminator", metavar="PKL|DIR|URL", required=True, help="Snapshot of train_discriminator.py")
 @click.option("--data", metavar="PATH", required=True, help="Reference archive, with clean labels for its judge")
 @click.option("--detector", metavar="NAME", required=True, help="As in fid.py evaluate")
 @click.option("--outdir", metavar="DIR", required=True, help="Where plot, table and images go")
-@click.option("--weights", metavar="LIST", type=FloatList(), default="0.2,0.5,1,1.5,2,3", help="Weights of both orders")
+@click.option("--weights", metavar="LIST", type=FLOAT_LIST, default="0.2,0.5,1,1.5,2,3", help="Weights of both orders")
 @click.option("--modes", type=click.Choice([*DEFAULT_WEIGHTS, "both"]), default="both", help="Which --dg_mode")
 @click.option("--seeds", metavar="LIST", type=INT_LIST, default="0-999", help="Random seeds; classes take turns")
 @click.option("--batch", metavar="INT", type=click.IntRange(min=1), default=250, help="Images at a time on a process")
@@ -98,8 +81,9 @@ def known_results(path: str, options: dict) -> dict:
     if not os.path.exists(path):
         check_free(os.path.dirname(path))
         return {}
-    with open(path) as f:
-        known = json.load(f)
+    known = safe_files.load_json(dnnlib.read_bytes(path), path)
+    if not isinstance(known, dict) or {"options", "results"} - known.keys():
+        raise dnnlib.UserError(f"--outdir: {path} is not of a sweep; choose another folder")
     if known["options"] != options:
         raise dnnlib.UserError(f"--outdir: {path} is of a sweep with other options; choose another folder")
     return known["results"]
@@ -112,12 +96,17 @@ def measure(o: dnnlib.EasyDict, device: torch.device, mode: str, weight: float, 
         o, outdir=images, discriminator=None)
     distributed.together(lambda: discard(images) if distributed.get_rank() == 0 else None)
     net, _, _, names = distributed.together(lambda: load(setting, device), rank0_first=True)
+    if not net.label_dim:
+        raise dnnlib.UserError(f"--network={o.network}: was trained without labels, there are none to correct")
     own = share_of(o.seeds, distributed.get_rank(), distributed.get_world_size())
     batches = generate_images(net, own, device=device, class_idx=[s % net.label_dim for s in own], batch=o.batch,
                               sampler=choose_sampler(setting, net))
     save_images(progress(batches, len(o.seeds)), images, False, names)
     found = table.evaluate([images], o.data, o.detector, device=device, judge=o.judge)
-    return {name: found[0]["metrics"][name] for name in ("label_accuracy", "fid")} if found else {}
+    values = {name: found[0]["metrics"][name] for name in ("label_accuracy", "fid")} if found else {}
+    if None in values.values():
+        raise dnnlib.UserError(f"--data={o.data}: label accuracy and FD cannot be had from it: {found[0]['notes']}")
+    return values
 
 
 def discard(path: str) -> None:

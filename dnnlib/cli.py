@@ -14,7 +14,7 @@ import click
 
 from dnnlib.util import one_line
 
-__all__ = ["BOOL", "INT_LIST", "Command", "FloatRange", "Group", "given_options", "output_file", "parse_int_list"]
+__all__ = ["BOOL", "FLOAT_LIST", "INT_LIST", "Command", "FloatRange", "Group", "given_options", "output_file", "parse_int_list"]
 
 _MAX_INTS = 10_000_000
 
@@ -90,7 +90,25 @@ def output_file(_ctx: click.Context, param: click.Parameter, value: str | None) 
     return value
 
 
+class _FloatList(click.ParamType):
+    """0.5,1,2 -> [0.5, 1.0, 2.0]: different finite numbers above 0, ascending."""
+
+    name = "LIST"
+
+    def convert(self, value, param, ctx):
+        if isinstance(value, list):
+            return value
+        try:
+            numbers = [float(x) for x in value.split(",")]
+        except ValueError:
+            self.fail(f"'{value}' is not a list of numbers such as 0.5,1,2", param, ctx)
+        if not all(0 < x < float("inf") for x in numbers):
+            self.fail(f"'{value}': every number must be above 0", param, ctx)
+        return sorted(set(numbers))
+
+
 INT_LIST = _IntList()
+FLOAT_LIST = _FloatList()
 BOOL = _Bool()
 
 

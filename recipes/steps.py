@@ -15,6 +15,7 @@ import click
 
 import dnnlib
 from metrics.comparison import Method
+from torch_utils import safe_files
 
 __all__ = ["Row", "Step", "evaluation", "finished", "run_plan"]
 
@@ -92,9 +93,8 @@ class Journal:
         self.path, self.steps, self.seconds = path, steps, {}
         folder = os.path.dirname(path)
         if os.path.exists(path):
-            with open(path) as f:
-                known = json.load(f)
-            if known["steps"] != steps:
+            known = safe_files.load_json(dnnlib.read_bytes(path), path)
+            if not isinstance(known, dict) or known.get("steps") != steps:
                 raise dnnlib.UserError(f"--outdir: {folder} holds a run with other options; choose another folder")
             self.seconds = known["seconds"]
         elif os.path.isdir(folder) and os.listdir(folder):

@@ -261,7 +261,12 @@ def test_sweep(world, trained, tmp_path):
     again = succeed(sweep, *args)
     assert re.findall(r"\[(\d)/5\]", again) == ["3"] and (tmp_path / "sweep.md").read_text() in again + "\n"
     fail(1, "sweep with other options", sweep, *args, "--steps=4")
-    fail(2, "weights must be above 0", sweep, *args, "--weights=0,1")
+    (tmp_path / "sweep.json").write_text("[")
+    fail(1, "sweep.json", sweep, *args)
+    persistence.save_snapshot(tmp_path / "uncond.pkl", dict(ema=random_network(label_dim=0), info={}))
+    args += [f"--network={tmp_path / 'uncond.pkl'}", f"--outdir={tmp_path / 'u'}"]
+    fail(1, "trained without labels", sweep, *args)
+    fail(2, "must be above 0", sweep, *args, "--weights=0,1")
 
 
 @pytest.mark.parametrize("processes", [1, 2])

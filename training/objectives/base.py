@@ -84,6 +84,20 @@ class Objective:
 
     # What all methods share.
 
+    def resnet(self, cls: type[torch.nn.Module]) -> torch.nn.Module:
+        """A `training.resnet` network for this data and the run's options."""
+        if self.config["precision"] == "fp16" and self.device.type == "cuda":
+            self.autocast_dtype = torch.float16     # It does not cast itself, as the U-Nets do.
+        c = self.config["network"]
+        return cls(
+            img_resolution=self.dataset.resolution,
+            img_channels=self.dataset.num_channels,
+            label_dim=self.dataset.label_dim,
+            precond=c["precond"],
+            augment_dim=self.augment.label_dim if self.augment else 0,
+            **c["kwargs"],
+        )
+
     def trained_network(self, net: torch.nn.Module, **overrides) -> TrainedNetwork:
         """Wrap `net` with the run's optimizer, schedule and EMA settings."""
         c = self.config

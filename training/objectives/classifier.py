@@ -50,8 +50,6 @@ class ClassifierObjective(Objective):
         self.learn = learn
         self.fixed = None if transition is None else torch.as_tensor(transition, dtype=torch.float32).to(device)
         super().__init__(config, dataset, device)
-        if config["precision"] == "fp16" and device.type == "cuda":
-            self.autocast_dtype = torch.float16     # This network does not cast itself, as the U-Nets do.
         # The held-out share of the noisy labels: which images, from the seed alone; their mirror images go with them.
         raw = dataset.num_raw
         order = torch.from_numpy(np.random.RandomState(config["seed"] % 2**32).permutation(raw))
@@ -61,15 +59,7 @@ class ClassifierObjective(Objective):
         self.snapshot_on_best = held_out > 0
 
     def build(self) -> dict[str, TrainedNetwork]:
-        c = self.config["network"]
-        net = Classifier(
-            img_resolution=self.dataset.resolution,
-            img_channels=self.dataset.num_channels,
-            label_dim=self.dataset.label_dim,
-            precond=c["precond"],
-            augment_dim=self.augment.label_dim if self.augment else 0,
-            **c["kwargs"],
-        )
+        net = self.resnet(Classifier)
         trained = {"net": self.trained_network(net)}
         if self.learn:
             total = self.config["total_nimg"]

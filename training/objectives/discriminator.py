@@ -87,19 +87,9 @@ class DiscriminatorObjective(Objective):
         self.cumulative = torch.as_tensor(self.shuffle.rows, dtype=torch.float32).cumsum(dim=1).to(device)
         self.partners = None if partners is None else torch.as_tensor(partners, device=device)
         super().__init__(config, dataset, device)
-        if config["precision"] == "fp16" and device.type == "cuda":
-            self.autocast_dtype = torch.float16     # This network does not cast itself, as the U-Nets do.
 
     def build(self) -> dict[str, TrainedNetwork]:
-        c = self.config["network"]
-        net = Discriminator(
-            img_resolution=self.dataset.resolution,
-            img_channels=self.dataset.num_channels,
-            label_dim=self.dataset.label_dim,
-            precond=c["precond"],
-            augment_dim=self.augment.label_dim if self.augment else 0,
-            **c["kwargs"],
-        )
+        net = self.resnet(Discriminator)
         return {"net": self.trained_network(net)}
 
     def draw(self, images: torch.Tensor, generator: torch.Generator) -> dict:
