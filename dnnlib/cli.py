@@ -14,7 +14,8 @@ import click
 
 from dnnlib.util import one_line
 
-__all__ = ["BOOL", "FLOAT_LIST", "INT_LIST", "Command", "FloatRange", "Group", "given_options", "output_file", "parse_int_list"]
+__all__ = ["BOOL", "FLOAT_LIST", "INT_LIST", "Command", "FloatRange", "Group", "given_options", "output_file",
+           "parse_int_list"]
 
 _MAX_INTS = 10_000_000
 
