@@ -14,6 +14,7 @@ import dnnlib
 from dnnlib.cli import INT_LIST, Command, FloatRange
 from sampling.generation import generate_images, share_of
 from sampling.output import progress, save_images, save_sheet
+from sampling.precision import PRECISIONS
 from sampling.samplers import DISCRETIZATIONS, SCALINGS, SCHEDULES, SOLVERS
 from sampling.setup import DEFAULT_WEIGHTS, check_usage, choose_sampler, load
 from torch_utils import distributed
@@ -67,6 +68,10 @@ RATE = FloatRange(min=0, max=1)
 @click.option("--grid", metavar="PNG", type=click.Path(dir_okay=False), help="Also write all images as one sheet")
 @click.option("--save_each_sample", is_flag=True, expose_value=False, help="Write every image; this is the default")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto", help="Where to run")
+@click.option("--precision", type=click.Choice(PRECISIONS), help="Arithmetic of the network: bf16 is faster and keeps "
+              "nearly all pixels within a grey level; fp16 and tf32 are for CUDA only  [default: fp32, but fp16 on "
+              "CUDA for networks trained so]")
+@click.option("--compile", is_flag=True, help="Compile the network first; it takes minutes, for many images")
 @click.option("--trust_pickle", is_flag=True, help="Run code that a snapshot contains; for files you trust only")
 def main(**opts) -> None:
     o = dnnlib.EasyDict(opts)
@@ -79,12 +84,12 @@ def main(**opts) -> None:
 
 def run(o: dnnlib.EasyDict, device: torch.device) -> None:
     """Everything after the options are known to fit together; collective."""
-    torch.backends.cudnn.allow_tf32 = False     # With ten-bit products an image would depend on its batch.
     net, meter, corrections, class_names = distributed.together(lambda: load(o, device), rank0_first=True)
     seeds = list(dict.fromkeys(o.seeds))
     own = share_of(seeds, distributed.get_rank(), distributed.get_world_size())
     classes = o.classes and [o.classes[seed % len(o.classes)] for seed in own]
-    batches = generate_images(net, own, device=device, class_idx=classes, batch=o.batch, sampler=choose_sampler(o, net))
+    batches = generate_images(net, own, device=device, class_idx=classes, batch=o.batch, sampler=choose_sampler(o, net),
+                              same_shape=o.compile)
     distributed.print0(f"Generating {len(seeds)} images to {o.outdir}")
 
     start, handler = time.time(), signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+from collections.abc import Callable
 
 import click
 import torch
@@ -18,7 +19,7 @@ from metrics import table
 from metrics.report import above, markdown_table, tradeoff
 from sampling.generation import generate_images, share_of
 from sampling.output import check_free, progress, save_images
-from sampling.setup import DEFAULT_WEIGHTS, choose_sampler, load
+from sampling.setup import DEFAULT_WEIGHTS, choose_sampler, guided, load_denoiser, load_discriminator
 from torch_utils import distributed, safe_files
 from torch_utils.distributed import print0
 
@@ -64,11 +65,14 @@ def run(o: dnnlib.EasyDict, device: torch.device) -> None:
     results = distributed.together(lambda: known_results(path, kept), rank0_first=True)
     modes = [*DEFAULT_WEIGHTS] if o.modes == "both" else [o.modes]
     settings = [("unguided", 0.0), *itertools.product(modes, o.weights)]
+    networks = None
+    if {f"{mode}-{weight:g}" for mode, weight in settings} - results.keys():
+        networks = distributed.together(lambda: load_networks(o, device), rank0_first=True)
     for i, (mode, weight) in enumerate(settings):
         name = f"{mode}-{weight:g}"
         if name not in results:
             print0(f"[{i + 1}/{len(settings)}] {name}")
-            results[name] = measure(o, device, mode, weight, os.path.join(o.outdir, "images", f"{name}.zip"))
+            results[name] = measure(o, device, networks, mode, weight, os.path.join(o.outdir, "images", f"{name}.zip"))
             if distributed.get_rank() == 0:
                 with dnnlib.atomic_open(path, "wt") as f:
                     json.dump(dict(options=kept, results=results), f, indent=1)
@@ -89,18 +93,24 @@ def known_results(path: str, options: dict) -> dict:
     return known["results"]
 
 
-def measure(o: dnnlib.EasyDict, device: torch.device, mode: str, weight: float, images: str) -> dict:
-    """Label accuracy and FD of one setting; collective. Weight 0: without guidance."""
-    guidance = dict(dg_mode=mode, dg_weight_1st_order=weight, dg_weight_2nd_order=weight)
-    setting = dnnlib.EasyDict(o, outdir=images, **guidance) if weight else dnnlib.EasyDict(
-        o, outdir=images, discriminator=None)
-    distributed.together(lambda: discard(images) if distributed.get_rank() == 0 else None)
-    net, _, _, names = distributed.together(lambda: load(setting, device), rank0_first=True)
+def load_networks(o: dnnlib.EasyDict, device: torch.device) -> tuple[Callable, dict, list[str] | None]:
+    """Denoiser, discriminator's snapshot, class names."""
+    net, _, names = load_denoiser(o, device)
     if not net.label_dim:
         raise dnnlib.UserError(f"--network={o.network}: was trained without labels, there are none to correct")
+    return net, load_discriminator(o, device), names
+
+
+def measure(o: dnnlib.EasyDict, device: torch.device, networks: tuple, mode: str, weight: float, images: str) -> dict:
+    """Label accuracy and FD of one setting; collective. Weight 0: without guidance."""
+    net, discriminator, names = networks
+    distributed.together(lambda: discard(images) if distributed.get_rank() == 0 else None)
+    if weight:
+        setting = dnnlib.EasyDict(o, dg_mode=mode, dg_weight_1st_order=weight, dg_weight_2nd_order=weight)
+        net = distributed.together(lambda: guided(net, discriminator, setting, device))
     own = share_of(o.seeds, distributed.get_rank(), distributed.get_world_size())
     batches = generate_images(net, own, device=device, class_idx=[s % net.label_dim for s in own], batch=o.batch,
-                              sampler=choose_sampler(setting, net))
+                              sampler=choose_sampler(o, net))
     save_images(progress(batches, len(o.seeds)), images, False, names)
     found = table.evaluate([images], o.data, o.detector, device=device, judge=o.judge)
     values = {name: found[0]["metrics"][name] for name in ("label_accuracy", "fid")} if found else {}

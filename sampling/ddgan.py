@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import click
@@ -14,7 +15,7 @@ __all__ = ["check_options", "ddgan_sampler", "is_generator"]
 
 # What generate.py can be asked when the network is a generator; all else shapes the path of a denoiser.
 OPTIONS = {"network", "outdir", "seeds", "subdirs", "classes", "batch", "grid", "save_each_sample", "device",
-           "trust_pickle"}
+           "trust_pickle", "precision", "compile"}
 
 
 @torch.no_grad()
@@ -27,7 +28,7 @@ def ddgan_sampler(
     For t = T-1..0: z ~ N(0,I), x_0 = G(x_{t+1}, t, z), then a sample of q(x_t | x_0, x_{t+1}). `randn_like` supplies
     z and, but for t = 0, the noise of that sample, in this order.
     """
-    steps = DiffusionSteps(net.num_timesteps, net.beta_min, net.beta_max, device=latents.device)
+    steps = _steps(net.num_timesteps, net.beta_min, net.beta_max, latents.device)
     x = latents.to(torch.float32)
     for i in reversed(range(net.num_timesteps)):
         t = torch.full([len(x)], i, device=x.device)
@@ -35,6 +36,9 @@ def ddgan_sampler(
         x_0 = net(x, t, z, class_labels)
         x = steps.posterior(x_0, x, t, randn_like(x) if i else torch.zeros_like(x))
     return x
+
+
+_steps = functools.lru_cache(maxsize=1)(DiffusionSteps)     # Its copies to a GPU would wait for the batch before.
 
 
 def is_generator(net) -> bool:

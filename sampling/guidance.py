@@ -7,19 +7,21 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
 import dnnlib
 
-__all__ = ["AffineGuidance", "ClassifierFreeGuidance", "DiscriminatorGuidance", "Guidance", "at_order"]
+__all__ = ["AffineGuidance", "ClassifierFreeGuidance", "DiscriminatorGuidance", "Guidance", "at_step"]
 
 
-def at_order(net, order: int):
-    """The denoiser for a solver's first or second evaluation of a step (`order`); a network is the same for both."""
-    return net.at_order(order) if isinstance(net, Guidance) else net
+def at_step(net, order: int, sigma: float):
+    """The denoiser for a solver's first or second evaluation of a step (`order`), at `sigma`; a network is always the
+    same. The solver's number, so that nothing waits for a device to say what it has computed.
+    """
+    return net.at_step(order, sigma) if isinstance(net, Guidance) else net
 
 
 class Guidance:
@@ -36,11 +38,11 @@ class Guidance:
         """The nearest noise level that the guided denoiser knows."""
         return self.net.round_sigma(sigma)
 
-    def at_order(self, order: int) -> Guidance:
-        """This guidance of what is guided at that order."""
+    def at_step(self, order: int, sigma: float) -> Callable[..., torch.Tensor]:
+        """This guidance of what is guided at that order and noise level."""
         other = copy.copy(self)
         for name in self.networks:
-            setattr(other, name, at_order(getattr(self, name), order))
+            setattr(other, name, at_step(getattr(self, name), order, sigma))
         return other
 
 
@@ -71,7 +73,8 @@ class AffineGuidance(Guidance):
 class ClassifierFreeGuidance(Guidance):
     """D' = D_0 + s (D_y - D_0), D_0 without a label (zeros), for networks trained with label dropout.
 
-    Ho & Salimans, 2022. `scale` 1 is D_y and 0 is D_0, each at the cost of one evaluation. UserError: no classes.
+    Ho & Salimans, 2022. `scale` 1 is D_y and 0 is D_0, each at the cost of one evaluation; otherwise both are one
+    batch of twice the size. UserError: no classes.
     """
 
     def __init__(self, net, scale: float):
@@ -83,10 +86,13 @@ class ClassifierFreeGuidance(Guidance):
     def __call__(self, x: torch.Tensor, sigma: torch.Tensor, class_labels: torch.Tensor | None = None) -> torch.Tensor:
         if class_labels is None or self.scale == 1:
             return self.net(x, sigma, class_labels)
-        unconditional = self.net(x, sigma, torch.zeros_like(class_labels))
+        zeros = torch.zeros_like(class_labels)
         if self.scale == 0:
-            return unconditional
-        return unconditional + self.scale * (self.net(x, sigma, class_labels) - unconditional)
+            return self.net(x, sigma, zeros)
+        sigma = torch.as_tensor(sigma)
+        sigma = sigma.repeat(2) if sigma.numel() > 1 else sigma
+        unconditional, conditional = self.net(x.repeat(2, 1, 1, 1), sigma, torch.cat([zeros, class_labels])).chunk(2)
+        return unconditional + self.scale * (conditional - unconditional)
 
 
 class DiscriminatorGuidance(Guidance):
@@ -117,20 +123,24 @@ class DiscriminatorGuidance(Guidance):
             self.log_odds = torch.where(noise_rates > 0, noise_rates.logit() + right_shares.logit(), -math.inf)
         self.stopwatch = stopwatch or nullcontext()
 
-    def at_order(self, order: int) -> Guidance:
-        other = super().at_order(order)
-        other.weight = self.weights[order - 1]
+    def at_step(self, order: int, sigma: float) -> Callable[..., torch.Tensor]:
+        if self.weights[order - 1] == 0 or not self.gate[0] <= sigma <= self.gate[1]:
+            return at_step(self.net, order, sigma)
+        other = super().at_step(order, sigma)
+        other.weight, other.gate = self.weights[order - 1], None
         return other
 
     def __call__(self, x: torch.Tensor, sigma: torch.Tensor, class_labels: torch.Tensor | None = None) -> torch.Tensor:
         denoised = self.net(x, sigma, class_labels)
         sigma = torch.as_tensor(sigma, device=x.device)
-        inside = (sigma >= self.gate[0]) & (sigma <= self.gate[1])
-        if self.weight == 0 or not inside.any():
-            return denoised
+        factor = self.weight * sigma.square()
+        if self.gate is not None:       # not asked for `at_step`: noise levels that differ, or that a device keeps
+            inside = (sigma >= self.gate[0]) & (sigma <= self.gate[1])
+            if self.weight == 0 or not inside.any():
+                return denoised
+            factor = inside * factor
         with self.stopwatch:
-            return denoised + (inside * self.weight * sigma.square()).reshape(-1, 1, 1, 1) * self.correction(
-                x, sigma, class_labels)
+            return denoised + factor.reshape(-1, 1, 1, 1) * self.correction(x, sigma, class_labels)
 
     def correction(self, x: torch.Tensor, sigma: torch.Tensor, class_labels: torch.Tensor) -> torch.Tensor:
         """grad_x f, for the calibrated weight times the probability that the label is wrong: [N,C,H,W] as x."""

@@ -99,16 +99,17 @@ class _Output:
     def fill(self, batches: Batches, subdirs: bool) -> list[list]:
         """Write all batches; returns [name, class or None] of each image."""
         self.open()
-        entries, pending = [], iter(())
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        entries, stored = [], None
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool, ThreadPoolExecutor(1) as writer:
             for seeds, images, classes in batches:
-                # The batch before: encoded while the network made this one. So at most two are in memory.
-                self.store(pending)
+                if stored is not None:
+                    stored.result()     # the batch before, done while the network made this one: two at most in memory
                 names = [image_name(seed, subdirs) for seed in seeds]
                 entries += [[n, c] for n, c in zip(names, [None] * len(names) if classes is None else classes.tolist(),
                                                    strict=True)]
-                pending = pool.map(self.encode, names, images)
-            self.store(pending)
+                stored = writer.submit(self.store, pool.map(self.encode, names, images))
+            if stored is not None:
+                stored.result()
         return entries
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 import dnnlib
-from sampling.guidance import at_order
+from sampling.guidance import at_step
 from training.networks import vp_sigma, vp_sigma_inv
 
 __all__ = ["DISCRETIZATIONS", "SCALINGS", "SCHEDULES", "SOLVERS", "ablation_sampler", "heun_sampler"]
@@ -43,24 +43,26 @@ def heun_sampler(
     `class_labels` [N,label_dim] go to `net` as they are; `randn_like` supplies the churn noise, once a step.
     Returns float64 [N,C,H,W]. UserError when the sigma range and the network's do not overlap.
     """
-    dtype, device = _dtype(latents), latents.device
     low, high = _clip_range(net, sigma_min, sigma_max)
-    steps = net.round_sigma(_edm_steps(num_steps, low, high, rho).to(device, dtype)).to(dtype)
+    # All but x is computed on the host: nothing waits for the device, however far behind it is.
+    steps = net.round_sigma(_edm_steps(num_steps, low, high, rho)).double()
     gamma = _churn(steps, num_steps, S_churn, S_min, S_max)
-    t_hat = torch.where(gamma > 0, net.round_sigma(steps + gamma * steps).to(dtype), steps)
-    noise_std = (t_hat.square() - steps.square()).clamp(min=0).sqrt() * S_noise
+    t_hat = torch.where(gamma > 0, net.round_sigma(steps + gamma * steps).double(), steps)
+    noise_std = ((t_hat.square() - steps.square()).clamp(min=0).sqrt() * S_noise).tolist()
     t_next = torch.cat([steps[1:], steps.new_zeros(1)])
+    sigma_hat, sigma_next = _on_device(torch.stack([t_hat, t_next]), latents)
+    t_hat, t_next = t_hat.tolist(), t_next.tolist()
 
-    first, second = at_order(net, 1), at_order(net, 2)
-    x = latents.to(dtype) * steps[0]
+    dtype = _dtype(latents)
+    x = latents.to(dtype) * float(steps[0])
     for i in range(num_steps):
         # Drawn also when the churn is zero, so that a seed's stream means the same for all settings.
         x_hat = x + noise_std[i] * randn_like(x)
         h = t_next[i] - t_hat[i]
-        d = (x_hat - first(x_hat, t_hat[i], class_labels).to(dtype)) / t_hat[i]
+        d = (x_hat - at_step(net, 1, t_hat[i])(x_hat, sigma_hat[i], class_labels).to(dtype)) / t_hat[i]
         x = x_hat + h * d
         if i < num_steps - 1:
-            d_next = (x - second(x, t_next[i], class_labels).to(dtype)) / t_next[i]
+            d_next = (x - at_step(net, 2, t_next[i])(x, sigma_next[i], class_labels).to(dtype)) / t_next[i]
             x = x_hat + h * (d + d_next) / 2
     return x
 
@@ -83,41 +85,45 @@ def ablation_sampler(
                                ("schedule", schedule, SCHEDULES), ("scaling", scaling, SCALINGS)]:
         if value not in known:
             raise ValueError(f"{name} is {value!r}; known: {', '.join(known)}")
-    dtype, device = _dtype(latents), latents.device
-
     default_min, default_max = _default_range(discretization)
     low, high = _clip_range(net, default_min if sigma_min is None else sigma_min,
                             default_max if sigma_max is None else sigma_max)
     curve = _schedule(schedule, low, high)
     scale = _vp_scaling(curve) if scaling == "vp" else _no_scaling()
-    steps = net.round_sigma(_sigma_steps(discretization, num_steps, low, high, rho).to(device, dtype)).to(dtype)
+    steps = net.round_sigma(_sigma_steps(discretization, num_steps, low, high, rho)).double()
 
     t = curve.inverse(steps)
     sigma = curve.sigma(t)
     gamma = _churn(sigma, num_steps, S_churn, S_min, S_max)
     # Without churn t_hat is t itself: a round trip through sigma would be off by a rounding, and inject noise.
-    t_hat = torch.where(gamma > 0, curve.inverse(net.round_sigma((1 + gamma) * sigma).to(dtype)), t)
+    t_hat = torch.where(gamma > 0, curve.inverse(net.round_sigma((1 + gamma) * sigma).double()), t)
     noise_std = (curve.sigma(t_hat).square() - sigma.square()).clamp(min=0).sqrt() * scale.s(t_hat) * S_noise
-    t_next = torch.cat([t[1:], t.new_zeros(1)])
+    h = torch.cat([t[1:], t.new_zeros(1)]) - t_hat
 
-    first, second = at_order(net, 1), at_order(net, 2)
+    # What x' needs at the first and the second evaluation of every step, as numbers of the host and sigma as a tensor.
+    times = torch.stack([t_hat, t_hat + alpha * h])
+    sigmas, s = curve.sigma(times), scale.s(times)
+    growth = curve.derivative(times) / sigmas
+    levels, factors = _on_device(sigmas, latents), (scale.derivative(times) / s + growth).tolist()
+    sigmas, scales, shares = sigmas.tolist(), s.tolist(), (growth * s).tolist()
+    rescale, noise_std, h = (scale.s(t_hat) / scale.s(t)).tolist(), noise_std.tolist(), h.tolist()
 
-    def slope(net: Denoiser, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        sigma, s = curve.sigma(t), scale.s(t)
-        growth = curve.derivative(t) / sigma
-        denoised = net(x / s, sigma, class_labels).to(dtype)
-        return (scale.derivative(t) / s + growth) * x - growth * s * denoised
+    dtype = _dtype(latents)
 
-    x = latents.to(dtype) * sigma[0] * scale.s(t[0])
+    def slope(order: int, x: torch.Tensor, i: int) -> torch.Tensor:
+        k = order - 1
+        denoised = at_step(net, order, sigmas[k][i])(x / scales[k][i], levels[k][i], class_labels).to(dtype)
+        return factors[k][i] * x - shares[k][i] * denoised
+
+    x = latents.to(dtype) * float(sigma[0] * scale.s(t[0]))
     for i in range(num_steps):
-        x_hat = scale.s(t_hat[i]) / scale.s(t[i]) * x + noise_std[i] * randn_like(x)
-        h = t_next[i] - t_hat[i]
-        d = slope(first, x_hat, t_hat[i])
+        x_hat = rescale[i] * x + noise_std[i] * randn_like(x)
+        d = slope(1, x_hat, i)
         if solver == "euler" or i == num_steps - 1:
-            x = x_hat + h * d
+            x = x_hat + h[i] * d
         else:
-            d_next = slope(second, x_hat + alpha * h * d, t_hat[i] + alpha * h)
-            x = x_hat + h * ((1 - 1 / (2 * alpha)) * d + d_next / (2 * alpha))
+            d_next = slope(2, x_hat + alpha * h[i] * d, i)
+            x = x_hat + h[i] * ((1 - 1 / (2 * alpha)) * d + d_next / (2 * alpha))
     return x
 
 
@@ -126,6 +132,12 @@ def ablation_sampler(
 
 def _dtype(latents: torch.Tensor) -> torch.dtype:
     return torch.float32 if latents.device.type == "mps" else torch.float64
+
+
+def _on_device(values: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+    values = values.to(_dtype(latents))
+    # From memory that may move, the copy would wait for what the device still has to do.
+    return (values.pin_memory() if latents.is_cuda else values).to(latents.device, non_blocking=True)
 
 
 def _clip_range(net: Denoiser, sigma_min: float, sigma_max: float) -> tuple[float, float]:

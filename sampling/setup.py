@@ -14,12 +14,13 @@ from sampling.ddgan import check_options, ddgan_sampler, is_generator
 from sampling.generation import EvaluationMeter, Stopwatch
 from sampling.guidance import AffineGuidance, ClassifierFreeGuidance, DiscriminatorGuidance
 from sampling.output import check_free, is_zip
+from sampling.precision import prepare
 from sampling.samplers import ablation_sampler, heun_sampler
 from torch_utils import persistence
 from torch_utils.distributed import print0
 from training import ddgan_networks, networks, resnet  # noqa: F401  They register what a snapshot may hold.
 
-__all__ = ["check_usage", "choose_sampler", "load"]
+__all__ = ["check_usage", "choose_sampler", "guided", "load", "load_denoiser", "load_discriminator"]
 
 SAMPLER_OPTIONS = ["num_steps", "sigma_min", "sigma_max", "rho", "S_churn", "S_min", "S_max", "S_noise"]
 SAMPLER_PARTS = ["solver", "discretization", "schedule", "scaling"]
@@ -50,16 +51,33 @@ def check_usage(o: dnnlib.EasyDict) -> None:
         raise click.UsageError(f"--grid={o.grid}: inside --outdir the sheet would count as an image; put it elsewhere")
 
 
-def load(o: dnnlib.EasyDict, device: torch.device) -> tuple[Callable, EvaluationMeter, Stopwatch, list[str] | None]:
-    """The denoiser with its guidance, meters of its networks and of the discriminator, and its class names or None.
+def load(o: dnnlib.EasyDict,
+         device: torch.device) -> tuple[Callable, EvaluationMeter, Stopwatch | None, list[str] | None]:
+    """The denoiser with its guidance, meters of its networks and of any discriminator, and its class names or None.
 
     `o`: generate.py's options; those that are missing are not given.
     """
     check_free(o.outdir)
+    net, modules, names = load_denoiser(o, device)
+    if o.discriminator is None:     # The clock makes some devices wait; it is for the ratio of the two times only.
+        return net, EvaluationMeter(*modules), None, names
+    stopwatch = Stopwatch(device)
+    net = guided(net, load_discriminator(o, device), o, device, stopwatch)
+    return net, EvaluationMeter(*modules, stopwatch=Stopwatch(device)), stopwatch, names
+
+
+def load_denoiser(o: dnnlib.EasyDict, device: torch.device) -> tuple[Callable, list[torch.nn.Module], list[str] | None]:
+    """The denoiser guided by all but a discriminator, its networks, and its class names or None."""
+    if o.get("precision") in ("tf32", "fp16") and device.type != "cuda":
+        raise click.UsageError(f"--precision={o.precision}: for CUDA only, this is {device.type}; use fp32 or bf16")
+
+    def ready(snapshot: dict) -> torch.nn.Module:
+        return prepare(snapshot["ema"].to(device), o.get("precision"), o.get("compile", False))
+
     snapshot = load_snapshot(o.network, o, "denoiser", "generator")
-    net = snapshot["ema"].to(device)
-    if is_generator(net):
+    if is_generator(snapshot["ema"]):
         check_options(o.network)
+    net = ready(snapshot)
     modules = [net]
     if net.img_channels not in (1, 3):
         raise dnnlib.UserError(f"--network={o.network}: makes images of {net.img_channels} channels; PNGs have 1 or 3")
@@ -71,17 +89,20 @@ def load(o: dnnlib.EasyDict, device: torch.device) -> tuple[Callable, Evaluation
             raise click.UsageError(f"--cfg={o.cfg:g}: needs a network trained with labels; this one was not")
         net = ClassifierFreeGuidance(net, o.cfg)
     if o.get("network_2") is not None:
-        modules.append(load_snapshot(o.network_2, o, "denoiser")["ema"].to(device))
+        modules.append(ready(load_snapshot(o.network_2, o, "denoiser")))
         net = AffineGuidance(net, modules[1], o.affine_weight)
-    stopwatch = Stopwatch(device)
-    if o.discriminator is not None:
-        net = guided(net, o, device, stopwatch)
-    return net, EvaluationMeter(device, *modules), stopwatch, (snapshot.get("info") or {}).get("class_names")
+    return net, modules, (snapshot.get("info") or {}).get("class_names")
 
 
-def guided(net: Callable, o: dnnlib.EasyDict, device: torch.device, stopwatch: Stopwatch) -> DiscriminatorGuidance:
-    """The denoiser corrected by --discriminator."""
+def load_discriminator(o: dnnlib.EasyDict, device: torch.device) -> dict:
+    """The snapshot of --discriminator, its network on the device."""
     snapshot = load_snapshot(o.discriminator, o, "discriminator")
+    return snapshot | dict(ema=snapshot["ema"].to(device))
+
+
+def guided(net: Callable, snapshot: dict, o: dnnlib.EasyDict, device: torch.device,
+           stopwatch: Stopwatch | None = None) -> DiscriminatorGuidance:
+    """The denoiser corrected by the discriminator of `load_discriminator`."""
     mode = o.dg_mode or "constant"
     rates, shares = None, None
     if mode == "calibrated":
@@ -97,7 +118,7 @@ def guided(net: Callable, o: dnnlib.EasyDict, device: torch.device, stopwatch: S
     weights = [default if w is None else w for w, default in zip(given, DEFAULT_WEIGHTS[mode], strict=True)]
     low, high = gate(o)
     print0(f"Guidance: {mode}, weights {weights[0]:g} and {weights[1]:g}, where {low:g} <= sigma <= {high:g}")
-    return DiscriminatorGuidance(net, snapshot["ema"].to(device), weights=weights, gate=(low, high), noise_rates=rates,
+    return DiscriminatorGuidance(net, snapshot["ema"], weights=weights, gate=(low, high), noise_rates=rates,
                                  right_shares=shares, stopwatch=stopwatch)
 
 

@@ -174,7 +174,7 @@ def test_correction_is_weight_times_variance_times_gradient():
     guided = DiscriminatorGuidance(Recorder(denoise), Recorder(linear), weights=(0.5, 0.25))
     gradient = torch.arange(1.0, 5).reshape(1, 1, 2, 2) * torch.tensor([1.0, 3.0]).reshape(2, 1, 1, 1)
     for order, weight in ((1, 0.5), (2, 0.25)):
-        found = guided.at_order(order)(x, sigma, labels) - denoise(x, sigma, labels)
+        found = guided.at_step(order, 3.0)(x, sigma, labels) - denoise(x, sigma, labels)
         torch.testing.assert_close(found, (weight * 9 * gradient).double())
 
 
@@ -217,7 +217,7 @@ def test_composes_with_other_guidance():
     for order, weight in ((1, 1), (2, 3)):
         corrected = 1.5 * denoise(x, sigma, None) + weight * 4 * 2 * torch.arange(1.0, 5).reshape(1, 1, 2, 2)
         expected = corrected + 2 * (corrected - denoise(x, sigma, None))
-        torch.testing.assert_close(net.at_order(order)(x, sigma, labels), expected)
+        torch.testing.assert_close(net.at_step(order, 2.0)(x, sigma, labels), expected)
 
 
 def test_images_do_not_depend_on_the_batch():

@@ -246,10 +246,18 @@ def test_published_edm_checkpoint_is_guided(tmp_path):
         assert (images(tmp_path / mode) != images(tmp_path / "plain")).any()
 
 
-def test_sweep(world, trained, tmp_path):
+def test_sweep(world, trained, tmp_path, monkeypatch):
+    loaded, load = [], persistence.load_snapshot
+
+    def count(path, **kwargs):
+        loaded.append(path)
+        return load(path, **kwargs)
+
+    monkeypatch.setattr(persistence, "load_snapshot", count)
     args = [f"--network={world / 'net.pkl'}", f"--discriminator={trained}", f"--data={world / 'digits.zip'}",
             "--detector=pixels", f"--outdir={tmp_path}", "--weights=2,0.5", "--seeds=0-39", "--steps=3", "--device=cpu"]
     out = succeed(sweep, *args)
+    assert len(loaded) == 2     # once for all settings
     rows = [line.split("|") for line in (tmp_path / "sweep.md").read_text().splitlines()[2:7]]
     assert (tmp_path / "sweep.md").read_text().splitlines()[-1].startswith("At equal FD")
     assert [(r[1].strip(), r[2].strip()) for r in rows] == [
@@ -260,6 +268,9 @@ def test_sweep(world, trained, tmp_path):
     (tmp_path / "sweep.json").write_text(json.dumps(known))
     again = succeed(sweep, *args)
     assert re.findall(r"\[(\d)/5\]", again) == ["3"] and (tmp_path / "sweep.md").read_text() in again + "\n"
+    assert len(loaded) == 4
+    succeed(sweep, *args)
+    assert len(loaded) == 4     # nothing to measure
     fail(1, "sweep with other options", sweep, *args, "--steps=4")
     (tmp_path / "sweep.json").write_text("[")
     fail(1, "sweep.json", sweep, *args)
