@@ -96,7 +96,7 @@ class TrainedNetwork:
     def _sanitize(self, flat: torch.Tensor) -> torch.Tensor:
         if self.loss_scaling != 1:
             flat.mul_(1 / self.loss_scaling)
-        self.bad_grads += flat.isfinite().logical_not_().sum()
+        self.bad_grads += torch.count_nonzero(flat * 0)     # Zero times a number that is not finite is not zero.
         return torch.nan_to_num_(flat, nan=0.0, posinf=1e5, neginf=-1e5)
 
     def _reduce_bucket(
