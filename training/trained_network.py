@@ -43,7 +43,7 @@ class TrainedNetwork:
     """A network, its EMA, its optimizer and (on several processes) its DDP wrapper.
 
     `lr_factor` maps images seen to a factor on `lr`. `ema_halflife` is in images; it is ramped up as
-    min(ema_halflife, 0.05 nimg). Call `forward` for passes that need gradients and `net` for those that do not.
+    min(ema_halflife, ema_rampup nimg). Call `forward` for passes that need gradients and `net` for those that do not.
     """
 
     def __init__(
@@ -56,13 +56,14 @@ class TrainedNetwork:
         betas: tuple[float, float] = (0.9, 0.999),
         lr_factor: Callable[[int], float] = lambda nimg: 1.0,
         ema_halflife: float = 0.0,
+        ema_rampup: float = 0.05,
         loss_scaling: float = 1.0,
         compile: bool = False,
     ):
         self.net = net.train().requires_grad_(True).to(device)
         self.ema = copy.deepcopy(self.net).eval().requires_grad_(False)
         self.lr, self.lr_factor, self.ema_halflife = lr, lr_factor, ema_halflife
-        self.loss_scaling = loss_scaling
+        self.ema_rampup, self.loss_scaling = ema_rampup, loss_scaling
         self.bad_grads = torch.zeros([], dtype=torch.int64, device=device)
         self.optimizer = make_optimizer(self.net.parameters(), optimizer, lr, device, betas)
         if compile:
@@ -96,7 +97,7 @@ class TrainedNetwork:
     def _sanitize(self, flat: torch.Tensor) -> torch.Tensor:
         if self.loss_scaling != 1:
             flat.mul_(1 / self.loss_scaling)
-        self.bad_grads += flat.isfinite().logical_not_().sum()
+        self.bad_grads += torch.count_nonzero(flat * 0)     # Zero times a number that is not finite is not zero.
         return torch.nan_to_num_(flat, nan=0.0, posinf=1e5, neginf=-1e5)
 
     def _reduce_bucket(
@@ -125,7 +126,7 @@ class TrainedNetwork:
         else:
             self._flat_grads.zero_()
         # edm.md, Training recipe: beta = 0.5^(batch / half-life), the half-life ramped up with the images seen.
-        halflife = min(self.ema_halflife, 0.05 * nimg)
+        halflife = min(self.ema_halflife, self.ema_rampup * nimg)
         beta = 0.5 ** (batch_size / halflife) if halflife > 0 else 0.0
         torch._foreach_lerp_(list(self.ema.parameters()), list(self.net.parameters()), 1 - beta)
 
