@@ -80,7 +80,7 @@ def test_a_process_that_is_gone_is_reported():
 
 def test_zip_is_what_zipfile_writes(monkeypatch):
     members = {f"{i // 3:05d}/img{i:08d}.png": bytes([i]) * (30 * i) for i in range(9)} | {"ä/é.png": b"x", "e": b""}
-    for limits in ((), (300, 5), (1 << 31, 5), (300, 1 << 16)):
+    for limits in ((), (300, 5), (1 << 31, 5), (1000, 1 << 16)):
         for offset_or_count, limit in enumerate(limits):
             monkeypatch.setattr(archive_zip, ("LIMIT", "COUNT_LIMIT")[offset_or_count], limit)
             monkeypatch.setattr(zipfile, ("ZIP64_LIMIT", "ZIP_FILECOUNT_LIMIT")[offset_or_count], limit)
