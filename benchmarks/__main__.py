@@ -22,11 +22,11 @@ import benchmarks
 import dnnlib.cli
 from benchmarks import table
 from benchmarks.roofline import measure_peaks
+from benchmarks.table import RESULTS
 
 # A topic is a module here called TOPIC_rows: `rows(repeats)` yields its Rows, SECONDS is what it takes on two cores.
 TOPICS = {info.name.removesuffix("_rows"): importlib.import_module(f"benchmarks.{info.name}")
           for info in pkgutil.iter_modules(benchmarks.__path__) if info.name.endswith("_rows")}
-RESULTS = os.path.join(os.path.dirname(benchmarks.__file__), "results")
 REPEATS, USUAL_SECONDS = 9, 60
 
 

@@ -81,12 +81,15 @@ def bound(row: Row, peaks: Peaks) -> float | None:
 @contextlib.contextmanager
 def precision_of(name: str) -> Iterator[torch.dtype]:
     """The dtype of 'fp32', 'tf32' or 'bf16'; inside, float32 products on CUDA are exact or TF32 accordingly."""
-    matmul = torch.backends.cuda.matmul
-    before, matmul.allow_tf32 = matmul.allow_tf32, name == "tf32"
+    backends = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [backend.allow_tf32 for backend in backends]
     try:
+        for backend in backends:
+            backend.allow_tf32 = name == "tf32"
         yield torch.bfloat16 if name == "bf16" else torch.float32
     finally:
-        matmul.allow_tf32 = before
+        for backend, allowed in zip(backends, before, strict=True):
+            backend.allow_tf32 = allowed
 
 
 def measure_peaks(device: torch.device, size: int | None = None, elements: int | None = None) -> Peaks:

@@ -15,8 +15,9 @@ import dnnlib
 from benchmarks.core import Row
 from benchmarks.roofline import Peaks, bound
 
-__all__ = ["HEAD", "describe", "line", "machine", "record", "save"]
+__all__ = ["HEAD", "RESULTS", "describe", "line", "machine", "record", "save"]
 
+RESULTS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "results")     # dated tables of real machines
 COLUMNS = {"": "<62", "ours": ">9", "plain": ">9", "plain/ours": ">10", "images/s": ">9", "bound": ">9",
            "reached": ">7"}
 HEAD = "  ".join(f"{name:{form}}" for name, form in COLUMNS.items())
