@@ -10,17 +10,23 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import click
-import numpy as np
 
 import dnnlib
 import dnnlib.cli
 from metrics import detectors, features, images, report, statistics, table
 from metrics.frechet import frechet_distance
-from metrics.options import batch_option, detector_option, device_option, measuring, output_option, seed_option
+from metrics.options import (
+    batch_option,
+    detector_option,
+    device_option,
+    measuring,
+    output_option,
+    precision_option,
+    seed_option,
+)
 from torch_utils import distributed
 
 
@@ -35,15 +41,17 @@ def main(ctx: click.Context) -> None:
 @click.option("--ref", "ref_path", metavar="NPZ|URL", required=True, help="Reference of 'fid.py ref'")
 @click.option("--num", type=click.IntRange(min=2), default=50000, help="Number of images to use")
 @detector_option
+@precision_option
 @seed_option
 @batch_option
 @device_option
-def calc(image_path: str, ref_path: str, num: int, detector_name: str, seed: int, batch: int, device: str) -> None:
+def calc(image_path: str, ref_path: str, num: int, detector_name: str, precision: str, seed: int, batch: int,
+         device: str) -> None:
     """FID of images against a reference."""
     device = distributed.init(device)
-    mu_ref, sigma_ref = statistics.load_reference(ref_path)
+    mu_ref, sigma_ref = statistics.load_reference(ref_path, precision)
     source = images.open_images(image_path, num, seed)
-    extractor = detectors.detector(detector_name, device)
+    extractor = detectors.detector(detector_name, device, precision=precision)
     width = features.feature_width(source, extractor, device)
     if width != len(mu_ref):
         raise dnnlib.UserError(f"--ref: {ref_path} has {len(mu_ref)} features, --detector={detector_name} gives "
@@ -57,18 +65,17 @@ def calc(image_path: str, ref_path: str, num: int, detector_name: str, seed: int
 @click.option("--data", "dataset_path", metavar="PATH", required=True, help="Archive: ZIP, folder or .npz (arr_0)")
 @output_option("--dest", "dest_path", metavar="NPZ", required=True, help="Reference to write")
 @detector_option
+@precision_option
 @batch_option
 @device_option
-def ref(dataset_path: str, dest_path: str, detector_name: str, batch: int, device: str) -> None:
+def ref(dataset_path: str, dest_path: str, detector_name: str, precision: str, batch: int, device: str) -> None:
     """Reference for 'fid.py calc': mean and covariance of an archive's features."""
     device = distributed.init(device)
     source = images.open_images(dataset_path, option="--data")
-    extractor = detectors.detector(detector_name, device)
+    extractor = detectors.detector(detector_name, device, precision=precision)
     count, mu, sigma = features.compute_statistics(source, extractor, batch, device)
     if distributed.get_rank() == 0:
-        os.makedirs(os.path.dirname(os.path.abspath(dest_path)), exist_ok=True)
-        with dnnlib.atomic_open(dest_path) as file:
-            np.savez(file, mu=mu, sigma=sigma)
+        statistics.save_reference(dest_path, mu, sigma, precision)
     distributed.print0(f"Wrote {dest_path}: {len(mu)} features of {count} images.")
 
 

@@ -31,6 +31,8 @@ Examples:
               help="Classifier: a snapshot of train_classifier.py, or its run directory")
 @click.option("--tau", metavar="W", type=FloatRange(min=0, max=1), default=0.01,
               help="Leave out other classes whose weight is at most this")
+@click.option("--pairs", metavar="K", type=click.IntRange(min=1),
+              help="Of the other classes keep at most the K heaviest an image, for data with many [default: no limit]")
 @click.option("--temp", metavar="FLOAT", type=FloatRange(min=0, min_open=True), default=1.0,
               help="Divide the classifier's logits by this")
 @click.option("--resume_sub", metavar="PKL|URL", help="The same as --transfer")
@@ -49,8 +51,8 @@ def main(**opts) -> None:
         return TDSM(config, dataset, device, classifier=snapshot["ema"], transition=transition, posterior=posterior)
 
     options.run(opts, "tdsm", make, require_labels=True, tdsm=dict(
-        cls=path, tau=opts["tau"], temp=opts["temp"], noise_type=opts["noise_type"], noise_rate=opts["noise_rate"],
-        noise_matrix=opts["noise_matrix"]))
+        cls=path, tau=opts["tau"], pairs=opts["pairs"], temp=opts["temp"], noise_type=opts["noise_type"],
+        noise_rate=opts["noise_rate"], noise_matrix=opts["noise_matrix"]))
 
 
 if __name__ == "__main__":

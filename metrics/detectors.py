@@ -17,14 +17,15 @@ from torch_utils import safe_pickle
 from torch_utils.persistence import find_snapshot, load_snapshot
 from training.noise_levels import LOWEST_SIGMA
 
-__all__ = ["DETECTORS", "ClassifierDetector", "Detector", "FidelityDetector", "PixelDetector", "TorchScriptDetector",
-           "detector"]
+__all__ = ["DETECTORS", "PRECISIONS", "BFloat16Detector", "ClassifierDetector", "Detector", "FidelityDetector",
+           "PixelDetector", "TorchScriptDetector", "detector"]
 
 DETECTORS = ("'pixels', 'fidelity:NAME' (package torch-fidelity), Inception-v3 or another network as TorchScript or in "
              "a .pkl (file or URL), or a classifier snapshot of train_classifier.py (file, URL or run directory)")
 INCEPTION_URL = ("https://api.ngc.nvidia.com/v2/models/nvidia/research/stylegan3/versions/1/files/metrics/"
                  "inception-v3-2015-12-05.pkl")
 FIDELITY = "fidelity:"
+PRECISIONS = ("fp32", "bf16")
 ZIP_MAGIC = b"PK\x03\x04"
 
 
@@ -32,6 +33,7 @@ class Detector(Protocol):
     """Turns images into features; `detector` makes one from its name."""
 
     name: str
+    precision: str      # of PRECISIONS
 
     def check(self, source: ImageSource) -> None:
         """UserError when it cannot take these images."""
@@ -46,7 +48,7 @@ class Detector(Protocol):
 class PixelDetector:
     """The pixels themselves, scaled to [-1,1] and flattened: tiny images and tests. It has no class probabilities."""
 
-    name = "pixels"
+    name, precision = "pixels", "fp32"
 
     def check(self, source: ImageSource) -> None:
         """Takes every image."""
@@ -57,6 +59,8 @@ class PixelDetector:
 
 class ClassifierDetector:
     """Penultimate features and probabilities of a noise-level-conditional classifier of ours at the lowest sigma."""
+
+    precision = "fp32"
 
     def __init__(self, net: torch.nn.Module, name: str, device: torch.device | str):
         self.net, self.name, self.label_dim = net.to(device).eval(), name, net.label_dim
@@ -79,6 +83,7 @@ class _ModuleDetector:
     """A network of others: takes uint8 RGB of any size, resizes by itself; grey images are repeated to 3 channels."""
 
     name: str
+    precision = "fp32"
 
     def __init__(self, device: torch.device | str):
         self._device = device
@@ -169,6 +174,30 @@ class FidelityDetector(_ModuleDetector):
         return found[0], found[1] if self._has_probs else None
 
 
+class BFloat16Detector:
+    """Another detector with its products in bfloat16 (autocast): faster where the hardware has them.
+
+    Its features differ from the other's in the third digit; figures from the two do not compare.
+    """
+
+    precision = "bf16"
+
+    def __init__(self, exact: Detector, device: torch.device | str):
+        self._exact, self.name, self._device_type = exact, exact.name, torch.device(device).type
+
+    def check(self, source: ImageSource) -> None:
+        """As the other detector, in bfloat16: not every network can."""
+        with self._autocast():
+            self._exact.check(source)
+
+    def __call__(self, images: torch.Tensor, probs: bool = True) -> tuple[torch.Tensor, torch.Tensor | None]:
+        with self._autocast():
+            return self._exact(images, probs)
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self._device_type, dtype=torch.bfloat16)
+
+
 @contextlib.contextmanager
 def _no_download(what: str, fetch: str) -> Iterator[None]:
     """Inside it torch.hub, which torch-fidelity fetches its weights with, says what is missing instead."""
@@ -185,8 +214,13 @@ def _no_download(what: str, fetch: str) -> Iterator[None]:
         torch.hub.download_url_to_file = original
 
 
-def detector(name: str, device: torch.device | str, option: str = "--detector") -> Detector:
+def detector(name: str, device: torch.device | str, option: str = "--detector", precision: str = "fp32") -> Detector:
     """The detector called `name` (DETECTORS). Raises UserError for what is none, and for what it lacks."""
+    if precision == "bf16":
+        exact = detector(name, device, option)
+        if isinstance(exact, PixelDetector):
+            raise dnnlib.UserError(f"--precision=bf16: {option}={name} computes nothing; leave it at fp32")
+        return BFloat16Detector(exact, device)
     if name == PixelDetector.name:
         return PixelDetector()
     if name.startswith(FIDELITY):

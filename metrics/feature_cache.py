@@ -27,7 +27,8 @@ class FeatureCache:
     """Features of any number of sets of images in the file `path` (None: nothing is kept).
 
     `sets`: JSON, a list of what each set is; then arrays `0.features`, `0.probs`, `0.judged`, `1.features`, ...
-    A set is used again when images, number, choice, detector and judge are the same, files by size and time.
+    A set is used again when images, number, choice, detector (its precision too) and judge are the same, files by size
+    and time.
     Rank 0 reads and writes; every process must make the calls. UserError when the file is something else.
     """
 
@@ -97,7 +98,8 @@ def _tensor(array: np.ndarray | None) -> torch.Tensor | None:
 
 
 def _named(extractor: Detector) -> list[Any]:
-    return [extractor.name, _version(extractor.name)]
+    # Float32 goes without saying: files from before there was a choice stay valid.
+    return [extractor.name, _version(extractor.name), *([] if extractor.precision == "fp32" else [extractor.precision])]
 
 
 def _version(path: str) -> list[int] | None:

@@ -10,10 +10,11 @@ import click
 from dnnlib.cli import output_file
 from metrics.bootstrap import LEVEL
 from metrics.cas import CAS_ARCHS, CAS_EPOCHS
-from metrics.detectors import DETECTORS
+from metrics.detectors import DETECTORS, PRECISIONS
 from metrics.inception_score import IS_SPLIT
 
-__all__ = ["batch_option", "detector_option", "device_option", "measuring", "output_option", "seed_option"]
+__all__ = ["batch_option", "detector_option", "device_option", "measuring", "output_option",
+           "precision_option", "seed_option"]
 
 
 def need_detector(_ctx: click.Context, param: click.Parameter, value: str | None) -> str:
@@ -24,6 +25,9 @@ def need_detector(_ctx: click.Context, param: click.Parameter, value: str | None
 
 detector_option = click.option("--detector", "detector_name", metavar="NAME", callback=need_detector,
                                help=f"What turns images into features (required): {DETECTORS}")
+precision_option = click.option("--precision", type=click.Choice(PRECISIONS), default="fp32",
+                                help="Arithmetic of the detector; bf16 is faster on a GPU, but its figures compare "
+                                "with each other only")
 batch_option = click.option("--batch", type=click.IntRange(min=1), default=64, help="Images a batch and process")
 seed_option = click.option("--seed", type=click.IntRange(min=0), default=0,
                            help="Chooses the images if there are more than --num, and all that is random")
@@ -42,6 +46,7 @@ def measuring(function: Callable) -> Callable:
         click.option("--data", metavar="PATH", required=True,
                      help="Reference archive, less the outliers it records, with its clean labels where it has them"),
         detector_option,
+        precision_option,
         click.option("--num", type=click.IntRange(min=2), help="Number of generated images to use  [default: all]"),
         seed_option,
         batch_option,

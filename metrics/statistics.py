@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import torch
 
 import dnnlib
 from torch_utils import distributed, safe_files
 
-__all__ = ["RunningStatistics", "load_reference"]
+__all__ = ["RunningStatistics", "load_reference", "save_reference"]
 
 MIN_ROWS = 512  # rows merged at a time: the update of the [d,d] matrix costs more than the batch when d is large
 
@@ -62,8 +64,18 @@ class RunningStatistics:
         return count, mean.cpu().numpy(), (scatter / (count - 1)).cpu().numpy()
 
 
-def load_reference(path: str) -> tuple[np.ndarray, np.ndarray]:
-    """mu [d] and sigma [d,d] of a reference `.npz` (ours or EDM's). UserError when it is none."""
+def save_reference(path: str, mu: np.ndarray, sigma: np.ndarray, precision: str = "fp32") -> None:
+    """Write a reference `.npz`, making its folder: EDM's format, and `precision` where it is not float32."""
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    with dnnlib.atomic_open(path) as file:
+        np.savez(file, mu=mu, sigma=sigma, **({} if precision == "fp32" else dict(precision=precision)))
+
+
+def load_reference(path: str, precision: str = "fp32") -> tuple[np.ndarray, np.ndarray]:
+    """mu [d] and sigma [d,d] of a reference `.npz` (ours or EDM's).
+
+    UserError when it is none, or its features were computed in another precision.
+    """
     expected = "expected a reference of 'fid.py ref': mu [d] and sigma [d,d]"
     arrays = safe_files.read_npz(path, expected)
     if not {"mu", "sigma"} <= arrays.keys():
@@ -73,4 +85,8 @@ def load_reference(path: str) -> tuple[np.ndarray, np.ndarray]:
         raise dnnlib.UserError(f"{path}: mu is {list(mu.shape)} and sigma {list(sigma.shape)}; {expected}")
     if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
         raise dnnlib.UserError(f"{path}: mu or sigma is not finite; {expected}")
+    made_in = str(arrays.get("precision", "fp32"))
+    if made_in != precision:
+        raise dnnlib.UserError(f"--precision={precision}: the features of {path} were computed in {made_in}; their "
+                               "figures do not compare, so use the same")
     return mu, sigma

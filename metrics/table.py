@@ -32,19 +32,21 @@ BOOTSTRAP = "generated images drawn again with replacement, within each class wh
 
 
 def evaluate(images: Sequence[str], data: str, detector_name: str, *, device: torch.device | str,
-             num: int | None = None, batch: int = 64, seed: int = 0, nearest_k: int = 5, splits: int = IS_SPLIT,
-             bootstrap: int | None = None, judge: str = "svm", features: str | None = None, test: str | None = None,
-             cas_arch: str = CAS_ARCHS[0], outlier_data: str | None = None) -> list[dict[str, Any]]:
+             precision: str = "fp32", num: int | None = None, batch: int = 64, seed: int = 0, nearest_k: int = 5,
+             splits: int = IS_SPLIT, bootstrap: int | None = None, judge: str = "svm", features: str | None = None,
+             test: str | None = None, cas_arch: str = CAS_ARCHS[0],
+             outlier_data: str | None = None) -> list[dict[str, Any]]:
     """All metrics of each set of images (folder, ZIP, `.npz`) against the archive `data`, less the outliers it records.
 
-    The reference's classes are its clean labels where it has them. `num` of the images (None: all), chosen by `seed`;
+    The reference's classes are its clean labels where it has them. `precision`: the detector's arithmetic; `num` of the
+    images (None: all), chosen by `seed`;
     `splits`: images a split of the inception score; `bootstrap`: draws of the intervals, chosen by `seed`;
     `judge`: 'svm', 'none' or a classifier snapshot; `features`: file that keeps features for the next time; `test`:
     archive of real images that the classification accuracy score is measured on, of a classifier `cas_arch`;
     `outlier_data`: archive with outliers on record (None: `data`, if it has them) to learn the outlier ratio from.
     Every process must call it; all but rank 0 get []. Returns for each set what `evaluate_features` does, and
-    `images`, `data`, `detector`, `reference_labels`, `reference_outliers` (how many were left out), what `add_outliers`
-    adds, with `test` also `cas`.
+    `images`, `data`, `detector`, `precision`, `reference_labels`, `reference_outliers` (how many were left out), what
+    `add_outliers` adds, with `test` also `cas`.
     Raises UserError for images, archives and snapshots that cannot be used or do not fit each other.
     """
     sources = [open_images(path, num, seed) for path in images]
@@ -56,7 +58,7 @@ def evaluate(images: Sequence[str], data: str, detector_name: str, *, device: to
                                    f"--data: {data} has {describe_shape(reference.image_shape)}")
         if tested is not None:
             check_cas(source, tested, cas_arch)
-    extractor = distributed.together(lambda: detector(detector_name, device), rank0_first=True)
+    extractor = distributed.together(lambda: detector(detector_name, device, precision=precision), rank0_first=True)
     clean = reference.clean_labels is not None
     real_labels = reference.clean_labels if clean else reference.labels
     record = open_record(outlier_data, reference)
@@ -92,8 +94,8 @@ def evaluate(images: Sequence[str], data: str, detector_name: str, *, device: to
             result["cas"] = classification_accuracy_score(source, tested, cas_arch, device, seed)
             result["metrics"]["cas"] = result["cas"]["accuracy"]
         add_outliers(result, record, known, fake, extractor.name)
-        results.append(dict(images=source.path, data=data, detector=extractor.name, reference_labels=named,
-                            reference_outliers=left_out, **result))
+        results.append(dict(images=source.path, data=data, detector=extractor.name, precision=precision,
+                            reference_labels=named, reference_outliers=left_out, **result))
     return results
 
 
@@ -268,7 +270,8 @@ def _conditions(result: dict[str, Any]) -> list[str]:
     left_out = f", {result['reference_outliers']} outliers left out" if result["reference_outliers"] else ""
     lines = [f"reference  {result['data']}: {result['num_reference']}, {result['reference_labels'] or 'no labels'}"
              f"{left_out}",
-             f"detector   {result['detector']}: {result['num_features']} features"]
+             f"detector   {result['detector']}: {result['num_features']} features"
+             f"{', computed in bf16' if result['precision'] == 'bf16' else ''}"]
     judge, bootstrap, outliers = result["judge"], result["bootstrap"], result["outliers"]
     if judge is not None:
         lines.append(f"judge      {judge['name']}: accuracy {judge['accuracy']:.4f} on {judge['num']} {judge['on']}")

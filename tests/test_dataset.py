@@ -341,3 +341,17 @@ def test_bad_paths(tmp_path, archive):
         ImageDataset(str(archive[0]), max_size=0)
     odd = synth.make_archive(tmp_path / "odd.zip", synth.pictures(2, 12))
     assert ImageDataset(str(odd), square=False).image_shape == (3, 12, 12)
+
+
+def test_nothing_travels_to_a_device_that_holds_the_data(archive, monkeypatch):
+    """`meta` stands for a device: between epochs no tensor is moved there."""
+    data = ImageDataset(str(archive[0]))
+    stream = BatchStream(data, 3, seed=1, device="meta")
+    next(stream)
+    monkeypatch.setattr(torch, "from_numpy", None)
+    moved = []
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, *args, **kwargs: moved.append(self.device.type) or self)
+    for _ in range(2):
+        images, labels = next(stream)
+        assert (images.device.type, labels.device.type, stream.items.device.type) == ("meta",) * 3
+    assert set(moved) <= {"meta"}

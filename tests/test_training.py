@@ -151,14 +151,17 @@ def test_tdsm_with_clean_and_noisy_posterior(data, classifier, tmp_path):
         "--noise_type=sym",
         "--noise_rate=0.4",
         "--tau=0.02",
+        "--pairs=1",
         "--temp=1.5",
     )
     run_dir = next(tmp_path.iterdir())
     row = json.loads((run_dir / "stats.jsonl").read_text().splitlines()[-1])
-    assert 0 < row["TDSM/observed_weight"]["mean"] < 1 and row["TDSM/pairs_per_image"]["mean"] > 0
+    assert 0 < row["TDSM/observed_weight"]["mean"] < 1 and 1 >= row["TDSM/pairs_per_image"]["mean"] > 0
+    assert row["TDSM/cut_weight"]["mean"] > 0.01
     assert 0 <= row["TDSM/corrected"]["mean"] <= 1
     info = persistence.load_snapshot(persistence.find_snapshot(str(run_dir)))["info"]
-    assert info["method"] == "tdsm" and info["transition"][0][0] == pytest.approx(0.6)
+    assert info["method"] == "tdsm" and info["options"]["tdsm"]["pairs"] == 1
+    assert info["transition"][0][0] == pytest.approx(0.6)
 
     for noise in ([], ["--noise_type=learn"]):
         out = tmp_path / f"cls{len(noise)}"

@@ -84,6 +84,7 @@ class ArchiveReader:
             self._file.close()
             raise
         self._entries = {info.filename: info for info in self._zip.infolist()}
+        self._owner = os.getpid()
 
     def _strip_root(self, files: list[str]) -> list[str]:
         """A ZIP of a folder holds everything under that folder's name: treat it as the root."""
@@ -119,7 +120,7 @@ class ArchiveReader:
     def _read_zip(self, info: zipfile.ZipInfo) -> bytes:
         """Positional reads of the one open file: no seek to share, so no lock and no handle per thread."""
         if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or info.flag_bits & 1:
-            return read_member(self._zip, info, MEMBER_LIMIT)  # rare kinds: zipfile's own reader, which locks
+            return self._read_rare(info)
         if max(info.file_size, info.compress_size) > MEMBER_LIMIT:
             raise zipfile.BadZipFile
         fd = self._file.fileno()
@@ -133,6 +134,12 @@ class ArchiveReader:
         if len(data) != info.file_size or zlib.crc32(data) != info.CRC:
             raise zipfile.BadZipFile
         return data
+
+    def _read_rare(self, info: zipfile.ZipInfo) -> bytes:
+        """zipfile's own reader, which locks; forked processes share the file's position, so each opens it anew."""
+        if self._owner != os.getpid():
+            self._zip, self._owner = zipfile.ZipFile(self.path), os.getpid()
+        return read_member(self._zip, info, MEMBER_LIMIT)
 
     def image(self, name: str) -> np.ndarray:
         """A decoded image, uint8 [H, W, C], C = 1 or 3."""

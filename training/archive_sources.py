@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bz2
 import contextlib
+import functools
 import gzip
 import io
 import lzma
@@ -36,11 +37,12 @@ DAMAGED = (OSError, EOFError, ValueError, OverflowError, zlib.error, lzma.LZMAEr
 
 @dataclass
 class Source:
-    """Images and labels, by index. `image` maps 0 .. length - 1 to uint8 [H, W, C]; it is called from threads.
+    """Images and labels, by index. `image` maps 0 .. length - 1 to uint8 [H, W, C]; it is called from threads
+    and from forked processes.
 
     Labels are int64 [N] or float32 [N, D]. `names` are the images' names where the source has names. `corruption` is
     what the source records about its own label noise and outliers, with the data set's family; `outliers` (bool [N])
-    which images it says were put in. `in_memory`: nothing to decode.
+    which images it says were put in.
     """
 
     path: str
@@ -52,7 +54,6 @@ class Source:
     names: list[str] | None = None
     outliers: np.ndarray | None = None
     corruption: dict[str, Any] = field(default_factory=dict)
-    in_memory: bool = False
 
     def name(self, index: int) -> str:
         """How error messages call an image."""
@@ -104,7 +105,6 @@ def _in_memory(
         labels=labels,
         class_names=class_names,
         corruption=dict(family=family),
-        in_memory=True,
     )
 
 
@@ -276,19 +276,19 @@ def _open_lmdb(path: str) -> Source:
         import lmdb  # optional dependency
     except ImportError:
         raise dnnlib.UserError(f"{path}: reading an LMDB needs the package lmdb: pip install lmdb") from None
+    open_env = functools.partial(lmdb.open, path, readonly=True, lock=False, readahead=False, max_readers=1024)
     try:
-        env = lmdb.open(path, readonly=True, lock=False, readahead=False, max_readers=1024)
-        with env.begin() as transaction:
+        with open_env() as env, env.begin() as transaction:
             keys = list(transaction.cursor().iternext(keys=True, values=False))
     except lmdb.Error as err:
         raise dnnlib.UserError(f"{path}: not a readable LMDB ({err})") from None
     if not keys:
         raise dnnlib.UserError(f"{path}: LMDB without images")
-    local = threading.local()  # a read transaction belongs to one thread
+    local = threading.local()  # a read transaction belongs to one thread, an environment to one process
 
     def image(index: int) -> np.ndarray:
-        if not hasattr(local, "transaction"):
-            local.transaction = env.begin()
+        if getattr(local, "process", None) != os.getpid():
+            local.process, local.transaction = os.getpid(), open_env().begin()
         return decode_image(bytes(local.transaction.get(keys[index])), f"{path}: {names[index]}")
 
     names = [key.decode("latin1") for key in keys]

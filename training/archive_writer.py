@@ -8,9 +8,8 @@ import os
 import secrets
 import shutil
 import struct
-import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,7 @@ import PIL.Image
 
 import dnnlib
 from training.archive_reader import METADATA, PNG_SIGNATURE, check_name
+from training.archive_zip import Member, ZipWriter
 
 __all__ = ["TRANSFORMS", "ArchiveWriter", "encode_png", "fit_image", "image_name", "make_transform", "with_channels"]
 
@@ -137,11 +137,11 @@ class ArchiveWriter:
         if is_zip(self.path):
             with contextlib.ExitStack() as stack:
                 file = stack.enter_context(dnnlib.atomic_open(self.path))
-                self._zip = zipfile.ZipFile(file, "w", zipfile.ZIP_STORED)
+                self._zip = ZipWriter(file.fileno())
                 stack.push(self._close_zip)
                 self._stack = stack.pop_all()
         else:
-            self._zip, self._folders = None, set()
+            self._zip = None
             self._temp = os.path.join(parent, f".{name}.{secrets.token_hex(4)}.tmp")
             os.mkdir(self._temp)
         return self
@@ -149,17 +149,23 @@ class ArchiveWriter:
     def add(self, name: str, data: bytes) -> None:
         """Appends a member. UserError: a name that leads out of the archive."""
         check_name(name, f"{self.path}: {name}")
+        members = [(name, len(data), zlib.crc32(data))]
+        self.write(self.reserve(members), members, [data])
+
+    def reserve(self, members: Sequence[Member]) -> int:
+        """Appends members (name, size, CRC-32) that `write` is to fill before the block ends; returns where."""
+        return 0 if self._zip is None else self._zip.reserve(members)
+
+    def write(self, offset: int, members: Sequence[Member], contents: Sequence[bytes]) -> None:
+        """Fills members that were given `offset`. A process forked inside the block may do it."""
         if self._zip is not None:
-            info = zipfile.ZipInfo(name)  # dated 1980
-            info.create_system, info.external_attr = 3, 0o100644 << 16  # a Unix file that unpacks as rw-r--r--
-            self._zip.writestr(info, data)
+            self._zip.write(offset, members, contents)
             return
-        target = os.path.join(self._temp, name)
-        if (folder := os.path.dirname(target)) not in self._folders:
-            os.makedirs(folder, exist_ok=True)
-            self._folders.add(folder)
-        with open(target, "wb") as f:
-            f.write(data)
+        for (name, _, _), data in zip(members, contents, strict=True):
+            target = os.path.join(self._temp, name)
+            os.makedirs(os.path.dirname(target), exist_ok=True)
+            with open(target, "wb") as f:
+                f.write(data)
 
     def add_metadata(self, metadata: dict[str, Any]) -> None:
         """Appends `dataset.json`."""
@@ -168,8 +174,6 @@ class ArchiveWriter:
     def _close_zip(self, kind: type[BaseException] | None, *_: Any) -> None:
         if kind is None:
             self._zip.close()
-        else:
-            self._zip.fp = None  # closing would write an index, and fail if a member is half-written
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, traceback: Any) -> None:
         if self._zip is not None:

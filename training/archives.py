@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +15,8 @@ from tqdm import tqdm
 import dnnlib
 from training import transition
 from training.archive_labels import load_labels
-from training.archive_reader import ordered_map
 from training.archive_sources import Source, open_source
+from training.archive_workers import work_in_order
 from training.archive_writer import (
     ArchiveWriter,
     Transform,
@@ -25,6 +26,7 @@ from training.archive_writer import (
     image_name,
     with_channels,
 )
+from training.archive_zip import Member
 from training.label_file import LabelFile
 
 __all__ = ["Noise", "Outliers", "Summary", "build_archive", "clean_source", "replace_labels"]
@@ -116,27 +118,21 @@ def build_archive(
 ) -> Summary:
     """Writes `source` as an archive to `dest`, a .zip or a folder; see `ArchiveWriter` for what makes it atomic.
 
-    `workers` threads (0: one a core) decode, transform and encode; they change no byte. Sources in memory (tiny images)
-    take one: writing the ZIP is most of their work, measured slower with more. The first `max_images` images are used.
-    `channels` 1 or 3 converts all of them; None keeps the first image's kind. An outlier takes the size, the channels
-    and the labels of the image it replaces.
+    `workers` processes (0: one a core) decode, transform, encode and write, see `work_in_order`; they change no byte.
+    The first `max_images` images are used. `channels` 1 or 3 converts all of them; None keeps the first image's kind.
+    An outlier takes the size, the channels and the labels of the image it replaces.
     UserError on images that do not fit together or are not square with a power of two as side.
     """
     check_destination(dest)
     count = source.length if max_images is None else min(max_images, source.length)
     classes = count_classes(source)
-    workers = 1 if source.in_memory else workers or available_cores()
     T = prepare_noise(source, noise, classes)  # its errors come before the work
     foreign = prepare_outliers(source, outliers, count)
     encoder = Encoder(source, transform, noise is not None and noise.type == "instance", channels, foreign)
     with ArchiveWriter(dest) as archive:
-        kept = []
-        for index, png in encoder.run(count, workers):
-            archive.add(image_name(len(kept)), png)
-            kept.append(index)
-        if not kept:
+        kept = np.array(encoder.run(archive, count, workers or available_cores()), dtype=np.int64)
+        if not len(kept):
             raise dnnlib.UserError(f"--resolution: all {count} images are smaller than that, none is left")
-        kept = np.array(kept)
         labels = None if source.labels is None else source.labels[kept]
         clean = None if source.clean_labels is None else source.clean_labels[kept]
         corruption = dict(source.corruption)
@@ -245,8 +241,12 @@ def make_metadata(
     return metadata
 
 
+# Of an image that goes into the archive: its shape, size and CRC-32 of the PNG, and the pixels when they are kept.
+Encoded = tuple[tuple[int, ...], int, int, "np.ndarray | None"]
+
+
 class Encoder:
-    """Turns the images of a source into PNGs on several threads, in order, and checks that they fit together.
+    """Writes the images of a source as PNGs on several processes, in order, and checks that they fit together.
 
     `shape` [H, W, C] of the written images; `images` holds them when `keep` is set (instance noise looks at pixels).
     `channels` and `foreign` as `build_archive` and `prepare_outliers` have them.
@@ -263,28 +263,44 @@ class Encoder:
         self.shape: tuple[int, ...] = ()
         self.images: list[np.ndarray] = []
 
-    def run(self, count: int, workers: int) -> Iterator[tuple[int, bytes]]:
-        """(index, PNG) of images 0 .. count - 1, without those that the transform leaves out."""
+    def run(self, archive: ArchiveWriter, count: int, workers: int) -> list[int]:
+        """Writes images 0 .. count - 1; returns the indices of those that the transform does not leave out."""
+        kept: list[int] = []
+
+        def place(part: range, found: list[Encoded | None]) -> tuple[int, list[Member]]:
+            members = []
+            for index, image in zip(part, found, strict=True):
+                if image is not None:
+                    shape, size, crc, pixels = image
+                    self._check(shape, index)
+                    if self._keep:
+                        self.images.append(pixels)
+                    members.append((image_name(len(kept)), size, crc))
+                    kept.append(index)
+            bar.update(len(part))
+            return archive.reserve(members), members
+
+        def write(pngs: list[bytes], where: tuple[int, list[Member]]) -> None:
+            archive.write(*where, pngs)
+
         parts = [range(start, min(start + self._step, count)) for start in range(0, count, self._step)]
         with tqdm(total=count, unit="img", desc="archive", disable=None, leave=False) as bar:
-            for part, results in zip(parts, ordered_map(self._encode, parts, workers), strict=True):
-                for index, result in zip(part, results, strict=True):
-                    if result is not None:
-                        png, image = result
-                        self._check(image.shape, index)
-                        if self._keep:
-                            self.images.append(image)
-                        yield index, png
-                bar.update(len(part))
+            work_in_order(parts, self._encode, place, write, workers)
+        return kept
 
-    def _encode(self, part: range) -> list[tuple[bytes, np.ndarray] | None]:
-        results = []
+    def _encode(self, part: range) -> tuple[list[Encoded | None], list[bytes]]:
+        found, pngs = [], []
         for index in part:
             image = self._transform(self._same_channels(self._source.image(index), index))
             if image is not None and index in self._foreign:
                 image = fit_image(self._foreign[index](), image.shape)
-            results.append(None if image is None else (encode_png(image), image))
-        return results
+            if image is None:
+                found.append(None)
+                continue
+            png = encode_png(image)
+            pngs.append(png)
+            found.append((image.shape, len(png), zlib.crc32(png), image if self._keep else None))
+        return found, pngs
 
     def _same_channels(self, image: np.ndarray, index: int) -> np.ndarray:
         """Grey images among RGB ones become RGB; the reverse would lose something, so one must ask for it."""

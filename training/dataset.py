@@ -92,8 +92,6 @@ class ImageDataset:
         self.clean_labels = self._select(clean)
         self.outliers = self._select(reader.outliers())  # bool: put in from another source; None without a record
         self._vectors = self._select(self._vectors)
-        outliers = (reader.metadata or {}).get("outliers")  # file names of images put in from another source
-        self.outliers = None if outliers is None else self._select(np.isin(reader.names, outliers))
         self._pixels: torch.Tensor | None = None
         self._held: torch.Tensor | None = None
 
@@ -208,7 +206,8 @@ class BatchStream:
     and a rank takes its contiguous share: the stream can start anywhere, and neither `workers` nor the way the data
     are held changes it. Data up to `memory_limit` bytes (none when the data set says `cache=False`) are decoded once
     and indexed on the device; larger ones are decoded ahead of time by `workers` threads. `indices`: the items to use.
-    `items` [b] (on the CPU) says which items of the data set the batch returned last consists of.
+    `items` [b] says which items of the data set the batch returned last consists of: on the device when the data are
+    held there, since nothing travels to it then but an epoch's order, else on the CPU.
     """
 
     def __init__(
@@ -230,7 +229,7 @@ class BatchStream:
         self._dataset, self._batch, self._device = dataset, batch_per_rank, torch.device(device)
         self._stride, self._seed = batch_per_rank * world_size, seed
         self._position = start_nimg + rank * batch_per_rank
-        self._orders: dict[int, np.ndarray] = {}
+        self._orders: dict[int, torch.Tensor] = {}
         self._pool: ThreadPoolExecutor | None = None
         self._pending: deque[tuple[torch.Tensor, Future[tuple[torch.Tensor, torch.Tensor]]]] = deque()
         self.items = torch.empty(0, dtype=torch.int64)
@@ -248,8 +247,7 @@ class BatchStream:
     def __next__(self) -> tuple[torch.Tensor, torch.Tensor]:
         if self._on_device:
             self.items = self._next_indices()
-            indices = self.items.to(self._device, non_blocking=True)
-            return self._dataset.images_on(self._device, indices), self._take_labels(indices)
+            return self._dataset.images_on(self._device, self.items), self._take_labels(self.items)
         while len(self._pending) < self._depth:
             items = self._next_indices()
             self._pending.append((items, self._pool.submit(self._fetch, items)))
@@ -264,15 +262,15 @@ class BatchStream:
 
     def _next_indices(self) -> torch.Tensor:
         """Items at positions position .. position + batch - 1; a batch may touch several epochs."""
-        positions = np.arange(self._position, self._position + self._batch)
+        start, stop, n = self._position, self._position + self._batch, len(self._items)
         self._position += self._stride
-        epochs, offsets = np.divmod(positions, len(self._items))
-        touched = range(int(epochs[0]), int(epochs[-1]) + 1)
+        touched = range(start // n, (stop - 1) // n + 1)
         self._orders = {e: self._orders[e] if e in self._orders else self._order(e) for e in touched}
-        return torch.from_numpy(np.concatenate([self._orders[e][offsets[epochs == e]] for e in touched]))
+        return torch.cat([self._orders[e][max(start - e * n, 0) : stop - e * n] for e in touched])
 
-    def _order(self, epoch: int) -> np.ndarray:
-        return np.random.default_rng([self._seed, epoch]).permutation(self._items)
+    def _order(self, epoch: int) -> torch.Tensor:
+        order = torch.from_numpy(np.random.default_rng([self._seed, epoch]).permutation(self._items))
+        return order.to(self._device) if self._on_device else order
 
     def _take_labels(self, indices: torch.Tensor) -> torch.Tensor:
         if self._labels is None:

@@ -214,22 +214,28 @@ def _truncated_normal(rng: np.random.Generator, mean: float, std: float, n: int)
 # The weights of TDSM: w_y = P(clean = y | x_t, observed = o).
 
 
-def log_weights(log_posterior: torch.Tensor, T: torch.Tensor, observed: torch.Tensor) -> torch.Tensor:
+def log_weights(
+    log_posterior: torch.Tensor, T: torch.Tensor, observed: torch.Tensor, check: bool = True
+) -> torch.Tensor:
     """ln w_y = ln softmax_y(ln T[y, o] + ln P(y | x_t)), shape [N, C]. Bayes' rule; nothing is inverted or clamped.
 
     `log_posterior` [N, C]: clean log-probabilities, or logits. `T` [C, C]. `observed` int64 [N].
-    UserError names an observed label whose column of T is all zero: no clean class can have produced it.
+    UserError names an observed label whose column of T is all zero: no clean class can have produced it. Looking for
+    one waits for the device: `check=False` for labels that have been through `check_observed`.
     """
-    columns = T.to(log_posterior)[:, observed].T
-    impossible = columns.sum(dim=1) == 0
-    if impossible.any():
-        _raise_impossible(int(observed[impossible][0]))
+    columns = T.to(log_posterior).T[observed]
+    if check:
+        impossible = columns.sum(dim=1) == 0
+        if impossible.any():
+            _raise_impossible(int(observed[impossible][0]))
     return torch.log_softmax(columns.log() + log_posterior, dim=1)
 
 
-def posterior_weights(log_posterior: torch.Tensor, T: torch.Tensor, observed: torch.Tensor) -> torch.Tensor:
+def posterior_weights(
+    log_posterior: torch.Tensor, T: torch.Tensor, observed: torch.Tensor, check: bool = True
+) -> torch.Tensor:
     """w = P(clean | x_t, observed), rows sum to 1, shape [N, C]: the exponential of `log_weights`."""
-    return log_weights(log_posterior, T, observed).exp()
+    return log_weights(log_posterior, T, observed, check).exp()
 
 
 def survivors(weights: torch.Tensor, observed: torch.Tensor, tau: float) -> torch.Tensor:
@@ -237,9 +243,19 @@ def survivors(weights: torch.Tensor, observed: torch.Tensor, tau: float) -> torc
     return (weights > tau).scatter(1, observed[:, None], True)
 
 
-def cut_weights(weights: torch.Tensor, observed: torch.Tensor, tau: float) -> torch.Tensor:
-    """Weights with the dropped classes set to 0, without renormalising, shape [N, C]."""
-    return weights * survivors(weights, observed, tau)
+def cut_weights(
+    weights: torch.Tensor, observed: torch.Tensor, tau: float, pairs: int | None = None
+) -> torch.Tensor:
+    """Weights with the dropped classes set to 0, without renormalising, shape [N, C].
+
+    `pairs`: of the other classes that survive tau only so many stay, the heaviest.
+    """
+    weights = weights * survivors(weights, observed, tau)
+    if pairs is None or pairs >= weights.shape[1] - 1:
+        return weights
+    others = weights.scatter(1, observed[:, None], -1)  # below all others: never among the heaviest
+    heaviest = torch.cat([others.topk(pairs, dim=1).indices, observed[:, None]], dim=1)
+    return torch.zeros_like(weights).scatter(1, heaviest, weights.gather(1, heaviest))
 
 
 def check_observed(T: np.ndarray, labels: np.ndarray) -> None:

@@ -1,0 +1,112 @@
+"""Training steps, one a turn, for a process of its own (core.FormProcess).
+
+python -m benchmarks.steps '{"form": "ours", "script": "train", "args": ["--data=...", ...]}'
+
+'ours' is the script itself, loop, data and process settings included, made to wait before every step. 'plain' is the
+same method in the plain form, without the loop, on a batch that lies ready.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+from unittest import mock
+
+import torch
+
+import dnnlib
+import train
+import train_discriminator
+import train_noise
+from benchmarks.core import Turns
+from benchmarks.plain import plain_objective
+from benchmarks.roofline import count
+from torch_utils.misc import count_parameters
+from torch_utils.training_stats import Stats
+from training import options
+from training.dataset import ImageDataset
+from training.objectives.base import Objective
+
+__all__ = ["OBJECTIVES", "ours", "plain"]
+
+OBJECTIVES = {"train": (train, "DSM"), "train_noise": (train_noise, "TDSM"),
+              "train_discriminator": (train_discriminator, "DiscriminatorObjective")}
+# Long enough to be stopped from outside, without a tick in between.
+ENDLESS = ["--duration=1000", "--tick=1e9", "--snap=1000000", "--dump=1000000", "--seed=0"]
+NIMG = 10_000
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _paced(cls: type[Objective], turn: Callable[[Any], bool]) -> type[Objective]:
+    class Paced(cls):
+        _start: float | None = None
+
+        def sheet(self, path: str) -> None:
+            """No pictures: they would take longer than all steps."""
+
+        def step(self, *args: Any, **kwargs: Any) -> None:
+            # From here to here is all of a step, what the loop does around it included.
+            _wait_for(self.device)
+            if not turn(None if self._start is None else time.perf_counter() - self._start):
+                sys.exit(0)
+            self._start = time.perf_counter()
+            super().step(*args, **kwargs)
+
+    return Paced
+
+
+def ours(script: str, args: Sequence[str], turn: Callable[[Any], bool]) -> None:
+    """Train as `python script.py ARGS` does. Before every step `turn(seconds of the last one)` decides whether to go on
+    (the first time: None)."""
+    module, name = OBJECTIVES[script]
+    with mock.patch.object(module, name, _paced(getattr(module, name), turn)):
+        module.main([*args, *ENDLESS], standalone_mode=False)
+
+
+def plain(script: str, args: Sequence[str], serve: Callable[[Callable[[], None], dict], None]) -> None:
+    """Build the method of `script` with its options in the plain form and `serve(step, facts)`.
+
+    `facts`: FLOPs and bytes of a step, and the number of parameters.
+    """
+    module, name = OBJECTIVES[script]
+
+    def run(opts: dict, method: str, make_objective: Callable[..., Objective], *, require_labels: bool = False,
+            **extra: Any) -> None:
+        # What `options.run` does, less all that it sets in the process.
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+        o = dnnlib.EasyDict(opts)
+        device = torch.device(o.device)
+        dataset = ImageDataset(o.data, use_labels=o.cond)
+        config = options.make_config(o, method, dataset, extra) | dict(seed=o.seed)
+        objective, stats = make_objective(config, dataset, device), Stats(device)
+        items = torch.arange(o.batch) % len(dataset)
+        images, labels = dataset.images(items).to(device), dataset.onehot(items).to(device)
+        items, nimg = items.to(device), itertools.count(NIMG, o.batch)
+
+        def step() -> None:
+            objective.step(images, labels, next(nimg), stats, items)
+            _wait_for(device)
+
+        parameters = count_parameters(objective.trained["net"].net)
+        work = count(step, parameters)
+        serve(step, dict(flops=work.flops, bytes=work.bytes, parameters=parameters))
+
+    with mock.patch.object(module, name, plain_objective(getattr(module, name))), \
+            mock.patch.object(options, "run", run):
+        module.main([*args, *ENDLESS, "--precision=fp32", "--compile=0"], standalone_mode=False)
+
+
+if __name__ == "__main__":
+    turns, wanted = Turns(), json.loads(sys.argv[1])
+    if wanted["form"] == "ours":
+        ours(wanted["script"], wanted["args"], turns.wait)
+    else:
+        plain(wanted["script"], wanted["args"], turns.serve)

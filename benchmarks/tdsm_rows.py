@@ -1,0 +1,79 @@
+"""TDSM's step over DSM's at equal pairs an image, and against a loop over the classes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+
+from benchmarks.core import Row, compare
+from benchmarks.data import RandomImages, train_config
+from torch_utils.training_stats import Stats
+from training.objectives.base import Objective
+from training.objectives.dsm import DSM
+from training.objectives.tdsm import TDSM
+from training.transition import transition_matrix
+
+__all__ = ["rows"]
+
+PAIRS = 3  # other classes an image keeps
+
+
+class KnownPairs(torch.nn.Module):
+    """A classifier that costs nothing and always leaves PAIRS other classes above tau."""
+
+    augment_dim = 0
+
+    def __init__(self, labels: np.ndarray, transition: np.ndarray):
+        super().__init__()
+        observed, classes = torch.from_numpy(labels)[:, None], len(transition)
+        index = (observed + torch.arange(PAIRS + 1)) % classes
+        # Divided by T[y, o], so that all PAIRS + 1 weights are equal, however many classes there are.
+        logits = -torch.from_numpy(transition).float()[index, observed].log()
+        self.register_buffer("logits", torch.full([len(labels), classes], -30.0).scatter_(1, index, logits))
+
+    def forward(self, x: torch.Tensor, sigma: torch.Tensor, augment_labels: torch.Tensor | None = None) -> torch.Tensor:
+        return self.logits
+
+
+class TDSMClassLoop(TDSM):
+    """The plain form: one pass of the whole batch for every class."""
+
+    def combine(self, x, sigma, labels, augment_labels, stats):
+        observed = labels.argmax(dim=1)
+        w = self.weights(x, sigma, observed, augment_labels)
+        own = w.gather(1, observed[:, None])[:, :, None, None]
+        total = DSM.combine(self, x, sigma, labels, augment_labels, stats) * own
+        for c in range(labels.shape[1]):
+            with torch.no_grad():
+                onehot = torch.nn.functional.one_hot(torch.full_like(observed, c), labels.shape[1]).float()
+                part = self.trained["net"].net(x, sigma, onehot, augment_labels=augment_labels)
+            total = total + (w[:, c] * (observed != c))[:, None, None, None] * part
+        return total
+
+
+def stepper(objective: Objective, data: RandomImages) -> Callable[[], None]:
+    """A form: one step on all of `data`."""
+    stats, labels = Stats(torch.device("cpu")), data.onehot()
+    return lambda: objective.step(data.pixels, labels, 10_000, stats)
+
+
+def rows(repeats: int) -> Iterator[Row]:
+    """For few and many classes."""
+    forms, cpu, n = {}, torch.device("cpu"), 64
+    for classes in (10, 100):
+        data = RandomImages(n, 3, 16, classes)
+        config = train_config(data, "--arch=ddpmpp_tiny", "--augment=0", f"--batch={n}") | dict(
+            tdsm=dict(tau=0.01, temp=1.0))
+        transition = transition_matrix("sym", 0.4, classes)
+        kwargs = dict(classifier=KnownPairs(data.labels, transition), transition=transition, posterior="clean")
+        forms[f"dsm{classes}"] = stepper(DSM(config, data, cpu), data)
+        forms[f"tdsm{classes}"] = stepper(TDSM(config, data, cpu, **kwargs), data)
+    forms["loop"] = stepper(TDSMClassLoop(config, data, cpu, **kwargs), data)
+    t = compare(forms, repeats, "TDSM")
+    for classes in (10, 100):
+        yield Row(f"TDSM step, {classes} classes; plain: DSM step", t[f"tdsm{classes}"], t[f"dsm{classes}"], images=n,
+                  note=f"{PAIRS} pairs an image, ddpmpp_tiny, 16x16, batch {n}")
+    yield Row("TDSM step, 100 classes; plain: 10 classes", t["tdsm100"], t["tdsm10"], images=n)
+    yield Row("TDSM step, 100 classes; plain: loop over the classes", t["tdsm100"], t["loop"], images=n)

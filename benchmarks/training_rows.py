@@ -1,0 +1,48 @@
+"""Training steps of `train.py` as it runs by default on this machine, over the plain form; each in its own process."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import tempfile
+from collections.abc import Iterator
+
+from benchmarks.core import FormProcess, Row, compare, processes
+from benchmarks.data import write_archive
+
+__all__ = ["rows", "step_row"]
+
+SECONDS = 240
+NETWORKS = {"ddpmpp_tiny": ["--arch=ddpmpp_tiny"], "ddpmpp --cbase=32": ["--arch=ddpmpp", "--cbase=32"]}
+# Resolution: (images a step, steps a turn). As many as take about the same time.
+SIZES = {8: (128, 5), 16: (64, 2), 32: (16, 2)}
+
+
+def turns_of(process: FormProcess, steps: int):
+    """A form that takes `steps` turns of the process for one: seconds a step."""
+    return lambda: statistics.mean(process() for _ in range(steps))
+
+
+def step_row(name: str, script: str, args: list[str], plain_args: list[str], batch: int, repeats: int, *,
+             steps: int = 1, precision: str = "fp32", note: str = "") -> Row:
+    """`script` with `args` against its plain form with `plain_args`, `steps` steps of `batch` images a turn."""
+    with tempfile.TemporaryDirectory() as folder:
+        def form(kind: str, args: list[str]) -> tuple:
+            return "benchmarks.steps", dict(form=kind, script=script, args=[f"--outdir={folder}", *args])
+
+        with processes(ours=form("ours", args), plain=form("plain", plain_args)) as forms:
+            facts = forms["plain"].facts
+            seconds = compare({kind: turns_of(process, steps) for kind, process in forms.items()}, repeats, name)
+    return Row(name, seconds["ours"], seconds["plain"], facts["flops"], facts["bytes"],
+               note or f"batch {batch}, {facts['parameters'] / 1e6:.2f}M parameters", batch, precision)
+
+
+def rows(repeats: int) -> Iterator[Row]:
+    """Both networks at three sizes, without augmentation; otherwise with the defaults of train.py."""
+    with tempfile.TemporaryDirectory() as folder:
+        for network, network_args in NETWORKS.items():
+            for resolution, (batch, steps) in SIZES.items():
+                data = write_archive(os.path.join(folder, f"{resolution}.zip"), batch, 3, resolution, 10)
+                args = [f"--data={data}", "--cond=1", f"--batch={batch}", "--augment=0", "--device=cpu", *network_args]
+                yield step_row(f"training step, {network}, {resolution}x{resolution}", "train", args, args, batch,
+                               repeats, steps=steps)
