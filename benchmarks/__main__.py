@@ -24,7 +24,7 @@ from benchmarks import table
 from benchmarks.roofline import measure_peaks
 from benchmarks.table import RESULTS
 
-# A topic is a module here called TOPIC_rows: `rows(repeats)` yields its Rows, SECONDS is what it takes on two cores.
+# A topic is a module here called TOPIC_rows: `rows(repeats)` yields its Rows, SECONDS is about what it takes.
 TOPICS = {info.name.removesuffix("_rows"): importlib.import_module(f"benchmarks.{info.name}")
           for info in pkgutil.iter_modules(benchmarks.__path__) if info.name.endswith("_rows")}
 REPEATS, USUAL_SECONDS = 9, 60

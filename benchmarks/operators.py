@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import statistics
 import tempfile
 from collections.abc import Callable
 from typing import Any
@@ -41,35 +42,36 @@ def shares(times: dict[str, float]) -> dict[str, float]:
 
 
 def measure(form: str, args: list[str], count: int) -> dict[str, float]:
-    """Own time of each operator over `count` steps of `train.py ARGS`, or of its plain form, after two others."""
-    profiler = profile(activities=[ProfilerActivity.CPU])
-    if form == "plain":
-        def serve(step: Callable[[], None], _facts: Any) -> None:
+    """Own time of each operator in a step of `train.py ARGS` or its plain form: median of `count` steps after two."""
+    profilers: list[profile] = []
+
+    def turn(_answer: Any = None) -> bool:
+        # Between two steps: what is profiled is all that happens from one to the next.
+        if profilers:
+            profilers[-1].stop()
+        profilers.append(profile(activities=[ProfilerActivity.CPU]))
+        going = len(profilers) <= 2 + count
+        if going:
+            profilers[-1].start()
+        return going
+
+    def serve(step: Callable[[], None], _facts: Any) -> None:
+        while turn():
             step()
-            with profiler:
-                for _ in range(count):
-                    step()
 
-        steps.plain("train", args, serve)
-    else:
-        seen: list[Any] = []
-
-        def turn(answer: Any) -> bool:
-            seen.append(answer)
-            if len(seen) == 3:
-                profiler.start()
-            if len(seen) == 3 + count:
-                profiler.stop()
-            return len(seen) < 3 + count
-
-        with contextlib.suppress(SystemExit), open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+    with contextlib.suppress(SystemExit), open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        if form == "plain":
+            steps.plain("train", args, serve)
+        else:
             steps.ours("train", args, turn)
-    return {event.key: event.self_cpu_time_total for event in profiler.key_averages()}
+    averages = [profiler.key_averages() for profiler in profilers[2:-1]]
+    found = [{event.key: event.self_cpu_time_total for event in events} for events in averages]
+    return {key: statistics.median(times.get(key, 0.0) for times in found) for key in set().union(*found)}
 
 
 @click.command(cls=dnnlib.cli.Command, help=__doc__)
 @click.option("--form", type=click.Choice(["ours", "plain"]), default="ours", help="train.py itself, or the plain form")
-@click.option("--steps", "count", metavar="INT", type=click.IntRange(min=1), default=5, help="Steps that count")
+@click.option("--steps", "count", metavar="INT", type=click.IntRange(min=1), default=5, help="Steps; the median counts")
 def main(form: str, count: int) -> None:
     click.echo(f"Own time of operators, share of a step, {form}, {torch.get_num_threads()} threads\n")
     columns = {}

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 import dnnlib
 from benchmarks import __main__ as cli
-from benchmarks import plain, roofline, steps, table
+from benchmarks import metrics_rows, plain, roofline, steps, table
 from benchmarks.core import FormProcess, Row, compare, processes
 from benchmarks.data import write_archive
 from benchmarks.metrics_rows import prdc_plain
@@ -122,7 +122,7 @@ def test_plain_layers_give_the_same_and_are_put_away(arch, resolution, monkeypat
     torch.manual_seed(0)
     net = EDMPrecond(resolution, 3, 4, **network_kwargs(arch, 16), dropout=0.5)
     for p in net.parameters():
-        p.data.copy_(torch.randn_like(p) * 0.1)
+        p.data.copy_(torch.randn_like(p) * 0.3)     # so that attention is far from even
     x, y = torch.randn(2, 3, resolution, resolution), torch.eye(4)[:2]
     drops = []
     monkeypatch.setattr(plain.F, "dropout", lambda x, p, training: drops.append((p, training)) or x)
@@ -193,6 +193,14 @@ def test_plain_prdc_is_prdc():
     rng = np.random.default_rng(0)
     real, fake = (torch.from_numpy(rng.standard_normal((50, 3)) + shift) for shift in (0, 0.7))
     assert prdc_plain(real, fake) == pytest.approx(prdc(real, fake))
+
+
+def test_metrics_rows():
+    trace, neighbours = metrics_rows.rows(1, features=8, images=40, width=4)
+    assert int(trace.note.split()[-2]) >= 10    # ours and the general root are the same number
+    assert trace.plain_seconds > 0 and trace.flops is None
+    # Distances within each set and between the two: a multiply-add for each pair and feature, at least once.
+    assert neighbours.flops >= 3 * 2 * 40 * 40 * 4 and neighbours.images == 80
 
 
 class FakeTopic:
