@@ -38,11 +38,14 @@ def step_row(name: str, script: str, args: list[str], plain_args: list[str], bat
 
 
 def rows(repeats: int) -> Iterator[Row]:
-    """Both networks at three sizes, without augmentation; otherwise with the defaults of train.py."""
+    """Both networks at three sizes, without augmentation; otherwise with the defaults of train.py, and in bf16."""
     with tempfile.TemporaryDirectory() as folder:
         for network, network_args in NETWORKS.items():
             for resolution, (batch, steps) in SIZES.items():
                 data = write_archive(os.path.join(folder, f"{resolution}.zip"), batch, 3, resolution, 10)
                 args = [f"--data={data}", "--cond=1", f"--batch={batch}", "--augment=0", "--device=cpu", *network_args]
-                yield step_row(f"training step, {network}, {resolution}x{resolution}", "train", args, args, batch,
-                               repeats, steps=steps)
+                for precision in ("fp32", "bf16"):      # the plain form is float32 both times
+                    name = f"training step, {network}, {resolution}x{resolution}"
+                    yield step_row(name if precision == "fp32" else f"{name}, --precision={precision}", "train",
+                                   [*args, f"--precision={precision}"], args, batch, repeats, steps=steps,
+                                   precision=precision)
