@@ -1,8 +1,9 @@
-"""Images into an archive: photographs on all cores over one, raw images over Pillow and zipfile."""
+"""Images into an archive and out of it: all cores over one, and over Pillow and zipfile."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import os
 import tempfile
@@ -14,18 +15,25 @@ import PIL.Image
 from sklearn.datasets import load_sample_images
 
 from benchmarks.core import Row, compare
-from benchmarks.data import random_pixels
+from benchmarks.data import random_pixels, write_archive
 from training.archive_sources import Source, open_source
 from training.archive_writer import make_transform
 from training.archives import build_archive
+from training.dataset import BatchStream, ImageDataset
 
 __all__ = ["rows"]
 
-PHOTOS, RAW = 64, 5000
+PHOTOS, RAW, CIFAR = 64, 5000, 50_000
 
 
 def rows(repeats: int) -> Iterator[Row]:
-    """Both kinds."""
+    """What is built, then what is read."""
+    yield from building_rows(repeats)
+    yield from cifar_rows(repeats)
+
+
+def building_rows(repeats: int) -> Iterator[Row]:
+    """Photographs, and raw images against other writers."""
     images = random_pixels(RAW, 3, 32)
     photo = load_sample_images().images[0]
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
@@ -51,3 +59,38 @@ def rows(repeats: int) -> Iterator[Row]:
         t = compare(dict(all=lambda: build(os.cpu_count() or 1), one=lambda: build(1), ours=ours, plain=plain), repeats)
     yield Row("photographs to a 64x64 archive, all cores; plain: one core", t["all"], t["one"], images=PHOTOS)
     yield Row("raw 32x32 images to an archive; plain: Pillow and zipfile", t["ours"], t["plain"], images=RAW)
+
+
+def cifar_rows(repeats: int) -> Iterator[Row]:
+    """As many images as CIFAR-10 has, of its shape: out of memory or an archive into another, and in shuffled order."""
+    images, cores = random_pixels(CIFAR, 3, 32), os.cpu_count() or 1
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
+        archive = write_archive(os.path.join(folder, "in.zip"), CIFAR, 3, 32, 10)
+        sources = dict(memory=lambda: Source("random", CIFAR, images.__getitem__), ZIP=lambda: open_source(archive))
+
+        def build(kind: str, workers: int) -> None:
+            dest = os.path.join(folder, "out.zip")
+            build_archive(sources[kind](), dest, make_transform(None, None), None, None, workers)
+
+        def read(workers: int) -> None:
+            data = ImageDataset(archive, cache=False)
+            with contextlib.closing(BatchStream(data, 500, workers=workers)) as stream:
+                for _ in range(CIFAR // 500):
+                    next(stream)
+
+        def plain() -> None:
+            with zipfile.ZipFile(archive) as file:
+                names = [name for name in file.namelist() if name.endswith(".png")]
+                for i in np.random.RandomState(0).permutation(CIFAR):
+                    np.asarray(PIL.Image.open(io.BytesIO(file.read(names[i]))))
+
+        forms = {f"{kind} {n}": functools.partial(build, kind, n) for kind in sources for n in (1, cores)}
+        forms |= dict(one=lambda: read(1), all=lambda: read(cores), plain=plain)
+        t = compare(forms, repeats)
+    for kind in sources:
+        yield Row(f"CIFAR-10's shape, from {kind} to an archive, {cores} workers; plain: one", t[f"{kind} {cores}"],
+                  t[f"{kind} 1"], images=CIFAR)
+    yield Row("CIFAR-10's shape, read in shuffled order, one thread; plain: zipfile and Pillow", t["one"], t["plain"],
+              images=CIFAR)
+    yield Row(f"CIFAR-10's shape, read in shuffled order, {cores} threads; plain: one", t["all"], t["one"],
+              images=CIFAR)
