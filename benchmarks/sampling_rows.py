@@ -8,19 +8,22 @@ from __future__ import annotations
 
 import copy
 import functools
-import statistics
-import time
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 
+from benchmarks.core import Row, compare
+from benchmarks.roofline import count
 from sampling.generation import generate_images
 from sampling.precision import prepare
 from sampling.samplers import heun_sampler
 from training.networks import EDMPrecond
 from training.presets import network_kwargs
 
-__all__ = ["CASES", "FORMS", "plain_images", "random_denoiser", "sampling_rows"]
+__all__ = ["CASES", "FORMS", "plain_images", "random_denoiser", "rows"]
+
+SECONDS = 400
 
 CASES = (("ddpmpp_tiny", None, 1, 8, 64), ("ddpmpp", 32, 3, 16, 32), ("ddpmpp", 32, 3, 32, 16))
 FORMS = {
@@ -55,30 +58,26 @@ def plain_images(net: torch.nn.Module, latents: torch.Tensor, labels: torch.Tens
     return (images * 127.5 + 128).clip(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
 
 
-def sampling_rows(repeats: int, forms: tuple[str, ...] = tuple(FORMS), steps: int = 18) -> list[dict]:
-    """Images/s of the plain form, times each form is as fast, and the share of pixels within one grey level of it.
-
-    The forms take turns on one batch; medians.
-    """
-    rows = []
+def rows(repeats: int, forms: tuple[str, ...] = tuple(FORMS), steps: int = 18) -> Iterator[Row]:
+    """Every form against the plain one on one batch; notes say which share of pixels is within one grey level of it."""
     for arch, cbase, channels, resolution, n in CASES:
         net = random_denoiser(arch, cbase, channels, resolution)
         nets = {name: prepare(copy.deepcopy(net), **FORMS[name]) for name in forms}
         latents = torch.randn([n, channels, resolution, resolution], generator=torch.Generator().manual_seed(0))
         labels = torch.eye(10)[torch.arange(n) % 10]
-        run = {"plain": functools.partial(plain_images, net, latents, labels, steps)}
-        run |= {name: functools.partial(images_of, nets[name], n, n, steps) for name in forms}
-        times, images = {name: [] for name in run}, images_of(net, n, n, steps).astype(int)
+        evaluations = 2 * steps - 1
+        work = count(functools.partial(net, latents, torch.ones([n]), labels))
         label = f"{arch}{f' --cbase={cbase}' if cbase else ''}, {resolution}x{resolution}"
-        near = {name: np.mean(np.abs(images_of(nets[name], n, n, steps) - images) <= 1) for name in forms}
-        for _ in range(repeats):
-            for name, form in run.items():
-                start = time.perf_counter()
-                form()
-                times[name].append(time.perf_counter() - start)
-        seconds = {name: statistics.median(t) for name, t in times.items()}
-        rows.append(dict(name=f"sampling images/s, plain, {label}", value=n / seconds["plain"]))
+        run = {"plain": functools.partial(plain_images, net, latents, labels, steps)}
+        run |= {name: functools.partial(_timed, nets[name], n, steps) for name in forms}
+        seconds = compare(run, repeats, f"sampling, {label}")
+        images = images_of(net, n, n, steps).astype(int)
         for name in forms:
-            rows.append(dict(name=f"plain / {name}, {label}", value=seconds["plain"] / seconds[name]))
-            rows.append(dict(name=f"pixels within a grey level, {name}, {label}", value=near[name]))
-    return rows
+            near = np.mean(np.abs(images_of(nets[name], n, n, steps) - images) <= 1)
+            yield Row(f"sampling, {name}, {label}", seconds[name], seconds["plain"], work.flops * evaluations,
+                      work.bytes * evaluations, f"batch {n}, {steps} steps, {near:.3%} of pixels within a grey level", n,
+                      FORMS[name].get("precision", "fp32"))
+
+
+def _timed(net: torch.nn.Module, n: int, steps: int) -> None:
+    images_of(net, n, n, steps)

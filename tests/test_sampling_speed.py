@@ -3,8 +3,8 @@
 import copy
 import errno
 import functools
-import math
 import os
+import re
 import threading
 
 import numpy as np
@@ -194,7 +194,7 @@ def test_an_archive_that_cannot_grow_ends_the_run(tmp_path, monkeypatch):
 
 def test_benchmark_rows(monkeypatch):
     monkeypatch.setattr(sampling_rows, "CASES", [("ddpmpp_tiny", None, 1, 8, 8)])
-    rows = {row["name"]: row["value"] for row in sampling_rows.sampling_rows(1, forms=("default", "bf16"), steps=3)}
-    assert len(rows) == 5 and all(math.isfinite(value) and value > 0 for value in rows.values())
-    assert rows["pixels within a grey level, default, ddpmpp_tiny, 8x8"] == 1
-    assert rows["pixels within a grey level, bf16, ddpmpp_tiny, 8x8"] > 0.99
+    default, bf16 = sampling_rows.rows(1, forms=("default", "bf16"), steps=3)
+    assert default.name == "sampling, default, ddpmpp_tiny, 8x8" and "100.000% of pixels" in default.note
+    assert (bf16.precision, bf16.images) == ("bf16", 8) and float(re.search(r"([\d.]+)% of", bf16.note)[1]) > 99
+    assert default.flops == bf16.flops > 0 and min(default.ours_seconds, default.plain_seconds) > 0
