@@ -21,9 +21,9 @@ from benchmarks.core import Row
 __all__ = ["Peaks", "Work", "bound", "count", "measure_peaks", "precision_of"]
 
 ADAM_EMA_ACCESSES = 9   # of a parameter: Adam reads p, g, m, v, writes p, m, v; the EMA, fused with it, reads, writes
-SAMPLES = 9             # of each peak; the best counts
-# Width of the matrices and length of the arrays: far beyond the caches, and still done in a moment.
-SIZES = {"cuda": (8192, 1 << 28), "cpu": (2048, 1 << 26)}
+SAMPLES = 30            # of each peak; the best counts, many and short ones because a busy machine has short gaps
+# Width of the matrices, and length of the arrays, which no cache holds.
+SIZES = {"cuda": (8192, 1 << 28), "cpu": (1024, 1 << 25)}
 
 
 @dataclass(frozen=True)
