@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -68,16 +68,16 @@ def rows(repeats: int, forms: tuple[str, ...] = tuple(FORMS), steps: int = 18) -
         evaluations = 2 * steps - 1
         work = count(functools.partial(net, latents, torch.ones([n]), labels))
         label = f"{arch}{f' --cbase={cbase}' if cbase else ''}, {resolution}x{resolution}"
-        run = {"plain": functools.partial(plain_images, net, latents, labels, steps)}
-        run |= {name: functools.partial(_timed, nets[name], n, steps) for name in forms}
+        run = {"plain": functools.partial(_wait_for, plain_images, net, latents, labels, steps)}
+        run |= {name: functools.partial(_wait_for, images_of, nets[name], n, n, steps) for name in forms}
         seconds = compare(run, repeats, f"sampling, {label}")
         images = images_of(net, n, n, steps).astype(int)
         for name in forms:
             near = np.mean(np.abs(images_of(nets[name], n, n, steps) - images) <= 1)
             yield Row(f"sampling, {name}, {label}", seconds[name], seconds["plain"], work.flops * evaluations,
-                      work.bytes * evaluations, f"batch {n}, {steps} steps, {near:.3%} of pixels within a grey level", n,
+                      work.bytes * evaluations, f"batch {n}, {near:.3%} of pixels within a grey level", n,
                       FORMS[name].get("precision", "fp32"))
 
 
-def _timed(net: torch.nn.Module, n: int, steps: int) -> None:
-    images_of(net, n, n, steps)
+def _wait_for(function: Callable, *args) -> None:
+    function(*args)     # What it returns is no time.
