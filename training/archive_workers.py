@@ -95,10 +95,15 @@ def _work(
     for end in theirs:  # held open here, they would keep others waiting for a parent that was killed
         end.close()
     try:
+        unfinished = []
         for part in parts:
-            summary, data = make(part)
+            summary, data = make(part)  # while the part before is decided about
+            for before in unfinished:
+                finish(before, connection.recv())
             connection.send((True, summary))
-            finish(data, connection.recv())
+            unfinished = [data]
+        for before in unfinished:
+            finish(before, connection.recv())
         connection.send((True, None))
     except Exception as error:
         with contextlib.suppress(OSError):  # the parent is gone, and nobody waits for the rest

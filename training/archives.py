@@ -259,7 +259,7 @@ class Encoder:
         self._source, self._transform, self._keep, self._foreign = source, transform, keep, foreign
         first = source.image(0)
         self._convert, self._channels = channels is not None, channels or first.shape[2]
-        self._step = max(1, (1 << 19) // first.size)  # about half a megabyte of pixels a task
+        self._step = max(1, (1 << 20) // first.size)  # about a megabyte of pixels a task
         self.shape: tuple[int, ...] = ()
         self.images: list[np.ndarray] = []
 
