@@ -82,7 +82,7 @@ class TDSM(DSM):
 
         denoised = super().combine(x, sigma, labels, augment_labels, stats) * own[:, :, None, None]
         rest = torch.zeros_like(denoised)
-        with torch.no_grad():
+        with torch.no_grad(), self.trained["net"].gathered():   # every process has its own number of pairs
             for i, c in zip(image.split(len(x)), label.split(len(x)), strict=True):
                 onehot = torch.nn.functional.one_hot(c, labels.shape[1]).to(labels.dtype)
                 part = self.trained["net"].net(
