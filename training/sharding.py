@@ -1,4 +1,4 @@
-"""FSDP2: every process keeps a slice of weights, gradients, Adam's moments and EMA (Rajbhandari et al., SC 2020, ZeRO-3).
+"""FSDP2: a process keeps slices of weights, gradients, Adam's moments and EMA (Rajbhandari et al., SC 2020, ZeRO-3).
 
 A block's whole weights exist only while a pass goes through it, so a pass is collective: all processes make the same
 number of them, or `Shards.gathered` is around those that differ. Slices lie within a machine, whose links are the fast
@@ -42,8 +42,8 @@ def _mesh(device: torch.device) -> DeviceMesh:
 class Shards:
     """The slices of `net` and of its average `ema` that this process keeps; both are replaced in place.
 
-    The networks come whole, on the CPU and the same on every process. `params`: the slices of `net` as plain parameters,
-    whose `grad` is a view of `flat_grads`: to an optimizer that works by element they are a network like any other.
+    The networks come whole, on the CPU and the same on every process. `params`: the slices of `net` as plain
+    parameters, whose `grad` is a view of `flat_grads`: to an optimizer that works by element they are like any others.
     """
 
     def __init__(self, net: torch.nn.Module, ema: torch.nn.Module, device: torch.device):
@@ -151,8 +151,10 @@ class Shards:
         """The state of an optimizer of whole parameters as one of `params`. ValueError: other parameters."""
         if any(i not in range(len(self._net)) for i in state["state"]):
             raise ValueError(f"the optimizer's state is of more than {len(self._net)} parameters")
-        found = {i: {k: self._slice(k, v, self._net[i]) if torch.is_tensor(v) and v.ndim else v for k, v in values.items()}
-                 for i, values in state["state"].items()}
+        found = {}
+        for i, values in state["state"].items():
+            found[i] = {k: self._slice(k, v, self._net[i]) if torch.is_tensor(v) and v.ndim else v
+                        for k, v in values.items()}
         return dict(state, state=found)
 
     def _slice(self, name: str, tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

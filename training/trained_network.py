@@ -176,7 +176,7 @@ class TrainedNetwork:
         return len(common)
 
     def export(self) -> torch.nn.Module | None:
-        """The EMA as a whole network, `exported`. Collective when sharded: then on the CPU of rank 0, None elsewhere."""
+        """The EMA as a whole network, `exported`. Collective when sharded: on the CPU of rank 0, None elsewhere."""
         if self._shards is not None:
             state = self._shards.gather(self.ema)
             if distributed.get_rank() == 0:

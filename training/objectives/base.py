@@ -195,7 +195,7 @@ class Objective:
         return values
 
     def snapshot(self) -> dict:
-        """What `network-snapshot-*.pkl` holds, without the run's own `info`; complete on rank 0. Called by all ranks."""
+        """What a snapshot holds, without the run's own `info`; complete on rank 0. Called by all ranks."""
         return dict(
             ema=self.trained["net"].export(),
             loss_fn=dict(class_name=self.method, **self.loss_settings()),
