@@ -33,6 +33,8 @@ PHI = click.Choice(list(CONJUGATES))
 @click.option("--method", type=click.Choice(["rduot", "ddgan"]), default="rduot", help="The method, or its baseline")
 @click.option("--num_epoch", metavar="INT", type=COUNT, help="Length of training in passes over the data")
 @click.option("--num_timesteps", metavar="INT", type=COUNT, default=4, help="Steps of the diffusion")
+@click.option("--beta_min", metavar="FLOAT", type=POSITIVE, default=0.1, help="Noise schedule: rate at the start")
+@click.option("--beta_max", metavar="FLOAT", type=POSITIVE, default=20.0, help="Noise schedule: rate at the end")
 @click.option("--phi1", type=PHI, help="Conjugate on generated images  [default: softplus]")
 @click.option("--phi2", type=PHI, help="Conjugate on real images  [default: softplus]")
 @click.option("--tau", metavar="FLOAT", type=FloatRange(min=0),
@@ -71,8 +73,9 @@ def main(**opts) -> None:
         noise_levels=None, augment=None, loss_scaling=1.0, lr_rampup_nimg=0,
         optimizer=dict(name="adam", lr=dict(net=o.lr_g, potential=o.lr_d), betas=[0.5, 0.9]),
         ema_halflife_nimg=ema_halflife(o.ema_decay, o.batch) if o.use_ema else 0,
-        rduot=dict(num_timesteps=o.num_timesteps, phi1=o.phi1 or "softplus", phi2=o.phi2 or "softplus", cost=o.cost,
-                   tau=0.0 if baseline else 1e-3 if o.tau is None else o.tau, r1_gamma=o.r1_gamma, lazy_reg=o.lazy_reg,
+        rduot=dict(num_timesteps=o.num_timesteps, beta_min=o.beta_min, beta_max=o.beta_max, cost=o.cost,
+                   tau=0.0 if baseline else 1e-3 if o.tau is None else o.tau,
+                   phi1=o.phi1 or "softplus", phi2=o.phi2 or "softplus", r1_gamma=o.r1_gamma, lazy_reg=o.lazy_reg,
                    schedule_nimg=o.schedule and max(round(o.schedule * 1e6), 1)))
 
 

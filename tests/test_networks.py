@@ -27,6 +27,7 @@ from training.networks import (
     UNetBlock,
     VEPrecond,
     VPPrecond,
+    _dropout,
     edm_coefs,
     iDDPMPrecond,
     ve_coefs,
@@ -153,6 +154,37 @@ def test_label_dropout_drops_whole_labels_in_training_only(model_type):
     kept = (out - with_labels[0]).abs().amax([1, 2, 3]) < 1e-4
     assert (dropped ^ kept).all()
     assert 60 <= dropped.sum() <= 140
+
+
+@pytest.mark.parametrize("shape, p", [([8, 64, 16, 16], 0.13), ([7, 3, 5, 3], 0.5)])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dropout_drops_and_scales_as_it_should(shape, p, layout, dtype):
+    """Elements are zero with probability p, independently, and 1/(1-p) else; gradients follow the same mask."""
+    torch.manual_seed(0)
+    x = torch.ones(shape, dtype=dtype).contiguous(memory_format=layout).requires_grad_()
+    y = _dropout(x, p, True)
+    y.sum().backward()
+    assert y.dtype == dtype and y.is_contiguous(memory_format=layout) and x.grad.equal(y)
+    kept = y != 0
+    assert torch.allclose(y[kept].float(), torch.tensor(1 / (1 - p)), rtol=1e-2 if dtype == torch.bfloat16 else 1e-4)
+    n = x.numel()
+    assert abs(kept.float().mean() - (1 - p)) < 5 * (p * (1 - p) / n) ** 0.5
+    # Neighbours in memory share 64 random bits: pairs must be kept as often as independence says.
+    flat = kept.permute(0, 2, 3, 1).flatten() if layout == torch.channels_last else kept.flatten()
+    for lag in (1, 2, 3):
+        both = (flat[:-lag] & flat[lag:]).float().mean()
+        assert abs(both - (1 - p) ** 2) < 6 * ((1 - p) ** 2 / n) ** 0.5
+    assert _dropout(x, p, False) is x or _dropout(x, p, False).equal(x)
+    assert not _dropout(x, 1.0, True).any() and _dropout(x, 0.0, True).equal(x)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_attention_keeps_the_layout_of_its_input(layout):
+    """Else every later layer would run in the layout that the attention's output happens to have."""
+    block = UNetBlock(8, 8, 4, attention=True, num_heads=1).eval()
+    x = torch.randn(2, 8, 4, 4).contiguous(memory_format=layout)
+    assert block._attend(x).is_contiguous(memory_format=layout)
 
 
 def test_dropout_only_in_training():

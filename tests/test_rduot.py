@@ -13,6 +13,7 @@ import torch
 from test_objectives import CPU, Data, make_config
 from torch.nn.functional import logsigmoid, softplus
 
+import dnnlib
 from sampling.ddgan import ddgan_sampler
 from torch_utils.training_stats import Stats
 from training.diffusion_steps import DiffusionSteps
@@ -105,8 +106,8 @@ class Images(Data):
 
 
 def make(data=None, batch_gpu=None, method="rduot", precision="fp32", **changes):
-    settings = dict(num_timesteps=4, phi1="softplus", phi2="softplus", cost="pixels", tau=0.01, r1_gamma=0.5,
-                    lazy_reg=3, schedule_nimg=None) | changes
+    settings = dict(num_timesteps=4, beta_min=0.1, beta_max=20.0, phi1="softplus", phi2="softplus", cost="pixels",
+                    tau=0.01, r1_gamma=0.5, lazy_reg=3, schedule_nimg=None) | changes
     config = make_config(
         method=method, batch_size=8, batch_gpu=batch_gpu, noise_levels=None, precision=precision,
         network=dict(kwargs=dict(model_channels=8, z_emb_dim=8, nz=6, n_mlp=1, channel_mult=[1, 2], num_blocks=1),
@@ -275,6 +276,8 @@ def test_bfloat16_comes_near():
 PROGRAM = """
 import sys
 import torch
+
+import dnnlib
 from test_rduot import batch, make, step
 from torch_utils import distributed
 
@@ -336,11 +339,31 @@ def test_costs():
     got = cost(x_0, x_next, torch.full([64], 3))
     want = squared_distance(u, x_next, t)
     assert torch.corrcoef(torch.stack([got, want]))[0, 1] > 0.9 and abs(float((got / want).mean()) - 1) < 0.1
-    for kind in ("standardized", "features"):
+    for kind in ("standardized", "whitened", "features"):
         cost = TransportCost(kind, data, steps, CPU)
         x_0.requires_grad_()
         (gradient,) = torch.autograd.grad(cost(x_0, x_next, torch.full([64], 2)).sum(), x_0)
         assert gradient.isfinite().all() and gradient.abs().max() > 0
+
+
+def test_the_whitened_cost_of_the_mean_is_the_mahalanobis_distance():
+    data, steps = Images(n=512), DiffusionSteps(4)
+    rng = np.random.default_rng(0)
+    mix = np.eye(64) + 0.1 * rng.standard_normal([64, 64])
+    values = 0.2 * rng.standard_normal([512, 64]) @ mix
+    data.pixels = torch.from_numpy((127.5 + 127.5 * np.clip(values, -1, 1)).astype(np.uint8)).reshape(-1, 1, 8, 8)
+    cost = TransportCost("whitened", data, steps, CPU)
+    x = data.pixels.double().flatten(1).numpy() / 127.5 - 1
+    centred = x - x.mean(axis=0)
+    want = (centred @ np.linalg.inv(centred.T @ centred / len(x)) * centred).sum(axis=1)
+    x_next = (cost.mean[3] @ cost.axes.T).reshape(1, 1, 8, 8).expand(512, -1, -1, -1)
+    got = cost(torch.from_numpy(x).float().reshape(-1, 1, 8, 8), x_next, torch.full([512], 2))
+    np.testing.assert_allclose(got, want, rtol=1e-3)
+
+
+def test_whitening_many_pixels_is_refused():
+    with pytest.raises(dnnlib.UserError, match="whitened.*12,288 values.*4,096"):
+        TransportCost("whitened", Images(n=4, channels=3, resolution=64), DiffusionSteps(4), CPU)
 
 
 @pytest.mark.parametrize("clean, outlier, dearer", [(0.2, 0.8, True), (0.8, 0.2, False)])

@@ -108,15 +108,17 @@ def test_published_flags(data, tmp_path):
 def test_other_methods_and_settings(data, tmp_path):
     args = [f"--data={data}", "--num_epoch=1", *TINY]
     succeed(train_rduot, *args, f"--outdir={tmp_path}/a", "--method=ddgan", "--num_timesteps=2", "--xflip=1",
-            "--no_use_ema", "--embedding_type=fourier", "--precision=bf16")
+            "--no_use_ema", "--embedding_type=fourier", "--precision=bf16", "--beta_min=0.2", "--beta_max=10")
     run_dir = tmp_path / "a" / "00000-mixed-uncond-ddgan-gpus1-batch8-bf16"
+    net = persistence.load_snapshot(persistence.find_snapshot(str(run_dir)))["ema"]
+    assert (net.num_timesteps, net.beta_min, net.beta_max) == (2, 0.2, 10)
     state = final_weights(run_dir)
     assert state["nimg"] == 128     # a pass over images and mirror images
     assert_same(state["objective"]["net"]["net"], state["objective"]["net"]["ema"])
     assert "Warning" not in (run_dir / "log.txt").read_text()   # the baseline prices nothing
     output = succeed(generate, f"--network={run_dir}", f"--outdir={tmp_path}/images", "--seeds=0-2")
     assert "2 network evaluations per image" in output
-    for cost in ("standardized", "features"):
+    for cost in ("standardized", "whitened", "features"):
         succeed(train_rduot, *args, f"--outdir={tmp_path}/{cost}", f"--cost={cost}", "--phi1=kl", "--phi2=chi",
                 "--batch_gpu=4", "--dropout=0.1")
         log = next((tmp_path / cost).iterdir()) / "log.txt"

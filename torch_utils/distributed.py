@@ -17,6 +17,7 @@ import torch.distributed as dist
 import torch.distributed.nn.functional  # noqa: F401  (loaded after init(), its default arguments would keep the group alive)
 
 import dnnlib
+from torch_utils import misc
 
 __all__ = ["LoneError", "all_gather_object", "all_reduce_max", "all_reduce_sum", "barrier", "broadcast_object",
            "device", "ended", "get_rank", "get_world_size", "guard", "init", "print0", "shared", "shutdown", "together"]
@@ -88,6 +89,8 @@ def init(device: str = "auto") -> torch.device:
     chosen = _choose_device(device, _env("LOCAL_RANK", 0) if world_size > 1 else 0, world_size)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
+    if chosen.type == "cpu":
+        misc.keep_freed_memory()
     if world_size > 1 and not dist.is_initialized():
         # Objects travel over gloo even beside NCCL, so that they cost no GPU memory and no GPU synchronisation.
         backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"

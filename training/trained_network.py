@@ -44,7 +44,7 @@ class TrainedNetwork:
     """A network, its EMA, its optimizer and (on several processes) its DDP wrapper or, with `shard`, its `Shards`.
 
     `lr_factor` maps images seen to a factor on `lr`. `ema_halflife` is in images; it is ramped up as
-    min(ema_halflife, 0.05 nimg). Call `forward` for passes that need gradients and `net` for those that do not.
+    min(ema_halflife, ema_rampup nimg). Call `forward` for passes that need gradients and `net` for those that do not.
     """
 
     def __init__(
@@ -57,6 +57,7 @@ class TrainedNetwork:
         betas: tuple[float, float] = (0.9, 0.999),
         lr_factor: Callable[[int], float] = lambda nimg: 1.0,
         ema_halflife: float = 0.0,
+        ema_rampup: float = 0.05,
         loss_scaling: float = 1.0,
         compile: bool = False,
         shard: bool = False,
@@ -69,7 +70,7 @@ class TrainedNetwork:
         self.exported = self.ema if not shard else copy.deepcopy(self.ema) if distributed.get_rank() == 0 else None
         self.device = device
         self.lr, self.lr_factor, self.ema_halflife = lr, lr_factor, ema_halflife
-        self.loss_scaling = loss_scaling
+        self.ema_rampup, self.loss_scaling = ema_rampup, loss_scaling
         self.bad_grads = torch.zeros([], dtype=torch.int64, device=device)
         if compile:
             # Collectives stay outside of what is compiled.
@@ -109,8 +110,7 @@ class TrainedNetwork:
     def _sanitize(self, flat: torch.Tensor) -> torch.Tensor:
         if self.loss_scaling != 1:
             flat.mul_(1 / self.loss_scaling)
-        bad = flat.isfinite().logical_not_().sum()
-        self.bad_grads += bad if self._shards is None else self._shards.sum(bad)
+        self.bad_grads += torch.count_nonzero(flat * 0)     # Zero times a number that is not finite is not zero.
         return torch.nan_to_num_(flat, nan=0.0, posinf=1e5, neginf=-1e5)
 
     def _reduce_bucket(
@@ -151,7 +151,7 @@ class TrainedNetwork:
         else:
             self._flat_grads.zero_()
         # edm.md, Training recipe: beta = 0.5^(batch / half-life), the half-life ramped up with the images seen.
-        halflife = min(self.ema_halflife, 0.05 * nimg)
+        halflife = min(self.ema_halflife, self.ema_rampup * nimg)
         beta = 0.5 ** (batch_size / halflife) if halflife > 0 else 0.0
         ema, net = (list(self.ema.parameters()), self.params) if self._shards is None else self._shards.slices()
         torch._foreach_lerp_(ema, net, 1 - beta)
@@ -159,7 +159,7 @@ class TrainedNetwork:
     def take_bad_grads(self) -> torch.Tensor:
         """Number of non-finite gradient elements since the last call (a tensor on the device; no synchronisation)."""
         count, self.bad_grads = self.bad_grads, torch.zeros_like(self.bad_grads)
-        return count
+        return count if self._shards is None else self._shards.sum(count)
 
     def transfer(self, source: torch.nn.Module, name: str) -> int:
         """Copy parameters and buffers of equal name and shape from `source` into network and EMA; returns how many.

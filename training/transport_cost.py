@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+import dnnlib
 from training.dataset import ImageDataset
 from training.diffusion_steps import DiffusionSteps
 from training.noise_levels import LOWEST_SIGMA
@@ -11,9 +12,10 @@ from training.resnet import Classifier
 
 __all__ = ["COSTS", "TransportCost", "cost_by_origin", "squared_distance"]
 
-COSTS = ("pixels", "standardized", "features")
+COSTS = ("pixels", "standardized", "whitened", "features")
 SAMPLE = 4096           # training images at most that statistics are taken from
 CHUNK = 512             # of them at a time
+MAX_PIXELS = 4096       # values an image whose covariance we diagonalise: seconds
 
 
 def squared_distance(x_0: torch.Tensor, x_next: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -27,11 +29,12 @@ class TransportCost:
     pixels: the squared distance. It makes images of large norm expensive, whatever the training set.
     standardized: the same once each pixel of x_0, and of x_{t+1}, has the training set's mean 0 and deviation 1 (at
     that noise level), so that what is rare in the training set is expensive.
+    whitened: likewise along the principal axes of the training set in place of pixels.
     features: likewise with the features of a frozen network of random weights in place of pixels.
     """
 
     def __init__(self, kind: str, dataset: ImageDataset, steps: DiffusionSteps, device: torch.device):
-        self.kind, self.net = kind, None
+        self.kind, self.net, self.axes = kind, None, None
         if kind == "features":
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)    # the same network in every run
@@ -40,6 +43,8 @@ class TransportCost:
                 for block in (block for stage in net.stages for block in stage):
                     block.conv1.weight.data *= 100
             self.net = net.eval().requires_grad_(False).to(device)
+        if kind == "whitened":
+            self.axes = principal_axes(dataset, device)
         if kind != "pixels":
             self.mean, self.std = self._measure(dataset, steps, device)
 
@@ -62,7 +67,9 @@ class TransportCost:
         return torch.stack(mean), torch.stack(std)
 
     def _embed(self, x: torch.Tensor) -> torch.Tensor:
-        return x.flatten(1) if self.net is None else self.net.features(x, torch.tensor(LOWEST_SIGMA))
+        if self.net is not None:
+            return self.net.features(x, torch.tensor(LOWEST_SIGMA))
+        return x.flatten(1) if self.axes is None else x.flatten(1) @ self.axes
 
     def __call__(self, x_0: torch.Tensor, x_next: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         if self.kind == "pixels":
@@ -70,6 +77,19 @@ class TransportCost:
         start = (self._embed(x_0) - self.mean[0]) / self.std[0]
         end = (self._embed(x_next) - self.mean[t + 1]) / self.std[t + 1]
         return squared_distance(start, end, t)
+
+
+def principal_axes(dataset: ImageDataset, device: torch.device) -> torch.Tensor:
+    """Eigenvectors [C H W, C H W], in columns, of the covariance of the training images' pixels.
+
+    UserError: more than MAX_PIXELS values an image.
+    """
+    n = dataset.num_channels * dataset.resolution**2
+    if n > MAX_PIXELS:
+        raise dnnlib.UserError(f"--cost=whitened: {dataset.name} has {n:,} values an image, more than {MAX_PIXELS:,}; "
+                               "choose another cost")
+    images = torch.cat([x_0.flatten(1) for _, x_0 in training_images(dataset, device)]).to("cpu", torch.float64)
+    return torch.linalg.eigh(images.T.cov())[1].to(device, torch.float32)
 
 
 @torch.no_grad()

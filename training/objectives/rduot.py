@@ -25,6 +25,7 @@ from training.transport_cost import TransportCost, cost_by_origin
 __all__ = ["CONJUGATES", "GROUP", "RDUOT", "TransportLosses", "ema_halflife", "gradient_penalty"]
 
 FINAL_LR = 1e-5     # what the learning rates decay to
+EMA_RAMPUP = 0.25   # of the images seen, at most: two networks at play circle, and want a longer average than one
 
 
 def chi_conjugate(x: torch.Tensor) -> torch.Tensor:
@@ -103,7 +104,7 @@ class RDUOT(Objective):
     def __init__(self, config: dict, dataset: ImageDataset, device: torch.device):
         c = config["rduot"]
         self.method = config["method"]
-        self.steps = DiffusionSteps(c["num_timesteps"], device=device)
+        self.steps = DiffusionSteps(c["num_timesteps"], c["beta_min"], c["beta_max"], device=device)
         super().__init__(config, dataset, device)
         self.losses = TransportLosses(
             self.steps, TransportCost(c["cost"], dataset, self.steps, device), c["tau"], c["phi1"], c["phi2"],
@@ -117,7 +118,8 @@ class RDUOT(Objective):
                     potential=Potential(**shared, **networks["potential_kwargs"]))
         # Nobody reads the potential's average; second derivatives, which R1 needs, do not compile, nor do they find the
         # weights again that a sharded network frees after the first ones.
-        own = dict(net={}, potential=dict(ema_halflife=0, compile=False, shard=False))
+        own = dict(net=dict(ema_rampup=EMA_RAMPUP),
+                   potential=dict(ema_halflife=0, compile=False, shard=False))
         schedule = self.config["rduot"]["schedule_nimg"] or self.config["total_nimg"]
         trained = {}
         for name, net in nets.items():
