@@ -14,7 +14,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 __all__ = ["Counts", "Hardware", "Workload", "all_reduce_seconds", "archive_bytes", "buckets", "checkpointing", "cost",
-           "count", "ddp_bytes", "ddp_memory", "fsdp_bytes", "fsdp_memory", "simulate_steps"]
+           "count", "ddp_bytes", "ddp_memory", "fsdp_bytes", "fsdp_memory",
+           "images_at_a_time", "simulate_steps"]
 
 WEIGHT = 4                      # bytes of a float32
 BUCKET = (1 << 20, 25 << 20)    # DDP's first bucket of gradients and the others, at most
@@ -35,7 +36,7 @@ class Hardware:
     network: float = 50e9           # bytes/s one way between machines, a GPU
     latency: float = 1e-5           # of a message
     jitter: float = 0.01            # mean of the random share by which a process's step is late
-    disk: float = 1e9               # bytes/s at which a state is written, hashed and read back
+    disk: float = 4e8               # bytes/s at which a state is written, hashed twice and read back
     gpu_mtbf: float = 50_000 * 3600     # mean time between failures of a run on one GPU
     restart: float = 600.0          # from a failure to the first step after it
 
@@ -101,7 +102,7 @@ def count(net: torch.nn.Module, args: tuple, units: tuple[type, ...] = ()) -> Co
 
 
 def ddp_bytes(params: int, n: int) -> float:
-    """Bytes that a process sends a step: the ring all-reduce, 2 (n-1)/n of the gradients."""
+    """Bytes that a process sends a step: the all-reduce, 2 (n-1)/n of the gradients, in a ring or level by level."""
     return 2 * (n - 1) / n * WEIGHT * params
 
 
@@ -116,27 +117,40 @@ def fsdp_bytes(params: int, n: int, machine: int, scatter: int = 1) -> tuple[flo
     return (2 + scatter) * (s - 1) / s * WEIGHT * params, ddp_bytes(params, n // s) / s
 
 
-def all_reduce_seconds(size: float, n: int, bandwidth: float, latency: float) -> float:
-    """The better of a ring, 2(n-1) messages of size/n in turn, and a double tree, 2 log2(n) steps of all bytes."""
-    if n == 1:
-        return 0.0
-    ring = 2 * (n - 1) * (latency + size / n / bandwidth)
-    tree = 2 * (math.ceil(math.log2(n)) * latency + size / bandwidth)
-    return min(ring, tree)
+def all_reduce_seconds(size: float, n: int, hw: Hardware) -> float:
+    """An all-reduce of `size` bytes: within each machine, and of a GPU's share of them between machines.
+
+    At either level the better of a ring, 2(n-1) messages of size/n in turn, and a double tree, 2 log2(n) messages and
+    all bytes twice.
+    """
+    def level(size: float, n: int, bandwidth: float) -> float:
+        if n == 1:
+            return 0.0
+        ring = 2 * (n - 1) * (hw.latency + size / n / bandwidth)
+        tree = 2 * (math.ceil(math.log2(n)) * hw.latency + size / bandwidth)
+        return min(ring, tree)
+
+    s = min(n, hw.machine)
+    return level(size, s, hw.link) + level(size / s, math.ceil(n / s), hw.network)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Memory and storage.
 
 
-def ddp_memory(counts: Counts, images: float) -> float:
-    """Bytes on a GPU: 20 a weight (itself, gradient, average, Adam's two) and what backward needs, in bfloat16."""
-    return DDP * counts.params + counts.activations / 2 * images
+def ddp_memory(counts: Counts) -> float:
+    """Bytes on a GPU beside activations: 20 a weight (itself, its gradient, its average, Adam's two moments)."""
+    return DDP * counts.params
 
 
-def fsdp_memory(counts: Counts, images: float, shards: int) -> float:
+def fsdp_memory(counts: Counts, shards: int) -> float:
     """The same with --shard: 24 a weight of the slice (its gradient twice), two largest units with their gradients."""
-    return (DDP + WEIGHT) * counts.params / shards + 4 * WEIGHT * counts.largest + counts.activations / 2 * images
+    return (DDP + WEIGHT) * counts.params / shards + 4 * WEIGHT * counts.largest
+
+
+def images_at_a_time(counts: Counts, weights: float, hw: Hardware) -> int:
+    """--batch-gpu at most: activations, in bfloat16 half as many bytes, in 0.9 of the memory less `weights` bytes."""
+    return max(int((0.9 * hw.memory - weights) / (counts.activations / 2)), 0)
 
 
 def archive_bytes(images: int, resolution: int, channels: int) -> int:
@@ -168,8 +182,8 @@ def buckets(layers: tuple[tuple[int, float], ...], limits: tuple[int, int] = BUC
     return [*found, (size, 1.0)]
 
 
-def simulate_steps(layers: tuple[tuple[int, float], ...], compute: float, n: int, bandwidth: float, latency: float,
-                   jitter: float, steps: int = 2000, seed: int = 0) -> dict[str, float]:
+def simulate_steps(layers: tuple[tuple[int, float], ...], compute: float, n: int, hw: Hardware, steps: int = 2000,
+                   seed: int = 0) -> dict[str, float]:
     """Mean seconds of a DDP step whose buckets travel while backward goes on: `step`, `exposed` network, `waiting`.
 
     A process's step takes compute (1 + jitter E), E exponential, anew every step; a third is forward. A bucket leaves
@@ -177,11 +191,11 @@ def simulate_steps(layers: tuple[tuple[int, float], ...], compute: float, n: int
     The slowest of n is late by jitter (1 + 1/2 + ... + 1/n) in the mean: waiting grows like the logarithm of n.
     """
     rng = np.random.default_rng(seed)
-    slowest = np.array([rng.exponential(jitter, n).max() for _ in range(steps)])
+    slowest = np.array([rng.exponential(hw.jitter, n).max() for _ in range(steps)])
     time = compute * (1 + slowest)
     arrived = np.zeros(steps)
     for size, share in buckets(layers):
-        arrived = np.maximum(arrived, time * (1 + 2 * share) / 3) + all_reduce_seconds(size, n, bandwidth, latency)
+        arrived = np.maximum(arrived, time * (1 + 2 * share) / 3) + all_reduce_seconds(size, n, hw)
     step = np.maximum(time, arrived).mean()
     return dict(step=step, exposed=step - time.mean(), waiting=time.mean() - compute)
 
@@ -195,8 +209,7 @@ def cost(work: Workload, counts: Counts, n: int, hw: Hardware, extra: float = 0.
     batch, flops = per_gpu * n, counts.train + extra
     steps = math.ceil(work.total / batch)
     compute = per_gpu * flops / (hw.peak * hw.utilisation)
-    bandwidth = hw.link if n <= hw.machine else hw.network
-    step = simulate_steps(counts.layers, compute, n, bandwidth, hw.latency, hw.jitter)
+    step = simulate_steps(counts.layers, compute, n, hw)
     seconds, images_per_second = steps * step["step"], batch / step["step"]
     write = STATE * counts.params / hw.disk
     interval, lost = checkpointing(write, hw.gpu_mtbf / n, hw.restart)
@@ -206,7 +219,8 @@ def cost(work: Workload, counts: Counts, n: int, hw: Hardware, extra: float = 0.
         compute=compute, **step, images_per_second=images_per_second, hours=seconds / 3600,
         gpu_hours=n * seconds / 3600,
         ddp_bytes=ddp_bytes(counts.params, n), fsdp_within=within, fsdp_between=between,
-        ddp_memory=ddp_memory(counts, per_gpu), fsdp_memory=fsdp_memory(counts, per_gpu, min(n, hw.machine)),
+        ddp_memory=ddp_memory(counts), fsdp_memory=fsdp_memory(counts, min(n, hw.machine)),
+        activations=counts.activations / 2, ddp_images=images_at_a_time(counts, ddp_memory(counts), hw),
         archive=archive_bytes(work.images, work.resolution, work.channels), state=STATE * counts.params,
         snapshots=WEIGHT * counts.params * math.ceil(work.total / work.tick / work.snap),
         read=images_per_second * archive_bytes(1, work.resolution, work.channels),

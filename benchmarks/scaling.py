@@ -73,7 +73,7 @@ def model_rows(hw: Hardware, gpus: list[int]) -> list[dict]:
                 extra = pairs * counts.forward + classifier if pairs else 0.0
                 rows.append(dict(work=work.name, method=f"TDSM --pairs={pairs}" if pairs else "DSM",
                                  params=counts.params, flops_image=counts.train + extra,
-                                 activations=counts.activations, **cost_model.cost(work, counts, n, hw, extra)))
+                                 **cost_model.cost(work, counts, n, hw, extra)))
     return rows
 
 
@@ -191,7 +191,8 @@ def compare_processes(repeats: int) -> list[dict]:
     size = cost_model.WEIGHT * params
     latency, bandwidth = fit_line(two["all_reduce"])
     counts = counts_of(MEASURED["arch"], MEASURED["resolution"], 3, 10)
-    model = cost_model.simulate_steps(counts.layers, one["ddp"]["seconds"], 2, bandwidth, latency, jitter=0.0, steps=1)
+    here = Hardware(link=bandwidth, latency=latency, jitter=0.0)
+    model = cost_model.simulate_steps(counts.layers, one["ddp"]["seconds"], 2, here, steps=1)
     middle = str(SIZES[len(SIZES) // 2])
     rows = [
         ("bytes DDP reduces a step, a process (counted in its hook)", size, two["ddp"]["hook_bytes"]),
@@ -200,7 +201,7 @@ def compare_processes(repeats: int) -> list[dict]:
         ("bytes sent a step with --shard, both processes", 2 * cost_model.fsdp_bytes(params, 2, 2, scatter=2)[0],
          two["shard"]["loopback"]),
         (f"seconds of an all-reduce of {int(middle) // 1024} KiB, from the fitted line",
-         cost_model.all_reduce_seconds(int(middle), 2, bandwidth, latency), two["all_reduce"][middle]),
+         cost_model.all_reduce_seconds(int(middle), 2, here), two["all_reduce"][middle]),
         ("seconds of a step on 2 processes, from 1 process and the fitted line", model["step"], two["ddp"]["seconds"]),
     ]
     return [dict(what=what, model=m, measured=found) for what, m, found in rows] + [
@@ -245,7 +246,8 @@ COMPUTE = {"data": ("work", 1), "GPUs": ("n", 1), "method": ("method", 1), "batc
 BYTES = {"data": ("work", 1), "GPUs": ("n", 1), "M weights": ("params", 1e6),
          "DDP sends, MB a step": ("ddp_bytes", 1e6),
          "--shard: in the machine": ("fsdp_within", 1e6), "between": ("fsdp_between", 1e6),
-         "DDP memory, GB": ("ddp_memory", 1e9), "--shard": ("fsdp_memory", 1e9), "archive, GB": ("archive", 1e9),
+         "weights and optimizer, GB": ("ddp_memory", 1e9), "--shard": ("fsdp_memory", 1e9),
+         "an image, MB": ("activations", 1e6), "images at a time": ("ddp_images", 1), "archive, GB": ("archive", 1e9),
          "read, MB/s": ("read", 1e6), "state, GB": ("state", 1e9), "snapshots, GB": ("snapshots", 1e9)}
 FAILURES = {"data": ("work", 1), "GPUs": ("n", 1), "state written in, s": ("write", 1),
             "failures a run": ("failures", 1), "a state every, min": ("dump_seconds", 60),

@@ -51,17 +51,26 @@ def test_bytes_on_the_network():
 
 @given(st.integers(2, 4096), st.floats(1, 1e10), st.floats(1e-7, 1e-3))
 def test_an_all_reduce_is_never_faster_than_its_bytes_and_one_message_there_and_back(n, size, latency):
-    seconds = cost_model.all_reduce_seconds(size, n, 1e9, latency)
+    seconds = cost_model.all_reduce_seconds(size, n, Hardware(machine=4096, link=1e9, latency=latency))
     assert seconds >= 2 * latency + 2 * (n - 1) / n * size / 1e9 * (1 - 1e-9)
     ring = 2 * (n - 1) * latency + 2 * (n - 1) / n * size / 1e9
     tree = 2 * (n - 1).bit_length() * latency + 2 * size / 1e9
     assert seconds == pytest.approx(min(ring, tree))
 
 
+def test_an_all_reduce_over_machines_sends_a_share_of_the_bytes_between_them():
+    hw = Hardware(machine=8, link=4e9, network=1e9, latency=0.0)
+    within, between = 2 * 7 / 8 * 8e9 / 4e9, 2 * 124 / 125 * 1e9 / 1e9
+    assert cost_model.all_reduce_seconds(8e9, 1000, hw) == pytest.approx(within + between)
+    assert cost_model.all_reduce_seconds(8e9, 8, hw) == pytest.approx(within)
+    assert 7 / 8 * 2 + 124 / 125 / 8 * 2 == pytest.approx(cost_model.ddp_bytes(1, 1000) / 4)    # the same bytes in all
+
+
 def test_memory_and_what_sharding_saves():
     counts = Counts(params=10**9, forward=1, train=3, activations=2e8, largest=10**7, layers=LAYERS)
-    assert cost_model.ddp_memory(counts, 4) == 20e9 + 4e8
-    assert cost_model.fsdp_memory(counts, 4, 8) == 3e9 + 16e7 + 4e8
+    assert cost_model.ddp_memory(counts) == 20e9 and cost_model.fsdp_memory(counts, 8) == 3e9 + 16e7
+    assert cost_model.images_at_a_time(counts, 20e9, Hardware(memory=100e9)) == 700
+    assert cost_model.images_at_a_time(counts, 120e9, Hardware(memory=100e9)) == 0
 
 
 @pytest.mark.parametrize(("size", "channels"), [(8, 3), (16, 1), (256, 3)])     # the last takes several deflate blocks
@@ -88,8 +97,9 @@ def test_buckets_hold_all_gradients_the_last_layers_first():
     assert cost_model.buckets(LAYERS) == [(24_000, 1.0)]
 
 
-def simulate(compute=1.0, n=8, bandwidth=1e9, latency=0.0, jitter=0.0, layers=LAYERS, **kwargs):
-    return cost_model.simulate_steps(layers, compute, n, bandwidth, latency, jitter, **kwargs)
+def simulate(compute=1.0, n=8, bandwidth=1e9, jitter=0.0, **kwargs):
+    hw = Hardware(link=bandwidth, network=bandwidth, latency=0.0, jitter=jitter)
+    return cost_model.simulate_steps(LAYERS, compute, n, hw, **kwargs)
 
 
 def test_a_step_without_network_waits_for_the_slowest_of_exponential_delays():
@@ -101,7 +111,7 @@ def test_a_step_without_network_waits_for_the_slowest_of_exponential_delays():
 
 def test_network_hides_behind_backward_until_it_is_slower(monkeypatch):
     monkeypatch.setattr(cost_model, "buckets", lambda layers: [(12e6, 0.2), (8e6, 0.5), (4e6, 1.0)])
-    whole = [cost_model.all_reduce_seconds(size, 8, 1e9, 0.0) for size in (12e6, 8e6, 4e6)]
+    whole = [2 * 7 / 8 * size / 1e9 for size in (12e6, 8e6, 4e6)]
     found = simulate(compute=30.0)      # only the last bucket shows
     assert found["step"] == pytest.approx(30 + whole[2]) and found["exposed"] == pytest.approx(whole[2])
     found = simulate(compute=1e-9)      # nothing to hide behind

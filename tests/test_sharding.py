@@ -14,11 +14,14 @@ from faults import KILLED
 from synth import make_archive, pictures
 from test_faults import errors
 from test_training import ROOT, assert_same
+from torch.distributed.fsdp import FSDPModule
 
+import dnnlib
 import generate
 from torch_utils import checkpoint, persistence
 from training.label_file import LabelFile, save_label_file
 from training.resnet import Classifier
+from training.sharding import Shards
 
 CLASSES = 4
 STEP = 24   # images; three micro-batches on each of two processes, two on each of three
@@ -180,6 +183,12 @@ def test_killed_while_saving_and_resumed_bit_for_bit(run, tmp_path):
 def test_a_machine_that_computes_wrongly_is_found(run, tmp_path):
     answer = run(tmp_path, "tiny", "--augment=0", "--shard=1", hook=dict(miscompute=1.2, rank=1), codes=1)
     assert "processes 0 and 1 have drifted apart" in errors(answer)[0] and errors(answer)[1] == ""
+
+
+def test_a_pytorch_without_what_is_needed_is_refused(monkeypatch):
+    monkeypatch.delattr(FSDPModule, "set_reshard_after_forward")
+    with pytest.raises(dnnlib.UserError, match="--shard=1: PyTorch .* is too old"):
+        Shards(torch.nn.Linear(1, 1), torch.nn.Linear(1, 1), torch.device("cpu"))
 
 
 def test_a_state_of_another_network_is_refused(run, folder, tmp_path):

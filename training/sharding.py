@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
+import dnnlib
 from torch_utils import distributed
 from training.networks import UNetBlock
 from training.resnet import ResBlock
@@ -47,6 +48,9 @@ class Shards:
     """
 
     def __init__(self, net: torch.nn.Module, ema: torch.nn.Module, device: torch.device):
+        if not hasattr(FSDPModule, "set_reshard_after_forward"):
+            raise dnnlib.UserError(f"--shard=1: PyTorch {torch.__version__} is too old, its FSDP2 cannot keep weights "
+                                   "gathered between passes; use a newer one, or --shard=0")
         self.mesh = _mesh(device)
         self.net, self.ema = net, ema
         for module in (net, ema):
