@@ -26,6 +26,11 @@ import torch
 
 import dnnlib
 import dnnlib.cli
+import train
+import train_classifier
+import train_discriminator
+import train_noise
+import train_rduot
 from sampling.grid import save_grid
 from torch_utils import checkpoint
 from torch_utils.persistence import persistent_class
@@ -102,6 +107,10 @@ class Tiny(Objective):
 @click.option("--best", is_flag=True)
 def main(best, **opts):
     options.run(opts, "tiny", Tiny, best=best)
+
+
+SCRIPTS = dict(tiny=main, **{script.__name__: script.main for script in (
+    train, train_classifier, train_discriminator, train_noise, train_rduot)})
 
 
 class Disk:
@@ -227,7 +236,7 @@ def child(request, rank, port, folder):
         os.dup2(os.open(f"{folder}/{name}{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), fd)
     sys.stdout, sys.stderr = open(1, "w", buffering=1, closefd=False), open(2, "w", buffering=1, closefd=False)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(request["ranks"]), MASTER_ADDR="127.0.0.1",
-                      MASTER_PORT=str(port))
+                      MASTER_PORT=str(port), **request.get("env", {}))
     Tiny.hook = request.get("hook", {})
     code, disk = 70, Disk(request["root"], **request.get("fault", {}))
     if rank == 0:
@@ -242,7 +251,7 @@ def child(request, rank, port, folder):
         checkpoint.save_state = promising
     handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     try:
-        main(request["args"])
+        SCRIPTS[request.get("script", "tiny")](request["args"])
     except SystemExit as e:
         code = e.code or 0
     except BaseException:

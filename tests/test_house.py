@@ -13,7 +13,7 @@ SCRIPTS = [p for p in SOURCES if p.parent == ROOT]
 # Lower floors first; a module imports from its own floor or from below.
 FLOORS = [r"dnnlib", r"torch_utils",
           r"training\.(networks|noise_levels|transition|archive\w*|augment|presets|dataset|label_file|resnet|ddgan_networks)",
-          r"training\.(diffusion_steps|transport_cost)",
+          r"training\.(diffusion_steps|transport_cost|sharding)",
           r"training\.trained_network", r"sampling|metrics|training\.objectives",
           r"training\.(training_loop|detection)", r"training\.options", r".*"]
 

@@ -28,7 +28,7 @@ from training.transition import load_matrix, transition_matrix
 __all__ = ["noise_options", "run", "stated_transition", "training_options"]
 
 # What a resumed run may change; any other difference would make it another run.
-MAY_DIFFER = {"total_nimg", "kimg_per_tick", "snapshot_ticks", "state_ticks", "keep", "workers", "dataset.cache", "cudnn_bench",
+MAY_DIFFER = {"num_processes", "shard", "total_nimg", "kimg_per_tick", "snapshot_ticks", "state_ticks", "keep", "workers", "dataset.cache", "cudnn_bench",
               "max_bad_steps", "desc", "tensorboard", "wandb"}
 
 
@@ -65,6 +65,8 @@ def training_options(leave_out: Collection[str] = (), **defaults) -> Callable:
         click.option("--ls", metavar="FLOAT", type=positive, default=1.0, help="Loss scaling"),
         click.option("--bench", type=BOOL, default=True, help="Let cuDNN search for the fastest algorithms"),
         click.option("--compile", type=BOOL, default=False, help="Compile the network with torch.compile"),
+        click.option("--shard", type=BOOL, default=False,
+                     help="Shard weights, gradients and optimizer state over the processes of a machine (FSDP2); one process: no effect"),
         click.option("--cache", type=BOOL, default=True, help="Keep decoded images in memory (on the device when they fit)"),
         click.option("--workers", metavar="INT", type=click.IntRange(min=1), default=1, help="Threads that read images when they are not cached"),
         click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto", help="Where to train"),
@@ -155,6 +157,8 @@ def run(opts: dict, method: str, make_objective: Callable[[dict, ImageDataset, t
     else:
         config["seed"] = state["config"]["seed"] if o.seed is None else o.seed
         compare_configs(state["config"], config, o.resume)
+        if (before := state["config"].get("num_processes")) != world:
+            print0(f"{world} processes go on where {before} were: from here on with other random numbers.")
     if run_dir is None:
         run_dir = o.outdir if o.nosubdir else new_run_dir(o, dataset, config)
     if o.dry_run:
@@ -209,7 +213,7 @@ def make_config(o: dnnlib.EasyDict, method: str, dataset: ImageDataset, extra: d
         dataset=dict(path=o.data, use_labels=o.cond, xflip=o.xflip, cache=o.cache),
         batch_size=o.batch, batch_gpu=o.batch_gpu, num_processes=distributed.get_world_size(),
         total_nimg=max(round(o.duration * 1e6), 1), kimg_per_tick=o.tick, snapshot_ticks=o.snap, state_ticks=o.dump, keep=o.keep,
-        precision=o.precision or ("fp16" if o.get("fp16") else "fp32"), cudnn_bench=o.bench, compile=o.compile,
+        precision=o.precision or ("fp16" if o.get("fp16") else "fp32"), cudnn_bench=o.bench, compile=o.compile, shard=o.shard,
         workers=o.workers, max_bad_steps=o.max_bad_steps, seed=None, transfer=o.transfer, desc=o.desc, tensorboard=o.tensorboard, wandb=o.wandb)
     return common | (denoiser_config(o, method, dataset) if "arch" in o else {}) | extra
 

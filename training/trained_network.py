@@ -7,13 +7,14 @@ import copy
 import inspect
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 import dnnlib
 from torch_utils import distributed
+from training.sharding import UNITS, Shards
 
 __all__ = ["TrainedNetwork", "cosine_decay", "linear_rampup", "make_optimizer"]
 
@@ -40,7 +41,7 @@ def cosine_decay(total_nimg: int, final: float) -> Callable[[int], float]:
 
 
 class TrainedNetwork:
-    """A network, its EMA, its optimizer and (on several processes) its DDP wrapper.
+    """A network, its EMA, its optimizer and (on several processes) its DDP wrapper or, with `shard`, its `Shards`.
 
     `lr_factor` maps images seen to a factor on `lr`. `ema_halflife` is in images; it is ramped up as
     min(ema_halflife, ema_rampup nimg). Call `forward` for passes that need gradients and `net` for those that do not.
@@ -59,16 +60,28 @@ class TrainedNetwork:
         ema_rampup: float = 0.05,
         loss_scaling: float = 1.0,
         compile: bool = False,
+        shard: bool = False,
     ):
-        self.net = net.train().requires_grad_(True).to(device)
+        shard = shard and distributed.get_world_size() > 1  # one process has nobody to share with
+        # What is sharded is never whole on the device: its parts go there, one block at a time.
+        self.net = net.train().requires_grad_(True).to("cpu" if shard else device)
         self.ema = copy.deepcopy(self.net).eval().requires_grad_(False)
+        # What `export` fills; rank 0 alone has it when it is no longer the EMA itself.
+        self.exported = self.ema if not shard else copy.deepcopy(self.ema) if distributed.get_rank() == 0 else None
+        self.device = device
         self.lr, self.lr_factor, self.ema_halflife = lr, lr_factor, ema_halflife
         self.ema_rampup, self.loss_scaling = ema_rampup, loss_scaling
         self.bad_grads = torch.zeros([], dtype=torch.int64, device=device)
-        self.optimizer = make_optimizer(self.net.parameters(), optimizer, lr, device, betas)
         if compile:
-            self.net.compile()
-        if distributed.get_world_size() > 1:
+            # Collectives stay outside of what is compiled.
+            for module in (m for m in self.net.modules() if isinstance(m, UNITS)) if shard else (self.net,):
+                module.compile()
+        self._shards = Shards(self.net, self.ema, device) if shard else None
+        self.params = self._shards.params if shard else list(self.net.parameters())
+        self.optimizer = make_optimizer(self.params, optimizer, lr, device, betas)
+        if shard:
+            self.forward, self._flat_grads = self.net, self._shards.flat_grads
+        elif distributed.get_world_size() > 1:
             # Buffers are constants here. PyTorch 2.13 renamed the argument that keeps them from traveling every step.
             names = inspect.signature(torch.nn.parallel.DistributedDataParallel).parameters
             constant = {"forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers": False}
@@ -88,9 +101,9 @@ class TrainedNetwork:
 
     def _flatten_grads(self) -> torch.Tensor:
         # One buffer under all gradients: sanitising and zeroing are then one operation each, not one a parameter.
-        params = list(self.net.parameters())
-        flat = torch.zeros(sum(p.numel() for p in params), device=params[0].device, dtype=params[0].dtype)
-        for p, chunk in zip(params, flat.split([p.numel() for p in params]), strict=True):
+        sizes, first = [p.numel() for p in self.params], self.params[0]
+        flat = torch.zeros(sum(sizes), device=first.device, dtype=first.dtype)
+        for p, chunk in zip(self.params, flat.split(sizes), strict=True):
             p.grad = chunk.as_strided(p.size(), p.stride())
         return flat
 
@@ -108,14 +121,26 @@ class TrainedNetwork:
     @contextlib.contextmanager
     def accumulate(self, last: bool):
         """Around forward and backward of one micro-batch: gradients travel between processes only after the last."""
-        if last or self.forward is self.net:
+        if last or (self._shards is None and self.forward is self.net):
             yield
         else:
-            with self.forward.no_sync():
+            with (self._shards or self.forward).no_sync():
                 yield
+
+    def requires_grad_(self, value: bool) -> None:
+        """Whether backward computes gradients of the weights."""
+        if self._shards is not None:
+            self._shards.free()
+        self.net.requires_grad_(value)
+
+    def gathered(self) -> contextlib.AbstractContextManager:
+        """Around passes of `net` without gradients whose number is this process's own. Collective when sharded."""
+        return contextlib.nullcontext() if self._shards is None else self._shards.gathered()
 
     def update(self, nimg: int, batch_size: int) -> None:
         """One optimizer step from the accumulated gradients, then the EMA. `nimg`: images seen before this step."""
+        if self._shards is not None:
+            self._shards.take_grads()
         if self._flat_grads is not None:
             self._sanitize(self._flat_grads)
         for group in self.optimizer.param_groups:
@@ -128,12 +153,13 @@ class TrainedNetwork:
         # edm.md, Training recipe: beta = 0.5^(batch / half-life), the half-life ramped up with the images seen.
         halflife = min(self.ema_halflife, self.ema_rampup * nimg)
         beta = 0.5 ** (batch_size / halflife) if halflife > 0 else 0.0
-        torch._foreach_lerp_(list(self.ema.parameters()), list(self.net.parameters()), 1 - beta)
+        ema, net = (list(self.ema.parameters()), self.params) if self._shards is None else self._shards.slices()
+        torch._foreach_lerp_(ema, net, 1 - beta)
 
     def take_bad_grads(self) -> torch.Tensor:
         """Number of non-finite gradient elements since the last call (a tensor on the device; no synchronisation)."""
         count, self.bad_grads = self.bad_grads, torch.zeros_like(self.bad_grads)
-        return count
+        return count if self._shards is None else self._shards.sum(count)
 
     def transfer(self, source: torch.nn.Module, name: str) -> int:
         """Copy parameters and buffers of equal name and shape from `source` into network and EMA; returns how many.
@@ -146,8 +172,25 @@ class TrainedNetwork:
         if not common:
             raise dnnlib.UserError(f"--transfer: {name} has no parameter of the same name and shape as the new network")
         for module in (self.net, self.ema):
-            module.load_state_dict(common, strict=False)
+            self._load(module, common, strict=False)
         return len(common)
+
+    def export(self) -> torch.nn.Module | None:
+        """The EMA as a whole network, `exported`. Collective when sharded: on the CPU of rank 0, None elsewhere."""
+        if self._shards is not None:
+            state = self._shards.gather(self.ema)
+            if distributed.get_rank() == 0:
+                self.exported.load_state_dict(state)
+        return self.exported
+
+    @contextlib.contextmanager
+    def exported_here(self) -> Iterator[torch.nn.Module]:
+        """`exported` on the device, for passes that rank 0 makes alone."""
+        home = next(self.exported.parameters()).device
+        try:
+            yield self.exported.to(self.device)
+        finally:
+            self.exported.to(home)
 
     def close(self) -> None:
         """Let go of DDP. Its reducer and our hook hold each other, and a process group that they keep alive until
@@ -155,9 +198,20 @@ class TrainedNetwork:
         self.forward = self.net
 
     def state_dict(self) -> dict:
-        return dict(net=self.net.state_dict(), ema=self.ema.state_dict(), optimizer=self.optimizer.state_dict())
+        """Plain data, the same with and without sharding. Collective; sharded tensors are gathered on rank 0."""
+        if self._shards is None:
+            return dict(net=self.net.state_dict(), ema=self.ema.state_dict(), optimizer=self.optimizer.state_dict())
+        return dict(net=self._shards.gather(self.net), ema=self._shards.gather(self.ema),
+                    optimizer=self._shards.gather_optimizer(self.optimizer.state_dict()))
 
     def load_state_dict(self, state: dict) -> None:
-        self.net.load_state_dict(state["net"])
-        self.ema.load_state_dict(state["ema"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self._load(self.net, state["net"])
+        self._load(self.ema, state["ema"])
+        optimizer = state["optimizer"]
+        self.optimizer.load_state_dict(optimizer if self._shards is None else self._shards.slice_optimizer(optimizer))
+
+    def _load(self, module: torch.nn.Module, state: dict, strict: bool = True) -> None:
+        if self._shards is None:
+            module.load_state_dict(state, strict=strict)
+        else:
+            self._shards.load(module, state, strict)

@@ -127,21 +127,24 @@ class Saver:
         if snapshot:
             check_agreement(self.objective, nimg)
             value = self.objective.validate()
+        # All ranks: what is sharded is put together here.
+        data = self.objective.snapshot() if snapshot else None
+        weights = self.objective.state_dict() if state else None
 
         def rank0() -> None:
             try:
                 report()
                 if snapshot:
-                    self.save_snapshot(nimg, value)
+                    self.save_snapshot(nimg, value, data)
                 if state:
-                    self.save_state(nimg)
+                    self.save_state(nimg, weights)
             except OSError as e:
                 message = f"{e.filename or self.run_dir}: {e.strerror or e}; {self.newest()}"
                 raise dnnlib.UserError(message) from e
 
         distributed.together(rank0 if distributed.get_rank() == 0 else lambda: None)
 
-    def save_snapshot(self, nimg: int, value: float | None) -> None:
+    def save_snapshot(self, nimg: int, value: float | None, data: dict) -> None:
         """Write `network-snapshot-NNNNNN.pkl` and a picture; with a validation value, only the best one is kept."""
         best, name = self.best, f"network-snapshot-{nimg // 1000:06d}.pkl"
         if self.objective.snapshot_on_best:
@@ -149,7 +152,6 @@ class Saver:
                 print0(f"Validation loss {value:.4f}; the best stays {best['value']:.4f} ({best['name']})")
                 return
             print0(f"Validation loss {value:.4f}: {name} is the best so far")
-        data = self.objective.snapshot()
         data["info"].update(nimg=nimg, validation_loss=value, version=dnnlib.__version__, options=self.config)
         path = os.path.join(self.run_dir, name)
         checkpoint.require_space(path, checkpoint.size_of(data))
@@ -161,11 +163,11 @@ class Saver:
         if nimg > self.config["batch_size"]:
             self.objective.sheet(os.path.join(self.run_dir, f"samples-{nimg // 1000:06d}.png"))
 
-    def save_state(self, nimg: int) -> None:
+    def save_state(self, nimg: int, weights: dict) -> None:
         """Write `training-state-NNNNNN.pt` and keep the newest `config['keep']`."""
         checkpoint.save_state(
             os.path.join(self.run_dir, f"training-state-{nimg // 1000:06d}.pt"),
-            dict(config=self.config, nimg=nimg, best=self.best, objective=self.objective.state_dict()),
+            dict(config=self.config, nimg=nimg, best=self.best, objective=weights),
         )
         checkpoint.prune_states(self.run_dir, self.config["keep"])
         self.remove_outdated()

@@ -16,6 +16,7 @@ from torch_utils.training_stats import Stats
 from training.augment import AugmentPipe
 from training.dataset import ImageDataset
 from training.noise_levels import NoiseLevels
+from training.sharding import whole
 from training.trained_network import TrainedNetwork, linear_rampup
 
 __all__ = ["Objective", "Phase"]
@@ -68,7 +69,7 @@ class Objective:
         return None
 
     def sheet(self, path: str) -> None:
-        """Write a picture of what the EMA does (rank 0 only); methods without pictures do nothing."""
+        """Write a picture of what the snapshot just made does (rank 0 only); methods without pictures do nothing."""
 
     def notes(self) -> list[str]:
         """Lines to print before training begins."""
@@ -108,6 +109,7 @@ class Objective:
             lr_factor=linear_rampup(c["lr_rampup_nimg"]),
             loss_scaling=c["loss_scaling"],
             compile=c["compile"],
+            shard=c.get("shard", False),
         )
         return TrainedNetwork(net, self.device, **(kwargs | overrides))
 
@@ -151,7 +153,7 @@ class Objective:
             active = [self.trained[network] for network in networks]
             frozen = [trained for trained in self.trained.values() if trained not in active]
             for trained in frozen:
-                trained.net.requires_grad_(False)
+                trained.requires_grad_(False)
             for start in range(0, n, size):
                 part = slice(start, start + size)
                 with contextlib.ExitStack() as stack:
@@ -167,7 +169,7 @@ class Objective:
                 stats.add("Health/bad_gradients", bad_grads)
                 bad += bad_grads
             for trained in frozen:
-                trained.net.requires_grad_(True)
+                trained.requires_grad_(True)
         self.bad_steps = torch.where(bad > 0, self.bad_steps + 1, 0)
 
     def probe(self, nimg: int) -> list[float]:
@@ -193,9 +195,9 @@ class Objective:
         return values
 
     def snapshot(self) -> dict:
-        """What `network-snapshot-*.pkl` holds, without the run's own `info`."""
+        """What a snapshot holds, without the run's own `info`; complete on rank 0. Called by all ranks."""
         return dict(
-            ema=self.trained["net"].ema,
+            ema=self.trained["net"].export(),
             loss_fn=dict(class_name=self.method, **self.loss_settings()),
             augment_pipe=self.augment.settings() if self.augment else None,
             dataset_kwargs=self.dataset.kwargs(),
@@ -204,13 +206,13 @@ class Objective:
 
     @torch.no_grad()
     def sample_sheet(self, path: str, sampler: Callable[..., torch.Tensor]) -> None:
-        """Write pictures of the EMA, always of the same seeds, one row a class, for `sheet`."""
-        net = self.trained["net"].ema
-        rows = min(net.label_dim, SHEET_ROWS) or 1
-        classes = [c for c in range(rows) for _ in range(SHEET_COLUMNS)] if net.label_dim else None
-        seeds = list(range(SHEET_COLUMNS)) * rows
-        batches = generate_images(net, seeds, class_idx=classes, device=self.device, sampler=sampler)
-        save_grid([image for _, images, _ in batches for image in images], path, columns=SHEET_COLUMNS)
+        """Write pictures of the last snapshot, always of the same seeds, one row a class, for `sheet`."""
+        with self.trained["net"].exported_here() as net:
+            rows = min(net.label_dim, SHEET_ROWS) or 1
+            classes = [c for c in range(rows) for _ in range(SHEET_COLUMNS)] if net.label_dim else None
+            seeds = list(range(SHEET_COLUMNS)) * rows
+            batches = generate_images(net, seeds, class_idx=classes, device=self.device, sampler=sampler)
+            save_grid([image for _, images, _ in batches for image in images], path, columns=SHEET_COLUMNS)
 
     def close(self) -> None:
         """Give up what binds this process to the others."""
@@ -218,6 +220,7 @@ class Objective:
             trained.close()
 
     def state_dict(self) -> dict:
+        """What a training state holds of the objective; complete on rank 0. Called by all ranks."""
         return {name: trained.state_dict() for name, trained in self.trained.items()}
 
     def load_state_dict(self, state: dict) -> None:
@@ -229,7 +232,7 @@ def _checksum(modules: Iterable[torch.nn.Module]) -> int:
     crc = 0
     for module in modules:
         for tensor in module.state_dict().values():
-            crc = zlib.crc32(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy(), crc)
+            crc = zlib.crc32(whole(tensor).cpu().contiguous().flatten().view(torch.uint8).numpy(), crc)
     return crc
 
 

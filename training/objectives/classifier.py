@@ -66,6 +66,7 @@ class ClassifierObjective(Objective):
             trained["transition"] = self.trained_network(
                 LearnedTransition(self.dataset.label_dim),
                 compile=False,
+                shard=False,    # C x C numbers
                 ema_halflife=0,
                 lr_factor=lambda nimg: next((f for share, f in TRANSITION_SCHEDULE if nimg < share * total), 0.0),
             )

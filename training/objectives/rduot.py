@@ -116,8 +116,10 @@ class RDUOT(Objective):
         networks = self.config["network"]
         nets = dict(net=DDGANGenerator(**shared, **self.steps.settings(), **networks["kwargs"]),
                     potential=Potential(**shared, **networks["potential_kwargs"]))
-        # Nobody reads the potential's average; second derivatives, which R1 needs, do not compile.
-        own = dict(net=dict(ema_rampup=EMA_RAMPUP), potential=dict(ema_halflife=0, compile=False))
+        # Nobody reads the potential's average; second derivatives, which R1 needs, do not compile, nor do they find the
+        # weights again that a sharded network frees after the first ones.
+        own = dict(net=dict(ema_rampup=EMA_RAMPUP),
+                   potential=dict(ema_halflife=0, compile=False, shard=False))
         schedule = self.config["rduot"]["schedule_nimg"] or self.config["total_nimg"]
         trained = {}
         for name, net in nets.items():

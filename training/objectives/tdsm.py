@@ -111,7 +111,7 @@ class TDSM(DSM):
         denoised = super().combine(x, sigma, labels, augment_labels, stats) * own[:, :, None, None]
         n, classes = others.shape
         rest = denoised.new_zeros([n + 1, *denoised.shape[1:]])  # the last row takes what empty places compute
-        with torch.no_grad():
+        with torch.no_grad(), self.trained["net"].gathered():   # every process has its own number of pairs
             for image, label, weight in pair_passes(others, count(), self.pass_size, self.fixed_size):
                 i = image.clamp(max=n - 1)
                 onehot = (label[:, None] == torch.arange(classes, device=label.device)).to(labels.dtype)

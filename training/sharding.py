@@ -1,0 +1,181 @@
+"""FSDP2: a process keeps slices of weights, gradients, Adam's moments and EMA (Rajbhandari et al., SC 2020, ZeRO-3).
+
+A block's whole weights exist only while a pass goes through it, so a pass is collective: all processes make the same
+number of them, or `Shards.gathered` is around those that differ. Slices lie within a machine, whose links are the fast
+ones; machines replicate each other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+
+import dnnlib
+from torch_utils import distributed
+from training.networks import UNetBlock
+from training.resnet import ResBlock
+
+__all__ = ["Shards", "whole"]
+
+UNITS = (UNetBlock, ResBlock)   # gathered and freed at a time; what is left of a network is one more unit
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor that a slice belongs to (collective), any other tensor itself."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _mesh(device: torch.device) -> DeviceMesh:
+    world = distributed.get_world_size()
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    if local < world and world % local == 0:
+        return init_device_mesh(device.type, (world // local, local), mesh_dim_names=("machine", "shard"))
+    return init_device_mesh(device.type, (world,), mesh_dim_names=("shard",))
+
+
+class Shards:
+    """The slices of `net` and of its average `ema` that this process keeps; both are replaced in place.
+
+    The networks come whole, on the CPU and the same on every process. `params`: the slices of `net` as plain
+    parameters, whose `grad` is a view of `flat_grads`: to an optimizer that works by element they are like any others.
+    """
+
+    def __init__(self, net: torch.nn.Module, ema: torch.nn.Module, device: torch.device):
+        if not hasattr(FSDPModule, "set_reshard_after_forward"):
+            raise dnnlib.UserError(f"--shard=1: PyTorch {torch.__version__} is too old, its FSDP2 cannot keep weights "
+                                   "gathered between passes; use a newer one, or --shard=0")
+        self.mesh = _mesh(device)
+        self.net, self.ema = net, ema
+        for module in (net, ema):
+            for unit in [m for m in module.modules() if isinstance(m, UNITS)]:
+                fully_shard(unit, mesh=self.mesh)
+            fully_shard(module, mesh=self.mesh)
+        # Backward gathers ahead in this order on every process. By itself FSDP2 follows all passes made before, also
+        # those inside `gathered`, of which each process has its own number: they would gather different blocks.
+        order = [m for m in net.modules() if isinstance(m, FSDPModule)]     # the root, then as they run forward
+        for module, ahead in zip(order, order[-1:] + order[:-1], strict=True):
+            module.set_modules_to_backward_prefetch([ahead])
+        self._net, self._ema = list(net.parameters()), list(ema.parameters())
+        self.params = [torch.nn.Parameter(p.to_local().detach()) for p in self._net]
+        self.flat_grads = torch.zeros(sum(p.numel() for p in self.params), device=device)
+        for p, grad in zip(self.params, self.flat_grads.split([p.numel() for p in self.params]), strict=True):
+            p.grad = grad.view_as(p)
+
+    @contextlib.contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Inside it gradients add up on each process and do not travel."""
+        self.net.set_requires_gradient_sync(False)
+        try:
+            yield
+        finally:
+            self.net.set_requires_gradient_sync(True)
+
+    @contextlib.contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Inside it all weights of `net` are here, and passes without gradients are each process's own. Collective."""
+        units = [m for m in self.net.modules() if isinstance(m, FSDPModule)]
+        for unit in units:
+            unit.unshard()
+        self.net.set_reshard_after_forward(False)
+        try:
+            yield
+        finally:
+            self.net.set_reshard_after_forward(True)
+            for unit in units:
+                unit.reshard()
+
+    def free(self) -> None:
+        """Free the whole weights that a pass without backward leaves in the root: they outlive neither a step nor a
+        change of `requires_grad`."""
+        for module in (self.net, self.ema):
+            module.reshard()
+
+    @torch.no_grad()
+    def take_grads(self) -> None:
+        """Move the gradients that backward left into `flat_grads`, and see that `params` are where the slices are."""
+        self.free()
+        ours, theirs = [], []
+        for mine, p in zip(self.params, self._net, strict=True):
+            mine.data = p.to_local()    # The first pass may have moved a slice that it had to pad.
+            if p.grad is not None:
+                ours.append(mine.grad)
+                theirs.append(p.grad.to_local())
+                p.grad = None
+        if ours:
+            torch._foreach_copy_(ours, theirs)
+
+    @torch.no_grad()
+    def slices(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Those of `ema` and of `net`, for the average's update."""
+        return [p.to_local() for p in self._ema], [p.to_local() for p in self._net]
+
+    def sum(self, count: torch.Tensor) -> torch.Tensor:
+        """Sum over the processes that hold a network together; the replicas of other machines count the same."""
+        torch.distributed.all_reduce(count, group=self.mesh["shard"].get_group())
+        return count
+
+    # Whole tensors, as the states of runs without sharding hold them.
+
+    @torch.no_grad()
+    def gather(self, module: torch.nn.Module) -> dict[str, torch.Tensor]:
+        """`module.state_dict()` with whole tensors on the CPU of rank 0; empty elsewhere. Collective."""
+        return {k: v for k, v in ((k, _to_rank0(v)) for k, v in module.state_dict().items()) if v is not None}
+
+    @torch.no_grad()
+    def load(self, module: torch.nn.Module, state: dict[str, torch.Tensor], strict: bool = True) -> None:
+        """Set the tensors of `module` that `state` names to this process's slices of whole ones.
+
+        `strict`: all of them. ValueError: other names or shapes.
+        """
+        ours = module.state_dict()
+        if strict and ours.keys() != state.keys():
+            raise ValueError(f"it has {len(state)} tensors, the network {len(ours)}, of other names")
+        for name in ours.keys() & state.keys():
+            mine = ours[name].to_local() if isinstance(ours[name], DTensor) else ours[name]
+            mine.copy_(self._slice(name, state[name], ours[name]))
+
+    @torch.no_grad()
+    def gather_optimizer(self, state: dict[str, Any]) -> dict[str, Any]:
+        """The state of an optimizer of `params` as one of whole parameters, on rank 0. Collective."""
+        found = {}
+        for i, values in state["state"].items():
+            p, mine = self._net[i], self.params[i]
+            found[i] = {k: _to_rank0(_like(v, p)) if torch.is_tensor(v) and v.shape == mine.shape else v
+                        for k, v in values.items()}
+        return dict(state, state=found)
+
+    def slice_optimizer(self, state: dict[str, Any]) -> dict[str, Any]:
+        """The state of an optimizer of whole parameters as one of `params`. ValueError: other parameters."""
+        if any(i not in range(len(self._net)) for i in state["state"]):
+            raise ValueError(f"the optimizer's state is of more than {len(self._net)} parameters")
+        found = {}
+        for i, values in state["state"].items():
+            found[i] = {k: self._slice(k, v, self._net[i]) if torch.is_tensor(v) and v.ndim else v
+                        for k, v in values.items()}
+        return dict(state, state=found)
+
+    def _slice(self, name: str, tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        if tensor.shape != like.shape:
+            raise ValueError(f"{name} is {list(tensor.shape)}, expected {list(like.shape)}")
+        if not isinstance(like, DTensor):
+            return tensor
+        parts = tensor.chunk(self.mesh["shard"].size())     # DTensor's Shard(0) is torch.chunk: the last may lack some
+        rank = self.mesh["shard"].get_local_rank()
+        return parts[rank] if rank < len(parts) else tensor[:0]
+
+
+def _like(part: torch.Tensor, p: DTensor) -> DTensor:
+    return DTensor.from_local(part, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())
+
+
+def _to_rank0(tensor: torch.Tensor) -> torch.Tensor | None:
+    # One at a time, so that no more than one whole tensor lies in the memory of a device.
+    tensor = whole(tensor)
+    return tensor.cpu() if distributed.get_rank() == 0 else None
