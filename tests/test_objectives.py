@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 from dnnlib import UserError
+from torch_utils.persistence import load_snapshot, save_snapshot
 from torch_utils.training_stats import Stats
 from training.objectives.classifier import ClassifierObjective, LearnedTransition, shift_images
 from training.objectives.dsm import DSM
@@ -321,3 +323,39 @@ def test_update_ramps_sanitises_and_averages():
     net.weight.grad.copy_(torch.tensor([[float("inf"), -float("inf")]]))
     trained.update(nimg=100, batch_size=10)
     assert net.weight[0, 0] < -9000 < 9000 < net.weight[0, 1]
+
+
+def test_channels_last_changes_the_layout_and_nothing_else(tmp_path):
+    found, data = [], Data()
+    for channels_last in (False, True):
+        config = make_config()
+        config["network"]["kwargs"] |= dict(dropout=0.0, attn_resolutions=[4])
+        objective = DSM(config, data, CPU)
+        net = objective.trained["net"].net
+        objective.trained["net"] = trained = TrainedNetwork(net, CPU, lr=0.1, optimizer="sgd", ema_halflife=1e6,
+                                                            channels_last=channels_last)
+        for nimg in (0, 32):
+            objective.step(data.pixels, data.onehot(torch.arange(32)), nimg, Stats(CPU))
+        path = str(tmp_path / f"{channels_last}.pkl")
+        save_snapshot(path, objective.snapshot() | dict(info={}))
+        weight = next(p for p in trained.net.parameters() if p.ndim == 4 and min(p.shape) > 1)
+        assert weight.is_contiguous(memory_format=torch.channels_last) == channels_last
+        found.append([trained.net.state_dict(), load_snapshot(path)["ema"].state_dict()])
+    for plain, other in zip(*found, strict=True):
+        for name, value in plain.items():
+            torch.testing.assert_close(other[name], value, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.long
+def test_training_compiles_once_and_whole():
+    """One graph for all steps, micro-batches and the check that processes agree, whatever the learning rate does."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    config, data, counter = make_config(batch_gpu=8, lr_rampup_nimg=100), Data(), CompileCounter()
+    config["network"]["kwargs"]["attn_resolutions"] = [4]
+    objective = DSM(config, data, CPU)
+    objective.trained["net"].net.compile(backend=counter)
+    for nimg in range(0, 128, 32):
+        objective.step(data.pixels, data.onehot(torch.arange(32)), nimg, Stats(CPU))
+        objective.probe(nimg)
+    assert counter.frame_count == 1 and not torch._dynamo.utils.counters["graph_break"]

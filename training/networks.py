@@ -44,9 +44,9 @@ def _like(parameter: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor | Non
 
 def _dropout(x: torch.Tensor, p: float, training: bool) -> torch.Tensor:
     # Dropout as ever (Srivastava et al. 2014), p to the nearest 2^-16. On a CPU PyTorch draws 64 random bits for every
-    # element, one after the other: a third of a small network's forward pass. 16 are enough.
+    # element, one after the other: a third of a small network's forward pass. 16 are enough. Compilers have their own.
     dropped = round(p * 2**16)
-    if not training or not 0 < dropped < 2**16 or x.device.type != "cpu":
+    if not training or not 0 < dropped < 2**16 or x.device.type != "cpu" or torch.compiler.is_compiling():
         return F.dropout(x, p, training)
     bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)[:x.numel()]
     kept = (bits >= dropped - 2**15).as_strided(x.shape, torch.empty_like(x).stride())

@@ -60,11 +60,14 @@ class TrainedNetwork:
         ema_rampup: float = 0.05,
         loss_scaling: float = 1.0,
         compile: bool = False,
+        channels_last: bool = False,
         shard: bool = False,
     ):
         shard = shard and distributed.get_world_size() > 1  # one process has nobody to share with
         # What is sharded is never whole on the device: its parts go there, one block at a time.
         self.net = net.train().requires_grad_(True).to("cpu" if shard else device)
+        if channels_last and not shard:     # The layout of tensor cores; activations follow weights. FSDP2 has no such.
+            self.net.to(memory_format=torch.channels_last)
         self.ema = copy.deepcopy(self.net).eval().requires_grad_(False)
         # What `export` fills; rank 0 alone has it when it is no longer the EMA itself.
         self.exported = self.ema if not shard else copy.deepcopy(self.ema) if distributed.get_rank() == 0 else None

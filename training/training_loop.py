@@ -75,7 +75,7 @@ def training_loop(
             objective.step(images, labels, nimg, stats, stream.items)
             first, previous, nimg = nimg == 0, nimg, nimg + batch
             bar.update(batch)
-            stopping = stop.agreed(device)
+            stopping = stop.agreed()
             done = nimg >= total
             tick = nimg // tick_nimg
             full = first or done or tick > previous // tick_nimg    # not cut short by a signal
@@ -228,7 +228,7 @@ class StopRequest:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         self.signal = number
 
-    def agreed(self, device: torch.device) -> int:
+    def agreed(self) -> int:
         """The signal's number once every rank knows of it, else 0. Ranks compare asynchronously, one step late."""
         if distributed.get_world_size() == 1:
             return self.signal
@@ -237,7 +237,7 @@ class StopRequest:
             work, flag = self._pending
             work.wait()
             result = int(flag)
-        flag = torch.tensor(self.signal, device=device)
+        flag = torch.tensor(self.signal)    # On the host, whose messages no GPU has to be waited for.
         self._pending = (torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX, async_op=True), flag)
         return result
 

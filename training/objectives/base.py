@@ -109,6 +109,7 @@ class Objective:
             lr_factor=linear_rampup(c["lr_rampup_nimg"]),
             loss_scaling=c["loss_scaling"],
             compile=c["compile"],
+            channels_last=self.device.type == "cuda" and c["precision"] != "fp32",
             shard=c.get("shard", False),
         )
         return TrainedNetwork(net, self.device, **(kwargs | overrides))
