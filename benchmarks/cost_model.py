@@ -196,8 +196,8 @@ def simulate_steps(layers: tuple[tuple[int, float], ...], compute: float, n: int
     arrived = np.zeros(steps)
     for size, share in buckets(layers):
         arrived = np.maximum(arrived, time * (1 + 2 * share) / 3) + all_reduce_seconds(size, n, hw)
-    step = np.maximum(time, arrived).mean()
-    return dict(step=step, exposed=step - time.mean(), waiting=time.mean() - compute)
+    step, alone = float(np.maximum(time, arrived).mean()), float(time.mean())
+    return dict(step=step, exposed=step - alone, waiting=alone - compute)
 
 
 def cost(work: Workload, counts: Counts, n: int, hw: Hardware, extra: float = 0.0) -> dict[str, float]:
