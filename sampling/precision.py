@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["LOWER", "PRECISIONS", "prepare"]
+__all__ = ["PRECISIONS", "prepare"]
 
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 LOWER = {"bf16": torch.bfloat16, "fp16": torch.float16}
-BRANCH = ("conv0", "conv1")     # the 3x3 convolutions of a residual block: nearly all of a U-Net's arithmetic
+BRANCH = ("conv0", "conv1", "qkv", "proj")  # the layers of the residual branches: nearly all of a U-Net's arithmetic
 
 
 def prepare(net: torch.nn.Module, precision: str | None = None, compile: bool = False) -> torch.nn.Module:
     """Make a denoiser or generator on its device ready to sample, in place; returns it.
 
     precision  None leaves it to the snapshot: float16 on CUDA if it was trained so, else float32. `tf32` lets CUDA
-               multiply with ten-bit fractions. `bf16` and `fp16` run the 3x3 convolutions of the residual branches so;
-               the sums that run through the network, norms, attention and embeddings stay float32, as rounding them
+               multiply with ten-bit fractions. `bf16` and `fp16` run convolutions and attention of the residual
+               branches so; the sums that the branches add to, norms and embeddings stay float32, as rounding the sums
                is what moves images by more than a grey level.
     compile    torch.compile of the U-Net, for one shape of its input; on CPUs its weights become constants
     """
@@ -26,9 +26,11 @@ def prepare(net: torch.nn.Module, precision: str | None = None, compile: bool = 
     # Without a choice ten-bit products stay off: with them an image would depend on its batch.
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = precision not in (None, "fp32")
     if precision in LOWER:
+        # Attention by plain operations would otherwise go back to float32; its softmax adds up in float32 either way.
+        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
         for name, layer in net.model.named_modules():
             if name.rpartition(".")[2] in BRANCH:
-                _lower(layer, LOWER[precision])
+                _lower(layer, LOWER[precision], stays=name.endswith("qkv"))
     if device.type == "cpu" or precision in LOWER:
         net.to(memory_format=torch.channels_last)   # not float32 on CUDA, whose kernels want the other order
     if compile:
@@ -36,7 +38,8 @@ def prepare(net: torch.nn.Module, precision: str | None = None, compile: bool = 
     return net
 
 
-def _lower(layer: torch.nn.Module, dtype: torch.dtype) -> None:
+def _lower(layer: torch.nn.Module, dtype: torch.dtype, stays: bool) -> None:
     layer.to(dtype)     # Parameters too, else they were rounded again at every call.
     layer.register_forward_pre_hook(lambda _, args: (args[0].to(dtype), *args[1:]))
-    layer.register_forward_hook(lambda _, args, output: output.float())
+    if not stays:
+        layer.register_forward_hook(lambda _, args, output: output.float())

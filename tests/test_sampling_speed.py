@@ -50,10 +50,11 @@ def test_bf16_is_for_the_branches_alone():
     net = prepare(random_network(), "bf16")
     lowered = {name.rpartition(".")[0].rpartition(".")[2] for name, p in net.named_parameters()
                if p.dtype == torch.bfloat16}
-    assert lowered == {"conv0", "conv1"}
+    assert lowered == {"conv0", "conv1", "qkv", "proj"}
     seen = []
-    for layer in net.model.enc.values():
-        layer.register_forward_hook(lambda _, args, output: seen.extend([args[0].dtype, output.dtype]))
+    for name, layer in net.named_modules():
+        if "norm" in name or name.endswith(("_block0", "_in0")):
+            layer.register_forward_hook(lambda _, args, output: seen.extend([args[0].dtype, output.dtype]))
     assert net(torch.randn(2, 1, 8, 8), torch.tensor(1.0), torch.eye(3)[:2]).dtype == torch.float32
     assert set(seen) == {torch.float32}
 
@@ -139,7 +140,8 @@ def test_no_step_asks_the_device_for_a_number(monkeypatch, sampler):
         sampler(net, torch.ones([2, 1, 2, 2]), torch.eye(3)[:2], num_steps=steps)
         return len(calls)
 
-    assert sample(4) == sample(9) and probe.calls
+    assert sample(4) == sample(9)
+    assert probe.calls and all(1.5 <= sigma <= 50 for _, sigma, _ in probe.calls)
 
 
 @pytest.mark.parametrize("sigma", [torch.tensor(2.0), torch.tensor([1.0, 2.0, 3.0])])
