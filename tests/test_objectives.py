@@ -318,6 +318,7 @@ def test_update_ramps_sanitises_and_averages():
     torch.testing.assert_close(net.weight.data, torch.tensor([[1.0, 0.9]]))
     beta = 0.5 ** (10 / 2.5)
     torch.testing.assert_close(trained.ema.weight.data, torch.tensor([[1.0, beta + (1 - beta) * 0.9]]))
+    assert trained.ema.weight.is_leaf and not trained.ema.weight.requires_grad
     assert int(trained.take_bad_grads()) == 1 and int(trained.take_bad_grads()) == 0
     assert not net.weight.grad.any()
     net.weight.grad.copy_(torch.tensor([[float("inf"), -float("inf")]]))

@@ -140,6 +140,7 @@ class TrainedNetwork:
         """Around passes of `net` without gradients whose number is this process's own. Collective when sharded."""
         return contextlib.nullcontext() if self._shards is None else self._shards.gathered()
 
+    @torch.no_grad()    # else the average would keep a graph of all updates there ever were
     def update(self, nimg: int, batch_size: int) -> None:
         """One optimizer step from the accumulated gradients, then the EMA. `nimg`: images seen before this step."""
         if self._shards is not None:
