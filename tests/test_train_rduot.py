@@ -94,7 +94,8 @@ def test_published_flags(data, tmp_path):
     assert config["network"]["potential_kwargs"]["model_channels"] == 64 and kwargs["channel_mult"] == [1, 2, 2, 2]
     assert (kwargs["model_channels"], kwargs["nz"], kwargs["z_emb_dim"], kwargs["n_mlp"]) == (128, 100, 256, 4)
     assert config["optimizer"] == dict(name="adam", lr=dict(net=1.6e-4, potential=1.25e-4), betas=[0.5, 0.9])
-    assert config["rduot"] == dict(num_timesteps=4, phi1="softplus", phi2="softplus", cost="pixels", tau=1e-3,
+    assert config["rduot"] == dict(num_timesteps=4, beta_min=0.1, beta_max=20.0, phi1="softplus",
+                                   phi2="softplus", cost="pixels", tau=1e-3,
                                    r1_gamma=0.02, lazy_reg=15, schedule_nimg=None)
     assert config["total_nimg"] == 3 * 64 and config["batch_size"] == 64    # three passes over the data
     assert not {"lr", "arch", "precond"} & config.keys() and not (tmp_path / "out").exists()
