@@ -78,6 +78,10 @@ class PlainNetwork:
         self.ema = copy.deepcopy(self.net).eval().requires_grad_(False)
         self.optimizer = torch.optim.Adam(self.net.parameters(), lr=lr, foreach=False, fused=False)
 
+    def gathered(self) -> contextlib.AbstractContextManager:
+        """The weights are always here."""
+        return contextlib.nullcontext()
+
     @torch.no_grad()
     def update(self) -> None:
         """One optimizer step from the gradients, then the EMA."""

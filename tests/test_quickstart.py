@@ -82,5 +82,5 @@ def test_outliers_have_their_own_sections(tmp_path):
         assert rows[i][1] == f"{metrics['outlier_ratio']:.3f}" and rows[i][2].startswith(f"{metrics['fid']:.3f}")
     # Only digits by the paper's cost have outliers that are cheap.
     assert re.findall(r"^\* (.*): Warning: the outliers are the cheaper", markdown, re.M) == ["RDUOT, cost pixels"]
-    assert len(re.findall(r"data:image/png;base64,", html)) == len(re.findall(r"\]\(.*?\.png\)", markdown)) == 12
+    assert len(re.findall(r"data:image/png;base64,", html)) == len(re.findall(r"\]\(.*?\.png\)", markdown)) == 11
     assert "python train.py " not in markdown
