@@ -7,17 +7,10 @@ import torch
 
 import dnnlib
 import train
+from benchmarks.archives import random_pixels
 from training import options
-from training.archive_sources import Source
-from training.archive_writer import make_transform
-from training.archives import build_archive
 
-__all__ = ["RandomImages", "random_pixels", "train_config", "write_archive"]
-
-
-def random_pixels(n: int, channels: int, resolution: int) -> np.ndarray:
-    """uint8 [n,resolution,resolution,channels], always the same."""
-    return np.random.RandomState(0).randint(256, size=[n, resolution, resolution, channels]).astype(np.uint8)
+__all__ = ["RandomImages", "train_config"]
 
 
 class RandomImages:
@@ -37,11 +30,3 @@ def train_config(data: RandomImages, *args: str) -> dict:
     """The configuration that `train.py ARGS` gives a run on this data."""
     given = train.main.make_context("train.py", ["--outdir=.", "--data=.", "--seed=0", *args]).params
     return options.make_config(dnnlib.EasyDict(given), "dsm", data, {}) | dict(seed=0)
-
-
-def write_archive(path: str, n: int, channels: int, resolution: int, classes: int) -> str:
-    """An archive of `n` random images with labels 0, 1, ... in turn; returns its path."""
-    pixels = random_pixels(n, channels, resolution)
-    source = Source("random", n, pixels.__getitem__, np.arange(n) % classes)
-    build_archive(source, path, make_transform(None, None), None, None, 1)
-    return path

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import io
 import os
 import tempfile
@@ -14,8 +13,8 @@ import numpy as np
 import PIL.Image
 from sklearn.datasets import load_sample_images
 
-from benchmarks.core import Row, compare
-from benchmarks.data import random_pixels, write_archive
+from benchmarks.archives import random_pixels, write_archive
+from benchmarks.core import Row, compare, processes
 from training.archive_sources import Source, open_source
 from training.archive_writer import make_transform
 from training.archives import build_archive
@@ -63,14 +62,13 @@ def building_rows(repeats: int) -> Iterator[Row]:
 
 def cifar_rows(repeats: int) -> Iterator[Row]:
     """As many images as CIFAR-10 has, of its shape: out of memory or an archive into another, and in shuffled order."""
-    images, cores = random_pixels(CIFAR, 3, 32), os.cpu_count() or 1
+    cores = os.cpu_count() or 1
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
         archive = write_archive(os.path.join(folder, "in.zip"), CIFAR, 3, 32, 10)
-        sources = dict(memory=lambda: Source("random", CIFAR, images.__getitem__), ZIP=lambda: open_source(archive))
-
-        def build(kind: str, workers: int) -> None:
-            dest = os.path.join(folder, "out.zip")
-            build_archive(sources[kind](), dest, make_transform(None, None), None, None, workers)
+        sources = dict(memory=None, ZIP=archive)
+        building = {f"{kind} {n}": ("benchmarks.archives", dict(archive=source, images=CIFAR, workers=n,
+                                                               dest=os.path.join(folder, "out.zip")))
+                    for kind, source in sources.items() for n in (1, cores)}
 
         def read(workers: int) -> None:
             data = ImageDataset(archive, cache=False)
@@ -84,9 +82,8 @@ def cifar_rows(repeats: int) -> Iterator[Row]:
                 for i in np.random.RandomState(0).permutation(CIFAR):
                     np.asarray(PIL.Image.open(io.BytesIO(file.read(names[i]))))
 
-        forms = {f"{kind} {n}": functools.partial(build, kind, n) for kind in sources for n in (1, cores)}
-        forms |= dict(one=lambda: read(1), all=lambda: read(cores), plain=plain)
-        t = compare(forms, repeats)
+        with processes(**building) as forms:
+            t = compare(forms | dict(one=lambda: read(1), all=lambda: read(cores), plain=plain), repeats)
     for kind in sources:
         yield Row(f"CIFAR-10's shape, from {kind} to an archive, {cores} workers; plain: one", t[f"{kind} {cores}"],
                   t[f"{kind} 1"], images=CIFAR)

@@ -13,8 +13,8 @@ import click
 import numpy as np
 import torch
 
+from benchmarks.archives import write_archive
 from benchmarks.core import Row, compare
-from benchmarks.data import write_archive
 from benchmarks.plain import plain_layers
 from benchmarks.roofline import count, precision_of
 from benchmarks.training_rows import step_row

@@ -20,7 +20,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import dnnlib.cli
 from benchmarks import steps
-from benchmarks.data import write_archive
+from benchmarks.archives import write_archive
 from benchmarks.training_rows import NETWORKS, SIZES
 
 __all__ = ["GROUPS", "shares"]

@@ -7,8 +7,8 @@ import statistics
 import tempfile
 from collections.abc import Iterator
 
+from benchmarks.archives import write_archive
 from benchmarks.core import FormProcess, Row, compare, processes
-from benchmarks.data import write_archive
 
 __all__ = ["rows", "step_row"]
 

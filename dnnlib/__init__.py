@@ -2,9 +2,9 @@
 
 from dnnlib import cli
 from dnnlib.downloads import is_url, open_url, read_bytes
-from dnnlib.util import EasyDict, Logger, UserError, atomic_open, format_time, one_line, open_file
+from dnnlib.util import EasyDict, Logger, UserError, atomic_open, format_time, no_garbage, one_line, open_file
 
 __version__ = "0.1.0"
 
-__all__ = ["EasyDict", "Logger", "UserError", "atomic_open", "cli", "format_time", "is_url", "one_line", "open_file",
-           "open_url", "read_bytes"]
+__all__ = ["EasyDict", "Logger", "UserError", "atomic_open", "cli", "format_time", "is_url", "no_garbage", "one_line",
+           "open_file", "open_url", "read_bytes"]

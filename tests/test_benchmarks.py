@@ -12,8 +12,8 @@ from click.testing import CliRunner
 import dnnlib
 from benchmarks import __main__ as cli
 from benchmarks import metrics_rows, plain, roofline, steps, table
+from benchmarks.archives import write_archive
 from benchmarks.core import FormProcess, Row, compare, processes
-from benchmarks.data import write_archive
 from benchmarks.metrics_rows import prdc_plain
 from benchmarks.roofline import Peaks, bound, count
 from metrics.neighbours import prdc

@@ -1,6 +1,7 @@
 """dnnlib: command lines that fail in one line, durable files, logs, downloads."""
 
 import copy
+import gc
 import os
 import pickle
 import resource
@@ -226,3 +227,17 @@ def test_read_bytes(tmp_path):
     for bad in (tmp_path / "b", tmp_path, "a\0b"):
         with pytest.raises(dnnlib.UserError):
             dnnlib.read_bytes(bad)
+
+
+def test_no_garbage_ends_with_its_block():
+    with pytest.raises(KeyError), dnnlib.no_garbage():
+        assert not gc.isenabled()
+        raise KeyError
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        with dnnlib.no_garbage():
+            pass
+        assert not gc.isenabled()
+    finally:
+        gc.enable()

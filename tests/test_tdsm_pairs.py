@@ -8,9 +8,10 @@ from torch._dynamo.testing import CompileCounter
 
 from tests.test_objectives import CPU, Data, FixedClassifier, make_config
 from torch_utils.training_stats import Stats
+from training.label_weights import cut_weights
 from training.objectives import tdsm
 from training.objectives.tdsm import TDSM, pair_passes, pass_size
-from training.transition import cut_weights, transition_matrix
+from training.transition import transition_matrix
 
 CLASSES = 6
 

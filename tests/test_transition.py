@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 import dnnlib
+from training import label_weights as weights
 from training import transition as tr
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -32,11 +33,11 @@ def fixture_cases():
 @pytest.mark.parametrize("case, config", fixture_cases())
 def test_weights_fixture(case, config):
     observed = torch.from_numpy(case["noisy_labels"])
-    w = tr.posterior_weights(
+    w = weights.posterior_weights(
         torch.log_softmax(torch.from_numpy(case["clean_logits"]), 1), torch.from_numpy(case["transition"]), observed
     )
     assert torch.allclose(w.sum(1), torch.ones(len(w)), atol=1e-6)
-    np.testing.assert_allclose(tr.cut_weights(w, observed, config["tau"]), case["weights"], atol=1e-5)
+    np.testing.assert_allclose(weights.cut_weights(w, observed, config["tau"]), case["weights"], atol=1e-5)
 
 
 @pytest.mark.parametrize("name, noise_type, rate, family", [("sym40", "sym", 0.4, None),
@@ -134,25 +135,25 @@ def test_weights_are_bayes_rule():
     observed = rng.integers(0, 6, 50)
     expected = T[:, observed].T * p
     expected /= expected.sum(1, keepdims=True)
-    w = tr.posterior_weights(torch.from_numpy(p).log(), torch.from_numpy(T), torch.from_numpy(observed))
+    w = weights.posterior_weights(torch.from_numpy(p).log(), torch.from_numpy(T), torch.from_numpy(observed))
     np.testing.assert_allclose(w, expected, atol=1e-12)
-    eye = tr.posterior_weights(torch.from_numpy(p).log(), torch.eye(6), torch.from_numpy(observed))
+    eye = weights.posterior_weights(torch.from_numpy(p).log(), torch.eye(6), torch.from_numpy(observed))
     np.testing.assert_array_equal(eye, np.eye(6)[observed])
-    far = tr.posterior_weights(torch.tensor([[-1e4, 0.0, -1e4]]), torch.from_numpy(T[:3, :3]), torch.tensor([0]))
+    far = weights.posterior_weights(torch.tensor([[-1e4, 0.0, -1e4]]), torch.from_numpy(T[:3, :3]), torch.tensor([0]))
     assert torch.isfinite(far).all()
 
 
 def test_tau_keeps_the_own_label():
     w = torch.tensor([[0.001, 0.989, 0.01]])
-    cut = tr.cut_weights(w, torch.tensor([0]), 0.01)
+    cut = weights.cut_weights(w, torch.tensor([0]), 0.01)
     np.testing.assert_array_equal(cut, [[w[0, 0], w[0, 1], 0]])
-    np.testing.assert_array_equal(tr.survivors(w, torch.tensor([0]), 0.01), [[True, True, False]])
+    np.testing.assert_array_equal(weights.survivors(w, torch.tensor([0]), 0.01), [[True, True, False]])
 
 
 def test_impossible_label_is_named():
     T = torch.tensor([[0.5, 0.0, 0.5], [0.0, 0.0, 1.0], [1.0, 0.0, 0.0]])
     with pytest.raises(dnnlib.UserError, match="label 1 .*column 1"):
-        tr.posterior_weights(torch.zeros(2, 3), T, torch.tensor([0, 1]))
+        weights.posterior_weights(torch.zeros(2, 3), T, torch.tensor([0, 1]))
     with pytest.raises(dnnlib.UserError, match="label 1 "):
         tr.check_observed(T.numpy(), np.array([0, 1, 2]))
     tr.check_observed(T.numpy(), np.array([0, 2]))
@@ -163,15 +164,15 @@ def test_impossible_label_is_named():
 def test_clean_posterior_inverts_the_noise(p, rate):
     p /= p.sum(1, keepdims=True)
     T = tr.transition_matrix("sym", rate, 4)
-    found = tr.clean_posterior(torch.from_numpy(p @ T).log(), T)
+    found = weights.clean_posterior(torch.from_numpy(p @ T).log(), T)
     np.testing.assert_allclose(found, p, atol=1e-9)
-    again = tr.clean_posterior(torch.from_numpy(p @ T).log(), None, inverse=tr.inverse_transition(T))
+    again = weights.clean_posterior(torch.from_numpy(p @ T).log(), None, inverse=tr.inverse_transition(T))
     np.testing.assert_array_equal(found, again)
 
 
 def test_clean_posterior_clips_and_renormalises():
     T = tr.transition_matrix("sym", 0.4, 3)
-    found = tr.clean_posterior(torch.tensor([[0.9, 0.09, 0.01]]).log(), torch.from_numpy(T))
+    found = weights.clean_posterior(torch.tensor([[0.9, 0.09, 0.01]]).log(), torch.from_numpy(T))
     np.testing.assert_allclose(found, [[1, 0, 0]], atol=1e-6)
 
 
@@ -179,7 +180,7 @@ def test_clean_posterior_clips_and_renormalises():
                                [[0.5 + 1e-8, 0.5 - 1e-8], [0.5, 0.5]]])  # fmt: skip
 def test_singular_matrix_is_refused(T):
     with pytest.raises(dnnlib.UserError, match="condition number .*train the classifier with the known noise"):
-        tr.clean_posterior(torch.zeros(1, len(T)), T)
+        weights.clean_posterior(torch.zeros(1, len(T)), T)
 
 
 @pytest.mark.parametrize("call, message", [

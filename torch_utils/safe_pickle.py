@@ -17,12 +17,14 @@ import pickletools
 import re
 import zipfile
 from collections.abc import Callable, Iterable
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from dnnlib import UserError
+
+if TYPE_CHECKING:  # imported where there are tensors to read: others should not wait for it
+    import torch
 
 __all__ = ["ARRAYS", "CONTAINERS", "TENSORS", "Record", "Resolver", "end_of_pickle", "load", "load_cifar_batch",
            "load_torch", "parse", "refuse"]
@@ -37,8 +39,8 @@ _DICTS = frozenset({"collections.OrderedDict", "dnnlib.util.EasyDict"})
 ARRAYS = frozenset({"numpy.core.multiarray._reconstruct", "numpy.core.numeric._frombuffer", "numpy.ndarray",
                     "_codecs.encode"})
 
-# Storages in files of torch.save, by the name of the class that stood for the kind.
-_KINDS = {f"torch.{name}Storage": getattr(torch, dtype) for name, dtype in dict(
+# Storages in files of torch.save, by the name of the class that stood for the kind: the names of their dtypes.
+_KINDS = {f"torch.{name}Storage": dtype for name, dtype in dict(
     Double="float64", Float="float32", Half="float16", BFloat16="bfloat16", Long="int64", Int="int32", Short="int16",
     Char="int8", Byte="uint8", Bool="bool", ComplexDouble="complex128", ComplexFloat="complex64").items()}  # fmt: skip
 
@@ -237,7 +239,7 @@ def _open_legacy(file: IO[bytes], name: str, extra: Iterable[str]) -> tuple[Any,
     for key in keys:
         kind, _, count = reader.stored[key].args
         places[key] = end
-        end += 8 + count * _KINDS[kind].itemsize
+        end += 8 + count * _dtype(kind).itemsize
 
     def read(key: Any, memory: memoryview) -> int:
         file.seek(places[key])
@@ -359,6 +361,8 @@ class Resolver:
             # set_() would enlarge the storage, and strides of 0 would make much out of little.
             if math.prod(size) > room or (0 not in size and last >= room):
                 raise ValueError(f"offset {offset}, size {size}, stride {stride} in a storage of {room}")
+            import torch
+
             return torch.empty(0, dtype=dtype).set_(memory, offset, tuple(size), tuple(stride))
         except _MALFORMED as e:
             raise self.fail(f"malformed tensor ({e})") from e
@@ -383,16 +387,24 @@ class Resolver:
         if not isinstance(record, _Stored):
             raise ValueError("no storage")
         kind, key, count = record.args
-        dtype = _KINDS[kind]
+        dtype = _dtype(kind)
         if type(count) is not int or not 0 <= count * dtype.itemsize <= self._size:
             raise ValueError(f"storage of {count} values in a file of {self._size} bytes")
         nbytes = count * dtype.itemsize
         if read is self._read:
             self.spend(0, nbytes)
+        import torch
+
         memory = torch.empty(nbytes, dtype=torch.uint8)
         if nbytes and read(key, memoryview(memory.numpy())) != nbytes:
             raise ValueError("a storage is cut off")
         return dtype, memory.untyped_storage()
+
+
+def _dtype(kind: str) -> torch.dtype:
+    import torch
+
+    return getattr(torch, _KINDS[kind])
 
 
 def load_cifar_batch(data: bytes, name: str) -> dict[str, Any]:

@@ -6,7 +6,6 @@ import os
 from typing import Any
 
 import numpy as np
-import torch
 
 import dnnlib
 from torch_utils import safe_files
@@ -42,7 +41,7 @@ def load_labels(path: str, names: list[list[str]], count: int, key: str | None =
         first = values[0][0] if isinstance(values[0], list) and values[0] else None
         used = next((known for known in names if first in known), names[0])
         return match_labels(values, used, where)
-    array = values.detach().cpu().numpy() if isinstance(values, torch.Tensor) else np.asarray(values)
+    array = values.detach().cpu().numpy() if hasattr(values, "detach") else np.asarray(values)
     if array.ndim != 1:
         raise dnnlib.UserError(f"{where}: must be 1-D, found {array.ndim} dimensions")
     _check_length(len(array), count, where)

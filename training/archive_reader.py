@@ -56,6 +56,7 @@ class ArchiveReader:
     members that lead out of the archive, lie over each other, or are links or devices.
     """
 
+    @dnnlib.no_garbage()  # an entry of the ZIP and a label for each image, and nothing to throw away
     def __init__(self, path: str) -> None:
         self.path = path
         self._file = None

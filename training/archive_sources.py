@@ -20,7 +20,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from sklearn.datasets import load_digits, load_sample_images
 
 import dnnlib
 from torch_utils import safe_pickle
@@ -109,6 +108,8 @@ def _in_memory(
 
 
 def _open_digits() -> Source:
+    from sklearn.datasets import load_digits  # here: it takes a second to import
+
     digits = load_digits()
     images = np.rint(digits.images * (255 / 16)).astype(np.uint8)[..., None]  # 17 grey levels: 0..16
     return _in_memory("digits", images, digits.target.astype(np.int64), "digits", [str(i) for i in range(10)])
@@ -119,6 +120,8 @@ def _open_photos(number: int, seed: int) -> Source:
 
     The same `seed` gives the same windows at every resolution, and more of them begin with the fewer.
     """
+    from sklearn.datasets import load_sample_images  # here: it takes a second to import
+
     bundle = load_sample_images()
     draws = np.random.default_rng(seed).random([number, 4])  # one row an image
     classes = (draws[:, 0] * len(bundle.images)).astype(np.int64)

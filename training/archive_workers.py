@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import multiprocessing
 import signal
 import sys
 import warnings
+from collections import deque
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
@@ -16,34 +18,37 @@ from training.archive_reader import ordered_map
 
 __all__ = ["work_in_order"]
 
+AHEAD = 4  # parts that a process makes before it waits for what is decided about the first
+
 
 def work_in_order(
     parts: Sequence[Any],
     make: Callable[[Any], tuple[Any, Any]],
     decide: Callable[[Any, Any], Any],
-    finish: Callable[[Any, Any], None],
+    finish: Callable[[Any, Any], Any],
     workers: int,
-) -> None:
-    """`summary, data = make(part); finish(data, decide(part, summary))` for every part.
+) -> list[Any]:
+    """`summary, data = make(part)`, then `finish(data, decide(part, summary))`, for every part; what `finish` returns.
 
-    `decide` is called here, part after part; `make` and `finish` by `workers` processes, worker k taking parts k,
-    k + workers, ..., so that only summaries and decisions travel: small images would cost more to send than to encode,
-    and threads gain nothing, for the work holds the interpreter lock. Forked processes share what `make` reads. It
-    must not use PyTorch, whose threads are not forked, nor the position of a file opened before. Where forking is not
-    safe (macOS) or not there, threads make and this one finishes.
+    `decide` is called here, part after part; `make` and `finish` by `workers` processes, of which this is the first,
+    the k-th taking parts k, k + workers, ... So only summaries, decisions and what `finish` returns travel: small
+    images would cost more to send than to encode, and threads gain nothing, for the work holds the interpreter lock.
+    Forked processes share what `make` reads. It must not use PyTorch, whose threads are not forked, nor the position
+    of a file opened before. Where forking is not safe (macOS) or not there, threads make and this one finishes.
 
-    Raises what `make` and `finish` raise, in its turn, and UserError when a process is gone.
+    Raises what `make` raises, in its turn, what `finish` raises, once it is known; UserError when a process is gone.
     """
     workers = min(workers, len(parts))
+    finished: list[Any] = []
     if workers <= 1 or sys.platform != "linux":
         for part, (summary, data) in zip(parts, ordered_map(make, parts, workers), strict=True):
-            finish(data, decide(part, summary))
-        return
+            finished.append(finish(data, decide(part, summary)))
+        return finished
     context = multiprocessing.get_context("fork")
     ours: list[Connection] = []
     processes: list[multiprocessing.process.BaseProcess] = []
     try:
-        for k in range(workers):
+        for k in range(1, workers):
             here, there = context.Pipe()
             ours.append(here)
             args = (parts[k::workers], make, finish, there, ours)
@@ -58,17 +63,24 @@ def work_in_order(
                 signal.pthread_sigmask(signal.SIG_SETMASK, previous)
             there.close()
         for i, part in enumerate(parts):
-            decision = decide(part, _receive(ours[i % workers]))
-            ours[i % workers].send(decision)
-        for connection in ours:
-            _receive(connection)  # the last part is finished
+            if i % workers == 0:
+                summary, data = make(part)
+                finished.append(finish(data, decide(part, summary)))
+            else:
+                connection = ours[i % workers - 1]
+                decision = decide(part, _receive(connection))
+                with contextlib.suppress(BrokenPipeError):  # gone: its next message says why
+                    connection.send(decision)
+        by_worker = [finished, *map(_receive, ours)]
+        return [by_worker[i % workers][i // workers] for i in range(len(parts))]
     finally:
         for connection in ours:
             connection.close()
-        for process in processes:
-            if process.pid is not None:
-                process.terminate()
-                process.join()
+        started = [process for process in processes if process.pid is not None]
+        for process in started:
+            process.terminate()
+        for process in started:
+            process.join()
 
 
 def _receive(connection: Connection) -> Any:
@@ -86,25 +98,27 @@ def _receive(connection: Connection) -> Any:
 def _work(
     parts: Sequence[Any],
     make: Callable[[Any], tuple[Any, Any]],
-    finish: Callable[[Any, Any], None],
+    finish: Callable[[Any, Any], Any],
     connection: Connection,
     theirs: Sequence[Connection],
 ) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    gc.freeze()  # what was there before stays as it is: to look at it for garbage would copy its memory
     for end in theirs:  # held open here, they would keep others waiting for a parent that was killed
         end.close()
     try:
-        unfinished = []
+        made: deque[Any] = deque()
+        finished = []
         for part in parts:
-            summary, data = make(part)  # while the part before is decided about
-            for before in unfinished:
-                finish(before, connection.recv())
+            summary, data = make(part)  # while those before are decided about
             connection.send((True, summary))
-            unfinished = [data]
-        for before in unfinished:
-            finish(before, connection.recv())
-        connection.send((True, None))
+            made.append(data)
+            while len(made) > AHEAD or connection.poll():
+                finished.append(finish(made.popleft(), connection.recv()))
+        while made:
+            finished.append(finish(made.popleft(), connection.recv()))
+        connection.send((True, finished))
     except Exception as error:
         with contextlib.suppress(OSError):  # the parent is gone, and nobody waits for the rest
             connection.send((False, error))

@@ -17,18 +17,17 @@ import PIL.Image
 
 import dnnlib
 from training.archive_reader import METADATA, PNG_SIGNATURE, check_name
-from training.archive_zip import Member, ZipWriter
+from training.archive_zip import ZipWriter
 
-__all__ = ["TRANSFORMS", "ArchiveWriter", "encode_png", "fit_image", "image_name", "make_transform", "with_channels"]
+__all__ = ["TRANSFORMS", "ArchiveWriter", "encode_png", "fit_image", "image_names", "make_transform", "with_channels"]
 
 TRANSFORMS = ("center-crop", "center-crop-wide")
 Transform = Callable[[np.ndarray], "np.ndarray | None"]
 
 
-def image_name(index: int) -> str:
-    """'00000/img00000000.png': the name of image `index` in an archive, a thousand images a folder."""
-    return f"{index // 1000:05d}/img{index:08d}.png"
-
+def image_names(start: int, stop: int) -> list[str]:
+    """'00000/img00000000.png', ...: names of images start .. stop - 1 in an archive, a thousand images a folder."""
+    return [f"{i // 1000:05d}/img{i:08d}.png" for i in range(start, stop)]
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Transforms, uint8 [H, W, C] -> uint8 [H', W', C].
@@ -149,23 +148,30 @@ class ArchiveWriter:
     def add(self, name: str, data: bytes) -> None:
         """Appends a member. UserError: a name that leads out of the archive."""
         check_name(name, f"{self.path}: {name}")
-        members = [(name, len(data), zlib.crc32(data))]
-        self.write(self.reserve(members), members, [data])
+        self.record([self.write(self.reserve(1, len(name.encode()) + len(data)), [name], [data])])
 
-    def reserve(self, members: Sequence[Member]) -> int:
-        """Appends members (name, size, CRC-32) that `write` is to fill before the block ends; returns where."""
-        return 0 if self._zip is None else self._zip.reserve(members)
+    def reserve(self, count: int, size: int) -> int:
+        """Room for `count` members, `size` bytes of names and contents, to be written in the block; returns where."""
+        return 0 if self._zip is None else self._zip.reserve(count, size)
 
-    def write(self, offset: int, members: Sequence[Member], contents: Sequence[bytes]) -> None:
-        """Fills members that were given `offset`. A process forked inside the block may do it."""
+    def write(self, offset: int, names: Sequence[str], contents: Sequence[bytes]) -> bytes:
+        """Writes members to the room at `offset`; returns what `record` is to be told, in the order of the offsets.
+
+        A process forked inside the block may do it.
+        """
         if self._zip is not None:
-            self._zip.write(offset, members, contents)
-            return
-        for (name, _, _), data in zip(members, contents, strict=True):
+            return self._zip.write(offset, names, contents)
+        for name, data in zip(names, contents, strict=True):
             target = os.path.join(self._temp, name)
             os.makedirs(os.path.dirname(target), exist_ok=True)
             with open(target, "wb") as f:
                 f.write(data)
+        return b""
+
+    def record(self, written: Sequence[bytes]) -> None:
+        """Takes note of members that were written."""
+        if self._zip is not None:
+            self._zip.record(written)
 
     def add_metadata(self, metadata: dict[str, Any]) -> None:
         """Appends `dataset.json`."""
@@ -174,6 +180,8 @@ class ArchiveWriter:
     def _close_zip(self, kind: type[BaseException] | None, *_: Any) -> None:
         if kind is None:
             self._zip.close()
+        else:
+            self._zip.stop()
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, traceback: Any) -> None:
         if self._zip is not None:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import functools
 import os
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -23,10 +22,9 @@ from training.archive_writer import (
     check_destination,
     encode_png,
     fit_image,
-    image_name,
+    image_names,
     with_channels,
 )
-from training.archive_zip import Member
 from training.label_file import LabelFile
 
 __all__ = ["Noise", "Outliers", "Summary", "build_archive", "clean_source", "replace_labels"]
@@ -70,7 +68,7 @@ class Summary:
 def replace_labels(source: Source, path: str, key: str | None = None) -> None:
     """Gives a source the labels of a file (`--labels`); those it had become its clean labels unless it has these."""
     own_names = [source.names] if source.names is not None else []
-    archive_names = [image_name(i) for i in range(source.length)]
+    archive_names = image_names(0, source.length)
     labels = load_labels(path, [*own_names, archive_names], source.length, key)
     if source.class_names is not None and labels.ndim == 1 and labels.max() >= len(source.class_names):
         raise dnnlib.UserError(
@@ -130,7 +128,7 @@ def build_archive(
     foreign = prepare_outliers(source, outliers, count)
     encoder = Encoder(source, transform, noise is not None and noise.type == "instance", channels, foreign)
     with ArchiveWriter(dest) as archive:
-        kept = np.array(encoder.run(archive, count, workers or available_cores()), dtype=np.int64)
+        kept = encoder.run(archive, count, workers or available_cores())
         if not len(kept):
             raise dnnlib.UserError(f"--resolution: all {count} images are smaller than that, none is left")
         labels = None if source.labels is None else source.labels[kept]
@@ -152,7 +150,9 @@ def build_archive(
             corruption.update(noise_type=noise.type, noise_rate=noise.rate, seed=noise.seed)
             corruption["T"] = None if T is None else T.tolist()
         rate = realised_rate(labels, clean)
-        archive.add_metadata(make_metadata(source, labels, clean, {**corruption, "realised_rate": rate}, record))
+        corruption["realised_rate"] = rate
+        with dnnlib.no_garbage():
+            archive.add_metadata(make_metadata(source, encoder.names, labels, clean, corruption, record))
     outlier_count = None if record is None else int(record.sum())
     return Summary(dest, len(kept), count - len(kept), classes, encoder.shape, rate, outlier_count)
 
@@ -221,19 +221,19 @@ def realised_rate(labels: np.ndarray | None, clean: np.ndarray | None) -> float 
 
 
 def make_metadata(
-    source: Source, labels: np.ndarray | None, clean: np.ndarray | None, corruption: dict[str, Any],
-    outliers: np.ndarray | None = None,
+    source: Source, names: list[str], labels: np.ndarray | None, clean: np.ndarray | None,
+    corruption: dict[str, Any], outliers: np.ndarray | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """The content of `dataset.json`; `labels` is null for an archive without labels."""
 
-    def pairs(values: np.ndarray) -> list[list[Any]]:
-        return [[image_name(i), value] for i, value in enumerate(values.tolist())]
+    def pairs(values: np.ndarray) -> list[tuple[str, Any]]:
+        return list(zip(names, values.tolist(), strict=True))
 
     metadata: dict[str, Any] = dict(labels=None if labels is None else pairs(labels))
     if clean is not None:
         metadata["clean_labels"] = pairs(clean)
     if outliers is not None:
-        metadata["outliers"] = [image_name(int(i)) for i in np.flatnonzero(outliers)]
+        metadata["outliers"] = [names[i] for i in np.flatnonzero(outliers)]
     if source.class_names is not None:
         metadata["class_names"] = source.class_names
     empty = dict(family=None, noise_type=None, noise_rate=None, T=None, seed=None)
@@ -241,15 +241,20 @@ def make_metadata(
     return metadata
 
 
-# Of an image that goes into the archive: its shape, size and CRC-32 of the PNG, and the pixels when they are kept.
-Encoded = tuple[tuple[int, ...], int, int, "np.ndarray | None"]
+class Encoded(NamedTuple):
+    """What the first process hears of a part of the images, which stay where they were encoded."""
+
+    kept: np.ndarray                        # int64: indices of those that the transform does not leave out
+    shapes: dict[tuple[int, ...], int]      # their shapes, each with the first index that has it
+    size: int                               # bytes of the PNGs
+    images: list[np.ndarray]                # their pixels, when wanted
 
 
 class Encoder:
     """Writes the images of a source as PNGs on several processes, in order, and checks that they fit together.
 
-    `shape` [H, W, C] of the written images; `images` holds them when `keep` is set (instance noise looks at pixels).
-    `channels` and `foreign` as `build_archive` and `prepare_outliers` have them.
+    `shape` [H, W, C] of the written images, `names` theirs; `images` holds them when `keep` is set (instance noise
+    looks at pixels). `channels` and `foreign` as `build_archive` and `prepare_outliers` have them.
     """
 
     def __init__(
@@ -261,46 +266,48 @@ class Encoder:
         self._convert, self._channels = channels is not None, channels or first.shape[2]
         self._step = max(1, (1 << 20) // first.size)  # about a megabyte of pixels a task
         self.shape: tuple[int, ...] = ()
+        self.names: list[str] = []
         self.images: list[np.ndarray] = []
 
-    def run(self, archive: ArchiveWriter, count: int, workers: int) -> list[int]:
+    def run(self, archive: ArchiveWriter, count: int, workers: int) -> np.ndarray:
         """Writes images 0 .. count - 1; returns the indices of those that the transform does not leave out."""
-        kept: list[int] = []
+        kept = [np.zeros(0, dtype=np.int64)]
 
-        def place(part: range, found: list[Encoded | None]) -> tuple[int, list[Member]]:
-            members = []
-            for index, image in zip(part, found, strict=True):
-                if image is not None:
-                    shape, size, crc, pixels = image
-                    self._check(shape, index)
-                    if self._keep:
-                        self.images.append(pixels)
-                    members.append((image_name(len(kept)), size, crc))
-                    kept.append(index)
+        def place(part: range, found: Encoded) -> tuple[int, int]:
+            for shape, index in found.shapes.items():
+                self._check(shape, index)
+            self.images += found.images
+            kept.append(found.kept)
+            first = len(self.names)
+            names = image_names(first, first + len(found.kept))
+            self.names += names
             bar.update(len(part))
-            return archive.reserve(members), members
+            return first, archive.reserve(len(names), found.size + sum(map(len, names)))
 
-        def write(pngs: list[bytes], where: tuple[int, list[Member]]) -> None:
-            archive.write(*where, pngs)
+        def write(pngs: list[bytes], where: tuple[int, int]) -> bytes:
+            first, offset = where
+            return archive.write(offset, image_names(first, first + len(pngs)), pngs)  # quicker made than sent
 
         parts = [range(start, min(start + self._step, count)) for start in range(0, count, self._step)]
         with tqdm(total=count, unit="img", desc="archive", disable=None, leave=False) as bar:
-            work_in_order(parts, self._encode, place, write, workers)
-        return kept
+            archive.record(work_in_order(parts, self._encode, place, write, workers))
+        return np.concatenate(kept)
 
-    def _encode(self, part: range) -> tuple[list[Encoded | None], list[bytes]]:
-        found, pngs = [], []
+    def _encode(self, part: range) -> tuple[Encoded, list[bytes]]:
+        pngs: list[bytes] = []
+        kept, shapes, images = [], {}, []
         for index in part:
             image = self._transform(self._same_channels(self._source.image(index), index))
             if image is not None and index in self._foreign:
                 image = fit_image(self._foreign[index](), image.shape)
             if image is None:
-                found.append(None)
                 continue
-            png = encode_png(image)
-            pngs.append(png)
-            found.append((image.shape, len(png), zlib.crc32(png), image if self._keep else None))
-        return found, pngs
+            pngs.append(encode_png(image))
+            kept.append(index)
+            shapes.setdefault(image.shape, index)
+            if self._keep:
+                images.append(image)
+        return Encoded(np.array(kept, dtype=np.int64), shapes, sum(map(len, pngs)), images), pngs
 
     def _same_channels(self, image: np.ndarray, index: int) -> np.ndarray:
         """Grey images among RGB ones become RGB; the reverse would lose something, so one must ask for it."""

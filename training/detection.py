@@ -22,11 +22,11 @@ from torch_utils import distributed, misc
 from training.archive_reader import ordered_map
 from training.dataset import BatchStream, ImageDataset
 from training.label_file import LabelFile, class_noise_rates
+from training.label_weights import clean_posterior
 from training.noise_levels import LOWEST_SIGMA
 from training.objectives.classifier import shift_images
 from training.resnet import Classifier, resnet_kwargs
 from training.trained_network import TrainedNetwork, linear_rampup
-from training.transition import clean_posterior
 
 __all__ = ["Settings", "confident", "cores", "describe", "from_classifier", "keep", "quality", "regularised_loss",
            "schedule"]

@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 import dnnlib
 from torch_utils import safe_files
 from training.archive_reader import plain_labels
-from training.dataset import ImageDataset
 from training.transition import check_matrix
+
+if TYPE_CHECKING:  # it needs PyTorch, which dataset_tool.py does without
+    from training.dataset import ImageDataset
 
 __all__ = ["LabelFile", "class_noise_rates", "load_label_file", "save_label_file"]
 

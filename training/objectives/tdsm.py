@@ -11,15 +11,9 @@ import dnnlib
 from torch_utils import distributed
 from torch_utils.training_stats import Stats
 from training.dataset import ImageDataset
+from training.label_weights import clean_posterior, cut_weights, posterior_weights
 from training.objectives.dsm import DSM
-from training.transition import (
-    check_matrix,
-    check_observed,
-    clean_posterior,
-    cut_weights,
-    inverse_transition,
-    posterior_weights,
-)
+from training.transition import check_matrix, check_observed, inverse_transition
 
 __all__ = ["TDSM"]
 

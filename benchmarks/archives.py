@@ -1,0 +1,54 @@
+"""Archives of random images, and building one in a process of its own: without PyTorch, as `dataset_tool.py` is."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import sys
+import time
+
+import numpy as np
+
+from benchmarks.core import Turns
+from training.archive_sources import Source, open_source
+from training.archive_writer import make_transform
+from training.archives import build_archive
+
+__all__ = ["random_pixels", "write_archive"]
+
+
+def random_pixels(n: int, channels: int, resolution: int) -> np.ndarray:
+    """uint8 [n,resolution,resolution,channels], always the same."""
+    return np.random.RandomState(0).randint(256, size=[n, resolution, resolution, channels]).astype(np.uint8)
+
+
+def write_archive(path: str, n: int, channels: int, resolution: int, classes: int) -> str:
+    """An archive of `n` random images with labels 0, 1, ... in turn; returns its path."""
+    pixels = random_pixels(n, channels, resolution)
+    source = Source("random", n, pixels.__getitem__, np.arange(n) % classes)
+    build_archive(source, path, make_transform(None, None), None, None, 1)
+    return path
+
+
+def main() -> None:
+    """Serve one form: `images` random ones of CIFAR-10's shape, from `archive` or memory, by so many `workers`."""
+    turns, wanted = Turns(), json.loads(sys.argv[1])
+    pixels = random_pixels(0 if wanted["archive"] else wanted["images"], 3, 32)
+
+    def build() -> float:
+        start = time.perf_counter()
+        source = (open_source(wanted["archive"]) if wanted["archive"] else
+                  Source("random", len(pixels), pixels.__getitem__, np.arange(len(pixels)) % 10))
+        with contextlib.redirect_stderr(io.StringIO()):
+            build_archive(source, wanted["dest"], make_transform(None, None), workers=wanted["workers"])
+        seconds = time.perf_counter() - start
+        os.remove(wanted["dest"])
+        return seconds
+
+    turns.serve(build)
+
+
+if __name__ == "__main__":
+    main()
