@@ -1,29 +1,34 @@
 """Images/s of sampling: what generate.py does against the plain form, and how far the images differ.
 
 The plain form is the network as it stands: eager, float32, the layout and precision it was saved with, one call after
-the other.
+the other. Every form has a process of its own, as settings of allocator and backends are a process's.
 """
 
 from __future__ import annotations
 
-import copy
 import functools
-from collections.abc import Callable, Iterator
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 
-from benchmarks.core import Row, compare
+from benchmarks.core import Row, Turns, compare, processes
 from benchmarks.roofline import count
 from sampling.generation import generate_images
 from sampling.precision import prepare
 from sampling.samplers import heun_sampler
+from sampling.seeds import StackedRandomGenerator
+from torch_utils import misc
 from training.networks import EDMPrecond
 from training.presets import network_kwargs
 
-__all__ = ["CASES", "FORMS", "plain_images", "random_denoiser", "rows"]
+__all__ = ["CASES", "FORMS", "random_denoiser", "rows"]
 
-SECONDS = 400
+SECONDS = 500
 
 CASES = (("ddpmpp_tiny", None, 1, 8, 64), ("ddpmpp", 32, 3, 16, 32), ("ddpmpp", 32, 3, 32, 16))
 FORMS = {
@@ -60,24 +65,43 @@ def plain_images(net: torch.nn.Module, latents: torch.Tensor, labels: torch.Tens
 
 def rows(repeats: int, forms: tuple[str, ...] = tuple(FORMS), steps: int = 18) -> Iterator[Row]:
     """Every form against the plain one on one batch; notes say which share of pixels is within one grey level of it."""
-    for arch, cbase, channels, resolution, n in CASES:
-        net = random_denoiser(arch, cbase, channels, resolution)
-        nets = {name: prepare(copy.deepcopy(net), **FORMS[name]) for name in forms}
-        latents = torch.randn([n, channels, resolution, resolution], generator=torch.Generator().manual_seed(0))
-        labels = torch.eye(10)[torch.arange(n) % 10]
-        evaluations = 2 * steps - 1
-        work = count(functools.partial(net, latents, torch.ones([n]), labels))
+    for case in CASES:
+        arch, cbase, _, resolution, n = case
         label = f"{arch}{f' --cbase={cbase}' if cbase else ''}, {resolution}x{resolution}"
-        run = {"plain": functools.partial(_wait_for, plain_images, net, latents, labels, steps)}
-        run |= {name: functools.partial(_wait_for, images_of, nets[name], n, n, steps) for name in forms}
-        seconds = compare(run, repeats, f"sampling, {label}")
-        images = images_of(net, n, n, steps).astype(int)
-        for name in forms:
-            near = np.mean(np.abs(images_of(nets[name], n, n, steps) - images) <= 1)
-            yield Row(f"sampling, {name}, {label}", seconds[name], seconds["plain"], work.flops * evaluations,
-                      work.bytes * evaluations, f"batch {n}, {near:.3%} of pixels within a grey level", n,
-                      FORMS[name].get("precision", "fp32"))
+        with tempfile.TemporaryDirectory() as folder:
+            paths = {form: os.path.join(folder, f"{i}.npy") for i, form in enumerate(("plain", *forms))}
+            with processes(**{form: ("benchmarks.sampling_rows", dict(case=case, form=form, steps=steps, images=path))
+                              for form, path in paths.items()}) as run:
+                facts = run["plain"].facts
+                seconds = compare(run, repeats, f"sampling, {label}")
+            images = {form: np.load(path).astype(int) for form, path in paths.items()}
+        for form in forms:
+            near = np.mean(np.abs(images[form] - images["plain"]) <= 1)
+            yield Row(f"sampling, {form}, {label}", seconds[form], seconds["plain"], facts["flops"], facts["bytes"],
+                      f"batch {n}, {near:.3%} of pixels within a grey level", n, FORMS[form].get("precision", "fp32"))
 
 
-def _wait_for(function: Callable, *args) -> None:
-    function(*args)     # What it returns is no time.
+def main() -> None:
+    """Serve one form: of the given `case`, with so many `steps`; `images` is where its images go."""
+    turns, wanted = Turns(), json.loads(sys.argv[1])
+    arch, cbase, channels, resolution, n = wanted["case"]
+    net, steps = random_denoiser(arch, cbase, channels, resolution), wanted["steps"]
+    rnd = StackedRandomGenerator(torch.device("cpu"), range(n))
+    latents = rnd.randn([n, channels, resolution, resolution])
+    labels = torch.eye(10)[rnd.randint(10, size=[n])]
+    work = count(functools.partial(net, latents, torch.ones([n]), labels))
+    if wanted["form"] == "plain":
+        form = functools.partial(plain_images, net, latents, labels, steps)
+    else:
+        misc.keep_freed_memory()    # as scripts do when they start
+        form = functools.partial(images_of, prepare(net, **FORMS[wanted["form"]]), n, n, steps)
+    np.save(wanted["images"], np.asarray(form()))
+
+    def turn() -> None:
+        form()      # the images are no time
+
+    turns.serve(turn, dict(flops=work.flops * (2 * steps - 1), bytes=work.bytes * (2 * steps - 1)))
+
+
+if __name__ == "__main__":
+    main()

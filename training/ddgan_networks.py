@@ -193,6 +193,8 @@ def minibatch_std(x: torch.Tensor) -> torch.Tensor:
     for part in (x[:whole], x[whole:]):
         if len(part):
             groups = part.unflatten(0, (-1, min(GROUP, len(part))))
-            std = (groups.var(dim=1, correction=0) + 1e-8).sqrt().mean(dim=[1, 2, 3])
+            # In place of var(), which on a CPU takes a tenth of a training step.
+            variance = (groups - groups.mean(dim=1, keepdim=True)).square().mean(dim=1)
+            std = (variance + 1e-8).sqrt().mean(dim=[1, 2, 3])
             values.append(std.repeat_interleave(groups.shape[1]))
     return torch.cat(values).reshape(-1, 1, 1, 1).expand(-1, 1, *x.shape[2:])
