@@ -72,7 +72,7 @@ def test_outliers_have_their_own_sections(tmp_path):
     assert result.exit_code == 0, result.output + repr(result.exception)
     html, markdown = (outdir / "report.html").read_text(), (outdir / "report.md").read_text()
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in markdown.splitlines() if line.startswith("| ")]
-    assert [row[0] for row in rows] == ["method", "DDGAN", "RDUOT, cost whitened", "method", "DDGAN",
+    assert [row[0] for row in rows] == ["method", "DDGAN", "RDUOT, cost pixels", "method", "DDGAN",
                                         "RDUOT, cost pixels", "RDUOT, cost standardized", "RDUOT, cost whitened",
                                         "RDUOT, cost features"]
     own = rows[0].index("outliers in training")
