@@ -15,7 +15,7 @@ __all__ = ["plan", "report"]
 # decided in one, whose generator then has its modes and keeps them, whatever they cost.
 NETWORKS = ("--num_timesteps=4 --beta_max=10 --num_channels_dae=16 --ch_mult=1,2 --num_res_blocks=1 --ngf=16 --n_mlp=2"
             " --z_emb_dim=64")
-# Small networks, for long trainings: outliers leave slowly, when the modes are long there and the learning rates fall.
+# Small networks, for long trainings: most digits are made half-way, before the learning rates have fallen.
 TRAINING = "--batch=64 --lr_g=5e-4 --lr_d=5e-4 --r1_gamma=0.2 --lazy_reg=10 --ema_decay=0.999"
 
 
