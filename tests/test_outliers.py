@@ -15,7 +15,6 @@ from metrics import judge
 from metrics.frechet import fid_from_features
 from tests import synth
 from tests.synth import run_dataset_tool as run
-from training import archive_sources
 from training.dataset import ImageDataset
 
 
@@ -135,7 +134,7 @@ def test_photos_are_square_windows_of_the_two_photographs(tmp_path, monkeypatch)
     y, x = np.mgrid[:427, :640]
     photos = [np.stack([y / 2, x / 3, np.full_like(y, 255 * i)], axis=2).astype(np.uint8) for i in range(2)]
     bundle = SimpleNamespace(images=photos, filenames=["/a/one.jpg", "/a/two.jpg"])
-    monkeypatch.setattr(archive_sources, "load_sample_images", lambda: bundle)
+    monkeypatch.setattr("sklearn.datasets.load_sample_images", lambda: bundle)
     data = build("photos", tmp_path / "a.zip", "--resolution=32x32", "--max-images=300", "--seed=1")
     assert len(data) == 300 and data.class_names == ["one", "two"] and data.family == "photos"
     np.testing.assert_array_equal(data.pixels[:, :, :, 2], 255 * data.labels[:, None, None].repeat(32, 1).repeat(32, 2))
