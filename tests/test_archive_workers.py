@@ -54,6 +54,11 @@ def test_parts_are_decided_in_order_and_finished_where_they_were_made(tmp_path, 
     assert not psutil.Process().children()
 
 
+def test_summaries_may_be_larger_than_a_pipe():
+    seen, _ = collect(range(20), lambda part: (bytes(1 << 20), part), 3)
+    assert [part for part, summary in seen if len(summary) == 1 << 20] == list(range(20))
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("place", ["make", "decide", "finish"])
 def test_errors_come_in_their_turn(workers, place):

@@ -36,6 +36,8 @@ def work_in_order(
     Forked processes share what `make` reads. It must not use PyTorch, whose threads are not forked, nor the position
     of a file opened before. Where forking is not safe (macOS) or not there, threads make and this one finishes.
 
+    Decisions must be small: they wait in a pipe while a process that is ahead sends its summaries.
+
     Raises what `make` raises, in its turn, what `finish` raises, once it is known; UserError when a process is gone.
     """
     workers = min(workers, len(parts))

@@ -273,7 +273,7 @@ class Encoder:
         """Writes images 0 .. count - 1; returns the indices of those that the transform does not leave out."""
         kept = [np.zeros(0, dtype=np.int64)]
 
-        def place(part: range, found: Encoded) -> tuple[int, list[str]]:
+        def place(part: range, found: Encoded) -> tuple[int, int]:
             for shape, index in found.shapes.items():
                 self._check(shape, index)
             self.images += found.images
@@ -282,10 +282,11 @@ class Encoder:
             names = image_names(first, first + len(found.kept))
             self.names += names
             bar.update(len(part))
-            return archive.reserve(len(names), found.size + sum(map(len, names))), names
+            return first, archive.reserve(len(names), found.size + sum(map(len, names)))
 
-        def write(pngs: list[bytes], where: tuple[int, list[str]]) -> bytes:
-            return archive.write(*where, pngs)
+        def write(pngs: list[bytes], where: tuple[int, int]) -> bytes:
+            first, offset = where
+            return archive.write(offset, image_names(first, first + len(pngs)), pngs)
 
         parts = [range(start, min(start + self._step, count)) for start in range(0, count, self._step)]
         with tqdm(total=count, unit="img", desc="archive", disable=None, leave=False) as bar:

@@ -262,7 +262,7 @@ class UNetBlock(torch.nn.Module):
         n, c, height, width = x.shape
         qkv = self.qkv(x).reshape(n, self.num_heads, c // self.num_heads, 3, height * width)
         q, k, v = (part.transpose(-1, -2) for part in qkv.unbind(3))
-        if x.is_cuda:   # whose fused kernels refuse channels that do not lie side by side; a CPU's gain nothing
+        if x.is_cuda:   # whose fused kernels refuse channels that do not lie side by side
             q, k, v = (part.contiguous() for part in (q, k, v))
         a = F.scaled_dot_product_attention(q, k, v).transpose(-1, -2).reshape(n, c, height, width)
         # One head leaves its output channels-last, which all later layers would follow: keep the layout of the input.
