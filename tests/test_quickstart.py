@@ -72,15 +72,15 @@ def test_outliers_have_their_own_sections(tmp_path):
     assert result.exit_code == 0, result.output + repr(result.exception)
     html, markdown = (outdir / "report.html").read_text(), (outdir / "report.md").read_text()
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in markdown.splitlines() if line.startswith("| ")]
-    assert [row[0] for row in rows] == ["method", "DDGAN", "RDUOT, cost pixels", "method", "DDGAN",
-                                        "RDUOT, cost pixels", "RDUOT, cost standardized", "RDUOT, cost whitened",
-                                        "RDUOT, cost features"]
+    assert [row[0] for row in rows] == ["method", "DDGAN", "RDUOT, cost pixels", "RDUOT, cost robust", "method",
+                                        "DDGAN", "RDUOT, cost pixels", "RDUOT, cost standardized",
+                                        "RDUOT, cost features", "RDUOT, cost robust"]
     own = rows[0].index("outliers in training")
-    assert rows[1][own] == rows[2][own] == "0.100" and rows[4][own] == f"{180 / 1797:.3f}"
-    for i, name in ((2, "photos-rduot"), (5, "digits-rduot-pixels"), (7, "digits-rduot-whitened")):
+    assert rows[1][own] == rows[3][own] == "0.100" and rows[5][own] == f"{180 / 1797:.3f}"
+    for i, name in ((3, "photos-rduot-robust"), (6, "digits-rduot-pixels"), (9, "digits-rduot-robust")):
         metrics = json.loads((outdir / "tables" / f"{name}.json").read_text())["metrics"]
         assert rows[i][1] == f"{metrics['outlier_ratio']:.3f}" and rows[i][2].startswith(f"{metrics['fid']:.3f}")
     # Only digits by the paper's cost have outliers that are cheap.
     assert re.findall(r"^\* (.*): Warning: the outliers are the cheaper", markdown, re.M) == ["RDUOT, cost pixels"]
-    assert len(re.findall(r"data:image/png;base64,", html)) == len(re.findall(r"\]\(.*?\.png\)", markdown)) == 11
+    assert len(re.findall(r"data:image/png;base64,", html)) == len(re.findall(r"\]\(.*?\.png\)", markdown)) == 12
     assert "python train.py " not in markdown

@@ -19,7 +19,7 @@ from torch_utils.training_stats import Stats
 from training.diffusion_steps import DiffusionSteps
 from training.objectives.rduot import CONJUGATES, RDUOT, ema_halflife, gradient_penalty
 from training.trained_network import cosine_decay
-from training.transport_cost import TransportCost, cost_by_origin, squared_distance
+from training.transport_cost import TransportCost, core, cost_by_origin, squared_distance
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 FIXTURE = np.load(ROOT / "tests" / "fixtures" / "rduot.npz")
@@ -334,36 +334,52 @@ def test_costs():
     x_0 = data.pixels.float() / 127.5 - 1
     std = x_0.std(dim=0, correction=0)
     x_0, mean = x_0 + 0.1, x_0.mean(dim=0)
-    u = (x_0 - mean) / std.clamp(min=0.1 * float(std.mean()))
+    u = (x_0 - mean) / std.clamp(min=0.3 * float(std.mean()))
     x_next = torch.randn(64, 1, 8, 8)   # x_T is nearly that, whatever the data
     got = cost(x_0, x_next, torch.full([64], 3))
     want = squared_distance(u, x_next, t)
     assert torch.corrcoef(torch.stack([got, want]))[0, 1] > 0.9 and abs(float((got / want).mean()) - 1) < 0.1
-    for kind in ("standardized", "whitened", "features"):
+    for kind in ("standardized", "robust", "features"):
         cost = TransportCost(kind, data, steps, CPU)
         x_0.requires_grad_()
         (gradient,) = torch.autograd.grad(cost(x_0, x_next, torch.full([64], 2)).sum(), x_0)
         assert gradient.isfinite().all() and gradient.abs().max() > 0
 
 
-def test_the_whitened_cost_of_the_mean_is_the_mahalanobis_distance():
+def test_the_robust_cost_of_the_mean_is_the_mahalanobis_distance_beyond_what_is_usual():
     data, steps = Images(n=512), DiffusionSteps(4)
     rng = np.random.default_rng(0)
-    mix = np.eye(64) + 0.1 * rng.standard_normal([64, 64])
+    mix = np.eye(64) + 0.05 * rng.standard_normal([64, 64])
     values = 0.2 * rng.standard_normal([512, 64]) @ mix
     data.pixels = torch.from_numpy((127.5 + 127.5 * np.clip(values, -1, 1)).astype(np.uint8)).reshape(-1, 1, 8, 8)
-    cost = TransportCost("whitened", data, steps, CPU)
+    cost = TransportCost("robust", data, steps, CPU)
     x = data.pixels.double().flatten(1).numpy() / 127.5 - 1
-    centred = x - x.mean(axis=0)
-    want = (centred @ np.linalg.inv(centred.T @ centred / len(x)) * centred).sum(axis=1)
+    members = x[core(torch.from_numpy(x))[0].numpy()]
+    precision = np.linalg.inv(np.cov(members.T, bias=True))
     x_next = (cost.mean[3] @ cost.axes.T).reshape(1, 1, 8, 8).expand(512, -1, -1, -1)
-    got = cost(torch.from_numpy(x).float().reshape(-1, 1, 8, 8), x_next, torch.full([512], 2))
-    np.testing.assert_allclose(got, want, rtol=1e-3)
+    for factor, usual in ((1, True), (3, False)):
+        centred = factor * x - members.mean(axis=0)
+        want = np.maximum((centred @ precision * centred).mean(axis=1) - 4, 0)
+        got = cost(torch.from_numpy(factor * x).float().reshape(-1, 1, 8, 8), x_next, torch.full([512], 2))
+        np.testing.assert_allclose(got, want, rtol=1e-3)
+        assert (want == 0).all() == usual and (want > 0).all() != usual
 
 
-def test_whitening_many_pixels_is_refused():
-    with pytest.raises(dnnlib.UserError, match="whitened.*12,288 values.*4,096"):
-        TransportCost("whitened", Images(n=4, channels=3, resolution=64), DiffusionSteps(4), CPU)
+def test_the_core_of_a_set_leaves_a_fifth_of_outliers_out():
+    """A round cloud, no further from the mean than a long one that is thin in most directions."""
+    rng = np.random.default_rng(0)
+    clean = rng.standard_normal([800, 12]) * ([3] + [1] + 10 * [0.3])
+    outliers = rng.standard_normal([200, 12]) * 12 * [0.9]
+    turn, _ = np.linalg.qr(rng.standard_normal([12, 12]))
+    members, axes = core(torch.from_numpy(np.concatenate([clean, outliers]) @ turn))
+    assert 740 <= members.sum() <= 760 and not members[800:].any()
+    torch.testing.assert_close(axes.T @ axes, torch.eye(12, dtype=torch.float64))
+    assert abs(axes[:, -1] @ torch.from_numpy(turn)[0]) > 0.99      # the long axis, once turned
+
+
+def test_the_robust_cost_of_many_pixels_is_refused():
+    with pytest.raises(dnnlib.UserError, match="robust.*12,288 values.*4,096"):
+        TransportCost("robust", Images(n=4, channels=3, resolution=64), DiffusionSteps(4), CPU)
 
 
 @pytest.mark.parametrize("clean, outlier, dearer", [(0.2, 0.8, True), (0.8, 0.2, False)])

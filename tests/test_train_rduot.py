@@ -119,11 +119,11 @@ def test_other_methods_and_settings(data, tmp_path):
     assert "Warning" not in (run_dir / "log.txt").read_text()   # the baseline prices nothing
     output = succeed(generate, f"--network={run_dir}", f"--outdir={tmp_path}/images", "--seeds=0-2")
     assert "2 network evaluations per image" in output
-    for cost in ("standardized", "whitened", "features"):
+    for cost, tau in (("standardized", 0.001), ("features", 0.001), ("robust", 6)):
         succeed(train_rduot, *args, f"--outdir={tmp_path}/{cost}", f"--cost={cost}", "--phi1=kl", "--phi2=chi",
                 "--batch_gpu=4", "--dropout=0.1")
         log = next((tmp_path / cost).iterdir()) / "log.txt"
-        assert f"Transport cost ({cost})" in log.read_text()
+        assert f"Transport cost ({cost})" in log.read_text() and f'"tau": {tau}' in log.read_text()
     snapshot = persistence.find_snapshot(str(run_dir))
     other = [f"--data={data}", f"--outdir={tmp_path}/b", "--duration=0.000008", *TINY, f"--transfer={snapshot}"]
     assert re.search(r"Transferred \d+ tensors", succeed(train_rduot, *other))
