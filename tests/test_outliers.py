@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import PIL.Image
 import pytest
+import torch
 from click.testing import CliRunner
 
 import fid
@@ -16,6 +17,8 @@ from metrics.frechet import fid_from_features
 from tests import synth
 from tests.synth import run_dataset_tool as run
 from training.dataset import ImageDataset
+from training.diffusion_steps import DiffusionSteps
+from training.transport_cost import TransportCost, cost_by_origin
 
 
 def build(source, dest, *args):
@@ -154,6 +157,23 @@ def test_photos_at_every_resolution(tmp_path):
     assert np.abs(small.pixels[..., 0] - luma).mean() < 4  # the same views, and more of them begin with the fewer
     other = build("photos", tmp_path / "c.zip", "--max-images=20", "--seed=1")
     assert not rows(other.pixels) & rows(large.pixels) and len(rows(large.pixels)) == 20
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What they cost.
+
+
+def test_digits_among_photos_and_photos_among_digits_are_dear_by_the_robust_cost(tmp_path):
+    steps, cpu = DiffusionSteps(2), torch.device("cpu")
+    ratios = []
+    for i, (source, outliers) in enumerate([("photos", "digits"), ("digits", "photos")]):
+        data = build(source, tmp_path / f"{i}.zip", f"--outliers={outliers}", "--perturb_percent=15",
+                     "--resolution=8x8", "--channels=1", "--max-images=1000")
+        clean, dear = cost_by_origin(TransportCost("robust", data, steps, cpu), data, steps, cpu)
+        assert clean < 0.2 and dear > 5
+        a, b = cost_by_origin(TransportCost("pixels", data, steps, cpu), data, steps, cpu)
+        ratios.append(b / a)
+    assert ratios[0] > 1.1 and ratios[1] < 0.9      # by the paper's cost only digits are
 
 
 # ---------------------------------------------------------------------------------------------------------------------
