@@ -18,7 +18,7 @@ CHUNK = 512             # of them at a time
 MAX_PIXELS = 4096       # values an image whose covariance we diagonalise: seconds
 CORE = 0.75             # share of the images that `robust` goes by: outliers are among the others
 FREE = 4                # `robust`: twice what an image of the core and independent noise come to
-CORE_ROUNDS = 10        # to find them, at most; 12 seconds each with 32x32 RGB images
+CORE_ROUNDS = 10        # to find them, at most; 5 seconds each with 32x32 RGB images
 FLOOR = 0.3             # of the mean deviation: where images are all alike their deviation is no measure
 
 
