@@ -40,7 +40,7 @@ PHI = click.Choice(list(CONJUGATES))
 @click.option("--phi2", type=PHI, help="Conjugate on real images  [default: softplus]")
 @click.option("--tau", metavar="FLOAT", type=FloatRange(min=0),
               help="Weight of the transport cost; see what Potential/tau_cost becomes  "
-                                                    "[default: 0.001; of --cost=robust 6]")
+              "[default: 0.001; of --cost=robust 6]")
 @click.option("--cost", type=click.Choice(COSTS), default="pixels", help="What the transport cost compares")
 @click.option("--r1_gamma", metavar="FLOAT", type=FloatRange(min=0), default=0.02, help="Weight of the penalty R1")
 @click.option("--lazy_reg", metavar="STEPS", type=COUNT, default=15, help="Apply R1 every so many steps")

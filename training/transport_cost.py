@@ -16,9 +16,9 @@ COSTS = ("pixels", "standardized", "features", "robust")
 SAMPLE = 4096           # training images at most that statistics are taken from
 CHUNK = 512             # of them at a time
 MAX_PIXELS = 4096       # values an image whose covariance we diagonalise: seconds
-CORE = 0.75             # share of the images that `robust` goes by: outliers are among the others
-FREE = 4                # `robust`: twice what an image of the core and independent noise come to
+CORE = 0.75             # `robust`: the share of the images that it goes by; outliers are among the others
 CORE_ROUNDS = 10        # to find them, at most; 5 seconds each with 32x32 RGB images
+FREE = 4                # `robust`: twice what an image of the core and independent noise come to
 FLOOR = 0.3             # of the mean deviation: where images are all alike their deviation is no measure
 
 
@@ -105,7 +105,8 @@ def core(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The share CORE of the rows x [N,d] that lies nearest together: (which, bool [N]; its principal axes [d,d]).
 
     Nearest to their own mean in Mahalanobis distance, by the concentration steps of FAST-MCD (Rousseeuw and Van
-    Driessen, Technometrics 1999) from all rows on; the deviations along the axes have a floor.
+    Driessen, Technometrics 1999) from all rows on, so that a fifth of outliers that are all alike can pass for a part
+    of it; the deviations along the axes have a floor.
     """
     members = torch.ones(len(x), dtype=torch.bool)
     for _ in range(CORE_ROUNDS):
