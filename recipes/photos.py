@@ -13,7 +13,9 @@ __all__ = ["plan", "report"]
 
 # Two steps: x_1 is so noisy that the last one decides what an image shows, where the potential sees it without noise.
 # Of more steps, the noisy ones hide a dear image's beginnings from the potential, and the later ones go on from there.
-NETWORKS = "--num_timesteps=2 --num_channels_dae=16 --ch_mult=1,2 --num_res_blocks=1 --ngf=16 --n_mlp=2 --z_emb_dim=64"
+STEPS = 2
+NETWORKS = (f"--num_timesteps={STEPS} --num_channels_dae=16 --ch_mult=1,2 --num_res_blocks=1 --ngf=16 --n_mlp=2"
+            " --z_emb_dim=64")
 # Small networks, for long trainings: most digits are made half-way, before the learning rates have fallen.
 TRAINING = "--batch=64 --lr_g=5e-4 --lr_d=5e-4 --r1_gamma=0.2 --lazy_reg=10 --ema_decay=0.999"
 
@@ -87,7 +89,7 @@ def report(outdir: str, seed: int, seconds: Mapping[str, float], num: int) -> li
 
 
 def _notes(outdir: str, setup: Setup, seed: int, num: int) -> list[str]:
-    notes = [f"Each row: {num:,} images, seeds 0 to {num - 1}, 2 steps. Training seed {seed}.",
+    notes = [f"Each row: {num:,} images, seeds 0 to {num - 1}, {STEPS} steps. Training seed {seed}.",
              "FD: Frechet distance of pixels in [-1,1] to the clean images of the archive; coverage: the share of those"
              " that have a generated image nearby."]
     for row in setup.rows(outdir):
