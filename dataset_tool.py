@@ -16,10 +16,10 @@ import re
 import click
 
 import dnnlib
+from archives.build import Noise, Outliers, build_archive, replace_labels
+from archives.sources import PHOTO_CROPS, open_source
+from archives.writer import TRANSFORMS, check_destination, make_transform
 from dnnlib.cli import FloatRange
-from training.archive_sources import PHOTO_CROPS, open_source
-from training.archive_writer import TRANSFORMS, check_destination, make_transform
-from training.archives import Noise, Outliers, build_archive, replace_labels
 
 EPILOG = f"""
 Sources: digits (built in), photos (built in: random square crops of scikit-learn's two photographs, labelled by

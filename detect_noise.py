@@ -14,15 +14,15 @@ import numpy as np
 
 import dnnlib
 import dnnlib.cli
+from archives.build import build_archive, clean_source
+from archives.dataset import ImageDataset
+from archives.label_file import LabelFile, save_label_file
+from archives.sources import open_source
+from archives.writer import check_destination, make_transform
+from detection import cores
 from dnnlib.cli import FloatRange, output_file
 from sampling.grid import save_grid
 from torch_utils import distributed, persistence
-from training import detection
-from training.archive_sources import open_source
-from training.archive_writer import check_destination, make_transform
-from training.archives import build_archive, clean_source
-from training.dataset import ImageDataset
-from training.label_file import LabelFile, save_label_file
 from training.objectives.tdsm import check_classifier
 from training.presets import ARCHS
 
@@ -33,7 +33,7 @@ EPILOG = """
 Example:
   python detect_noise.py --data=datasets/digits_sym_40-8x8.zip --dest=digits-labels.npz
 """
-PICTURE = 64    # images in the picture
+PICTURE = 64  # images in the picture
 
 
 # fmt: off
@@ -77,11 +77,11 @@ def main(ctx: click.Context, data: str, dest: str, cls: str | None, method: str,
         path = persistence.find_snapshot(cls)
         snapshot = persistence.load_snapshot(path, trust_pickle=trust_pickle, kind="classifier")
         check_classifier(snapshot["ema"], dataset, path)
-        found = detection.from_classifier(snapshot["ema"], snapshot["info"], dataset, device)
+        found = cores.from_classifier(snapshot["ema"], snapshot["info"], dataset, device)
     elif method == "cores":
-        found, net = detection.cores(dataset, device, detection.Settings(**training))
+        found, net = cores.cores(dataset, device, cores.Settings(**training))
     else:
-        found = detection.confident(dataset, device, detection.Settings(**training))
+        found = cores.confident(dataset, device, cores.Settings(**training))
 
     def write() -> None:
         stem = os.path.splitext(dest)[0]
@@ -103,7 +103,7 @@ def main(ctx: click.Context, data: str, dest: str, cls: str | None, method: str,
             clean_source(source, found, dataset.label_dim, fix)
             build_archive(source, cleaned, make_transform(None, None))
             written.append(cleaned)
-        print(detection.describe(dataset, found))
+        print(cores.describe(dataset, found))
         print(f"Written to:  {', '.join(written)}")
 
     distributed.together(lambda: write() if distributed.get_rank() == 0 else None)

@@ -16,8 +16,8 @@ import click
 
 import dnnlib
 import dnnlib.cli
-from metrics import detectors, features, images, report, statistics, table
-from metrics.frechet import frechet_distance
+from metrics import detectors, features, images, reference, table
+from metrics.fid import frechet_distance
 from metrics.options import (
     batch_option,
     detector_option,
@@ -27,6 +27,7 @@ from metrics.options import (
     precision_option,
     seed_option,
 )
+from reports import page
 from torch_utils import distributed
 
 
@@ -45,17 +46,20 @@ def main(ctx: click.Context) -> None:
 @seed_option
 @batch_option
 @device_option
-def calc(image_path: str, ref_path: str, num: int, detector_name: str, precision: str, seed: int, batch: int,
-         device: str) -> None:
+def calc(
+    image_path: str, ref_path: str, num: int, detector_name: str, precision: str, seed: int, batch: int, device: str
+) -> None:
     """FID of images against a reference."""
     device = distributed.init(device)
-    mu_ref, sigma_ref = statistics.load_reference(ref_path, precision)
+    mu_ref, sigma_ref = reference.load_reference(ref_path, precision)
     source = images.open_images(image_path, num, seed)
     extractor = detectors.detector(detector_name, device, precision=precision)
     width = features.feature_width(source, extractor, device)
     if width != len(mu_ref):
-        raise dnnlib.UserError(f"--ref: {ref_path} has {len(mu_ref)} features, --detector={detector_name} gives "
-                               f"{width}; make the reference with the same detector from images of the same size")
+        raise dnnlib.UserError(
+            f"--ref: {ref_path} has {len(mu_ref)} features, --detector={detector_name} gives "
+            f"{width}; make the reference with the same detector from images of the same size"
+        )
     distributed.print0(f"Calculating FID of {len(source)} images in {image_path}...")
     _, mu, sigma = features.compute_statistics(source, extractor, batch, device)
     distributed.print0(f"{frechet_distance(mu_ref, sigma_ref, mu, sigma):g}")
@@ -75,13 +79,18 @@ def ref(dataset_path: str, dest_path: str, detector_name: str, precision: str, b
     extractor = detectors.detector(detector_name, device, precision=precision)
     count, mu, sigma = features.compute_statistics(source, extractor, batch, device)
     if distributed.get_rank() == 0:
-        statistics.save_reference(dest_path, mu, sigma, precision)
+        reference.save_reference(dest_path, mu, sigma, precision)
     distributed.print0(f"Wrote {dest_path}: {len(mu)} features of {count} images.")
 
 
 @main.command(epilog="Example: python fid.py evaluate --images=out --data=digits.zip --detector=pixels --out=out.json")
-@click.option("--images", "image_path", metavar="PATH", required=True,
-              help="Generated images: folder or ZIP with dataset.json, or .npz (arr_0 images, arr_1 labels)")
+@click.option(
+    "--images",
+    "image_path",
+    metavar="PATH",
+    required=True,
+    help="Generated images: folder or ZIP with dataset.json, or .npz (arr_0 images, arr_1 labels)",
+)
 @measuring
 @output_option("--out", "out_path", metavar="JSON", help="Save the table, classes included")
 def evaluate(image_path: str, out_path: str | None, device: str, **settings: Any) -> None:
@@ -93,20 +102,27 @@ def evaluate(image_path: str, out_path: str | None, device: str, **settings: Any
 
 
 @main.command(epilog="Example: python fid.py compare --images=a --images=b --data=digits.zip --detector=pixels")
-@click.option("--images", "image_paths", metavar="PATH", required=True, multiple=True,
-              help="A set of generated images, as for evaluate; once for each set")
+@click.option(
+    "--images",
+    "image_paths",
+    metavar="PATH",
+    required=True,
+    multiple=True,
+    help="A set of generated images, as for evaluate; once for each set",
+)
 @measuring
 @output_option("--out", "out_path", metavar="JSON", help="Save the tables, a list")
 @output_option("--chart", "chart_path", metavar="PNG", help="Draw them as bars")
-def compare(image_paths: tuple[str], out_path: str | None, chart_path: str | None, device: str,
-            **settings: Any) -> None:
+def compare(
+    image_paths: tuple[str], out_path: str | None, chart_path: str | None, device: str, **settings: Any
+) -> None:
     """Several sets of images against one reference, side by side."""
     results = table.evaluate(image_paths, device=distributed.init(device), **settings)
     if results:
         if out_path is not None:
             table.save_json(results, out_path)
         if chart_path is not None:
-            report.bar_chart(results, chart_path)
+            page.bar_chart(results, chart_path)
         print(table.format_comparison(results))
 
 

@@ -22,9 +22,9 @@ import train_discriminator
 import train_noise
 import train_rduot
 from dnnlib.cli import FloatRange
-from metrics.report import Report
 from recipes import digits, photos
 from recipes.steps import run_plan
+from reports.page import Report
 
 EXAMPLES = """
 Examples:
@@ -33,11 +33,19 @@ Examples:
   python quickstart.py --outdir=demo-rduot --only=rduot
 """
 
-SCRIPTS = {"dataset_tool.py": dataset_tool, "train.py": train, "train_classifier.py": train_classifier,
-           "train_noise.py": train_noise, "detect_noise.py": detect_noise,
-           "train_discriminator.py": train_discriminator, "train_rduot.py": train_rduot, "generate.py": generate,
-           "fid.py": fid, "sweep.py": sweep}
-MINUTES = {"tdsm": 8.0, "sbdc": 6.0, "rduot": 22.0}     # of each part on two cores
+SCRIPTS = {
+    "dataset_tool.py": dataset_tool,
+    "train.py": train,
+    "train_classifier.py": train_classifier,
+    "train_noise.py": train_noise,
+    "detect_noise.py": detect_noise,
+    "train_discriminator.py": train_discriminator,
+    "train_rduot.py": train_rduot,
+    "generate.py": generate,
+    "fid.py": fid,
+    "sweep.py": sweep,
+}
+MINUTES = {"tdsm": 8.0, "sbdc": 6.0, "rduot": 22.0}  # of each part on two cores
 
 
 class Parts(click.ParamType):
@@ -57,11 +65,16 @@ class Parts(click.ParamType):
 @click.option("--outdir", metavar="DIR", required=True, help="Where everything goes")
 @click.option("--only", metavar="LIST", type=Parts(), default="tdsm,sbdc", help="Methods beside the baseline, or all")
 @click.option("--noise_type", type=click.Choice(list(digits.NOISES)), default="sym", help="How labels become wrong")
-@click.option("--minutes", metavar="M", type=FloatRange(min=0.01),
-              help="Aim for this duration on two cores; scales all training lengths  "
-              "[default: 8 for tdsm, 6 for sbdc, 22 for rduot]")
-@click.option("--seed", metavar="INT", type=click.IntRange(min=0), default=0,
-              help="Seed of the label noise and all training")
+@click.option(
+    "--minutes",
+    metavar="M",
+    type=FloatRange(min=0.01),
+    help="Aim for this duration on two cores; scales all training lengths  "
+    "[default: 8 for tdsm, 6 for sbdc, 22 for rduot]",
+)
+@click.option(
+    "--seed", metavar="INT", type=click.IntRange(min=0), default=0, help="Seed of the label noise and all training"
+)
 @click.option("--num", metavar="INT", type=click.IntRange(min=20), default=1000, help="Images a row of the table")
 def main(outdir: str, only: list[str], noise_type: str, minutes: float | None, seed: int, num: int) -> None:
     default = sum(MINUTES[part] for part in only)

@@ -16,10 +16,10 @@ import torch
 import dnnlib
 from dnnlib.cli import FLOAT_LIST, INT_LIST, Command, FloatRange
 from metrics import table
-from metrics.report import above, markdown_table, tradeoff
+from reports.page import above, markdown_table, tradeoff
 from sampling.generation import generate_images, share_of
+from sampling.options import DEFAULT_WEIGHTS, choose_sampler, guided, load_denoiser, load_discriminator
 from sampling.output import check_free, progress, save_images
-from sampling.setup import DEFAULT_WEIGHTS, choose_sampler, guided, load_denoiser, load_discriminator
 from torch_utils import distributed, safe_files
 from torch_utils.distributed import print0
 
@@ -33,6 +33,7 @@ Examples:
 COLUMNS = ["mode", "weight", "label accuracy", "FD", "FD / unguided"]
 
 
+# fmt: off
 @click.command(cls=Command, help=__doc__, epilog=EXAMPLES)
 @click.option("--network", metavar="PKL|DIR|URL", required=True, help="Snapshot of a denoiser, or its run directory")
 @click.option("--discriminator", metavar="PKL|DIR|URL", required=True, help="Snapshot of train_discriminator.py")
@@ -51,6 +52,7 @@ COLUMNS = ["mode", "weight", "label accuracy", "FD", "FD / unguided"]
 @click.option("--judge", metavar="svm|PKL", default="svm", help="As in fid.py evaluate")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto", help="Where to run")
 @click.option("--trust_pickle", is_flag=True, help="Run code that a snapshot contains; for files you trust only")
+# fmt: on
 def main(**opts) -> None:
     o = dnnlib.EasyDict(opts)
     try:

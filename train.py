@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 import dnnlib.cli
+from sampling.sheet import save_samples
 from training import options
 from training.objectives.dsm import DSM
 
@@ -20,7 +21,7 @@ Examples:
 @click.command(cls=dnnlib.cli.Command, help=__doc__, epilog=EXAMPLES)
 @options.training_options()
 def main(**opts) -> None:
-    options.run(opts, "dsm", DSM)
+    options.run(opts, "dsm", DSM, draw_samples=save_samples)
 
 
 if __name__ == "__main__":

@@ -27,19 +27,39 @@ Examples:
 @options.training_options(cond=True, duration=10.0, batch=1024, dropout=0.3, ema=0.05)
 @options.noise_options("clean", "sym", "asym", "pair", "matrix", "learn")
 @click.option("--optimizer", type=click.Choice(["adam", "adamw", "sgd"]), default="adam", help="Optimizer")
-@click.option("--val", metavar="SHARE", type=FloatRange(min=0, max=0.5), default=0.05,
-              help="Share of the noisy labels held out to choose the best snapshot")
-@click.option("--shift", metavar="SHARE", type=FloatRange(min=0, max=0.5), default=0.125,
-              help="Random whole-pixel shifts up to this share of the image size")
+@click.option(
+    "--val",
+    metavar="SHARE",
+    type=FloatRange(min=0, max=0.5),
+    default=0.05,
+    help="Share of the noisy labels held out to choose the best snapshot",
+)
+@click.option(
+    "--shift",
+    metavar="SHARE",
+    type=FloatRange(min=0, max=0.5),
+    default=0.125,
+    help="Random whole-pixel shifts up to this share of the image size",
+)
 def main(**opts) -> None:
     def make(config, dataset, device):
         noise_type = opts["noise_type"] if opts["noise_type"] != "clean" else None
         transition = options.stated_transition(noise_type, opts["noise_rate"], opts["noise_matrix"], dataset)
         return ClassifierObjective(config, dataset, device, transition=transition, learn=noise_type == "learn")
 
-    options.run(opts, "classifier", make, require_labels=True, classifier=dict(
-        noise_type=opts["noise_type"] or "clean", noise_rate=opts["noise_rate"], noise_matrix=opts["noise_matrix"],
-        val=opts["val"], shift=opts["shift"]))
+    options.run(
+        opts,
+        "classifier",
+        make,
+        require_labels=True,
+        classifier=dict(
+            noise_type=opts["noise_type"] or "clean",
+            noise_rate=opts["noise_rate"],
+            noise_matrix=opts["noise_matrix"],
+            val=opts["val"],
+            shift=opts["shift"],
+        ),
+    )
 
 
 if __name__ == "__main__":

@@ -11,12 +11,12 @@ import numpy as np
 import torch
 
 import dnnlib.cli
+from archives.dataset import ImageDataset
+from archives.label_file import LabelFile, load_label_file
 from dnnlib.cli import BOOL, FloatRange
 from torch_utils import distributed, persistence
 from torch_utils.distributed import print0
 from training import options
-from training.dataset import ImageDataset
-from training.label_file import LabelFile, load_label_file
 from training.objectives.discriminator import DiscriminatorObjective
 from training.objectives.simix import EMBEDDINGS, nearest_partners
 from training.objectives.tdsm import check_classifier
@@ -34,19 +34,38 @@ Examples:
 @click.command(cls=dnnlib.cli.Command, help=__doc__, epilog=EXAMPLES)
 @options.training_options(cond=True, duration=10.0, batch=1024, dropout=0.1, ema=0.05)
 @options.noise_options("sym", "asym", "pair", "matrix")
-@click.option("--label-path", metavar="NPZ", required=True,
-              help="Which labels are believed right: a label file of detect_noise.py, or one in a published layout")
-@click.option("--shuffle", type=click.Choice(["uniform", "transition"]),
-              help="How right pairs become wrong ones: any other label, or as the label noise does it "
-                   "[default: transition when --noise_type states it or the label file estimates it]")
+@click.option(
+    "--label-path",
+    metavar="NPZ",
+    required=True,
+    help="Which labels are believed right: a label file of detect_noise.py, or one in a published layout",
+)
+@click.option(
+    "--shuffle",
+    type=click.Choice(["uniform", "transition"]),
+    help="How right pairs become wrong ones: any other label, or as the label noise does it "
+    "[default: transition when --noise_type states it or the label file estimates it]",
+)
 @click.option("--simix", type=BOOL, default=True, help="Mix half of each batch with similar images; 0: with any")
-@click.option("--embed", type=click.Choice(EMBEDDINGS),
-              help="What similar means, for --simix=1 [default: classifier where there is one, else pixels]")
-@click.option("--cls", metavar="PKL|DIR|URL", help="Classifier whose features tell what is similar "
-              "[default: detect_noise.py's, where it lies beside the label file]")
+@click.option(
+    "--embed",
+    type=click.Choice(EMBEDDINGS),
+    help="What similar means, for --simix=1 [default: classifier where there is one, else pixels]",
+)
+@click.option(
+    "--cls",
+    metavar="PKL|DIR|URL",
+    help="Classifier whose features tell what is similar "
+    "[default: detect_noise.py's, where it lies beside the label file]",
+)
 @click.option("--optimizer", type=click.Choice(["adam", "adamw", "sgd"]), default="adam", help="Optimizer")
-@click.option("--shift", metavar="SHARE", type=FloatRange(min=0, max=0.5), default=0.125,
-              help="Random whole-pixel shifts up to this share of the image size")
+@click.option(
+    "--shift",
+    metavar="SHARE",
+    type=FloatRange(min=0, max=0.5),
+    default=0.125,
+    help="Random whole-pixel shifts up to this share of the image size",
+)
 def main(**opts) -> None:
     o = dnnlib.EasyDict(opts)
     if o.embed is not None and not o.simix:
@@ -65,15 +84,38 @@ def main(**opts) -> None:
         known = load_label_file(o.label_path, dataset)
         transition = chosen_transition(o, known, dataset)
         partners = distributed.together(lambda: similar(dataset, device, embed, path, o)) if o.simix else None
-        print0(f"Labels believed right: {known.is_clean.mean():.1%}. "
-               f"Shuffle: {'uniform' if transition is None else 'transition'}. "
-               f"Mixed up with: {f'similar images, by {embed}' if o.simix else 'any image'}.")
-        return DiscriminatorObjective(config, dataset, device, is_clean=known.is_clean, transition=transition,
-                                      noise_rates=known.per_class_noise_rate, partners=partners)
+        print0(
+            f"Labels believed right: {known.is_clean.mean():.1%}. "
+            f"Shuffle: {'uniform' if transition is None else 'transition'}. "
+            f"Mixed up with: {f'similar images, by {embed}' if o.simix else 'any image'}."
+        )
+        return DiscriminatorObjective(
+            config,
+            dataset,
+            device,
+            is_clean=known.is_clean,
+            transition=transition,
+            noise_rates=known.per_class_noise_rate,
+            partners=partners,
+        )
 
-    options.run(opts, "discriminator", make, require_labels=True, discriminator=dict(
-        label_path=o.label_path, shuffle=o.shuffle, simix=o.simix, embed=embed if o.simix else None, cls=path,
-        shift=o.shift, noise_type=o.noise_type, noise_rate=o.noise_rate, noise_matrix=o.noise_matrix))
+    options.run(
+        opts,
+        "discriminator",
+        make,
+        require_labels=True,
+        discriminator=dict(
+            label_path=o.label_path,
+            shuffle=o.shuffle,
+            simix=o.simix,
+            embed=embed if o.simix else None,
+            cls=path,
+            shift=o.shift,
+            noise_type=o.noise_type,
+            noise_rate=o.noise_rate,
+            noise_matrix=o.noise_matrix,
+        ),
+    )
 
 
 def chosen_transition(o: dnnlib.EasyDict, known: LabelFile, dataset: ImageDataset) -> np.ndarray | None:
@@ -87,8 +129,9 @@ def chosen_transition(o: dnnlib.EasyDict, known: LabelFile, dataset: ImageDatase
     return transition
 
 
-def similar(dataset: ImageDataset, device: torch.device, embed: str, path: str | None,
-            o: dnnlib.EasyDict) -> np.ndarray:
+def similar(
+    dataset: ImageDataset, device: torch.device, embed: str, path: str | None, o: dnnlib.EasyDict
+) -> np.ndarray:
     """Partners for SiMix, int64 [N,2]."""
     classifier = None
     if path is not None:

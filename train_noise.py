@@ -9,6 +9,7 @@ import click
 
 import dnnlib.cli
 from dnnlib.cli import FloatRange
+from sampling.sheet import save_samples
 from torch_utils import persistence
 from training import options
 from training.objectives.tdsm import TDSM, check_classifier, known_transition
@@ -27,14 +28,32 @@ Examples:
 @click.command(cls=dnnlib.cli.Command, help=__doc__, epilog=EXAMPLES)
 @options.training_options(cond=True)
 @options.noise_options("clean", "sym", "asym", "pair", "matrix")
-@click.option("--cls", metavar="PKL|DIR|URL", required=True,
-              help="Classifier: a snapshot of train_classifier.py, or its run directory")
-@click.option("--tau", metavar="W", type=FloatRange(min=0, max=1), default=0.01,
-              help="Leave out other classes whose weight is at most this")
-@click.option("--pairs", metavar="K", type=click.IntRange(min=1),
-              help="Of the other classes keep at most the K heaviest an image, for data with many [default: no limit]")
-@click.option("--temp", metavar="FLOAT", type=FloatRange(min=0, min_open=True), default=1.0,
-              help="Divide the classifier's logits by this")
+@click.option(
+    "--cls",
+    metavar="PKL|DIR|URL",
+    required=True,
+    help="Classifier: a snapshot of train_classifier.py, or its run directory",
+)
+@click.option(
+    "--tau",
+    metavar="W",
+    type=FloatRange(min=0, max=1),
+    default=0.01,
+    help="Leave out other classes whose weight is at most this",
+)
+@click.option(
+    "--pairs",
+    metavar="K",
+    type=click.IntRange(min=1),
+    help="Of the other classes keep at most the K heaviest an image, for data with many [default: no limit]",
+)
+@click.option(
+    "--temp",
+    metavar="FLOAT",
+    type=FloatRange(min=0, min_open=True),
+    default=1.0,
+    help="Divide the classifier's logits by this",
+)
 @click.option("--resume_sub", metavar="PKL|URL", help="The same as --transfer")
 def main(**opts) -> None:
     if opts["resume_sub"]:
@@ -50,9 +69,22 @@ def main(**opts) -> None:
         transition, posterior = known_transition(snapshot["info"], stated, dataset, path)
         return TDSM(config, dataset, device, classifier=snapshot["ema"], transition=transition, posterior=posterior)
 
-    options.run(opts, "tdsm", make, require_labels=True, tdsm=dict(
-        cls=path, tau=opts["tau"], pairs=opts["pairs"], temp=opts["temp"], noise_type=opts["noise_type"],
-        noise_rate=opts["noise_rate"], noise_matrix=opts["noise_matrix"]))
+    options.run(
+        opts,
+        "tdsm",
+        make,
+        require_labels=True,
+        draw_samples=save_samples,
+        tdsm=dict(
+            cls=path,
+            tau=opts["tau"],
+            pairs=opts["pairs"],
+            temp=opts["temp"],
+            noise_type=opts["noise_type"],
+            noise_rate=opts["noise_rate"],
+            noise_matrix=opts["noise_matrix"],
+        ),
+    )
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import click
 
 import dnnlib.cli
 from dnnlib.cli import INT_LIST, FloatRange
+from sampling.sheet import save_samples
 from training import options
 from training.objectives.rduot import CONJUGATES, GROUP, RDUOT, ema_halflife
 from training.transport_cost import COSTS
@@ -22,13 +23,27 @@ Examples:
   torchrun --standalone --nproc_per_node=4 train_rduot.py --outdir=rduot-runs --data=datasets/cifar10_mnist-32x32.zip
 """
 # What denoisers have and these two networks lack: noise levels sigma, EDM's widths, one learning rate, augmentation.
-LEAVE_OUT = ["arch", "precond", "P_mean", "P_std", "cbase", "cres", "lr", "lr_rampup_kimg", "ema", "augment", "fp16",
-             "ls", "label_dropout"]
+LEAVE_OUT = [
+    "arch",
+    "precond",
+    "P_mean",
+    "P_std",
+    "cbase",
+    "cres",
+    "lr",
+    "lr_rampup_kimg",
+    "ema",
+    "augment",
+    "fp16",
+    "ls",
+    "label_dropout",
+]
 COUNT, POSITIVE = click.IntRange(min=1), FloatRange(min=0, min_open=True)
-TAU = {"robust": 6.0}       # a mean over features that is 0 for usual images; the other costs are sums: as published
+TAU = {"robust": 6.0}  # a mean over features that is 0 for usual images; the other costs are sums: as published
 PHI = click.Choice(list(CONJUGATES))
 
 
+# fmt: off
 @click.command(cls=dnnlib.cli.Command, help=__doc__, epilog=EXAMPLES)
 @options.training_options(leave_out=LEAVE_OUT, duration=90.0, batch=256, dropout=0.0)
 @click.option("--method", type=click.Choice(["rduot", "ddgan"]), default="rduot", help="The method, or its baseline")
@@ -60,12 +75,13 @@ PHI = click.Choice(list(CONJUGATES))
 @click.option("--embedding_type", type=click.Choice(["positional", "fourier"]), default="positional",
               help="How both networks see the time step")
 @click.option("--ngf", metavar="INT", type=COUNT, default=64, help="Potential: unit of the channels")
+# fmt: on
 def main(**opts) -> None:
     o = dnnlib.EasyDict(opts)
     check_usage(o)
     baseline = o.method == "ddgan"
     options.run(
-        opts, o.method, RDUOT,
+        opts, o.method, RDUOT, draw_samples=save_samples,
         network=dict(
             arch=o.method, precond=None,
             kwargs=dict(nz=o.nz, z_emb_dim=o.z_emb_dim, n_mlp=o.n_mlp, model_channels=o.num_channels_dae,

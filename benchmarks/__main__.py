@@ -25,8 +25,11 @@ from benchmarks.roofline import measure_peaks
 from benchmarks.table import RESULTS
 
 # A topic is a module here called TOPIC_rows: `rows(repeats)` yields its Rows, SECONDS is about what it takes.
-TOPICS = {info.name.removesuffix("_rows"): importlib.import_module(f"benchmarks.{info.name}")
-          for info in pkgutil.iter_modules(benchmarks.__path__) if info.name.endswith("_rows")}
+TOPICS = {
+    info.name.removesuffix("_rows"): importlib.import_module(f"benchmarks.{info.name}")
+    for info in pkgutil.iter_modules(benchmarks.__path__)
+    if info.name.endswith("_rows")
+}
 REPEATS, USUAL_SECONDS = 9, 60
 
 
@@ -53,16 +56,26 @@ def dated_file(device: torch.device) -> str:
 
 @click.command(cls=dnnlib.cli.Command, help=__doc__)
 @click.option("--only", metavar="LIST", type=Topics(), default=",".join(TOPICS), help="Topics to measure")
-@click.option("--repeats", metavar="INT", type=click.IntRange(min=5), default=REPEATS,
-              help="Turns each form takes; the median counts")
-@click.option("--threads", metavar="INT", type=click.IntRange(min=1),
-              help="Threads of PyTorch  [default: its own choice]")
-@click.option("--out", metavar="JSON", callback=dnnlib.cli.output_file,
-              help="Where to save the table and the machine  [default: benchmarks/results/DATE-DEVICE.json]")
+@click.option(
+    "--repeats",
+    metavar="INT",
+    type=click.IntRange(min=5),
+    default=REPEATS,
+    help="Turns each form takes; the median counts",
+)
+@click.option(
+    "--threads", metavar="INT", type=click.IntRange(min=1), help="Threads of PyTorch  [default: its own choice]"
+)
+@click.option(
+    "--out",
+    metavar="JSON",
+    callback=dnnlib.cli.output_file,
+    help="Where to save the table and the machine  [default: benchmarks/results/DATE-DEVICE.json]",
+)
 def main(only: list[str], repeats: int, threads: int | None, out: str | None) -> None:
     if threads is not None:
         torch.set_num_threads(threads)
-        os.environ["OMP_NUM_THREADS"] = str(threads)    # of the processes that forms get
+        os.environ["OMP_NUM_THREADS"] = str(threads)  # of the processes that forms get
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     peaks = measure_peaks(device)
     machine = table.machine(device, peaks)
@@ -70,8 +83,13 @@ def main(only: list[str], repeats: int, threads: int | None, out: str | None) ->
     click.echo(table.HEAD)
     found, start = [], time.time()
     costs = {topic: getattr(TOPICS[topic], "SECONDS", USUAL_SECONDS) * (1 + repeats) / (1 + REPEATS) for topic in only}
-    with tqdm(total=round(sum(costs.values())), bar_format="{desc} {percentage:3.0f}%, {remaining} left",
-              position=1, leave=False, disable=None) as bar:
+    with tqdm(
+        total=round(sum(costs.values())),
+        bar_format="{desc} {percentage:3.0f}%, {remaining} left",
+        position=1,
+        leave=False,
+        disable=None,
+    ) as bar:
         for topic in only:
             bar.set_description(topic)
             for row in TOPICS[topic].rows(repeats):

@@ -11,10 +11,10 @@ import time
 
 import numpy as np
 
+from archives.build import build_archive
+from archives.sources import Source, open_source
+from archives.writer import make_transform
 from benchmarks.core import Turns
-from training.archive_sources import Source, open_source
-from training.archive_writer import make_transform
-from training.archives import build_archive
 
 __all__ = ["random_pixels", "write_archive"]
 
@@ -39,8 +39,11 @@ def main() -> None:
 
     def build() -> float:
         start = time.perf_counter()
-        source = (open_source(wanted["archive"]) if wanted["archive"] else
-                  Source("random", len(pixels), pixels.__getitem__, np.arange(len(pixels)) % 10))
+        source = (
+            open_source(wanted["archive"])
+            if wanted["archive"]
+            else Source("random", len(pixels), pixels.__getitem__, np.arange(len(pixels)) % 10)
+        )
         with contextlib.redirect_stderr(io.StringIO()):
             build_archive(source, wanted["dest"], make_transform(None, None), workers=wanted["workers"])
         seconds = time.perf_counter() - start

@@ -21,7 +21,7 @@ import dnnlib
 __all__ = ["Form", "FormProcess", "Row", "Turns", "compare", "processes"]
 
 Form = Callable[[], float | None]
-PATIENCE = 10   # seconds that a process gets to end by itself
+PATIENCE = 10  # seconds that a process gets to end by itself
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,13 @@ class FormProcess:
     def __init__(self, module: str, arguments: dict[str, Any]):
         self._name = f"{module} {json.dumps(arguments)}"
         self._errors = tempfile.TemporaryFile("w+")
-        self._process = subprocess.Popen([sys.executable, "-m", module, json.dumps(arguments)], text=True,
-                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors)
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", module, json.dumps(arguments)],
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+        )
         self.facts = self._read()
 
     def _read(self) -> Any:
@@ -88,7 +93,7 @@ class FormProcess:
 
     def __call__(self) -> float:
         """One turn: the seconds that the process took for it."""
-        with contextlib.suppress(BrokenPipeError):    # it has ended: reading will say so
+        with contextlib.suppress(BrokenPipeError):  # it has ended: reading will say so
             self._process.stdin.write("go\n")
             self._process.stdin.flush()
         return self._read()

@@ -13,14 +13,28 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-__all__ = ["Counts", "Hardware", "Workload", "all_reduce_seconds", "archive_bytes", "buckets", "checkpointing", "cost",
-           "count", "ddp_bytes", "ddp_memory", "fsdp_bytes", "fsdp_memory",
-           "images_at_a_time", "simulate_steps"]
+__all__ = [
+    "Counts",
+    "Hardware",
+    "Workload",
+    "all_reduce_seconds",
+    "archive_bytes",
+    "buckets",
+    "checkpointing",
+    "cost",
+    "count",
+    "ddp_bytes",
+    "ddp_memory",
+    "fsdp_bytes",
+    "fsdp_memory",
+    "images_at_a_time",
+    "simulate_steps",
+]
 
-WEIGHT = 4                      # bytes of a float32
-BUCKET = (1 << 20, 25 << 20)    # DDP's first bucket of gradients and the others, at most
-STATE = 4 * WEIGHT              # a weight in a state: itself, its average, Adam's two moments
-DDP = 5 * WEIGHT                # the same on a GPU, and its gradient
+WEIGHT = 4  # bytes of a float32
+BUCKET = (1 << 20, 25 << 20)  # DDP's first bucket of gradients and the others, at most
+STATE = 4 * WEIGHT  # a weight in a state: itself, its average, Adam's two moments
+DDP = 5 * WEIGHT  # the same on a GPU, and its gradient
 NAME = len("00000/img00000000.png")
 
 
@@ -28,17 +42,17 @@ NAME = len("00000/img00000000.png")
 class Hardware:
     """A cluster; the defaults are the published figures of H200 machines with a network port of 400 Gbit/s a GPU."""
 
-    peak: float = 989e12            # FLOP/s of a GPU, dense bfloat16
-    utilisation: float = 0.3        # share of it that training reaches
-    memory: float = 141e9           # of a GPU
-    machine: int = 8                # GPUs a machine
-    link: float = 450e9             # bytes/s one way between the GPUs of a machine
-    network: float = 50e9           # bytes/s one way between machines, a GPU
-    latency: float = 1e-5           # of a message
-    jitter: float = 0.01            # mean of the random share by which a process's step is late
-    disk: float = 4e8               # bytes/s at which a state is written, hashed twice and read back
-    gpu_mtbf: float = 50_000 * 3600     # mean time between failures of a run on one GPU
-    restart: float = 600.0          # from a failure to the first step after it
+    peak: float = 989e12  # FLOP/s of a GPU, dense bfloat16
+    utilisation: float = 0.3  # share of it that training reaches
+    memory: float = 141e9  # of a GPU
+    machine: int = 8  # GPUs a machine
+    link: float = 450e9  # bytes/s one way between the GPUs of a machine
+    network: float = 50e9  # bytes/s one way between machines, a GPU
+    latency: float = 1e-5  # of a message
+    jitter: float = 0.01  # mean of the random share by which a process's step is late
+    disk: float = 4e8  # bytes/s at which a state is written, hashed twice and read back
+    gpu_mtbf: float = 50_000 * 3600  # mean time between failures of a run on one GPU
+    restart: float = 600.0  # from a failure to the first step after it
 
 
 @dataclass(frozen=True)
@@ -46,15 +60,15 @@ class Workload:
     """A data set and a recipe."""
 
     name: str
-    images: int             # in the data set
+    images: int  # in the data set
     resolution: int
     channels: int
     classes: int
     arch: str
-    batch: int              # of the recipe
-    total: float            # images seen
-    tick: float = 50e3      # images a tick
-    snap: int = 50          # ticks a snapshot
+    batch: int  # of the recipe
+    total: float  # images seen
+    tick: float = 50e3  # images a tick
+    snap: int = 50  # ticks a snapshot
 
 
 @dataclass(frozen=True)
@@ -63,9 +77,9 @@ class Counts:
 
     params: int
     forward: float
-    train: float            # forward and backward
-    activations: float      # bytes kept for backward, float32
-    largest: int            # weights of the largest unit that FSDP gathers at a time
+    train: float  # forward and backward
+    activations: float  # bytes kept for backward, float32
+    largest: int  # weights of the largest unit that FSDP gathers at a time
     layers: tuple[tuple[int, float], ...]
 
 
@@ -89,12 +103,21 @@ def count(net: torch.nn.Module, args: tuple, units: tuple[type, ...] = ()) -> Co
         by_module = {name: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
         output.sum().backward()
     # Order of registration is that of the forward pass in our networks, but for the embedding, which is small.
-    layers = tuple((sum(p.numel() for p in module.parameters()), by_module.get(f"{type(net).__name__}.{name}", 0))
-                   for name, module in net.named_modules() if name and not list(module.children()))
+    layers = tuple(
+        (sum(p.numel() for p in module.parameters()), by_module.get(f"{type(net).__name__}.{name}", 0))
+        for name, module in net.named_modules()
+        if name and not list(module.children())
+    )
     whole = sum(p.numel() for p in net.parameters())
     sizes = [sum(p.numel() for p in module.parameters()) for module in net.modules() if isinstance(module, units)]
-    return Counts(whole, forward, counter.get_total_flops(), sum(kept.values()), max([*sizes, whole - sum(sizes)]),
-                  tuple(layer for layer in layers if layer[0]))
+    return Counts(
+        whole,
+        forward,
+        counter.get_total_flops(),
+        sum(kept.values()),
+        max([*sizes, whole - sum(sizes)]),
+        tuple(layer for layer in layers if layer[0]),
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -123,6 +146,7 @@ def all_reduce_seconds(size: float, n: int, hw: Hardware) -> float:
     At either level the better of a ring, 2(n-1) messages of size/n in turn, and a double tree, 2 log2(n) messages and
     all bytes twice.
     """
+
     def level(size: float, n: int, bandwidth: float) -> float:
         if n == 1:
             return 0.0
@@ -156,7 +180,7 @@ def images_at_a_time(counts: Counts, weights: float, hw: Hardware) -> int:
 def archive_bytes(images: int, resolution: int, channels: int) -> int:
     """Bytes of an archive: uncompressed PNGs, stored in a ZIP, without its `dataset.json`."""
     raw = resolution * (resolution * channels + 1)
-    png = 8 + 25 + 12 + 12 + 2 + 5 * math.ceil(raw / 65535) + raw + 4   # signature, IHDR, IDAT, IEND, zlib's own
+    png = 8 + 25 + 12 + 12 + 2 + 5 * math.ceil(raw / 65535) + raw + 4  # signature, IHDR, IDAT, IEND, zlib's own
     return images * (png + 30 + 46 + 2 * NAME)
 
 
@@ -182,8 +206,9 @@ def buckets(layers: tuple[tuple[int, float], ...], limits: tuple[int, int] = BUC
     return [*found, (size, 1.0)]
 
 
-def simulate_steps(layers: tuple[tuple[int, float], ...], compute: float, n: int, hw: Hardware, steps: int = 2000,
-                   seed: int = 0) -> dict[str, float]:
+def simulate_steps(
+    layers: tuple[tuple[int, float], ...], compute: float, n: int, hw: Hardware, steps: int = 2000, seed: int = 0
+) -> dict[str, float]:
     """Mean seconds of a DDP step whose buckets travel while backward goes on: `step`, `exposed` network, `waiting`.
 
     A process's step takes compute (1 + jitter E), E exponential, anew every step; a third is forward. A bucket leaves
@@ -215,14 +240,31 @@ def cost(work: Workload, counts: Counts, n: int, hw: Hardware, extra: float = 0.
     interval, lost = checkpointing(write, hw.gpu_mtbf / n, hw.restart)
     within, between = fsdp_bytes(counts.params, n, hw.machine)
     return dict(
-        n=n, batch=batch, per_gpu=per_gpu, steps=steps, flops_step=batch * flops, flops_run=steps * batch * flops,
-        compute=compute, **step, images_per_second=images_per_second, hours=seconds / 3600,
+        n=n,
+        batch=batch,
+        per_gpu=per_gpu,
+        steps=steps,
+        flops_step=batch * flops,
+        flops_run=steps * batch * flops,
+        compute=compute,
+        **step,
+        images_per_second=images_per_second,
+        hours=seconds / 3600,
         gpu_hours=n * seconds / 3600,
-        ddp_bytes=ddp_bytes(counts.params, n), fsdp_within=within, fsdp_between=between,
-        ddp_memory=ddp_memory(counts), fsdp_memory=fsdp_memory(counts, min(n, hw.machine)),
-        activations=counts.activations / 2, ddp_images=images_at_a_time(counts, ddp_memory(counts), hw),
-        archive=archive_bytes(work.images, work.resolution, work.channels), state=STATE * counts.params,
+        ddp_bytes=ddp_bytes(counts.params, n),
+        fsdp_within=within,
+        fsdp_between=between,
+        ddp_memory=ddp_memory(counts),
+        fsdp_memory=fsdp_memory(counts, min(n, hw.machine)),
+        activations=counts.activations / 2,
+        ddp_images=images_at_a_time(counts, ddp_memory(counts), hw),
+        archive=archive_bytes(work.images, work.resolution, work.channels),
+        state=STATE * counts.params,
         snapshots=WEIGHT * counts.params * math.ceil(work.total / work.tick / work.snap),
         read=images_per_second * archive_bytes(1, work.resolution, work.channels),
-        write=write, failures=n * seconds / hw.gpu_mtbf, dump_seconds=interval,
-        dump_ticks=max(round(interval * images_per_second / work.tick), 1), lost=lost)
+        write=write,
+        failures=n * seconds / hw.gpu_mtbf,
+        dump_seconds=interval,
+        dump_ticks=max(round(interval * images_per_second / work.tick), 1),
+        lost=lost,
+    )

@@ -13,12 +13,12 @@ import numpy as np
 import PIL.Image
 from sklearn.datasets import load_sample_images
 
+from archives.build import build_archive
+from archives.dataset import BatchStream, ImageDataset
+from archives.sources import Source, open_source
+from archives.writer import make_transform
 from benchmarks.archives import random_pixels, write_archive
 from benchmarks.core import Row, compare, processes
-from training.archive_sources import Source, open_source
-from training.archive_writer import make_transform
-from training.archives import build_archive
-from training.dataset import BatchStream, ImageDataset
 
 __all__ = ["rows"]
 
@@ -66,9 +66,14 @@ def cifar_rows(repeats: int) -> Iterator[Row]:
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
         archive = write_archive(os.path.join(folder, "in.zip"), CIFAR, 3, 32, 10)
         sources = dict(memory=None, ZIP=archive)
-        building = {f"{kind} {n}": ("benchmarks.archives", dict(archive=source, images=CIFAR, workers=n,
-                                                               dest=os.path.join(folder, "out.zip")))
-                    for kind, source in sources.items() for n in (1, cores)}
+        building = {
+            f"{kind} {n}": (
+                "benchmarks.archives",
+                dict(archive=source, images=CIFAR, workers=n, dest=os.path.join(folder, "out.zip")),
+            )
+            for kind, source in sources.items()
+            for n in (1, cores)
+        }
 
         def read(workers: int) -> None:
             data = ImageDataset(archive, cache=False)
@@ -85,9 +90,18 @@ def cifar_rows(repeats: int) -> Iterator[Row]:
         with processes(**building) as forms:
             t = compare(forms | dict(one=lambda: read(1), all=lambda: read(cores), plain=plain), repeats)
     for kind in sources:
-        yield Row(f"CIFAR-10's shape, from {kind} to an archive, {cores} workers; plain: one", t[f"{kind} {cores}"],
-                  t[f"{kind} 1"], images=CIFAR)
-    yield Row("CIFAR-10's shape, read in shuffled order, one thread; plain: zipfile and Pillow", t["one"], t["plain"],
-              images=CIFAR)
-    yield Row(f"CIFAR-10's shape, read in shuffled order, {cores} threads; plain: one", t["all"], t["one"],
-              images=CIFAR)
+        yield Row(
+            f"CIFAR-10's shape, from {kind} to an archive, {cores} workers; plain: one",
+            t[f"{kind} {cores}"],
+            t[f"{kind} 1"],
+            images=CIFAR,
+        )
+    yield Row(
+        "CIFAR-10's shape, read in shuffled order, one thread; plain: zipfile and Pillow",
+        t["one"],
+        t["plain"],
+        images=CIFAR,
+    )
+    yield Row(
+        f"CIFAR-10's shape, read in shuffled order, {cores} threads; plain: one", t["all"], t["one"], images=CIFAR
+    )

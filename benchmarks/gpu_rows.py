@@ -22,19 +22,25 @@ from sampling.generation import generate_images
 from sampling.samplers import heun_sampler
 from torch_utils.persistence import save_snapshot
 from training.networks import EDMPrecond
+from training.networks_resnet import Classifier, resnet_kwargs
 from training.presets import network_kwargs
-from training.resnet import Classifier, resnet_kwargs
 
 __all__ = ["prepare", "rows", "sampling_rows", "step_rows"]
 
 SECONDS = 1200
 RESOLUTION, CHANNELS, CLASSES, IMAGES = 32, 3, 10, 2048
-BATCH, BATCH_GPU = 512, 128     # as much at a time as float32 leaves room for in two processes on 80 GB
+BATCH, BATCH_GPU = 512, 128  # as much at a time as float32 leaves room for in two processes on 80 GB
 # Name of a form: (options of the script, whose peak bounds it). How tensors are laid out is the script's affair.
-FORMS = {"tf32": (["--precision=tf32"], "tf32"), "bf16": (["--precision=bf16"], "bf16"),
-         "bf16, compiled": (["--precision=bf16", "--compile=1"], "bf16")}
-STEPS = {"train": "training step", "train_noise": "TDSM step, 1 pair an image", "train_discriminator":
-         "discriminator step"}
+FORMS = {
+    "tf32": (["--precision=tf32"], "tf32"),
+    "bf16": (["--precision=bf16"], "bf16"),
+    "bf16, compiled": (["--precision=bf16", "--compile=1"], "bf16"),
+}
+STEPS = {
+    "train": "training step",
+    "train_noise": "TDSM step, 1 pair an image",
+    "train_discriminator": "discriminator step",
+}
 
 
 def prepare(folder: str, images: int = IMAGES) -> dict[str, list[str]]:
@@ -48,21 +54,24 @@ def prepare(folder: str, images: int = IMAGES) -> dict[str, list[str]]:
     return {
         "train": common,
         "train_noise": [*common, f"--cls={folder}/classifier.pkl", "--noise_type=pair", "--noise_rate=0.4"],
-        "train_discriminator": [*common, f"--label-path={folder}/labels.npz"]}
+        "train_discriminator": [*common, f"--label-path={folder}/labels.npz"],
+    }
 
 
 def step_rows(script: str, args: list[str], batch: int, repeats: int) -> Iterator[Row]:
     """Eager float32, then every other form over it. Two processes at a time, so that both fit on the device."""
     for i, (form, (options, precision)) in enumerate(FORMS.items()):
-        row = step_row(f"{STEPS[script]}, {form}", script, [*args, *options], args, batch, repeats, steps=2,
-                       precision=precision)
+        row = step_row(
+            f"{STEPS[script]}, {form}", script, [*args, *options], args, batch, repeats, steps=2, precision=precision
+        )
         if i == 0:
             yield Row(f"{STEPS[script]}, eager float32", row.plain_seconds, None, row.flops, row.bytes, row.note, batch)
         yield row
 
 
-def sampling_rows(device: torch.device, repeats: int, *, batch: int = BATCH, steps: int = 18,
-                  **network: object) -> Iterator[Row]:
+def sampling_rows(
+    device: torch.device, repeats: int, *, batch: int = BATCH, steps: int = 18, **network: object
+) -> Iterator[Row]:
     """EDM's sampler with the network in each precision: eager float32, then every other form over it.
 
     `network`: keyword arguments of the preconditioner beside those of ddpmpp.
@@ -78,14 +87,19 @@ def sampling_rows(device: torch.device, repeats: int, *, batch: int = BATCH, ste
             half = torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
             with layers(), precision_of(precision), half:
                 for _ in generate_images(net, range(batch), device=device, batch=batch, sampler=sampler):
-                    pass    # they are arrays on the CPU: the device has finished
+                    pass  # they are arrays on the CPU: the device has finished
+
         return generate
 
     x, sigma = torch.zeros(batch, CHANNELS, RESOLUTION, RESOLUTION, device=device), torch.ones(batch, device=device)
     work = count(lambda: net(x, sigma))
     flops, nbytes = work.flops * (2 * steps - 1), work.bytes * (2 * steps - 1)
-    forms = {"eager float32": form(net, "fp32", plain_layers), "tf32": form(net, "tf32"), "bf16": form(net, "bf16"),
-             "bf16, compiled": form(compiled, "bf16")}
+    forms = {
+        "eager float32": form(net, "fp32", plain_layers),
+        "tf32": form(net, "tf32"),
+        "bf16": form(net, "bf16"),
+        "bf16, compiled": form(compiled, "bf16"),
+    }
     t = compare(forms, repeats, "sampling")
     plain = t["eager float32"]
     yield Row("sampling, eager float32", plain, None, flops, nbytes, f"batch {batch}, {steps} steps", batch)

@@ -11,8 +11,8 @@ import torch
 
 from benchmarks.core import Row, compare
 from benchmarks.roofline import count
-from metrics.frechet import trace_of_root
-from metrics.neighbours import prdc
+from metrics.fid import trace_of_root
+from metrics.prdc import prdc
 
 __all__ = ["prdc_plain", "rows"]
 
@@ -24,10 +24,12 @@ def prdc_plain(real: torch.Tensor, fake: torch.Tensor, k: int = 5) -> dict[str, 
     near_real, near_fake = (torch.cdist(x, x).kthvalue(k + 1, dim=1).values for x in (real, fake))
     distances = torch.cdist(real, fake)
     inside = distances < near_real[:, None]
-    return dict(precision=inside.any(dim=0).double().mean().item(),
-                recall=(distances < near_fake[None]).any(dim=1).double().mean().item(),
-                density=inside.sum(dim=0).double().mean().item() / k,
-                coverage=(distances.min(dim=1).values < near_real).double().mean().item())
+    return dict(
+        precision=inside.any(dim=0).double().mean().item(),
+        recall=(distances < near_fake[None]).any(dim=1).double().mean().item(),
+        density=inside.sum(dim=0).double().mean().item() / k,
+        coverage=(distances.min(dim=1).values < near_real).double().mean().item(),
+    )
 
 
 def rows(repeats: int, features: int = 2048, images: int = 8000, width: int = 256) -> Iterator[Row]:
@@ -41,14 +43,24 @@ def rows(repeats: int, features: int = 2048, images: int = 8000, width: int = 25
 
     digits = -math.log10(abs(trace_of_root(s1, s2) / general() - 1) + 1e-16)
     t = compare(dict(ours=lambda: _drop(trace_of_root(s1, s2)), plain=lambda: _drop(general())), repeats, "trace")
-    yield Row(f"trace of the root, {features} features; plain: scipy.linalg.sqrtm", t["ours"], t["plain"],
-              note=f"the two agree to {digits:.0f} digits")
+    yield Row(
+        f"trace of the root, {features} features; plain: scipy.linalg.sqrtm",
+        t["ours"],
+        t["plain"],
+        note=f"the two agree to {digits:.0f} digits",
+    )
     real, fake = (torch.from_numpy(rng.standard_normal((images, width), dtype=np.float32)) for _ in range(2))
     work = count(lambda: prdc(real, fake))
     forms = dict(ours=lambda: _drop(prdc(real, fake)), plain=lambda: _drop(prdc_plain(real, fake)))
     t = compare(forms, repeats, "prdc")
-    yield Row(f"prdc, 2 x {images:,} images, {width} features; plain: N x N", t["ours"], t["plain"], work.flops,
-              work.bytes, images=2 * images)
+    yield Row(
+        f"prdc, 2 x {images:,} images, {width} features; plain: N x N",
+        t["ours"],
+        t["plain"],
+        work.flops,
+        work.bytes,
+        images=2 * images,
+    )
 
 
 def _drop(_value: object) -> None:

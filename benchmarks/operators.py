@@ -26,10 +26,16 @@ from benchmarks.training_rows import NETWORKS, SIZES
 __all__ = ["GROUPS", "shares"]
 
 # The first group whose words an operator's name contains gets its time.
-GROUPS = {"convolution": ("conv",), "matrix product, attention": ("mm", "attention", "einsum", "linear"),
-          "group norm": ("group_norm", "norm"), "SiLU": ("silu",), "dropout": ("dropout", "bernoulli", "rand"),
-          "Adam, EMA, gradients": ("adam", "foreach", "lerp", "nan_to_num", "isfinite"),
-          "copies, concatenation": ("copy", "cat", "clone", "contiguous"), "everything else": ("",)}
+GROUPS = {
+    "convolution": ("conv",),
+    "matrix product, attention": ("mm", "attention", "einsum", "linear"),
+    "group norm": ("group_norm", "norm"),
+    "SiLU": ("silu",),
+    "dropout": ("dropout", "bernoulli", "rand"),
+    "Adam, EMA, gradients": ("adam", "foreach", "lerp", "nan_to_num", "isfinite"),
+    "copies, concatenation": ("copy", "cat", "clone", "contiguous"),
+    "everything else": ("",),
+}
 
 
 def shares(times: dict[str, float]) -> dict[str, float]:
@@ -79,17 +85,34 @@ def main(form: str, count: int) -> None:
         for network, network_args in NETWORKS.items():
             for resolution, (batch, _) in SIZES.items():
                 data = write_archive(os.path.join(folder, f"{network}{resolution}.zip"), batch, 3, resolution, 10)
-                columns[f"{network}, {resolution}x{resolution}"] = shares(measure(form, [
-                    f"--outdir={folder}", f"--data={data}", "--cond=1", f"--batch={batch}", "--augment=0",
-                    "--device=cpu", *network_args], count))
+                columns[f"{network}, {resolution}x{resolution}"] = shares(
+                    measure(
+                        form,
+                        [
+                            f"--outdir={folder}",
+                            f"--data={data}",
+                            "--cond=1",
+                            f"--batch={batch}",
+                            "--augment=0",
+                            "--device=cpu",
+                            *network_args,
+                        ],
+                        count,
+                    )
+                )
     click.echo("\n".join(markdown(columns)))
 
 
 def markdown(columns: dict[str, dict[str, float]]) -> list[str]:
     """A line a group, a column a network and size."""
     head = ["| | " + " | ".join(columns) + " |", "|---|" + "---|" * len(columns)]
-    return [*head, *(f"| {group} | " + " | ".join(f"{column[group]:.0%}" for column in columns.values()) + " |"
-                     for group in GROUPS)]
+    return [
+        *head,
+        *(
+            f"| {group} | " + " | ".join(f"{column[group]:.0%}" for column in columns.values()) + " |"
+            for group in GROUPS
+        ),
+    ]
 
 
 if __name__ == "__main__":

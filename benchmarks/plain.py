@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch_utils import misc
 from torch_utils.training_stats import Stats
 from training.networks import Conv2d, GroupNorm, Linear, UNetBlock
-from training.objectives.base import Objective
+from training.objective import Objective
 
 __all__ = ["PlainNetwork", "plain_layers", "plain_objective"]
 
@@ -100,8 +100,9 @@ def plain_objective(cls: type[Objective]) -> type[Objective]:
         def trained_network(self, net: torch.nn.Module, **overrides) -> PlainNetwork:
             return PlainNetwork(net, self.device, self.config["optimizer"]["lr"])
 
-        def step(self, images: torch.Tensor, labels: torch.Tensor, nimg: int, stats: Stats,
-                 items: torch.Tensor | None = None) -> None:
+        def step(
+            self, images: torch.Tensor, labels: torch.Tensor, nimg: int, stats: Stats, items: torch.Tensor | None = None
+        ) -> None:
             trained = self.trained["net"]
             trained.optimizer.zero_grad(set_to_none=True)
             generator = misc.step_generator(self.config["seed"], 0, nimg, self.device)

@@ -27,14 +27,29 @@ from benchmarks.table import RESULTS
 __all__ = ["gap", "smooth"]
 
 # How the three runs differ; everything else is the same, the random numbers of a seed included.
-RUNS = {"float32, seed 0": ["--precision=fp32", "--seed=0"], "float32, seed 1": ["--precision=fp32", "--seed=1"],
-        "bf16, seed 0": ["--precision=bf16", "--seed=0"]}
+RUNS = {
+    "float32, seed 0": ["--precision=fp32", "--seed=0"],
+    "float32, seed 1": ["--precision=fp32", "--seed=1"],
+    "bf16, seed 0": ["--precision=bf16", "--seed=0"],
+}
 BATCH = 128
-OPTIONS = ["--cond=1", "--arch=ddpmpp_tiny", f"--batch={BATCH}", "--augment=0", "--lr=3e-3", "--lr_rampup_kimg=2",
-           "--ema=0.02", "--dropout=0", "--P_mean=-0.4", "--device=cpu", "--snap=1000000", "--dump=1000000",
-           f"--tick={BATCH / 1000}"]     # a tick a step: every step's loss is on record
+OPTIONS = [
+    "--cond=1",
+    "--arch=ddpmpp_tiny",
+    f"--batch={BATCH}",
+    "--augment=0",
+    "--lr=3e-3",
+    "--lr_rampup_kimg=2",
+    "--ema=0.02",
+    "--dropout=0",
+    "--P_mean=-0.4",
+    "--device=cpu",
+    "--snap=1000000",
+    "--dump=1000000",
+    f"--tick={BATCH / 1000}",
+]  # a tick a step: every step's loss is on record
 ALLOWED = 1.5
-WINDOW = 25     # steps
+WINDOW = 25  # steps
 
 
 def smooth(losses: np.ndarray, window: int = WINDOW) -> np.ndarray:
@@ -77,8 +92,13 @@ def picture(ctx: click.Context, param: click.Parameter, value: str | None) -> st
 
 @click.command(cls=dnnlib.cli.Command, help=__doc__)
 @click.option("--steps", metavar="INT", type=click.IntRange(min=2 * WINDOW), default=500, help="Length of each run")
-@click.option("--plot", "path", metavar="PNG|SVG", callback=picture,
-              help="Where to draw the losses  [default: benchmarks/results/precision-DATE.png]")
+@click.option(
+    "--plot",
+    "path",
+    metavar="PNG|SVG",
+    callback=picture,
+    help="Where to draw the losses  [default: benchmarks/results/precision-DATE.png]",
+)
 def main(steps: int, path: str | None) -> None:
     path = path or os.path.join(RESULTS, f"precision-{datetime.date.today()}.png")
     curves = {}
@@ -93,11 +113,15 @@ def main(steps: int, path: str | None) -> None:
     plot(curves, path)
     first, second, half = curves.values()
     of_seeds, of_precision = gap(first, second), gap(first, half)
-    click.echo(f"gap of two float32 seeds {of_seeds:.4f}, of bf16 and float32 {of_precision:.4f}: "
-               f"{of_precision / of_seeds:.2f} times, at most {ALLOWED} is wanted\nDrawn in {path}.")
+    click.echo(
+        f"gap of two float32 seeds {of_seeds:.4f}, of bf16 and float32 {of_precision:.4f}: "
+        f"{of_precision / of_seeds:.2f} times, at most {ALLOWED} is wanted\nDrawn in {path}."
+    )
     if of_precision > ALLOWED * of_seeds:
-        raise dnnlib.UserError(f"bf16 trains otherwise than float32: the gap is {of_precision / of_seeds:.2f} times "
-                               f"that of two seeds, more than {ALLOWED}")
+        raise dnnlib.UserError(
+            f"bf16 trains otherwise than float32: the gap is {of_precision / of_seeds:.2f} times "
+            f"that of two seeds, more than {ALLOWED}"
+        )
 
 
 if __name__ == "__main__":

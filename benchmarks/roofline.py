@@ -20,8 +20,8 @@ from benchmarks.core import Row
 
 __all__ = ["Peaks", "Work", "bound", "count", "measure_peaks", "precision_of"]
 
-ADAM_EMA_ACCESSES = 9   # of a parameter: Adam reads p, g, m, v, writes p, m, v; the EMA, fused with it, reads, writes
-SAMPLES = 30            # of each peak; the best counts, many and short ones because a busy machine has short gaps
+ADAM_EMA_ACCESSES = 9  # of a parameter: Adam reads p, g, m, v, writes p, m, v; the EMA, fused with it, reads, writes
+SAMPLES = 30  # of each peak; the best counts, many and short ones because a busy machine has short gaps
 # Width of the matrices, and length of the arrays, which no cache holds.
 SIZES = {"cuda": (8192, 1 << 28), "cpu": (1024, 1 << 25)}
 

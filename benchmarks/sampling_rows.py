@@ -45,14 +45,20 @@ def random_denoiser(arch: str, cbase: int | None, channels: int, resolution: int
     net = EDMPrecond(resolution, channels, 10, **network_kwargs(arch, cbase)).eval().requires_grad_(False)
     for name, p in net.named_parameters():
         if name.endswith(("conv1.weight", "proj.weight", "aux_conv.weight")):
-            p *= 1e4    # They begin as nearly zero.
+            p *= 1e4  # They begin as nearly zero.
     return net
 
 
 def images_of(net: torch.nn.Module, n: int, batch: int, steps: int) -> np.ndarray:
     """uint8 [n,H,W,C] of seeds 0..n-1 by the Heun sampler with `steps` steps."""
-    parts = generate_images(net, range(n), device=next(net.parameters()).device, batch=batch, same_shape=True,
-                            sampler=functools.partial(heun_sampler, num_steps=steps))
+    parts = generate_images(
+        net,
+        range(n),
+        device=next(net.parameters()).device,
+        batch=batch,
+        same_shape=True,
+        sampler=functools.partial(heun_sampler, num_steps=steps),
+    )
     return np.concatenate([images for _, images, _ in parts])
 
 
@@ -70,15 +76,27 @@ def rows(repeats: int, forms: tuple[str, ...] = tuple(FORMS), steps: int = 18) -
         label = f"{arch}{f' --cbase={cbase}' if cbase else ''}, {resolution}x{resolution}"
         with tempfile.TemporaryDirectory() as folder:
             paths = {form: os.path.join(folder, f"{i}.npy") for i, form in enumerate(("plain", *forms))}
-            with processes(**{form: ("benchmarks.sampling_rows", dict(case=case, form=form, steps=steps, images=path))
-                              for form, path in paths.items()}) as run:
+            with processes(
+                **{
+                    form: ("benchmarks.sampling_rows", dict(case=case, form=form, steps=steps, images=path))
+                    for form, path in paths.items()
+                }
+            ) as run:
                 facts = run["plain"].facts
                 seconds = compare(run, repeats, f"sampling, {label}")
             images = {form: np.load(path).astype(int) for form, path in paths.items()}
         for form in forms:
             near = np.mean(np.abs(images[form] - images["plain"]) <= 1)
-            yield Row(f"sampling, {form}, {label}", seconds[form], seconds["plain"], facts["flops"], facts["bytes"],
-                      f"batch {n}, {near:.3%} of pixels within a grey level", n, FORMS[form].get("precision", "fp32"))
+            yield Row(
+                f"sampling, {form}, {label}",
+                seconds[form],
+                seconds["plain"],
+                facts["flops"],
+                facts["bytes"],
+                f"batch {n}, {near:.3%} of pixels within a grey level",
+                n,
+                FORMS[form].get("precision", "fp32"),
+            )
 
 
 def main() -> None:
@@ -93,12 +111,12 @@ def main() -> None:
     if wanted["form"] == "plain":
         form = functools.partial(plain_images, net, latents, labels, steps)
     else:
-        misc.keep_freed_memory()    # as scripts do when they start
+        misc.keep_freed_memory()  # as scripts do when they start
         form = functools.partial(images_of, prepare(net, **FORMS[wanted["form"]]), n, n, steps)
     np.save(wanted["images"], np.asarray(form()))
 
     def turn() -> None:
-        form()      # the images are no time
+        form()  # the images are no time
 
     turns.serve(turn, dict(flops=work.flops * (2 * steps - 1), bytes=work.bytes * (2 * steps - 1)))
 

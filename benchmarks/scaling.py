@@ -28,9 +28,9 @@ from dnnlib.cli import BOOL, INT_LIST, FloatRange
 from torch_utils import checkpoint, distributed
 from torch_utils.training_stats import Stats
 from training.networks import EDMPrecond, UNetBlock
+from training.networks_resnet import Classifier, ResBlock, resnet_kwargs
 from training.objectives.dsm import DSM
 from training.presets import network_kwargs
-from training.resnet import Classifier, ResBlock, resnet_kwargs
 from training.trained_network import TrainedNetwork
 
 WORKLOADS = (
@@ -38,17 +38,22 @@ WORKLOADS = (
     Workload("ImageNet-64", 1_281_167, 64, 3, 1000, "adm", 4096, 2500e6),
     Workload("100M images", 100_000_000, 64, 3, 1000, "adm", 4096, 2500e6),
 )
-PAIRS = (1, 3, 10)              # --pairs=K, other classes that TDSM keeps an image
+PAIRS = (1, 3, 10)  # --pairs=K, other classes that TDSM keeps an image
 AUGMENT = 9
-SIZES = [1 << k for k in range(10, 25, 2)]      # bytes of the all-reduces measured
-MEASURED = dict(arch="ddpmpp_tiny", resolution=16, batch=16)    # on each process
+SIZES = [1 << k for k in range(10, 25, 2)]  # bytes of the all-reduces measured
+MEASURED = dict(arch="ddpmpp_tiny", resolution=16, batch=16)  # on each process
 
 
 def counts_of(arch: str, resolution: int, channels: int, classes: int) -> cost_model.Counts:
     """Of the denoiser of a preset."""
     net = EDMPrecond(resolution, channels, classes, augment_dim=AUGMENT, **network_kwargs(arch))
-    args = (torch.empty(1, channels, resolution, resolution), torch.empty(1), torch.empty(1, classes), False,
-            torch.empty(1, AUGMENT))
+    args = (
+        torch.empty(1, channels, resolution, resolution),
+        torch.empty(1),
+        torch.empty(1, classes),
+        False,
+        torch.empty(1, AUGMENT),
+    )
     return cost_model.count(net, args, (UNetBlock,))
 
 
@@ -71,9 +76,15 @@ def model_rows(hw: Hardware, gpus: list[int]) -> list[dict]:
         for n in gpus:
             for pairs in (0, *PAIRS):
                 extra = pairs * counts.forward + classifier if pairs else 0.0
-                rows.append(dict(work=work.name, method=f"TDSM --pairs={pairs}" if pairs else "DSM",
-                                 params=counts.params, flops_image=counts.train + extra,
-                                 **cost_model.cost(work, counts, n, hw, extra)))
+                rows.append(
+                    dict(
+                        work=work.name,
+                        method=f"TDSM --pairs={pairs}" if pairs else "DSM",
+                        params=counts.params,
+                        flops_image=counts.train + extra,
+                        **cost_model.cost(work, counts, n, hw, extra),
+                    )
+                )
     return rows
 
 
@@ -93,10 +104,20 @@ class Noise:
 def make_objective(shard: bool) -> DSM:
     """A step's worth of training, `MEASURED` in size."""
     config = dict(
-        network=dict(arch=MEASURED["arch"], precond="edm", kwargs=network_kwargs(MEASURED["arch"])), augment=None,
-        noise_levels=dict(precond="edm"), optimizer=dict(name="adam", lr=1e-3), ema_halflife_nimg=500_000,
-        lr_rampup_nimg=0, batch_size=MEASURED["batch"] * distributed.get_world_size(), batch_gpu=None, precision="fp32",
-        loss_scaling=1.0, compile=False, shard=shard, seed=0)
+        network=dict(arch=MEASURED["arch"], precond="edm", kwargs=network_kwargs(MEASURED["arch"])),
+        augment=None,
+        noise_levels=dict(precond="edm"),
+        optimizer=dict(name="adam", lr=1e-3),
+        ema_halflife_nimg=500_000,
+        lr_rampup_nimg=0,
+        batch_size=MEASURED["batch"] * distributed.get_world_size(),
+        batch_gpu=None,
+        precision="fp32",
+        loss_scaling=1.0,
+        compile=False,
+        shard=shard,
+        seed=0,
+    )
     return DSM(config, Noise(MEASURED["resolution"]), torch.device("cpu"))
 
 
@@ -123,8 +144,9 @@ def sent(step: Callable[[], object], repeats: int) -> float:
 
 def worker(rank: int, world: int, port: int, repeats: int, path: str) -> None:
     """One of `world` processes: times of steps and, with others, bytes and times of what they send each other."""
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1",
-                      MASTER_PORT=str(port))
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
     torch.set_num_threads(1)
     distributed.init("cpu")
     found: dict = dict(world=world)
@@ -155,8 +177,9 @@ def worker(rank: int, world: int, port: int, repeats: int, path: str) -> None:
         found["all_reduce"] = {}
         for size in SIZES:
             tensor = torch.zeros(size // 4)
-            found["all_reduce"][size] = median_seconds(lambda tensor=tensor: torch.distributed.all_reduce(tensor),
-                                                       2 * repeats)
+            found["all_reduce"][size] = median_seconds(
+                lambda tensor=tensor: torch.distributed.all_reduce(tensor), 2 * repeats
+            )
     distributed.barrier()
     if rank == 0:
         with open(path, "w") as file:
@@ -196,19 +219,25 @@ def compare_processes(repeats: int) -> list[dict]:
     middle = str(SIZES[len(SIZES) // 2])
     rows = [
         ("bytes DDP reduces a step, a process (counted in its hook)", size, two["ddp"]["hook_bytes"]),
-        ("bytes sent a step with DDP, both processes", 2 * cost_model.ddp_bytes(params, 2),
-         two["ddp"]["loopback"]),
-        ("bytes sent a step with --shard, both processes", 2 * cost_model.fsdp_bytes(params, 2, 2, scatter=2)[0],
-         two["shard"]["loopback"]),
-        (f"seconds of an all-reduce of {int(middle) // 1024} KiB, from the fitted line",
-         cost_model.all_reduce_seconds(int(middle), 2, here), two["all_reduce"][middle]),
+        ("bytes sent a step with DDP, both processes", 2 * cost_model.ddp_bytes(params, 2), two["ddp"]["loopback"]),
+        (
+            "bytes sent a step with --shard, both processes",
+            2 * cost_model.fsdp_bytes(params, 2, 2, scatter=2)[0],
+            two["shard"]["loopback"],
+        ),
+        (
+            f"seconds of an all-reduce of {int(middle) // 1024} KiB, from the fitted line",
+            cost_model.all_reduce_seconds(int(middle), 2, here),
+            two["all_reduce"][middle],
+        ),
         ("seconds of a step on 2 processes, from 1 process and the fitted line", model["step"], two["ddp"]["seconds"]),
     ]
     return [dict(what=what, model=m, measured=found) for what, m, found in rows] + [
         dict(what="seconds of a step on 1 process", model=None, measured=one["ddp"]["seconds"]),
         dict(what="seconds of a step on 2 processes with --shard", model=None, measured=two["shard"]["seconds"]),
         dict(what="latency of a message between 2 processes, seconds", model=None, measured=latency),
-        dict(what="bandwidth between 2 processes, bytes/s", model=None, measured=bandwidth)]
+        dict(what="bandwidth between 2 processes, bytes/s", model=None, measured=bandwidth),
+    ]
 
 
 def state_rate(size: int = 128 << 20) -> float:
@@ -233,38 +262,80 @@ def table(rows: list[dict], columns: dict[str, tuple[str, float]]) -> str:
     """Markdown: `columns` maps a heading to (key, unit to divide by)."""
     lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
     for row in rows:
-        cells = (row[key] if isinstance(row[key], (str, type(None))) else row[key] / unit
-                 for key, unit in columns.values())
+        cells = (
+            row[key] if isinstance(row[key], (str, type(None))) else row[key] / unit for key, unit in columns.values()
+        )
         lines.append("| " + " | ".join(map(number, cells)) + " |")
     return "\n".join(lines) + "\n"
 
 
-COMPUTE = {"data": ("work", 1), "GPUs": ("n", 1), "method": ("method", 1), "batch": ("batch", 1),
-           "images a GPU": ("per_gpu", 1), "steps": ("steps", 1), "GFLOP an image": ("flops_image", 1e9),
-           "EFLOP a run": ("flops_run", 1e18), "step, ms": ("step", 1e-3), "waiting, ms": ("waiting", 1e-3),
-           "network, ms": ("exposed", 1e-3), "hours": ("hours", 1), "GPU hours": ("gpu_hours", 1)}
-BYTES = {"data": ("work", 1), "GPUs": ("n", 1), "M weights": ("params", 1e6),
-         "DDP sends, MB a step": ("ddp_bytes", 1e6),
-         "--shard: in the machine": ("fsdp_within", 1e6), "between": ("fsdp_between", 1e6),
-         "weights and optimizer, GB": ("ddp_memory", 1e9), "--shard": ("fsdp_memory", 1e9),
-         "an image, MB": ("activations", 1e6), "images at a time": ("ddp_images", 1), "archive, GB": ("archive", 1e9),
-         "read, MB/s": ("read", 1e6), "state, GB": ("state", 1e9), "snapshots, GB": ("snapshots", 1e9)}
-FAILURES = {"data": ("work", 1), "GPUs": ("n", 1), "state written in, s": ("write", 1),
-            "failures a run": ("failures", 1), "a state every, min": ("dump_seconds", 60),
-            "--dump at --tick=50": ("dump_ticks", 1),
-            "time lost, %": ("lost", 1e-2)}
+COMPUTE = {
+    "data": ("work", 1),
+    "GPUs": ("n", 1),
+    "method": ("method", 1),
+    "batch": ("batch", 1),
+    "images a GPU": ("per_gpu", 1),
+    "steps": ("steps", 1),
+    "GFLOP an image": ("flops_image", 1e9),
+    "EFLOP a run": ("flops_run", 1e18),
+    "step, ms": ("step", 1e-3),
+    "waiting, ms": ("waiting", 1e-3),
+    "network, ms": ("exposed", 1e-3),
+    "hours": ("hours", 1),
+    "GPU hours": ("gpu_hours", 1),
+}
+BYTES = {
+    "data": ("work", 1),
+    "GPUs": ("n", 1),
+    "M weights": ("params", 1e6),
+    "DDP sends, MB a step": ("ddp_bytes", 1e6),
+    "--shard: in the machine": ("fsdp_within", 1e6),
+    "between": ("fsdp_between", 1e6),
+    "weights and optimizer, GB": ("ddp_memory", 1e9),
+    "--shard": ("fsdp_memory", 1e9),
+    "an image, MB": ("activations", 1e6),
+    "images at a time": ("ddp_images", 1),
+    "archive, GB": ("archive", 1e9),
+    "read, MB/s": ("read", 1e6),
+    "state, GB": ("state", 1e9),
+    "snapshots, GB": ("snapshots", 1e9),
+}
+FAILURES = {
+    "data": ("work", 1),
+    "GPUs": ("n", 1),
+    "state written in, s": ("write", 1),
+    "failures a run": ("failures", 1),
+    "a state every, min": ("dump_seconds", 60),
+    "--dump at --tick=50": ("dump_ticks", 1),
+    "time lost, %": ("lost", 1e-2),
+}
 CHECKED = {"what": ("what", 1), "model": ("model", 1), "measured": ("measured", 1)}
-ORDER = {"images": ("images", 1), "order of an epoch, CPU s": ("seconds", 1), "MB a process": ("bytes", 1e6),
-         "MB between two epochs": ("peak", 1e6)}
-OPENING = {"images in the ZIP": ("images", 1), "labels": ("labels", 1), "directory, MB": ("directory", 1e6),
-           "opened in, CPU s": ("seconds", 1), "memory a process, MB": ("bytes", 1e6)}
+ORDER = {
+    "images": ("images", 1),
+    "order of an epoch, CPU s": ("seconds", 1),
+    "MB a process": ("bytes", 1e6),
+    "MB between two epochs": ("peak", 1e6),
+}
+OPENING = {
+    "images in the ZIP": ("images", 1),
+    "labels": ("labels", 1),
+    "directory, MB": ("directory", 1e6),
+    "opened in, CPU s": ("seconds", 1),
+    "memory a process, MB": ("bytes", 1e6),
+}
 
 
 def hardware_options(command: Callable) -> Callable:
     for field in reversed(dataclasses.fields(Hardware)):
         kind = click.IntRange(min=1) if field.name == "machine" else FloatRange(min=0, min_open=field.name != "jitter")
-        command = click.option(f"--{field.name.replace('_', '-')}", field.name, metavar="NUMBER", type=kind,
-                               default=field.default, help="See Hardware in benchmarks/cost_model.py")(command)
+        command = click.option(
+            f"--{field.name.replace('_', '-')}",
+            field.name,
+            metavar="NUMBER",
+            type=kind,
+            default=field.default,
+            help="See Hardware in benchmarks/cost_model.py",
+        )(command)
     return command
 
 
@@ -276,11 +347,15 @@ def hardware_options(command: Callable) -> Callable:
 @click.option("--orders", metavar="LIST", type=INT_LIST, default="1000000,10000000,100000000", help="Data set sizes")
 @click.option("--out", metavar="JSON", help="Write here  [default: benchmarks/results/DATE-scaling.json]")
 @hardware_options
-def main(gpus: list[int], measure: bool, repeats: int, entries: list[int], orders: list[int], out: str | None,
-         **hardware) -> None:
+def main(
+    gpus: list[int], measure: bool, repeats: int, entries: list[int], orders: list[int], out: str | None, **hardware
+) -> None:
     hw = Hardware(**hardware)
-    result: dict = dict(machine=dict(cpus=os.cpu_count(), torch=torch.__version__, load=os.getloadavg()),
-                        hardware=dataclasses.asdict(hw), model=model_rows(hw, gpus))
+    result: dict = dict(
+        machine=dict(cpus=os.cpu_count(), torch=torch.__version__, load=os.getloadavg()),
+        hardware=dataclasses.asdict(hw),
+        model=model_rows(hw, gpus),
+    )
     plain = [row for row in result["model"] if row["method"] == "DSM"]
     sections = [("Time", result["model"], COMPUTE), ("Bytes", plain, BYTES), ("Failures", plain, FAILURES)]
     if measure:
@@ -289,13 +364,18 @@ def main(gpus: list[int], measure: bool, repeats: int, entries: list[int], order
         result["orders"] = [scaling_data.order_cost(n) for n in orders]
         result["opening"] = [scaling_data.opening_cost(n, labels) for n in entries for labels in (False, True)]
         result["every_image_once"] = scaling_data.each_image_once(20_011, 1000, 7)
-        sections += [("Two processes here", result["checked"], CHECKED), ("Order", result["orders"], ORDER),
-                     ("Opening an archive", result["opening"], OPENING)]
+        sections += [
+            ("Two processes here", result["checked"], CHECKED),
+            ("Order", result["orders"], ORDER),
+            ("Opening an archive", result["opening"], OPENING),
+        ]
     for title, rows, columns in sections:
         click.echo(f"\n### {title}\n\n{table(rows, columns)}")
     if measure:
-        click.echo(f"States: {result['state_bytes_per_second'] / 1e6:,.0f} MB/s. 1,000 processes, 3 epochs: "
-                   f"{'every image once an epoch' if result['every_image_once'] else 'IMAGES WERE LOST OR REPEATED'}.")
+        click.echo(
+            f"States: {result['state_bytes_per_second'] / 1e6:,.0f} MB/s. 1,000 processes, 3 epochs: "
+            f"{'every image once an epoch' if result['every_image_once'] else 'IMAGES WERE LOST OR REPEATED'}."
+        )
     out = out or os.path.join(os.path.dirname(__file__), "results", f"{datetime.date.today()}-scaling.json")
     with checkpoint.atomic_open(out, "wt") as file:
         json.dump(result, file, indent=1)

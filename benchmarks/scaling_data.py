@@ -15,7 +15,7 @@ import numpy as np
 import psutil
 import torch
 
-from training.dataset import BatchStream, ImageDataset
+from archives.dataset import BatchStream, ImageDataset
 
 __all__ = ["each_image_once", "opening_cost", "order_cost", "synthetic_archive"]
 
@@ -48,7 +48,7 @@ def each_image_once(images: int, processes: int, batch: int, epochs: int = 3, se
             next(stream)
             order[step, rank] = stream.items.numpy()
         stream.close()
-    passes = order.reshape(-1)[:images * epochs].reshape(epochs, images)
+    passes = order.reshape(-1)[: images * epochs].reshape(epochs, images)
     return bool((np.sort(passes, axis=1) == np.arange(images)).all())
 
 
@@ -67,11 +67,16 @@ def synthetic_archive(path: str, images: int, labels: bool) -> int:
 
     Written by hand, since zipfile needs a minute for a million. Without ZIP64's extra fields: offsets below 4 GiB.
     """
+
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
-    png = (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 1, 1, 8, 0, 0, 0, 0))
-           + chunk(b"IDAT", zlib.compress(b"\0\0")) + chunk(b"IEND", b""))
+    png = (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", struct.pack(">IIBBBBB", 1, 1, 8, 0, 0, 0, 0))
+        + chunk(b"IDAT", zlib.compress(b"\0\0"))
+        + chunk(b"IEND", b"")
+    )
     names = [f"{i // 1000:05d}/img{i:08d}.png" for i in range(images)]
     members = [("dataset.json", json.dumps(dict(labels=[[name, i % 1000] for i, name in enumerate(names)])).encode())]
     members = members if labels else []
@@ -98,8 +103,9 @@ def opening_cost(images: int, labels: bool) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "many.zip")
         directory = synthetic_archive(path, images, labels)
-        found = subprocess.run([sys.executable, "-m", "benchmarks.scaling_data", path], capture_output=True, text=True,
-                               check=True).stdout
+        found = subprocess.run(
+            [sys.executable, "-m", "benchmarks.scaling_data", path], capture_output=True, text=True, check=True
+        ).stdout
     return dict(images=images, labels="1,000 classes" if labels else "none", directory=directory, **json.loads(found))
 
 

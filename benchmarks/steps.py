@@ -22,19 +22,22 @@ import dnnlib
 import train
 import train_discriminator
 import train_noise
+from archives.dataset import ImageDataset
 from benchmarks.core import Turns
 from benchmarks.plain import plain_objective
 from benchmarks.roofline import count
 from torch_utils.misc import count_parameters
 from torch_utils.training_stats import Stats
 from training import options
-from training.dataset import ImageDataset
-from training.objectives.base import Objective
+from training.objective import Objective
 
 __all__ = ["OBJECTIVES", "ours", "plain"]
 
-OBJECTIVES = {"train": (train, "DSM"), "train_noise": (train_noise, "TDSM"),
-              "train_discriminator": (train_discriminator, "DiscriminatorObjective")}
+OBJECTIVES = {
+    "train": (train, "DSM"),
+    "train_noise": (train_noise, "TDSM"),
+    "train_discriminator": (train_discriminator, "DiscriminatorObjective"),
+}
 # Long enough to be stopped from outside, without a tick in between.
 ENDLESS = ["--duration=1000", "--tick=1e9", "--snap=1000000", "--dump=1000000", "--seed=0"]
 NIMG = 10_000
@@ -48,9 +51,6 @@ def _wait_for(device: torch.device) -> None:
 def _paced(cls: type[Objective], turn: Callable[[Any], bool]) -> type[Objective]:
     class Paced(cls):
         _start: float | None = None
-
-        def sheet(self, path: str) -> None:
-            """No pictures: they would take longer than all steps."""
 
         def step(self, *args: Any, **kwargs: Any) -> None:
             # From here to here is all of a step, what the loop does around it included.
@@ -78,8 +78,9 @@ def plain(script: str, args: Sequence[str], serve: Callable[[Callable[[], None],
     """
     module, name = OBJECTIVES[script]
 
-    def run(opts: dict, method: str, make_objective: Callable[..., Objective], *, require_labels: bool = False,
-            **extra: Any) -> None:
+    def run(
+        opts: dict, method: str, make_objective: Callable[..., Objective], *, require_labels: bool = False, **extra: Any
+    ) -> None:
         # What `options.run` does, less all that it sets in the process.
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
         o = dnnlib.EasyDict(opts)
@@ -99,8 +100,10 @@ def plain(script: str, args: Sequence[str], serve: Callable[[Callable[[], None],
         work = count(step, parameters)
         serve(step, dict(flops=work.flops, bytes=work.bytes, parameters=parameters))
 
-    with mock.patch.object(module, name, plain_objective(getattr(module, name))), \
-            mock.patch.object(options, "run", run):
+    with (
+        mock.patch.object(module, name, plain_objective(getattr(module, name))),
+        mock.patch.object(options, "run", run),
+    ):
         module.main([*args, *ENDLESS, "--precision=fp32", "--compile=0"], standalone_mode=False)
 
 

@@ -17,18 +17,33 @@ from benchmarks.roofline import Peaks, bound
 
 __all__ = ["HEAD", "RESULTS", "describe", "line", "machine", "record", "save"]
 
-RESULTS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "results")     # dated tables of real machines
-COLUMNS = {"": "<62", "ours": ">9", "plain": ">9", "plain/ours": ">10", "images/s": ">9", "bound": ">9",
-           "reached": ">7"}
+RESULTS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "results")  # dated tables of real machines
+COLUMNS = {
+    "": "<62",
+    "ours": ">9",
+    "plain": ">9",
+    "plain/ours": ">10",
+    "images/s": ">9",
+    "bound": ">9",
+    "reached": ">7",
+}
 HEAD = "  ".join(f"{name:{form}}" for name, form in COLUMNS.items())
 
 
 def machine(device: torch.device, peaks: Peaks) -> dict[str, Any]:
     """What a table must say about where it is from; plain data."""
     return dict(
-        date=str(datetime.date.today()), device=device.type, processor=_processor(device), cpus=os.cpu_count(),
-        threads=torch.get_num_threads(), load=os.getloadavg()[0], torch=torch.__version__,
-        python=platform.python_version(), peak_flops=peaks.flops, bandwidth=peaks.bandwidth)
+        date=str(datetime.date.today()),
+        device=device.type,
+        processor=_processor(device),
+        cpus=os.cpu_count(),
+        threads=torch.get_num_threads(),
+        load=os.getloadavg()[0],
+        torch=torch.__version__,
+        python=platform.python_version(),
+        peak_flops=peaks.flops,
+        bandwidth=peaks.bandwidth,
+    )
 
 
 def _processor(device: torch.device) -> str:
@@ -42,26 +57,37 @@ def _processor(device: torch.device) -> str:
 def describe(machine: dict[str, Any]) -> str:
     """The machine in two lines."""
     peaks = ", ".join(f"{name} {value / 1e9:,.0f}" for name, value in machine["peak_flops"].items())
-    return (f"{machine['processor']}, {machine['cpus']} CPUs, {machine['threads']} threads, load "
-            f"{machine['load']:.1f}, torch {machine['torch']}, {machine['date']}\n"
-            f"matrix product GFLOP/s: {peaks}; memory {machine['bandwidth'] / 1e9:,.0f} GB/s\n")
+    return (
+        f"{machine['processor']}, {machine['cpus']} CPUs, {machine['threads']} threads, load "
+        f"{machine['load']:.1f}, torch {machine['torch']}, {machine['date']}\n"
+        f"matrix product GFLOP/s: {peaks}; memory {machine['bandwidth'] / 1e9:,.0f} GB/s\n"
+    )
 
 
 def record(topic: str, row: Row, peaks: Peaks) -> dict[str, Any]:
     """A row with all that follows from it: `ratio`, `images_per_second`, `bound_seconds`, `reached` (None: unknown)."""
     limit = bound(row, peaks)
     return dict(
-        topic=topic, **dataclasses.asdict(row),
+        topic=topic,
+        **dataclasses.asdict(row),
         ratio=None if row.plain_seconds is None else row.plain_seconds / row.ours_seconds,
         images_per_second=None if row.images is None else row.images / row.ours_seconds,
-        bound_seconds=limit, reached=None if limit is None else limit / row.ours_seconds)
+        bound_seconds=limit,
+        reached=None if limit is None else limit / row.ours_seconds,
+    )
 
 
 def line(record: dict[str, Any]) -> str:
     """A record as a line under HEAD, with its note below it."""
-    cells = [record["name"], _seconds(record["ours_seconds"]), _seconds(record["plain_seconds"]),
-             _number(record["ratio"], ".2f"), _number(record["images_per_second"], ",.1f"),
-             _seconds(record["bound_seconds"]), _number(record["reached"], ".0%")]
+    cells = [
+        record["name"],
+        _seconds(record["ours_seconds"]),
+        _seconds(record["plain_seconds"]),
+        _number(record["ratio"], ".2f"),
+        _number(record["images_per_second"], ",.1f"),
+        _seconds(record["bound_seconds"]),
+        _number(record["reached"], ".0%"),
+    ]
     text = "  ".join(f"{cell:{form}}" for cell, form in zip(cells, COLUMNS.values(), strict=True)).rstrip()
     return f"{text}\n    {record['note']}" if record["note"] else text
 

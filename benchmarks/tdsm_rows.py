@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import torch
 
+from archives.label_noise import transition_matrix
 from benchmarks.core import Row, compare
 from benchmarks.data import RandomImages, train_config
 from torch_utils.training_stats import Stats
-from training.objectives.base import Objective
+from training.objective import Objective
 from training.objectives.dsm import DSM
 from training.objectives.tdsm import TDSM
-from training.transition import transition_matrix
 
 __all__ = ["rows"]
 
@@ -67,7 +67,8 @@ def rows(repeats: int) -> Iterator[Row]:
     for classes in CLASSES:
         data = RandomImages(n, 3, 16, classes)
         config = train_config(data, "--arch=ddpmpp_tiny", "--augment=0", f"--batch={n}") | dict(
-            tdsm=dict(tau=0.01, temp=1.0))
+            tdsm=dict(tau=0.01, temp=1.0)
+        )
         transition = transition_matrix("sym", 0.4, classes)
         kwargs = dict(classifier=KnownPairs(data.labels, transition), transition=transition, posterior="clean")
         forms[f"dsm{classes}"] = stepper(DSM(config, data, cpu), data)
@@ -76,8 +77,13 @@ def rows(repeats: int) -> Iterator[Row]:
             forms["loop"] = stepper(TDSMClassLoop(config, data, cpu, **kwargs), data)
     t = compare(forms, repeats, "TDSM")
     for classes in CLASSES:
-        yield Row(f"TDSM step, {classes} classes; plain: DSM step", t[f"tdsm{classes}"], t[f"dsm{classes}"], images=n,
-                  note=f"{PAIRS} pairs an image, ddpmpp_tiny, 16x16, batch {n}")
+        yield Row(
+            f"TDSM step, {classes} classes; plain: DSM step",
+            t[f"tdsm{classes}"],
+            t[f"dsm{classes}"],
+            images=n,
+            note=f"{PAIRS} pairs an image, ddpmpp_tiny, 16x16, batch {n}",
+        )
     for classes in CLASSES[1:]:
         yield Row(f"TDSM step, {classes} classes; plain: 10 classes", t[f"tdsm{classes}"], t["tdsm10"], images=n)
     yield Row(f"TDSM step, {LOOP} classes; plain: loop over the classes", t[f"tdsm{LOOP}"], t["loop"], images=n)

@@ -23,18 +23,37 @@ def turns_of(process: FormProcess, steps: int):
     return lambda: statistics.mean(process() for _ in range(steps))
 
 
-def step_row(name: str, script: str, args: list[str], plain_args: list[str], batch: int, repeats: int, *,
-             steps: int = 1, precision: str = "fp32", note: str = "") -> Row:
+def step_row(
+    name: str,
+    script: str,
+    args: list[str],
+    plain_args: list[str],
+    batch: int,
+    repeats: int,
+    *,
+    steps: int = 1,
+    precision: str = "fp32",
+    note: str = "",
+) -> Row:
     """`script` with `args` against its plain form with `plain_args`, `steps` steps of `batch` images a turn."""
     with tempfile.TemporaryDirectory() as folder:
+
         def form(kind: str, args: list[str]) -> tuple:
             return "benchmarks.steps", dict(form=kind, script=script, args=[f"--outdir={folder}", *args])
 
         with processes(ours=form("ours", args), plain=form("plain", plain_args)) as forms:
             facts = forms["plain"].facts
             seconds = compare({kind: turns_of(process, steps) for kind, process in forms.items()}, repeats, name)
-    return Row(name, seconds["ours"], seconds["plain"], facts["flops"], facts["bytes"],
-               note or f"batch {batch}, {facts['parameters'] / 1e6:.2f}M parameters", batch, precision)
+    return Row(
+        name,
+        seconds["ours"],
+        seconds["plain"],
+        facts["flops"],
+        facts["bytes"],
+        note or f"batch {batch}, {facts['parameters'] / 1e6:.2f}M parameters",
+        batch,
+        precision,
+    )
 
 
 def rows(repeats: int) -> Iterator[Row]:
@@ -44,8 +63,15 @@ def rows(repeats: int) -> Iterator[Row]:
             for resolution, (batch, steps) in SIZES.items():
                 data = write_archive(os.path.join(folder, f"{resolution}.zip"), batch, 3, resolution, 10)
                 args = [f"--data={data}", "--cond=1", f"--batch={batch}", "--augment=0", "--device=cpu", *network_args]
-                for precision in ("fp32", "bf16"):      # the plain form is float32 both times
+                for precision in ("fp32", "bf16"):  # the plain form is float32 both times
                     name = f"training step, {network}, {resolution}x{resolution}"
-                    yield step_row(name if precision == "fp32" else f"{name}, --precision={precision}", "train",
-                                   [*args, f"--precision={precision}"], args, batch, repeats, steps=steps,
-                                   precision=precision)
+                    yield step_row(
+                        name if precision == "fp32" else f"{name}, --precision={precision}",
+                        "train",
+                        [*args, f"--precision={precision}"],
+                        args,
+                        batch,
+                        repeats,
+                        steps=steps,
+                        precision=precision,
+                    )

@@ -6,5 +6,17 @@ from dnnlib.util import EasyDict, Logger, UserError, atomic_open, format_time, n
 
 __version__ = "0.1.0"
 
-__all__ = ["EasyDict", "Logger", "UserError", "atomic_open", "cli", "format_time", "is_url", "no_garbage", "one_line",
-           "open_file", "open_url", "read_bytes"]
+__all__ = [
+    "EasyDict",
+    "Logger",
+    "UserError",
+    "atomic_open",
+    "cli",
+    "format_time",
+    "is_url",
+    "no_garbage",
+    "one_line",
+    "open_file",
+    "open_url",
+    "read_bytes",
+]

@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import math
 import os
 import re
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import click
 
-from dnnlib.util import one_line
+from dnnlib.util import UserError, one_line
 
-__all__ = ["BOOL", "FLOAT_LIST", "INT_LIST", "Command", "FloatRange", "Group", "given_options", "output_file",
-           "parse_int_list"]
+__all__ = [
+    "BOOL",
+    "FLOAT_LIST",
+    "INT_LIST",
+    "Command",
+    "FloatRange",
+    "Group",
+    "blame",
+    "given_options",
+    "output_file",
+    "parse_int_list",
+]
 
 _MAX_INTS = 10_000_000
 
@@ -113,11 +124,27 @@ FLOAT_LIST = _FloatList()
 BOOL = _Bool()
 
 
+@contextlib.contextmanager
+def blame(option: str) -> Iterator[None]:
+    """Begin the message of a UserError that is raised inside with the option that it belongs to: '--cls: ...'.
+
+    Library code names quantities and files; the script knows which option they came from.
+    """
+    try:
+        yield
+    except UserError as e:
+        e.message = one_line(f"{option}: {e.message}")
+        raise
+
+
 def given_options(besides: Collection[str] = ()) -> list[str]:
     """Options that the running command was given explicitly, as '--name', but for the parameters named `besides`."""
     ctx = click.get_current_context()
-    return [p.opts[0] for p in ctx.command.params if p.name not in besides
-            and ctx.get_parameter_source(p.name) not in (None, click.core.ParameterSource.DEFAULT)]
+    return [
+        p.opts[0]
+        for p in ctx.command.params
+        if p.name not in besides and ctx.get_parameter_source(p.name) not in (None, click.core.ParameterSource.DEFAULT)
+    ]
 
 
 def _fail(message: str, exit_code: int, lone: bool = False) -> None:
@@ -133,8 +160,12 @@ class _OneLineErrors:
     _standalone = False
 
     def __init__(self, *args: Any, context_settings: dict[str, Any] | None = None, **kwargs: Any):
-        settings = {"show_default": True, "max_content_width": 120,
-                    "token_normalize_func": lambda name: name.replace("_", "-"), **(context_settings or {})}
+        settings = {
+            "show_default": True,
+            "max_content_width": 120,
+            "token_normalize_func": lambda name: name.replace("_", "-"),
+            **(context_settings or {}),
+        }
         super().__init__(*args, context_settings=settings, **kwargs)
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -154,8 +185,14 @@ class _OneLineErrors:
         # Outside standalone mode click returns either this result or the status of ctx.exit(), as one value.
         return None if self._standalone else result
 
-    def main(self, args: Any = None, prog_name: str | None = None, complete_var: str | None = None,
-             standalone_mode: bool = True, **extra: Any) -> Any:
+    def main(
+        self,
+        args: Any = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        **extra: Any,
+    ) -> Any:
         """Run; in standalone mode exit with 0, 1 (data), 2 (usage) or 130 (Ctrl-C) after at most one line on stderr."""
         outer, self._standalone = self._standalone, standalone_mode
         try:
@@ -197,7 +234,7 @@ class Command(_OneLineErrors, click.Command):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         plain = {name.replace("_", "-") for p in self.params if p.type is INT_LIST for name in p.opts}
         joined: list[str] = []
-        values = None   # of the list that is being read; None: no list
+        values = None  # of the list that is being read; None: no list
         for arg in args:
             if values and re.fullmatch("[0-9]+", arg):
                 joined[-1] += f",{arg}"

@@ -41,8 +41,13 @@ def is_url(s: object) -> bool:
     return isinstance(s, str) and re.match(r"https?://[^/]", s, re.IGNORECASE) is not None
 
 
-def open_url(url: str, cache_dir: str | os.PathLike[str] | None = None, verbose: bool = True,
-             allow_http: bool = False, sha256: str | None = None) -> IO[bytes]:
+def open_url(
+    url: str,
+    cache_dir: str | os.PathLike[str] | None = None,
+    verbose: bool = True,
+    allow_http: bool = False,
+    sha256: str | None = None,
+) -> IO[bytes]:
     """Binary file with the content of `url`, from the cache when it is there.
 
     `sha256`: what the content must hash to, 64 hexadecimal digits; `url` may end in `#sha256=...` instead. The cache

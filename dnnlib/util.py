@@ -15,8 +15,17 @@ from typing import IO, Any
 
 import click
 
-__all__ = ["EasyDict", "Logger", "UserError", "atomic_open", "format_time", "no_garbage", "one_line", "open_file",
-           "sync_directory"]
+__all__ = [
+    "EasyDict",
+    "Logger",
+    "UserError",
+    "atomic_open",
+    "format_time",
+    "no_garbage",
+    "one_line",
+    "open_file",
+    "sync_directory",
+]
 
 _MAX_LINE = 4000  # characters of an error message; a name in a stranger's file may have millions
 

@@ -57,8 +57,12 @@ class MLP(torch.nn.Module):
         super().__init__()
         self.num_timesteps = num_timesteps
         self.layers = torch.nn.Sequential(
-            torch.nn.Linear(inputs + num_timesteps, width), torch.nn.LeakyReLU(0.2), torch.nn.Linear(width, width),
-            torch.nn.LeakyReLU(0.2), torch.nn.Linear(width, outputs))
+            torch.nn.Linear(inputs + num_timesteps, width),
+            torch.nn.LeakyReLU(0.2),
+            torch.nn.Linear(width, width),
+            torch.nn.LeakyReLU(0.2),
+            torch.nn.Linear(width, outputs),
+        )
 
     def forward(self, a: torch.Tensor, t: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         onehot = torch.nn.functional.one_hot(t, self.num_timesteps).to(a.dtype)
@@ -129,8 +133,12 @@ def draw(path: str, results: dict, data: torch.Tensor, steps: DiffusionSteps) ->
         figure.colorbar(filled, ax=ax, label="potential D at t = 0")
         ax.scatter(*data[:2000].T, s=3, color="0.4", label="data")
         ax.scatter(*x[:2000].T, s=3, color="crimson", label="samples")
-        ax.set(title=f"{name}: {shares(x)[-1]:.1%} outliers (data {shares(data)[-1]:.1%})", xlim=(-2, 4), ylim=(-2, 4),
-               aspect="equal")
+        ax.set(
+            title=f"{name}: {shares(x)[-1]:.1%} outliers (data {shares(data)[-1]:.1%})",
+            xlim=(-2, 4),
+            ylim=(-2, 4),
+            aspect="equal",
+        )
         ax.legend(loc="upper left")
     figure.tight_layout()
     with dnnlib.atomic_open(path) as file:
@@ -148,12 +156,22 @@ def draw(path: str, results: dict, data: torch.Tensor, steps: DiffusionSteps) ->
 @click.option("--num_timesteps", metavar="INT", type=click.IntRange(min=1), default=4, help="Steps of the diffusion")
 @click.option("--steps", "num_steps", metavar="INT", type=click.IntRange(min=1), default=15000, help="Training steps")
 @click.option("--seed", metavar="INT", type=click.IntRange(min=0), default=0, help="Random seed")
-def main(outdir: str, method: str, outliers: float, tau: float, phi1: str, phi2: str, num_timesteps: int,
-         num_steps: int, seed: int) -> None:
+def main(
+    outdir: str,
+    method: str,
+    outliers: float,
+    tau: float,
+    phi1: str,
+    phi2: str,
+    num_timesteps: int,
+    num_steps: int,
+    seed: int,
+) -> None:
     steps = DiffusionSteps(num_timesteps)
     methods = {
         "DDGAN": TransportLosses(steps, squared_distance, 0.0, "softplus", "softplus", R1, log_sigmoid=True),
-        "RDUOT": TransportLosses(steps, squared_distance, tau, phi1, phi2, R1)}
+        "RDUOT": TransportLosses(steps, squared_distance, tau, phi1, phi2, R1),
+    }
     results, table = {}, {}
     for name, losses in methods.items():
         if method in ("both", name.lower()):

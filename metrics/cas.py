@@ -11,14 +11,14 @@ import torch
 from tqdm import tqdm
 
 import dnnlib
+from archives.dataset import BatchStream
 from metrics.features import WORKERS
 from metrics.images import ImageSource, describe_shape
-from metrics.judge import label_accuracy
+from metrics.label_accuracy import label_accuracy
 from torch_utils import misc
-from training.dataset import BatchStream
+from training.networks_resnet import DEPTHS, Classifier
 from training.noise_levels import LOWEST_SIGMA
 from training.objectives.classifier import shift_images
-from training.resnet import DEPTHS, Classifier
 from training.trained_network import make_optimizer
 
 __all__ = ["CAS_ARCHS", "CAS_EPOCHS", "check_cas", "classification_accuracy_score"]
@@ -26,12 +26,18 @@ __all__ = ["CAS_ARCHS", "CAS_EPOCHS", "check_cas", "classification_accuracy_scor
 CAS_ARCHS = ("resnet50", "resnet18", "small")
 CAS_EPOCHS = 100
 BATCH = 128
-LEARNING_RATE = 1e-3    # the highest, of AdamW, after a rise and before a cosine's fall
-SHIFT = 0.125           # random whole-pixel shifts up to this share of the side
+LEARNING_RATE = 1e-3  # the highest, of AdamW, after a rise and before a cosine's fall
+SHIFT = 0.125  # random whole-pixel shifts up to this share of the side
 
 
-def classification_accuracy_score(generated: ImageSource, test: ImageSource, arch: str, device: torch.device | str,
-                                  seed: int = 0, epochs: int = CAS_EPOCHS) -> dict[str, Any]:
+def classification_accuracy_score(
+    generated: ImageSource,
+    test: ImageSource,
+    arch: str,
+    device: torch.device | str,
+    seed: int = 0,
+    epochs: int = CAS_EPOCHS,
+) -> dict[str, Any]:
     """Accuracy on `test` (its clean labels where it has them) of a classifier trained on `generated` and its labels.
 
     `arch`: resnet50 of torchvision, or our resnet18 or small. All randomness comes from `seed`. Returns `accuracy`,
@@ -45,9 +51,14 @@ def classification_accuracy_score(generated: ImageSource, test: ImageSource, arc
         torch.manual_seed(misc.step_seed(seed, 0, 0))
         net = _network(arch, generated.image_shape, classes).to(device)
         _train(net, generated, device, seed, epochs)
-    return dict(accuracy=_accuracy(net, test, labels, device),
-                accuracy_on_generated=_accuracy(net, generated, generated.labels, device), arch=arch, epochs=epochs,
-                num_generated=len(generated), num_test=len(test))
+    return dict(
+        accuracy=_accuracy(net, test, labels, device),
+        accuracy_on_generated=_accuracy(net, generated, generated.labels, device),
+        arch=arch,
+        epochs=epochs,
+        num_generated=len(generated),
+        num_test=len(test),
+    )
 
 
 def check_cas(generated: ImageSource, test: ImageSource, arch: str) -> np.ndarray:
@@ -56,8 +67,10 @@ def check_cas(generated: ImageSource, test: ImageSource, arch: str) -> np.ndarra
     if labels is None or generated.labels is None:
         raise dnnlib.UserError(f"--test: {(test if labels is None else generated).path} has no labels")
     if test.image_shape != generated.image_shape:
-        raise dnnlib.UserError(f"--test: {test.path} has {describe_shape(test.image_shape)} images, "
-                               f"{generated.path} has {describe_shape(generated.image_shape)}")
+        raise dnnlib.UserError(
+            f"--test: {test.path} has {describe_shape(test.image_shape)} images, "
+            f"{generated.path} has {describe_shape(generated.image_shape)}"
+        )
     with torch.random.fork_rng([]):
         _network(arch, generated.image_shape, 2)
     return labels
@@ -80,15 +93,20 @@ def _network(arch: str, image_shape: tuple[int, int, int], classes: int) -> torc
     if arch != "resnet50":
         _, model_channels, channel_mult = DEPTHS[arch]
         try:
-            return _AtLowestSigma(Classifier(min(sides), channels, classes, depth=arch, model_channels=model_channels,
-                                             channel_mult=channel_mult))
+            return _AtLowestSigma(
+                Classifier(
+                    min(sides), channels, classes, depth=arch, model_channels=model_channels, channel_mult=channel_mult
+                )
+            )
         except ValueError as e:
             raise dnnlib.UserError(f"--cas_arch={arch}: {e}; choose --cas_arch=small") from None
     try:
         from torchvision.models import resnet50  # optional dependency
     except (ImportError, RuntimeError) as e:  # RuntimeError: a torchvision made for another torch
-        raise dnnlib.UserError(f"--cas_arch=resnet50 needs the package torchvision ({e}): pip install torchvision, or "
-                               "choose --cas_arch=resnet18 or small") from None
+        raise dnnlib.UserError(
+            f"--cas_arch=resnet50 needs the package torchvision ({e}): pip install torchvision, or "
+            "choose --cas_arch=resnet18 or small"
+        ) from None
     net = resnet50(weights=None, num_classes=classes)
     if channels != 3:
         net.conv1 = torch.nn.Conv2d(channels, 64, 7, stride=2, padding=3, bias=False)
@@ -99,8 +117,9 @@ def _train(net: torch.nn.Module, images: ImageSource, device: torch.device, seed
     batch = min(BATCH, len(images))
     steps = math.ceil(epochs * len(images) / batch)
     optimizer = make_optimizer(net.parameters(), "adamw", LEARNING_RATE, device)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.1,
-                                                   cycle_momentum=False)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.1, cycle_momentum=False
+    )
     stream = BatchStream(images, batch, seed=seed, device=device, workers=WORKERS)
     shift = round(SHIFT * min(images.image_shape[1:]))
     with tqdm(total=steps * batch, desc="CAS", unit="img", disable=None, leave=False) as bar:

@@ -15,13 +15,21 @@ __all__ = ["ClassWise", "class_wise"]
 class ClassWise:
     """Result of `class_wise`: the means that published tables show, and what they are made of."""
 
-    mean: dict[str, Any]                    # metric -> mean over the classes that have a value; empty when none has
-    per_class: dict[int, dict[str, Any]]    # class -> metric -> value
-    missing: list[int]                      # classes with too few images on either side, not in the mean
+    mean: dict[str, Any]  # metric -> mean over the classes that have a value; empty when none has
+    per_class: dict[int, dict[str, Any]]  # class -> metric -> value
+    missing: list[int]  # classes with too few images on either side, not in the mean
 
 
-def class_wise(metric: Callable[..., dict[str, Any]], real: Any, fake: Any, real_labels: Any, fake_labels: Any,
-               minimum: int, num_classes: int = 0, counts: np.ndarray | None = None) -> ClassWise:
+def class_wise(
+    metric: Callable[..., dict[str, Any]],
+    real: Any,
+    fake: Any,
+    real_labels: Any,
+    fake_labels: Any,
+    minimum: int,
+    num_classes: int = 0,
+    counts: np.ndarray | None = None,
+) -> ClassWise:
     """`metric(real of a class, fake of the class) -> {name: value}` for each class and the unweighted means.
 
     `real` [N,d], `fake` [M,d], labels [N] and [M] integers. A class with fewer than `minimum` images on either side has

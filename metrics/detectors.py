@@ -11,19 +11,32 @@ from typing import Any, Protocol
 import torch
 
 import dnnlib
-import training.resnet  # noqa: F401  (registers the classifier, so that its snapshots can be built)
+import training.networks_resnet  # noqa: F401  (registers the classifier, so that its snapshots can be built)
 from metrics.images import ImageSource, describe_shape
 from torch_utils import safe_pickle
 from torch_utils.persistence import find_snapshot, load_snapshot
 from training.noise_levels import LOWEST_SIGMA
 
-__all__ = ["DETECTORS", "PRECISIONS", "BFloat16Detector", "ClassifierDetector", "Detector", "FidelityDetector",
-           "PixelDetector", "TorchScriptDetector", "detector"]
+__all__ = [
+    "DETECTORS",
+    "PRECISIONS",
+    "BFloat16Detector",
+    "ClassifierDetector",
+    "Detector",
+    "FidelityDetector",
+    "PixelDetector",
+    "TorchScriptDetector",
+    "detector",
+]
 
-DETECTORS = ("'pixels', 'fidelity:NAME' (package torch-fidelity), Inception-v3 or another network as TorchScript or in "
-             "a .pkl (file or URL), or a classifier snapshot of train_classifier.py (file, URL or run directory)")
-INCEPTION_URL = ("https://api.ngc.nvidia.com/v2/models/nvidia/research/stylegan3/versions/1/files/metrics/"
-                 "inception-v3-2015-12-05.pkl")
+DETECTORS = (
+    "'pixels', 'fidelity:NAME' (package torch-fidelity), Inception-v3 or another network as TorchScript or in "
+    "a .pkl (file or URL), or a classifier snapshot of train_classifier.py (file, URL or run directory)"
+)
+INCEPTION_URL = (
+    "https://api.ngc.nvidia.com/v2/models/nvidia/research/stylegan3/versions/1/files/metrics/"
+    "inception-v3-2015-12-05.pkl"
+)
 FIDELITY = "fidelity:"
 PRECISIONS = ("fp32", "bf16")
 ZIP_MAGIC = b"PK\x03\x04"
@@ -33,7 +46,7 @@ class Detector(Protocol):
     """Turns images into features; `detector` makes one from its name."""
 
     name: str
-    precision: str      # of PRECISIONS
+    precision: str  # of PRECISIONS
 
     def check(self, source: ImageSource) -> None:
         """UserError when it cannot take these images."""
@@ -69,8 +82,10 @@ class ClassifierDetector:
         """UserError unless the images have the resolution and channels of the classifier."""
         wanted = (self.net.img_channels, self.net.img_resolution, self.net.img_resolution)
         if tuple(source.image_shape) != wanted:
-            raise dnnlib.UserError(f"{self.name}: the classifier takes {describe_shape(wanted)} images, "
-                                   f"{source.path} has {describe_shape(source.image_shape)}")
+            raise dnnlib.UserError(
+                f"{self.name}: the classifier takes {describe_shape(wanted)} images, "
+                f"{source.path} has {describe_shape(source.image_shape)}"
+            )
 
     @torch.no_grad()
     def __call__(self, images: torch.Tensor, probs: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
@@ -98,8 +113,9 @@ class _ModuleDetector:
         try:
             features, _ = self(images)
         except (RuntimeError, torch.jit.Error, TypeError, ValueError, AttributeError) as e:
-            raise dnnlib.UserError(f"{self.name}: fails on {describe_shape(source.image_shape)} images of "
-                                   f"{source.path} ({_last_line(e)})") from None
+            raise dnnlib.UserError(
+                f"{self.name}: fails on {describe_shape(source.image_shape)} images of {source.path} ({_last_line(e)})"
+            ) from None
         if features.ndim != 2 or len(features) != 2:
             raise dnnlib.UserError(f"{self.name}: gives {list(features.shape)} for 2 images, expected features [2,d]")
 
@@ -134,8 +150,10 @@ class TorchScriptDetector(_ModuleDetector):
 
     def run(self, images: torch.Tensor, probs: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Features; probabilities when it has any and they are wanted."""
-        return (self.module(images, **self._features),
-                self.module(images, **self._probs) if probs and self._features else None)
+        return (
+            self.module(images, **self._features),
+            self.module(images, **self._probs) if probs and self._features else None,
+        )
 
 
 class FidelityDetector(_ModuleDetector):
@@ -148,25 +166,28 @@ class FidelityDetector(_ModuleDetector):
             from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY  # optional dependency
             from torch_fidelity.utils import create_feature_extractor  # optional dependency
         except (ImportError, RuntimeError) as e:  # RuntimeError: a torchvision made for another torch
-            raise dnnlib.UserError(f"{option}: {self.name} needs the package torch-fidelity: pip install "
-                                   f"torch-fidelity ({_last_line(e)})") from None
+            raise dnnlib.UserError(
+                f"{option}: {self.name} needs the package torch-fidelity: pip install torch-fidelity ({_last_line(e)})"
+            ) from None
         if name not in FEATURE_EXTRACTORS_REGISTRY:
-            raise dnnlib.UserError(f"{option}: torch-fidelity has no extractor {name!r}; there are "
-                                   f"{', '.join(sorted(FEATURE_EXTRACTORS_REGISTRY))}")
+            raise dnnlib.UserError(
+                f"{option}: torch-fidelity has no extractor {name!r}; there are "
+                f"{', '.join(sorted(FEATURE_EXTRACTORS_REGISTRY))}"
+            )
         cls = FEATURE_EXTRACTORS_REGISTRY[name]
         layers = [cls.get_default_feature_layer_for_metric(metric) for metric in ("fid", "isc")]
         self._has_probs = layers[1].startswith("logits")
-        layers = layers[:1 + self._has_probs]
-        fetch = ("from torch_fidelity.utils import create_feature_extractor as f; "
-                 f"f({name!r}, {layers}, cuda=False)")
+        layers = layers[: 1 + self._has_probs]
+        fetch = f"from torch_fidelity.utils import create_feature_extractor as f; f({name!r}, {layers}, cuda=False)"
         try:
             with _no_download(f"{option}: {self.name}", fetch):
                 self._net = create_feature_extractor(name, layers, cuda=False, verbose=False).to(device)
         except dnnlib.UserError:
             raise
         except Exception as e:  # damaged weights, no network for what torch.hub looks up, an extractor's own troubles
-            raise dnnlib.UserError(f"{option}: torch-fidelity cannot make {self.name} ({_last_line(e)}); "
-                                   f'see what python -c "{fetch}" says') from None
+            raise dnnlib.UserError(
+                f'{option}: torch-fidelity cannot make {self.name} ({_last_line(e)}); see what python -c "{fetch}" says'
+            ) from None
 
     def run(self, images: torch.Tensor, probs: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The layers that torch-fidelity uses for FID and, where those are logits, for the inception score."""
@@ -201,9 +222,12 @@ class BFloat16Detector:
 @contextlib.contextmanager
 def _no_download(what: str, fetch: str) -> Iterator[None]:
     """Inside it torch.hub, which torch-fidelity fetches its weights with, says what is missing instead."""
+
     def refuse(url: str, dst: str, *args: Any, **kwargs: Any) -> None:
-        raise dnnlib.UserError(f"{what} needs {dst}, published at {url}; nothing is downloaded unasked: put it there, "
-                               f'or run once python -c "{fetch}"')
+        raise dnnlib.UserError(
+            f"{what} needs {dst}, published at {url}; nothing is downloaded unasked: put it there, "
+            f'or run once python -c "{fetch}"'
+        )
 
     original = torch.hub.download_url_to_file
     torch.hub.download_url_to_file = refuse
@@ -261,6 +285,8 @@ def _find_torchscript(data: bytes, name: str) -> bytes | None:
         elif isinstance(value, safe_pickle.Record):
             waiting += [value.args, value.state]
     if len(found) != 1:
-        raise dnnlib.UserError(f"{name}: holds no TorchScript module and no snapshot of ours, and the code in it is "
-                               "not run; where you trust it, convert it: torch.jit.script(net).save('detector.pt')")
+        raise dnnlib.UserError(
+            f"{name}: holds no TorchScript module and no snapshot of ours, and the code in it is "
+            "not run; where you trust it, convert it: torch.jit.script(net).save('detector.pt')"
+        )
     return found[0]

@@ -51,25 +51,44 @@ class FeatureCache:
                     raise ValueError
                 self._sets.append((what, parts))
         except (KeyError, TypeError, ValueError):
-            raise dnnlib.UserError(f"--features: {self.path} holds {', '.join(arrays) or 'nothing'}; "
-                                   f"{expected}") from None
+            raise dnnlib.UserError(
+                f"--features: {self.path} holds {', '.join(arrays) or 'nothing'}; {expected}"
+            ) from None
 
-    def get(self, source: ImageSource, extractor: Detector, judge: ClassifierDetector | None, choice: Any,
-            compute: Callable[[], Features]) -> Features | None:
+    def get(
+        self,
+        source: ImageSource,
+        extractor: Detector,
+        judge: ClassifierDetector | None,
+        choice: Any,
+        compute: Callable[[], Features],
+    ) -> Features | None:
         """The features of `source` from the file, on rank 0 only, or what `compute()` returns, from then on kept.
 
         `choice`: what chose the images among those of the file, plain data.
         """
         if self.path is None:
             return compute()
-        what = json.loads(json.dumps(dict(
-            images=os.path.abspath(source.path), version=_version_of_images(source), count=len(source), choice=choice,
-            detector=_named(extractor), judge=None if judge is None else _named(judge))))
+        what = json.loads(
+            json.dumps(
+                dict(
+                    images=os.path.abspath(source.path),
+                    version=_version_of_images(source),
+                    count=len(source),
+                    choice=choice,
+                    detector=_named(extractor),
+                    judge=None if judge is None else _named(judge),
+                )
+            )
+        )
         known = next((parts for other, parts in self._sets if other == what), None)
         if distributed.broadcast_object(known is not None):
             distributed.print0(f"Features of {source.path}: from {self.path}")
-            return None if known is None else Features(torch.from_numpy(known["features"]), _tensor(known.get("probs")),
-                                                       known.get("judged"))
+            return (
+                None
+                if known is None
+                else Features(torch.from_numpy(known["features"]), _tensor(known.get("probs")), known.get("judged"))
+            )
         found = compute()
         if distributed.get_rank() == 0:
             same = {key: what[key] for key in ("images", "count", "choice")}
@@ -84,6 +103,7 @@ class FeatureCache:
 
     def save(self) -> None:
         """Write the file, if there is anything new; it appears only when it is complete."""
+
         def work() -> None:
             os.makedirs(os.path.dirname(os.path.abspath(self.path)), exist_ok=True)
             arrays = {f"{i}.{part}": array for i, (_, parts) in enumerate(self._sets) for part, array in parts.items()}

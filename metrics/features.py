@@ -11,11 +11,11 @@ import torch
 from tqdm import tqdm
 
 import dnnlib
+from archives.reader import ordered_map
 from metrics.detectors import ClassifierDetector, Detector
 from metrics.images import ImageSource
-from metrics.statistics import RunningStatistics
+from metrics.reference import RunningStatistics
 from torch_utils import distributed
-from training.archive_reader import ordered_map
 
 __all__ = ["Features", "compute_features", "compute_statistics", "feature_width"]
 
@@ -26,19 +26,20 @@ WORKERS = min(4, os.cpu_count() or 1)  # threads that decode ahead of the detect
 class Features:
     """What metrics are computed from; on every process the whole of it."""
 
-    features: torch.Tensor              # [N,d] float32 on the CPU
-    probs: torch.Tensor | None          # [N,C] class probabilities of the detector, when it has any
-    judged: np.ndarray | None           # [N] classes the judge sees, when there was one
+    features: torch.Tensor  # [N,d] float32 on the CPU
+    probs: torch.Tensor | None  # [N,C] class probabilities of the detector, when it has any
+    judged: np.ndarray | None  # [N] classes the judge sees, when there was one
 
 
-def _batches(source: ImageSource, extractor: Detector, batch: int, device: torch.device | str,
-             text: str) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
+def _batches(
+    source: ImageSource, extractor: Detector, batch: int, device: torch.device | str, text: str
+) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
     """This process's batches: (indices, uint8 images on the device), with a progress bar on rank 0.
 
     Batches go round the processes, so that each holds the images it would hold on one process: the same numbers.
     """
     extractor.check(source)
-    starts = range(0, len(source), batch)[distributed.get_rank()::distributed.get_world_size()]
+    starts = range(0, len(source), batch)[distributed.get_rank() :: distributed.get_world_size()]
     mine = [np.arange(start, min(start + batch, len(source))) for start in starts]
     show = None if distributed.get_rank() == 0 else True  # None: on a terminal only
     with tqdm(total=sum(map(len, mine)), desc=text, unit="img", disable=show, leave=False) as bar:
@@ -53,12 +54,19 @@ def _finite(features: torch.Tensor, extractor: Detector, source: ImageSource) ->
     return features
 
 
-def compute_features(source: ImageSource, extractor: Detector, batch: int, device: torch.device | str,
-                     judge: ClassifierDetector | None = None, text: str = "features") -> Features:
+def compute_features(
+    source: ImageSource,
+    extractor: Detector,
+    batch: int,
+    device: torch.device | str,
+    judge: ClassifierDetector | None = None,
+    text: str = "features",
+) -> Features:
     """One pass over the images: features, class probabilities and the judge's classes, in the order of the source.
 
     Every process computes its share and receives the whole. Raises UserError for images that cannot be used.
     """
+
     def work() -> dict[str, np.ndarray]:
         if judge is not None:
             judge.check(source)
@@ -80,8 +88,9 @@ def compute_features(source: ImageSource, extractor: Detector, batch: int, devic
     for key in list(shares[0]):
         whole[key] = np.concatenate([share.pop(key) for share in shares])[order]
     probs = whole.get("probs")
-    return Features(torch.from_numpy(whole["features"]), None if probs is None else torch.from_numpy(probs),
-                    whole.get("judged"))
+    return Features(
+        torch.from_numpy(whole["features"]), None if probs is None else torch.from_numpy(probs), whole.get("judged")
+    )
 
 
 def feature_width(source: ImageSource, extractor: Detector, device: torch.device | str) -> int:
@@ -90,12 +99,14 @@ def feature_width(source: ImageSource, extractor: Detector, device: torch.device
     return extractor(source.images(np.arange(1)).to(device), probs=False)[0].shape[1]
 
 
-def compute_statistics(source: ImageSource, extractor: Detector, batch: int, device: torch.device | str,
-                       text: str = "features") -> tuple[int, np.ndarray, np.ndarray]:
+def compute_statistics(
+    source: ImageSource, extractor: Detector, batch: int, device: torch.device | str, text: str = "features"
+) -> tuple[int, np.ndarray, np.ndarray]:
     """(N, mean [d], unbiased covariance [d,d]) of the features of all images, in one pass that keeps no features.
 
     Raises UserError for images that cannot be used.
     """
+
     def work() -> RunningStatistics:
         statistics = RunningStatistics(feature_width(source, extractor, device), device)
         for _indices, images in _batches(source, extractor, batch, device, text):

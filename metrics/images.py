@@ -8,24 +8,24 @@ import numpy as np
 import torch
 
 import dnnlib
+from archives.dataset import ImageDataset
+from archives.reader import plain_labels
 from torch_utils import safe_files
-from training.archive_reader import plain_labels
-from training.dataset import ImageDataset
 
 __all__ = ["ImageSource", "NpzImages", "describe_shape", "open_images"]
 
 
 class ImageSource(Protocol):
-    """What metrics need of a set of images; `training.dataset.ImageDataset` is one."""
+    """What metrics need of a set of images; `archives.dataset.ImageDataset` is one."""
 
     path: str
-    image_shape: tuple[int, int, int]       # channels, height, width
+    image_shape: tuple[int, int, int]  # channels, height, width
     label_dim: int
-    labels: np.ndarray | None               # int64 [N]
+    labels: np.ndarray | None  # int64 [N]
     clean_labels: np.ndarray | None
     class_names: list[str] | None
-    outliers: np.ndarray | None             # bool [N]: put in from another source; None without a record
-    cache: bool                             # may the decoded images be held in memory?
+    outliers: np.ndarray | None  # bool [N]: put in from another source; None without a record
+    cache: bool  # may the decoded images be held in memory?
 
     def __len__(self) -> int: ...
 

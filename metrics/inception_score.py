@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from metrics.frechet import as_float64
+from metrics.fid import as_float64
 
 __all__ = ["IS_SPLIT", "inception_score"]
 
-IS_SPLIT = 5000    # images a split, as published scores of 50,000 images in 10 splits have it
+IS_SPLIT = 5000  # images a split, as published scores of 50,000 images in 10 splits have it
 
 
 def inception_score(probs: Any, split: int = IS_SPLIT) -> float:
@@ -23,7 +23,7 @@ def inception_score(probs: Any, split: int = IS_SPLIT) -> float:
         raise ValueError("an inception score needs at least 1 image")
     scores = []
     for start in range(0, len(probs), split):
-        p = probs[start:start + split]
+        p = probs[start : start + split]
         marginal = np.broadcast_to(p.mean(axis=0), p.shape)
         # Where p is 0 the ratio is 1 and the term 0; where p is not, the marginal is not either.
         ratio = np.divide(p, marginal, out=np.ones_like(p), where=p > 0)

@@ -13,7 +13,7 @@ import numpy as np
 import dnnlib
 from metrics.features import Features
 from metrics.images import ImageSource, describe_shape, open_images
-from metrics.judge import SvmJudge
+from metrics.label_accuracy import SvmJudge
 
 __all__ = ["add_outliers", "clean_part", "open_record", "outlier_ratio"]
 
@@ -30,12 +30,15 @@ def outlier_ratio(known: Features, outliers: np.ndarray, images: Features) -> tu
         raise ValueError(f"needs {MINIMUM} images of either kind, found {outliers.sum()} outliers of {len(outliers)}")
     machine = SvmJudge(known.features, outliers, balanced=True)
     on = "held-out images, outliers and clean ones weighing the same"
-    return (float(machine.predict(images.features).mean()),
-            dict(training_share=float(outliers.mean()), accuracy=machine.accuracy, num=machine.held_out, on=on))
+    return (
+        float(machine.predict(images.features).mean()),
+        dict(training_share=float(outliers.mean()), accuracy=machine.accuracy, num=machine.held_out, on=on),
+    )
 
 
-def add_outliers(result: dict[str, Any], record: ImageSource | None, known: Features, images: Features,
-                 detector: str) -> None:
+def add_outliers(
+    result: dict[str, Any], record: ImageSource | None, known: Features, images: Features, detector: str
+) -> None:
     """Puts the outlier ratio into the table `result`: `metrics.outlier_ratio` and `outliers`.
 
     `outliers` says what `outlier_ratio` says of the classifier, its `name` and its `data`; it is None without a record
@@ -60,17 +63,22 @@ def open_record(path: str | None, reference: ImageSource) -> ImageSource | None:
     when the reference has fewer than 2 clean images.
     """
     if reference.outliers is not None and (~reference.outliers).sum() < 2:
-        raise dnnlib.UserError(f"--data: {reference.path} records {reference.outliers.sum()} of its {len(reference)} "
-                               "images as outliers, metrics need at least 2 clean ones")
+        raise dnnlib.UserError(
+            f"--data: {reference.path} records {reference.outliers.sum()} of its {len(reference)} "
+            "images as outliers, metrics need at least 2 clean ones"
+        )
     if path is None:
         return None if reference.outliers is None else reference
     source = open_images(path, option="--outlier_data")
     if source.outliers is None:
-        raise dnnlib.UserError(f"--outlier_data: {path} records no outliers; 'dataset_tool.py --outliers' makes "
-                               "archives that do")
+        raise dnnlib.UserError(
+            f"--outlier_data: {path} records no outliers; 'dataset_tool.py --outliers' makes archives that do"
+        )
     if source.image_shape != reference.image_shape:
-        raise dnnlib.UserError(f"--outlier_data: {path} has {describe_shape(source.image_shape)} images, "
-                               f"--data: {reference.path} has {describe_shape(reference.image_shape)}")
+        raise dnnlib.UserError(
+            f"--outlier_data: {path} has {describe_shape(source.image_shape)} images, "
+            f"--data: {reference.path} has {describe_shape(reference.image_shape)}"
+        )
     return source
 
 

@@ -17,13 +17,13 @@ from metrics.class_wise import ClassWise, class_wise
 from metrics.detectors import ClassifierDetector, Detector, detector
 from metrics.feature_cache import FeatureCache
 from metrics.features import Features, compute_features
-from metrics.frechet import fid_from_features, fid_replicates
+from metrics.fid import fid_from_features, fid_replicates
 from metrics.images import ImageSource, describe_shape, open_images
 from metrics.inception_score import IS_SPLIT, inception_score
-from metrics.judge import SvmJudge, label_accuracy
-from metrics.kernel import kid_from_features, kid_replicates
-from metrics.neighbours import prdc, prdc_replicates
+from metrics.kid import kid_from_features, kid_replicates
+from metrics.label_accuracy import SvmJudge, label_accuracy
 from metrics.outliers import add_outliers, clean_part, open_record
+from metrics.prdc import prdc, prdc_replicates
 from torch_utils import distributed
 
 __all__ = ["evaluate", "evaluate_features", "format_comparison", "format_table", "save_json", "short_names"]
@@ -31,11 +31,25 @@ __all__ = ["evaluate", "evaluate_features", "format_comparison", "format_table",
 BOOTSTRAP = "generated images drawn again with replacement, within each class where they have labels"
 
 
-def evaluate(images: Sequence[str], data: str, detector_name: str, *, device: torch.device | str,
-             precision: str = "fp32", num: int | None = None, batch: int = 64, seed: int = 0, nearest_k: int = 5,
-             splits: int = IS_SPLIT, bootstrap: int | None = None, judge: str = "svm", features: str | None = None,
-             test: str | None = None, cas_arch: str = CAS_ARCHS[0],
-             outlier_data: str | None = None) -> list[dict[str, Any]]:
+def evaluate(
+    images: Sequence[str],
+    data: str,
+    detector_name: str,
+    *,
+    device: torch.device | str,
+    precision: str = "fp32",
+    num: int | None = None,
+    batch: int = 64,
+    seed: int = 0,
+    nearest_k: int = 5,
+    splits: int = IS_SPLIT,
+    bootstrap: int | None = None,
+    judge: str = "svm",
+    features: str | None = None,
+    test: str | None = None,
+    cas_arch: str = CAS_ARCHS[0],
+    outlier_data: str | None = None,
+) -> list[dict[str, Any]]:
     """All metrics of each set of images (folder, ZIP, `.npz`) against the archive `data`, less the outliers it records.
 
     The reference's classes are its clean labels where it has them. `precision`: the detector's arithmetic; `num` of the
@@ -54,8 +68,10 @@ def evaluate(images: Sequence[str], data: str, detector_name: str, *, device: to
     tested = None if test is None else open_images(test, option="--test")
     for source in sources:
         if source.image_shape != reference.image_shape:
-            raise dnnlib.UserError(f"--images: {source.path} has {describe_shape(source.image_shape)} images, "
-                                   f"--data: {data} has {describe_shape(reference.image_shape)}")
+            raise dnnlib.UserError(
+                f"--images: {source.path} has {describe_shape(source.image_shape)} images, "
+                f"--data: {data} has {describe_shape(reference.image_shape)}"
+            )
         if tested is not None:
             check_cas(source, tested, cas_arch)
     extractor = distributed.together(lambda: detector(detector_name, device, precision=precision), rank0_first=True)
@@ -68,8 +84,13 @@ def evaluate(images: Sequence[str], data: str, detector_name: str, *, device: to
     cache = FeatureCache(features)
 
     def look(source: ImageSource, text: str, choice: Any = None) -> Features | None:
-        return cache.get(source, extractor, network, choice,
-                         lambda: compute_features(source, extractor, batch, device, network, text))
+        return cache.get(
+            source,
+            extractor,
+            network,
+            choice,
+            lambda: compute_features(source, extractor, batch, device, network, text),
+        )
 
     # All features before any metric: the other processes are done then and need not wait for rank 0.
     real = look(reference, "reference images")
@@ -85,35 +106,66 @@ def evaluate(images: Sequence[str], data: str, detector_name: str, *, device: to
     named = None if real_labels is None else "clean labels" if clean else "labels as they are, it has no clean ones"
     results = []
     for source, fake in zip(sources, fakes, strict=True):
-        result = evaluate_features(real, fake, real_labels, source.labels, nearest_k=nearest_k, splits=splits,
-                                   bootstrap=bootstrap, seed=seed, class_names=reference.class_names,
-                                   svm=judge == "svm", device=device)
+        result = evaluate_features(
+            real,
+            fake,
+            real_labels,
+            source.labels,
+            nearest_k=nearest_k,
+            splits=splits,
+            bootstrap=bootstrap,
+            seed=seed,
+            class_names=reference.class_names,
+            svm=judge == "svm",
+            device=device,
+        )
         if result["judge"] is not None:
             result["judge"]["name"] = network.name if network else f"SVM on {extractor.name} features"
         if tested is not None:
             result["cas"] = classification_accuracy_score(source, tested, cas_arch, device, seed)
             result["metrics"]["cas"] = result["cas"]["accuracy"]
         add_outliers(result, record, known, fake, extractor.name)
-        results.append(dict(images=source.path, data=data, detector=extractor.name, precision=precision,
-                            reference_labels=named, reference_outliers=left_out, **result))
+        results.append(
+            dict(
+                images=source.path,
+                data=data,
+                detector=extractor.name,
+                precision=precision,
+                reference_labels=named,
+                reference_outliers=left_out,
+                **result,
+            )
+        )
     return results
 
 
-def _judge_network(name: str, extractor: Detector, device: torch.device | str, labels: np.ndarray | None,
-                   data: str) -> ClassifierDetector:
+def _judge_network(
+    name: str, extractor: Detector, device: torch.device | str, labels: np.ndarray | None, data: str
+) -> ClassifierDetector:
     network = detector(name, device, option="--judge")
     if not isinstance(network, ClassifierDetector):
         raise dnnlib.UserError(f"--judge: {name!r} cannot judge; choose 'svm', 'none' or a classifier snapshot")
     if labels is not None and labels.max() >= network.label_dim:
-        raise dnnlib.UserError(f"--judge: {network.name} knows {network.label_dim} classes, "
-                               f"the labels of {data} go up to {labels.max()}")
+        raise dnnlib.UserError(
+            f"--judge: {network.name} knows {network.label_dim} classes, the labels of {data} go up to {labels.max()}"
+        )
     return network
 
 
-def evaluate_features(real: Features, fake: Features, real_labels: np.ndarray | None, fake_labels: np.ndarray | None, *,
-                      nearest_k: int = 5, splits: int = IS_SPLIT, bootstrap: int | None = None, seed: int = 0,
-                      class_names: list[str] | None = None, svm: bool = True,
-                      device: torch.device | str = "cpu") -> dict[str, Any]:
+def evaluate_features(
+    real: Features,
+    fake: Features,
+    real_labels: np.ndarray | None,
+    fake_labels: np.ndarray | None,
+    *,
+    nearest_k: int = 5,
+    splits: int = IS_SPLIT,
+    bootstrap: int | None = None,
+    seed: int = 0,
+    class_names: list[str] | None = None,
+    svm: bool = True,
+    device: torch.device | str = "cpu",
+) -> dict[str, Any]:
     """All metrics from features and labels (None: without labels, no class-wise ones).
 
     Returns `metrics` {name: value, None when it cannot be had}, `intervals` {name: [low, high]} and `bootstrap` (how
@@ -127,10 +179,22 @@ def evaluate_features(real: Features, fake: Features, real_labels: np.ndarray | 
     counts = resample(bootstrap, len(y), fake_labels, seed) if bootstrap else None
     table = _Table(real_labels, fake_labels, class_names, counts)
     fast_x, fast_y = move(x), move(y)
-    table.add(["fid"], lambda a, b: dict(fid=fid_from_features(a, b)),
-              lambda a, b, c: dict(fid=fid_replicates(a, b, c)), x, y, minimum=2)
-    table.add(["kid"], lambda a, b: dict(kid=kid_from_features(a, b)),
-              lambda a, b, c: dict(kid=kid_replicates(a, b, c)), fast_x, fast_y, minimum=2)
+    table.add(
+        ["fid"],
+        lambda a, b: dict(fid=fid_from_features(a, b)),
+        lambda a, b, c: dict(fid=fid_replicates(a, b, c)),
+        x,
+        y,
+        minimum=2,
+    )
+    table.add(
+        ["kid"],
+        lambda a, b: dict(kid=kid_from_features(a, b)),
+        lambda a, b, c: dict(kid=kid_replicates(a, b, c)),
+        fast_x,
+        fast_y,
+        minimum=2,
+    )
     if fake.probs is None:
         table.set("is", None, "the detector gives no class probabilities")
     else:
@@ -139,36 +203,60 @@ def evaluate_features(real: Features, fake: Features, real_labels: np.ndarray | 
     def named(values: dict[str, Any]) -> dict[str, Any]:
         return {f"{name}_k{nearest_k}": value for name, value in values.items()}
 
-    table.add([*named(dict.fromkeys(("precision", "recall", "density", "coverage")))],
-              lambda a, b: named(prdc(a, b, nearest_k)), lambda a, b, c: named(prdc_replicates(a, b, nearest_k, c)),
-              fast_x, fast_y, minimum=nearest_k + 1)
+    table.add(
+        [*named(dict.fromkeys(("precision", "recall", "density", "coverage")))],
+        lambda a, b: named(prdc(a, b, nearest_k)),
+        lambda a, b, c: named(prdc_replicates(a, b, nearest_k, c)),
+        fast_x,
+        fast_y,
+        minimum=nearest_k + 1,
+    )
     judge = _judge(table, real, fake, real_labels, fake_labels, svm)
     whole_first = sorted(table.metrics, key=lambda name: (name == "label_accuracy", name.startswith("cw_")))
-    return dict(num_images=len(y), num_reference=len(x), num_features=x.shape[1], nearest_k=nearest_k,
-                metrics={name: table.metrics[name] for name in whole_first}, intervals=table.intervals,
-                bootstrap=None if counts is None else dict(draws=bootstrap, level=LEVEL, seed=seed, of=BOOTSTRAP),
-                notes=table.notes, classes=table.classes, judge=judge)
+    return dict(
+        num_images=len(y),
+        num_reference=len(x),
+        num_features=x.shape[1],
+        nearest_k=nearest_k,
+        metrics={name: table.metrics[name] for name in whole_first},
+        intervals=table.intervals,
+        bootstrap=None if counts is None else dict(draws=bootstrap, level=LEVEL, seed=seed, of=BOOTSTRAP),
+        notes=table.notes,
+        classes=table.classes,
+        judge=judge,
+    )
 
 
 class _Table:
     """Collects values, the class-wise ones beside the whole ones, and the reasons why some are missing."""
 
-    def __init__(self, real_labels: np.ndarray | None, fake_labels: np.ndarray | None, class_names: list[str] | None,
-                 counts: np.ndarray | None):
+    def __init__(
+        self,
+        real_labels: np.ndarray | None,
+        fake_labels: np.ndarray | None,
+        class_names: list[str] | None,
+        counts: np.ndarray | None,
+    ):
         self.counts = counts
         self.metrics: dict[str, float | None] = {}
         self.intervals: dict[str, list[float]] = {}
         self.notes: dict[str, str] = {}
         self.classes: dict[str, dict[str, Any]] = {}
         self._real_labels, self._fake_labels = real_labels, fake_labels
-        self.without_labels = ("the reference has no labels" if real_labels is None else
-                               "the images have no labels" if fake_labels is None else None)
+        self.without_labels = (
+            "the reference has no labels"
+            if real_labels is None
+            else "the images have no labels"
+            if fake_labels is None
+            else None
+        )
         if self.without_labels is None:
             self._num_classes = len(class_names or ())
             for c in sorted({*range(self._num_classes), *real_labels.tolist(), *fake_labels.tolist()}):
                 name = class_names[c] if class_names and c < len(class_names) else str(c)
-                self.classes[str(c)] = dict(name=name, num_reference=int((real_labels == c).sum()),
-                                            num_images=int((fake_labels == c).sum()))
+                self.classes[str(c)] = dict(
+                    name=name, num_reference=int((real_labels == c).sum()), num_images=int((fake_labels == c).sum())
+                )
 
     def set(self, name: str, values: Any, note: str | None = None) -> None:
         """`values`: None, the value, or an array of it and its replicates."""
@@ -179,12 +267,20 @@ class _Table:
         if note:
             self.notes[name] = note
 
-    def add(self, names: list[str], metric: Callable[..., dict[str, float]], replicates: Callable[..., dict[str, Any]],
-            real: torch.Tensor, fake: torch.Tensor, minimum: int) -> None:
+    def add(
+        self,
+        names: list[str],
+        metric: Callable[..., dict[str, float]],
+        replicates: Callable[..., dict[str, Any]],
+        real: torch.Tensor,
+        fake: torch.Tensor,
+        minimum: int,
+    ) -> None:
         """`metric` of the whole sets and of each class; sets with fewer than `minimum` images have no value.
 
         `replicates`: the same for the sets that a third argument, counts, describes.
         """
+
         def both(a: torch.Tensor, b: torch.Tensor, counts: np.ndarray | None = None) -> dict[str, Any]:
             values = metric(a, b)
             if counts is None:
@@ -199,8 +295,9 @@ class _Table:
             for name in names:
                 self.set(f"cw_{name}", None, self.without_labels)
             return
-        found = class_wise(both, real, fake, self._real_labels, self._fake_labels, minimum, self._num_classes,
-                           self.counts)
+        found = class_wise(
+            both, real, fake, self._real_labels, self._fake_labels, minimum, self._num_classes, self.counts
+        )
         for name in names:
             self.set(f"cw_{name}", found.mean.get(name), self._missing(found, minimum))
         for c, values in found.per_class.items():
@@ -209,13 +306,22 @@ class _Table:
     def _missing(self, found: ClassWise, minimum: int) -> str | None:
         if not found.missing:
             return None
-        return (f"mean of {len(found.per_class)} of {len(self.classes)} classes; fewer than {minimum} images a side: "
-                f"{', '.join(self.classes[str(c)]['name'] for c in found.missing)}")
+        return (
+            f"mean of {len(found.per_class)} of {len(self.classes)} classes; fewer than {minimum} images a side: "
+            f"{', '.join(self.classes[str(c)]['name'] for c in found.missing)}"
+        )
 
 
-def _judge(table: _Table, real: Features, fake: Features, real_labels: np.ndarray | None,
-           fake_labels: np.ndarray | None, svm: bool) -> dict[str, Any] | None:
+def _judge(
+    table: _Table,
+    real: Features,
+    fake: Features,
+    real_labels: np.ndarray | None,
+    fake_labels: np.ndarray | None,
+    svm: bool,
+) -> dict[str, Any] | None:
     """Fills in `label_accuracy` and says how good the judge itself is."""
+
     def refuse(reason: str) -> None:
         table.set("label_accuracy", None, reason)
 
@@ -249,8 +355,10 @@ def format_table(result: dict[str, Any]) -> str:
     """One result of `evaluate` as text: what was compared, then one line a metric."""
     lines = [f"images     {result['images']}: {result['num_images']}", *_conditions(result)]
     if "cas" in result:
-        lines.append("cas        {arch} trained on {num_generated} images to {accuracy_on_generated:.4f}, tested on "
-                     "{num_test}".format(**result["cas"]))
+        lines.append(
+            "cas        {arch} trained on {num_generated} images to {accuracy_on_generated:.4f}, tested on "
+            "{num_test}".format(**result["cas"])
+        )
     lines.append("")
     width = max(map(len, result["metrics"]))
     for name, value in result["metrics"].items():
@@ -268,16 +376,20 @@ def _number(value: float | None) -> str:
 
 def _conditions(result: dict[str, Any]) -> list[str]:
     left_out = f", {result['reference_outliers']} outliers left out" if result["reference_outliers"] else ""
-    lines = [f"reference  {result['data']}: {result['num_reference']}, {result['reference_labels'] or 'no labels'}"
-             f"{left_out}",
-             f"detector   {result['detector']}: {result['num_features']} features"
-             f"{', computed in bf16' if result['precision'] == 'bf16' else ''}"]
+    lines = [
+        f"reference  {result['data']}: {result['num_reference']}, {result['reference_labels'] or 'no labels'}"
+        f"{left_out}",
+        f"detector   {result['detector']}: {result['num_features']} features"
+        f"{', computed in bf16' if result['precision'] == 'bf16' else ''}",
+    ]
     judge, bootstrap, outliers = result["judge"], result["bootstrap"], result["outliers"]
     if judge is not None:
         lines.append(f"judge      {judge['name']}: accuracy {judge['accuracy']:.4f} on {judge['num']} {judge['on']}")
     if outliers is not None:
-        lines.append(f"outliers   {outliers['data']}: share {outliers['training_share']:.4f}, {outliers['name']}: "
-                     f"accuracy {outliers['accuracy']:.4f} on {outliers['num']} {outliers['on']}")
+        lines.append(
+            f"outliers   {outliers['data']}: share {outliers['training_share']:.4f}, {outliers['name']}: "
+            f"accuracy {outliers['accuracy']:.4f} on {outliers['num']} {outliers['on']}"
+        )
     if bootstrap is not None:
         lines.append(f"intervals  {bootstrap['level']:.0%} of {bootstrap['draws']} bootstrap draws: {bootstrap['of']}")
     return lines
@@ -297,13 +409,15 @@ def format_comparison(results: Sequence[dict[str, Any]]) -> str:
         row = [metric]
         for result in results:
             low_high = result["intervals"].get(metric)
-            row.append(_number(result["metrics"][metric])
-                       + (" [{:.4g}, {:.4g}]".format(*low_high) if low_high else ""))
+            row.append(_number(result["metrics"][metric]) + (" [{:.4g}, {:.4g}]".format(*low_high) if low_high else ""))
         rows.append(row)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    notes = [f"{name}, {metric}: {note}" for name, result in zip(names, results, strict=True)
-             for metric, note in result["notes"].items()]
+    notes = [
+        f"{name}, {metric}: {note}"
+        for name, result in zip(names, results, strict=True)
+        for metric, note in result["notes"].items()
+    ]
     return "\n".join([*_conditions(results[0]), "", *lines, *([""] if notes else []), *notes])
 
 

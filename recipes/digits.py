@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 
-from metrics.comparison import compare_methods
-from metrics.report import Picture, Section
 from recipes.steps import Row, Step, evaluation, finished
+from reports.comparison import compare_methods
+from reports.page import Picture, Section
 
 __all__ = ["NOISES", "plan", "report", "rows"]
 
@@ -17,9 +17,10 @@ NOISES = {"sym": "symmetric", "asym": "asymmetric", "instance": "instance-depend
 # where it could be certain, and T's large diagonal multiplies its doubt: --temp. The discriminator sees the images that
 # the model was trained on; the better it knows those, the sharper its gradient: neither dropout nor shifts.
 UNET = "--P_mean=-0.4 --batch=128 --lr=3e-3 --lr_rampup_kimg=2 --ema=0.02 --dropout=0 --snap=10"
-CLASSIFIER = ("--P_mean=-0.4 --batch=256 --lr=2e-3 --lr_rampup_kimg=10 --ema=0.01 --dropout=0.5 --snap=1")
-DISCRIMINATOR = ("--P_mean=0.2 --P_std=0.9 --batch=256 --lr=3e-3 --lr_rampup_kimg=10 --ema=0.02 --dropout=0 --shift=0"
-                 " --snap=10")
+CLASSIFIER = "--P_mean=-0.4 --batch=256 --lr=2e-3 --lr_rampup_kimg=10 --ema=0.01 --dropout=0.5 --snap=1"
+DISCRIMINATOR = (
+    "--P_mean=0.2 --P_std=0.9 --batch=256 --lr=3e-3 --lr_rampup_kimg=10 --ema=0.02 --dropout=0 --shift=0 --snap=10"
+)
 WEIGHT = 2
 
 
@@ -33,11 +34,19 @@ def rows(outdir: str, only: Sequence[str]) -> list[Row]:
     if "sbdc" in only:
         trained = ["baseline", "detect", "discriminator"]
         constant = "--S_clip_min=1.5 --S_clip_max=50 --dg_weight_1st_order=0.9 --dg_weight_2nd_order=0.9"
-        found += [Row("sbdc-constant", "SBDC, constant weight", trained, f"{baseline} {guide} {constant}"),
-                  Row("sbdc", "SBDC, calibrated weight", trained, f"{baseline} {guide} {calibrated}")]
+        found += [
+            Row("sbdc-constant", "SBDC, constant weight", trained, f"{baseline} {guide} {constant}"),
+            Row("sbdc", "SBDC, calibrated weight", trained, f"{baseline} {guide} {calibrated}"),
+        ]
     if {"tdsm", "sbdc"} <= set(only):
-        found.append(Row("tdsm-sbdc", "SBDC on top of TDSM", ["classifier", "tdsm", "detect", "discriminator"],
-                         f"--network={outdir}/tdsm {guide} --dg_mode=calibrated --noise_rate=0.1"))
+        found.append(
+            Row(
+                "tdsm-sbdc",
+                "SBDC on top of TDSM",
+                ["classifier", "tdsm", "detect", "discriminator"],
+                f"--network={outdir}/tdsm {guide} --dg_mode=calibrated --noise_rate=0.1",
+            )
+        )
     return found
 
 
@@ -48,61 +57,111 @@ def plan(outdir: str, seed: int, scale: float, only: Sequence[str], noise: str, 
 
     def training(script: str, name: str, kimg: float, rest: str) -> str:
         kimg *= scale
-        return (f"{script} --outdir={outdir}/{name} --nosubdir --data={noisy} --cond=1 --arch=ddpmpp_tiny --augment=0"
-                f" {rest} --duration={kimg / 1000:.6f} --tick={kimg / 20:.4f} --dump=5 --seed={seed}"
-                " --resume=latest")
+        return (
+            f"{script} --outdir={outdir}/{name} --nosubdir --data={noisy} --cond=1 --arch=ddpmpp_tiny --augment=0"
+            f" {rest} --duration={kimg / 1000:.6f} --tick={kimg / 20:.4f} --dump=5 --seed={seed}"
+            " --resume=latest"
+        )
 
     steps = [
         Step("clean", "archive of 1,797 digits", 2, f"dataset_tool.py --source=digits --dest={clean}"),
-        Step("noisy", "the same with 40% of the labels wrong", 2,
-             f"dataset_tool.py --source=digits --dest={noisy} --noise_type={noise} --noise_rate=0.4 --seed={seed}"),
+        Step(
+            "noisy",
+            "the same with 40% of the labels wrong",
+            2,
+            f"dataset_tool.py --source=digits --dest={noisy} --noise_type={noise} --noise_rate=0.4 --seed={seed}",
+        ),
         Step("baseline", "train the baseline", 75, training("train.py", "baseline", 150, UNET)),
     ]
     if "tdsm" in only:
         known = f"--noise_type={noise} --noise_rate=0.4" if noise != "instance" else "--noise_type=learn"
         steps += [
-            Step("classifier", "train TDSM's classifier", 35,
-                 training("train_classifier.py", "classifier", 200, f"{known} {CLASSIFIER}")),
-            Step("tdsm", "train TDSM", 270,
-                 training("train_noise.py", "tdsm", 280, f"{UNET} --cls={outdir}/classifier --temp=0.5"))]
+            Step(
+                "classifier",
+                "train TDSM's classifier",
+                35,
+                training("train_classifier.py", "classifier", 200, f"{known} {CLASSIFIER}"),
+            ),
+            Step(
+                "tdsm",
+                "train TDSM",
+                270,
+                training("train_noise.py", "tdsm", 280, f"{UNET} --cls={outdir}/classifier --temp=0.5"),
+            ),
+        ]
     if "sbdc" in only:
         epochs = max(round(60 * scale), 1)
         steps += [
-            Step("detect", "find the wrong labels", 50, f"detect_noise.py --data={noisy} --dest={labels}"
-                 f" --arch=ddpmpp_tiny --epochs={epochs} --seed={seed}"),
-            Step("discriminator", "train SBDC's discriminator", 80, training(
-                "train_discriminator.py", "discriminator", 400, f"{DISCRIMINATOR} --label-path={labels}"))]
+            Step(
+                "detect",
+                "find the wrong labels",
+                50,
+                f"detect_noise.py --data={noisy} --dest={labels} --arch=ddpmpp_tiny --epochs={epochs} --seed={seed}",
+            ),
+            Step(
+                "discriminator",
+                "train SBDC's discriminator",
+                80,
+                training("train_discriminator.py", "discriminator", 400, f"{DISCRIMINATOR} --label-path={labels}"),
+            ),
+        ]
     for row in rows(outdir, only):
         steps += evaluation(outdir, row, num, clean, "--class=0-9 ")
     if "sbdc" in only:
-        steps.append(Step("sweep", "SBDC for a list of weights", 100, f"sweep.py --network={outdir}/baseline"
-                          f" --discriminator={outdir}/discriminator --data={clean} --detector=pixels"
-                          f" --outdir={outdir}/sweep --seeds=0-{num - 1}"))
+        steps.append(
+            Step(
+                "sweep",
+                "SBDC for a list of weights",
+                100,
+                f"sweep.py --network={outdir}/baseline"
+                f" --discriminator={outdir}/discriminator --data={clean} --detector=pixels"
+                f" --outdir={outdir}/sweep --seeds=0-{num - 1}",
+            )
+        )
     return steps
 
 
 def report(outdir: str, seed: int, only: Sequence[str], seconds: Mapping[str, float], noise: str, num: int) -> Section:
     """What the report says of a finished plan."""
     methods = finished(outdir, rows(outdir, only), seconds)
-    notes = [f"Each row: {num:,} images, {num // 10} a class, seeds 0 to {num - 1}, 18 steps. Training seed {seed}.",
-             "The training time of TDSM includes its classifier's, that of SBDC the model's that it corrects and the"
-             " detection's.",
-             "FD: Frechet distance of pixels in [-1,1] to the whole clean archive; class-wise: the mean over classes."]
+    notes = [
+        f"Each row: {num:,} images, {num // 10} a class, seeds 0 to {num - 1}, 18 steps. Training seed {seed}.",
+        "The training time of TDSM includes its classifier's, that of SBDC the model's that it corrects and the"
+        " detection's.",
+        "FD: Frechet distance of pixels in [-1,1] to the whole clean archive; class-wise: the mean over classes.",
+    ]
     pictures = []
     if "sbdc" in only:
         with open(f"{outdir}/logs/detect.txt") as f:
             notes += [line.strip() for line in f if line.startswith("Detection:")][-1:]
-        notes.append("SBDC, constant: weight 0.9 at 1.5 <= sigma <= 50, as in the paper's example; calibrated: weight "
-                     f"{WEIGHT} at all noise levels; on top of TDSM: weight 1 for a rest of 10% wrong labels.")
+        notes.append(
+            "SBDC, constant: weight 0.9 at 1.5 <= sigma <= 50, as in the paper's example; calibrated: weight "
+            f"{WEIGHT} at all noise levels; on top of TDSM: weight 1 for a rest of 10% wrong labels."
+        )
         with open(f"{outdir}/sweep/sweep.md") as f:
             verdict = f.read().splitlines()[-1]
-        pictures.append(Picture(f"{outdir}/sweep/sweep.png", "How much guidance?",
-                                f"SBDC's weights, constant and calibrated, at all noise levels. {verdict}"))
+        pictures.append(
+            Picture(
+                f"{outdir}/sweep/sweep.png",
+                "How much guidance?",
+                f"SBDC's weights, constant and calibrated, at all noise levels. {verdict}",
+            )
+        )
         if os.path.exists(f"{outdir}/detect/labels.png"):
-            pictures.append(Picture(f"{outdir}/detect/labels.png", "The most suspicious labels",
-                                    "Label in the archive > label that detect_noise.py suggests."))
+            pictures.append(
+                Picture(
+                    f"{outdir}/detect/labels.png",
+                    "The most suspicious labels",
+                    "Label in the archive > label that detect_noise.py suggests.",
+                )
+            )
     return compare_methods(
-        outdir, f"cleanscore: digits with 40% wrong labels, {NOISES[noise]} noise",
+        outdir,
+        f"cleanscore: digits with 40% wrong labels, {NOISES[noise]} noise",
         "A class-conditional diffusion model is trained on 1,797 digits, four in ten of them with a wrong label. "
-        "Does it make the digit that it is asked for?", f"{outdir}/datasets/digits_{noise}40.zip", methods, notes,
-        pictures)
+        "Does it make the digit that it is asked for?",
+        f"{outdir}/datasets/digits_{noise}40.zip",
+        methods,
+        notes,
+        pictures,
+    )

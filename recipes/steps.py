@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 import dnnlib
-from metrics.comparison import Method
+from reports.comparison import Method
 from torch_utils import safe_files
 
 __all__ = ["Row", "Step", "evaluation", "finished", "run_plan"]
@@ -44,18 +44,34 @@ def evaluation(outdir: str, row: Row, num: int, data: str, options: str = "") ->
     """Make `num` images of a method, with further `options` of generate.py, and measure them against `data`."""
     images, table = f"{outdir}/images/{row.name}.zip", f"{outdir}/tables/{row.name}.json"
     return [
-        Step(f"{row.name}-images", f"make {num:,} images ({row.title})", 8,
-             f"generate.py {row.sampling} --outdir={images} {options}--seeds=0-{num - 1} --batch=250"),
-        Step(f"{row.name}-table", "evaluate them", 2,
-             f"fid.py evaluate --images={images} --data={data} --detector=pixels --bootstrap=200 --out={table}")]
+        Step(
+            f"{row.name}-images",
+            f"make {num:,} images ({row.title})",
+            8,
+            f"generate.py {row.sampling} --outdir={images} {options}--seeds=0-{num - 1} --batch=250",
+        ),
+        Step(
+            f"{row.name}-table",
+            "evaluate them",
+            2,
+            f"fid.py evaluate --images={images} --data={data} --detector=pixels --bootstrap=200 --out={table}",
+        ),
+    ]
 
 
 def finished(outdir: str, rows: Sequence[Row], seconds: Mapping[str, float]) -> list[Method]:
     """The rows as methods to compare, given the `seconds` that each step took; runs are the steps that keep a log."""
-    return [Method(row.title, {name: f"{outdir}/{name}" for name in row.training
-                               if os.path.exists(f"{outdir}/{name}/stats.jsonl")},
-                   f"{outdir}/images/{row.name}.zip", f"{outdir}/tables/{row.name}.json",
-                   sum(seconds[name] for name in row.training), seconds[f"{row.name}-images"]) for row in rows]
+    return [
+        Method(
+            row.title,
+            {name: f"{outdir}/{name}" for name in row.training if os.path.exists(f"{outdir}/{name}/stats.jsonl")},
+            f"{outdir}/images/{row.name}.zip",
+            f"{outdir}/tables/{row.name}.json",
+            sum(seconds[name] for name in row.training),
+            seconds[f"{row.name}-images"],
+        )
+        for row in rows
+    ]
 
 
 def run_plan(steps: Sequence[Step], scripts: Mapping[str, Any], outdir: str, pace: float) -> dict[str, float]:

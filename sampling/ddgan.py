@@ -14,13 +14,27 @@ from training.diffusion_steps import DiffusionSteps
 __all__ = ["check_options", "ddgan_sampler", "is_generator"]
 
 # What generate.py can be asked when the network is a generator; all else shapes the path of a denoiser.
-OPTIONS = {"network", "outdir", "seeds", "subdirs", "classes", "batch", "grid", "save_each_sample", "device",
-           "trust_pickle", "precision", "compile"}
+OPTIONS = {
+    "network",
+    "outdir",
+    "seeds",
+    "subdirs",
+    "classes",
+    "batch",
+    "grid",
+    "save_each_sample",
+    "device",
+    "trust_pickle",
+    "precision",
+    "compile",
+}
 
 
 @torch.no_grad()
 def ddgan_sampler(
-    net: torch.nn.Module, latents: torch.Tensor, class_labels: torch.Tensor | None = None,
+    net: torch.nn.Module,
+    latents: torch.Tensor,
+    class_labels: torch.Tensor | None = None,
     randn_like: Callable[[torch.Tensor], torch.Tensor] = torch.randn_like,
 ) -> torch.Tensor:
     """Images float32 [N,C,H,W] in [-1,1] from latents [N,C,H,W] ~ N(0,I), by T calls of the generator `net`.
@@ -38,7 +52,7 @@ def ddgan_sampler(
     return x
 
 
-_steps = functools.lru_cache(maxsize=1)(DiffusionSteps)     # Its copies to a GPU would wait for the batch before.
+_steps = functools.lru_cache(maxsize=1)(DiffusionSteps)  # Its copies to a GPU would wait for the batch before.
 
 
 def is_generator(net) -> bool:
@@ -49,5 +63,7 @@ def is_generator(net) -> bool:
 def check_options(name: str) -> None:
     """Raise UsageError when generate.py was given an option that means nothing for the generator `name`."""
     for option in given_options(besides=OPTIONS):
-        raise click.UsageError(f"{option}: belongs to diffusion models in EDM's sense, and {name} holds a generator, "
-                               "whose steps are fixed; leave it out")
+        raise click.UsageError(
+            f"{option}: belongs to diffusion models in EDM's sense, and {name} holds a generator, "
+            "whose steps are fixed; leave it out"
+        )

@@ -19,8 +19,14 @@ __all__ = ["EvaluationMeter", "Stopwatch", "batch_size", "generate_images", "sha
 
 
 def generate_images(
-    net, seeds: Sequence[int], *, device: torch.device, class_idx: int | Sequence[int] | None = None, batch: int = 64,
-    sampler: Callable[..., torch.Tensor] = heun_sampler, same_shape: bool = False,
+    net,
+    seeds: Sequence[int],
+    *,
+    device: torch.device,
+    class_idx: int | Sequence[int] | None = None,
+    batch: int = 64,
+    sampler: Callable[..., torch.Tensor] = heun_sampler,
+    same_shape: bool = False,
 ) -> Iterator[tuple[list[int], np.ndarray, np.ndarray | None]]:
     """Yield (seeds, images uint8 [n,H,W,C], classes int64 [n] or None) for at most `batch` seeds at a time, in order.
 

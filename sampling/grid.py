@@ -12,13 +12,17 @@ from torch_utils.checkpoint import atomic_open
 
 __all__ = ["image_sheet", "save_grid"]
 
-CELL, SHEET = 64, 4096   # pixels: an image's side below which it is enlarged, a sheet's side that enlarging respects
+CELL, SHEET = 64, 4096  # pixels: an image's side below which it is enlarged, a sheet's side that enlarging respects
 WHITE = 255
 
 
 def save_grid(
-    images: np.ndarray | Sequence[np.ndarray], path: str, columns: int | None = None, scale: int | None = None,
-    row_labels: Sequence[str] | None = None, column_labels: Sequence[str] | None = None,
+    images: np.ndarray | Sequence[np.ndarray],
+    path: str,
+    columns: int | None = None,
+    scale: int | None = None,
+    row_labels: Sequence[str] | None = None,
+    column_labels: Sequence[str] | None = None,
     captions: Sequence[str] | None = None,
 ) -> None:
     """Write `image_sheet` of the same arguments to `path` as a PNG (atomically)."""
@@ -28,8 +32,11 @@ def save_grid(
 
 
 def image_sheet(
-    images: np.ndarray | Sequence[np.ndarray], columns: int | None = None, scale: int | None = None,
-    row_labels: Sequence[str] | None = None, column_labels: Sequence[str] | None = None,
+    images: np.ndarray | Sequence[np.ndarray],
+    columns: int | None = None,
+    scale: int | None = None,
+    row_labels: Sequence[str] | None = None,
+    column_labels: Sequence[str] | None = None,
     captions: Sequence[str] | None = None,
 ) -> Image.Image:
     """One picture of all images, uint8 [N,H,W,C] (or N of [H,W,C]; C = 1 or 3), row by row, thin gaps between.
@@ -68,7 +75,7 @@ def image_sheet(
     for row, text in enumerate((row_labels or ())[:rows]):
         draw.text((gap, above + row * cell_h + cell_h // 2), text, fill="black", font=font, anchor="lm")
 
-    def write(x: int, y: int, text: str) -> None:   # what is wider than an image is cut off
+    def write(x: int, y: int, text: str) -> None:  # what is wider than an image is cut off
         while text and font.getlength(text) > cell_w - gap:
             text = text[:-1]
         draw.text((x, y), text, fill="black", font=font)

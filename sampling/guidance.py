@@ -27,7 +27,7 @@ def at_step(net, order: int, sigma: float):
 class Guidance:
     """What a denoiser says about itself, forwarded from the one that is guided."""
 
-    networks = ("net",)     # the attributes that are denoisers
+    networks = ("net",)  # the attributes that are denoisers
 
     def __init__(self, net):
         self.net = net
@@ -109,13 +109,22 @@ class DiscriminatorGuidance(Guidance):
     f is called with the very (x, sigma, y) that D gets. UserError: f has another resolution, channels or classes.
     """
 
-    def __init__(self, net, discriminator, *, weights: Sequence[float] = (1, 1), gate: Sequence[float] = (0, math.inf),
-                 noise_rates: torch.Tensor | None = None, right_shares: torch.Tensor | None = None,
-                 stopwatch: AbstractContextManager | None = None):
+    def __init__(
+        self,
+        net,
+        discriminator,
+        *,
+        weights: Sequence[float] = (1, 1),
+        gate: Sequence[float] = (0, math.inf),
+        noise_rates: torch.Tensor | None = None,
+        right_shares: torch.Tensor | None = None,
+        stopwatch: AbstractContextManager | None = None,
+    ):
         super().__init__(net)
         if not net.label_dim or _format(discriminator) != _format(net):
-            raise dnnlib.UserError(f"--discriminator: trained on {_format(discriminator)}; the network makes "
-                                   f"{_format(net)}")
+            raise dnnlib.UserError(
+                f"--discriminator: trained on {_format(discriminator)}; the network makes {_format(net)}"
+            )
         self.discriminator, self.weights, self.weight, self.gate = discriminator, tuple(weights), weights[0], gate
         self.log_odds = None
         if noise_rates is not None:
@@ -134,7 +143,7 @@ class DiscriminatorGuidance(Guidance):
         denoised = self.net(x, sigma, class_labels)
         sigma = torch.as_tensor(sigma, device=x.device)
         factor = self.weight * sigma.square()
-        if self.gate is not None:       # not asked for `at_step`: noise levels that differ, or that a device keeps
+        if self.gate is not None:  # not asked for `at_step`: noise levels that differ, or that a device keeps
             inside = (sigma >= self.gate[0]) & (sigma <= self.gate[1])
             if self.weight == 0 or not inside.any():
                 return denoised

@@ -19,9 +19,9 @@ import tqdm
 from PIL import Image
 
 import dnnlib
+from archives.reader import EXTENSIONS, METADATA, ArchiveReader
 from sampling.grid import save_grid
 from torch_utils import distributed
-from training.archive_reader import EXTENSIONS, METADATA, ArchiveReader
 
 __all__ = ["check_free", "image_name", "is_zip", "progress", "save_images", "save_sheet"]
 
@@ -50,8 +50,9 @@ def check_free(path: str) -> None:
         for name in files:
             if name == METADATA or os.path.splitext(name)[1].lower() in EXTENSIONS:
                 found = os.path.relpath(os.path.join(folder, name), path)
-                raise dnnlib.UserError(f"--outdir={path}: holds {found}, with which the images would mix; choose an "
-                                       "empty folder")
+                raise dnnlib.UserError(
+                    f"--outdir={path}: holds {found}, with which the images would mix; choose an empty folder"
+                )
 
 
 def save_images(batches: Batches, path: str, subdirs: bool = False, class_names: Sequence[str] | None = None) -> None:
@@ -103,10 +104,12 @@ class _Output:
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool, ThreadPoolExecutor(1) as writer:
             for seeds, images, classes in batches:
                 if stored is not None:
-                    stored.result()     # the batch before, done while the network made this one: two at most in memory
+                    stored.result()  # the batch before, done while the network made this one: two at most in memory
                 names = [image_name(seed, subdirs) for seed in seeds]
-                entries += [[n, c] for n, c in zip(names, [None] * len(names) if classes is None else classes.tolist(),
-                                                   strict=True)]
+                entries += [
+                    [n, c]
+                    for n, c in zip(names, [None] * len(names) if classes is None else classes.tolist(), strict=True)
+                ]
                 stored = writer.submit(self.store, pool.map(self.encode, names, images))
             if stored is not None:
                 stored.result()
@@ -130,7 +133,7 @@ class _Folder(_Output):
             with open(target, "wb") as file:
                 file.write(data)
         except OSError as e:
-            raise OSError(e.errno, e.strerror, target) from e   # A full disk does not name the file.
+            raise OSError(e.errno, e.strerror, target) from e  # A full disk does not name the file.
 
     def store(self, pending: Iterable[None]) -> None:
         for _ in pending:
@@ -202,7 +205,7 @@ class _Archive(_Output):
     def abort(self) -> None:
         with contextlib.suppress(OSError, ValueError):
             if self.zip is not None:
-                self.zip.close()    # Else its destructor writes to a closed file.
+                self.zip.close()  # Else its destructor writes to a closed file.
         self.stack.__exit__(*sys.exc_info())
 
     def close(self) -> None:

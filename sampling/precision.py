@@ -22,7 +22,7 @@ def prepare(net: torch.nn.Module, precision: str | None = None, compile: bool = 
     """
     device = next(net.parameters()).device
     if precision is not None:
-        net.use_fp16 = False    # the snapshot's own choice
+        net.use_fp16 = False  # the snapshot's own choice
     # Without a choice ten-bit products stay off: with them an image would depend on its batch.
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = precision not in (None, "fp32")
     if precision in LOWER:
@@ -32,14 +32,14 @@ def prepare(net: torch.nn.Module, precision: str | None = None, compile: bool = 
             if name.rpartition(".")[2] in BRANCH:
                 _lower(layer, LOWER[precision], stays=name.endswith("qkv"))
     if device.type == "cpu" or precision in LOWER:
-        net.to(memory_format=torch.channels_last)   # not float32 on CUDA, whose kernels want the other order
+        net.to(memory_format=torch.channels_last)  # not float32 on CUDA, whose kernels want the other order
     if compile:
         net.model.compile(dynamic=False, options={"freezing": device.type == "cpu"})
     return net
 
 
 def _lower(layer: torch.nn.Module, dtype: torch.dtype, stays: bool) -> None:
-    layer.to(dtype)     # Parameters too, else they were rounded again at every call.
+    layer.to(dtype)  # Parameters too, else they were rounded again at every call.
     layer.register_forward_pre_hook(lambda _, args: (args[0].to(dtype), *args[1:]))
     if not stays:
         layer.register_forward_hook(lambda _, args, output: output.float())

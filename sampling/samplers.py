@@ -33,10 +33,18 @@ Function = Callable[[torch.Tensor], torch.Tensor]
 
 @torch.no_grad()
 def heun_sampler(
-    net: Denoiser, latents: torch.Tensor, class_labels: torch.Tensor | None = None,
+    net: Denoiser,
+    latents: torch.Tensor,
+    class_labels: torch.Tensor | None = None,
     randn_like: Function = torch.randn_like,
-    num_steps: int = 18, sigma_min: float = 0.002, sigma_max: float = 80, rho: float = 7,
-    S_churn: float = 0, S_min: float = 0, S_max: float = math.inf, S_noise: float = 1,
+    num_steps: int = 18,
+    sigma_min: float = 0.002,
+    sigma_max: float = 80,
+    rho: float = 7,
+    S_churn: float = 0,
+    S_min: float = 0,
+    S_max: float = math.inf,
+    S_noise: float = 1,
 ) -> torch.Tensor:
     """Second-order stochastic sampler (Karras et al. 2022, Algorithm 2): 2 num_steps - 1 evaluations of `net`.
 
@@ -69,11 +77,23 @@ def heun_sampler(
 
 @torch.no_grad()
 def ablation_sampler(
-    net: Denoiser, latents: torch.Tensor, class_labels: torch.Tensor | None = None,
+    net: Denoiser,
+    latents: torch.Tensor,
+    class_labels: torch.Tensor | None = None,
     randn_like: Function = torch.randn_like,
-    num_steps: int = 18, sigma_min: float | None = None, sigma_max: float | None = None, rho: float = 7,
-    solver: str = "heun", discretization: str = "edm", schedule: str = "linear", scaling: str = "none",
-    alpha: float = 1, S_churn: float = 0, S_min: float = 0, S_max: float = math.inf, S_noise: float = 1,
+    num_steps: int = 18,
+    sigma_min: float | None = None,
+    sigma_max: float | None = None,
+    rho: float = 7,
+    solver: str = "heun",
+    discretization: str = "edm",
+    schedule: str = "linear",
+    scaling: str = "none",
+    alpha: float = 1,
+    S_churn: float = 0,
+    S_min: float = 0,
+    S_max: float = math.inf,
+    S_noise: float = 1,
 ) -> torch.Tensor:
     """The general sampler of which VP, VE, iDDPM and EDM sampling are settings (Karras et al. 2022, Table 1, Eq. 4).
 
@@ -81,13 +101,18 @@ def ablation_sampler(
     `schedule` sigma(t), `scaling` s(t); `alpha` places the second evaluation of the Heun-like solver (1 = Heun, 1/2 =
     midpoint). A range of None is that of `discretization`. Other arguments, result and errors as `heun_sampler`.
     """
-    for name, value, known in [("solver", solver, SOLVERS), ("discretization", discretization, DISCRETIZATIONS),
-                               ("schedule", schedule, SCHEDULES), ("scaling", scaling, SCALINGS)]:
+    for name, value, known in [
+        ("solver", solver, SOLVERS),
+        ("discretization", discretization, DISCRETIZATIONS),
+        ("schedule", schedule, SCHEDULES),
+        ("scaling", scaling, SCALINGS),
+    ]:
         if value not in known:
             raise ValueError(f"{name} is {value!r}; known: {', '.join(known)}")
     default_min, default_max = _default_range(discretization)
-    low, high = _clip_range(net, default_min if sigma_min is None else sigma_min,
-                            default_max if sigma_max is None else sigma_max)
+    low, high = _clip_range(
+        net, default_min if sigma_min is None else sigma_min, default_max if sigma_max is None else sigma_max
+    )
     curve = _schedule(schedule, low, high)
     scale = _vp_scaling(curve) if scaling == "vp" else _no_scaling()
     steps = net.round_sigma(_sigma_steps(discretization, num_steps, low, high, rho)).double()
@@ -130,6 +155,7 @@ def ablation_sampler(
 # ----------------------------------------------------------------------------------------------------------------------
 # What both samplers share.
 
+
 def _dtype(latents: torch.Tensor) -> torch.dtype:
     return torch.float32 if latents.device.type == "mps" else torch.float64
 
@@ -143,8 +169,10 @@ def _on_device(values: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
 def _clip_range(net: Denoiser, sigma_min: float, sigma_max: float) -> tuple[float, float]:
     low, high = max(sigma_min, float(net.sigma_min)), min(sigma_max, float(net.sigma_max))
     if not 0 < low < high:
-        raise dnnlib.UserError(f"sigma_min={sigma_min:g}, sigma_max={sigma_max:g}: nothing of this range is within "
-                               f"the network's, {float(net.sigma_min):g} to {float(net.sigma_max):g}")
+        raise dnnlib.UserError(
+            f"sigma_min={sigma_min:g}, sigma_max={sigma_max:g}: nothing of this range is within "
+            f"the network's, {float(net.sigma_min):g} to {float(net.sigma_max):g}"
+        )
     return low, high
 
 
@@ -166,6 +194,7 @@ def _edm_steps(num_steps: int, low: float, high: float, rho: float) -> torch.Ten
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The rows of Table 1: sampling steps, sigma(t), s(t).
+
 
 def _default_range(discretization: str) -> tuple[float, float]:
     if discretization == "vp":
@@ -226,8 +255,9 @@ def _schedule(name: str, low: float, high: float) -> _Schedule:
             sigma = vp_sigma(t, beta_d, beta_min)
             return (beta_d * t + beta_min) * (sigma + 1 / sigma) / 2
 
-        return _Schedule(lambda t: vp_sigma(t, beta_d, beta_min), derivative,
-                         lambda sigma: vp_sigma_inv(sigma, beta_d, beta_min))
+        return _Schedule(
+            lambda t: vp_sigma(t, beta_d, beta_min), derivative, lambda sigma: vp_sigma_inv(sigma, beta_d, beta_min)
+        )
     if name == "ve":
         return _Schedule(torch.sqrt, lambda t: 0.5 / t.sqrt(), torch.square)
     return _Schedule(lambda t: t, torch.ones_like, lambda sigma: sigma)

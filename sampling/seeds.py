@@ -36,5 +36,6 @@ class StackedRandomGenerator:
     def randint(self, *bounds: int, size: Iterable[int], **kwargs) -> torch.Tensor:
         """Integers of shape `size` = [seeds, ...] in the range `bounds`, as in torch.randint."""
         item = self._item_size(size)
-        return torch.stack([torch.randint(*bounds, size=item, generator=g, device=g.device, **kwargs)
-                            for g in self.generators])
+        return torch.stack(
+            [torch.randint(*bounds, size=item, generator=g, device=g.device, **kwargs) for g in self.generators]
+        )

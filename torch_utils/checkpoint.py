@@ -18,12 +18,22 @@ import torch
 from dnnlib import UserError, atomic_open
 from torch_utils import distributed, safe_pickle
 
-__all__ = ["atomic_open", "latest_run", "latest_state", "load_state", "prune_states", "remove_leftovers",
-           "require_space", "save_state", "size_of", "states"]
+__all__ = [
+    "atomic_open",
+    "latest_run",
+    "latest_state",
+    "load_state",
+    "prune_states",
+    "remove_leftovers",
+    "require_space",
+    "save_state",
+    "size_of",
+    "states",
+]
 
 _LEFTOVER = re.compile(r"\.(training-state|network-snapshot|samples|training_options|stats)\b.*\.[0-9a-f]{8}\.tmp")
-_DIGEST = 64        # hexadecimal digits of the SHA-256 that follows a state's ZIP container
-_END_RECORD = 22    # bytes of the record that ends a ZIP container without a comment
+_DIGEST = 64  # hexadecimal digits of the SHA-256 that follows a state's ZIP container
+_END_RECORD = 22  # bytes of the record that ends a ZIP container without a comment
 
 
 def save_state(path: str | os.PathLike[str], state: dict[str, Any]) -> None:
@@ -46,7 +56,7 @@ def save_state(path: str | os.PathLike[str], state: dict[str, Any]) -> None:
         file.write(hashed.sha256.hexdigest().encode())
         file.flush()
         os.fsync(file.fileno())
-        if hasattr(os, "posix_fadvise"):    # read from the disk, not from the memory that was to be written there
+        if hasattr(os, "posix_fadvise"):  # read from the disk, not from the memory that was to be written there
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         if _damage(file.name) is not None:
             raise OSError(errno.EIO, "what was written reads back differently", str(path))
@@ -81,8 +91,11 @@ def require_space(path: str | os.PathLike[str], size: int) -> None:
     """Raise OSError naming `path` when the disk it lies on has fewer than `size` bytes to give."""
     free = shutil.disk_usage(os.path.dirname(os.path.abspath(path))).free
     if free < size:
-        raise OSError(errno.ENOSPC, f"needs {size / 2**20:.1f} MiB and {free / 2**20:.1f} MiB are free, so it was not "
-                      "begun", str(path))
+        raise OSError(
+            errno.ENOSPC,
+            f"needs {size / 2**20:.1f} MiB and {free / 2**20:.1f} MiB are free, so it was not begun",
+            str(path),
+        )
 
 
 def _check_plain(value: Any, where: str) -> None:
@@ -114,7 +127,7 @@ def _damage(path: str | os.PathLike[str]) -> str | None:
         file.seek(max(size - _END_RECORD, 0))
         if not file.read().startswith(b"PK\5\6"):
             return "truncated, damaged or not a state (its checksum differs)"
-    try:    # a container that nothing follows: a state of an earlier version, or of another program
+    try:  # a container that nothing follows: a state of an earlier version, or of another program
         with zipfile.ZipFile(path) as archive:
             if any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()):
                 return "not a state (its parts are compressed)"  # and could unfold into any size
@@ -136,8 +149,10 @@ def load_state(path: str | os.PathLike[str]) -> dict[str, Any]:
         with open(path, "rb") as file:
             state = safe_pickle.load_torch(file, str(path))
     except UserError as e:
-        raise UserError(f"{path}: not a training state of this program ({e.message.removeprefix(f'{path}: ')}); to go "
-                        "on from a snapshot's weights, give the network-snapshot-*.pkl beside it to --transfer") from e
+        raise UserError(
+            f"{path}: not a training state of this program ({e.message.removeprefix(f'{path}: ')}); to go "
+            "on from a snapshot's weights, give the network-snapshot-*.pkl beside it to --transfer"
+        ) from e
     if not isinstance(state, dict):
         raise UserError(f"{path}: not a training state, it holds a {type(state).__name__}")
     return state
@@ -159,7 +174,7 @@ def latest_state(run_dir: str | os.PathLike[str]) -> str | None:
     for path in states(run_dir):
         try:
             damage = _damage(path)
-        except OSError as e:    # a bad sector, say: the one before it may be readable
+        except OSError as e:  # a bad sector, say: the one before it may be readable
             damage = f"unreadable ({e.strerror or e})"
         if damage is None:
             return str(path)
@@ -183,7 +198,7 @@ def latest_run(outdir: str | os.PathLike[str]) -> str | None:
 
 def prune_states(run_dir: str | os.PathLike[str], keep: int) -> None:
     """Delete all but the newest `keep` (at least 1) states."""
-    for path in states(run_dir)[max(keep, 1):]:
+    for path in states(run_dir)[max(keep, 1) :]:
         path.unlink(missing_ok=True)
 
 

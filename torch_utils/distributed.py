@@ -19,12 +19,28 @@ import torch.distributed.nn.functional  # noqa: F401  (loaded after init(), its 
 import dnnlib
 from torch_utils import misc
 
-__all__ = ["LoneError", "all_gather_object", "all_reduce_max", "all_reduce_sum", "barrier", "broadcast_object",
-           "device", "ended", "get_rank", "get_world_size", "guard", "init", "print0", "shared", "shutdown", "together"]
+__all__ = [
+    "LoneError",
+    "all_gather_object",
+    "all_reduce_max",
+    "all_reduce_sum",
+    "barrier",
+    "broadcast_object",
+    "device",
+    "ended",
+    "get_rank",
+    "get_world_size",
+    "guard",
+    "init",
+    "print0",
+    "shared",
+    "shutdown",
+    "together",
+]
 
 _device: torch.device | None = None
 _processes: list[tuple[str, int]] = []  # machine and process id of every rank
-_PATIENCE = 3.0     # seconds in which a process whose connections are gone has ended
+_PATIENCE = 3.0  # seconds in which a process whose connections are gone has ended
 
 
 class LoneError(dnnlib.UserError):
@@ -51,8 +67,10 @@ def _choose_device(name: str, local_rank: int, processes: int) -> torch.device:
         if not torch.cuda.is_available():
             refuse("no CUDA device here; use --device=cpu or --device=auto")
         if local_rank >= torch.cuda.device_count():
-            refuse(f"process {local_rank} of this machine has no GPU, there are {torch.cuda.device_count()}; "
-                   "lower --nproc_per_node")
+            refuse(
+                f"process {local_rank} of this machine has no GPU, there are {torch.cuda.device_count()}; "
+                "lower --nproc_per_node"
+            )
         return torch.device("cuda", local_rank)
     if name == "mps":
         if not torch.backends.mps.is_available():
@@ -210,7 +228,7 @@ def guard(where: Callable[[], str], lone: bool = False) -> Iterator[None]:
             raise
         if lone and isinstance(e, (click.ClickException, OSError)):
             raise shared(LoneError(f"process {get_rank()}, {where()}: {_describe(e)}")) from e
-        gone = ended() if isinstance(e, RuntimeError) else []   # so are the errors of collectives
+        gone = ended() if isinstance(e, RuntimeError) else []  # so are the errors of collectives
         if not gone:
             raise
         names = " and ".join(f"process {rank} (id {_processes[rank][1]})" for rank in gone)

@@ -43,8 +43,10 @@ def module_summary(module: torch.nn.Module) -> str:
     """One line: class, parameters, buffers, number of modules."""
     buffers = sum(b.numel() for b in module.buffers())
     modules = sum(1 for _ in module.modules())
-    return (f"{type(module).__name__}: {count_parameters(module):,} parameters, {buffers:,} buffer values, "
-            f"{modules} modules")
+    return (
+        f"{type(module).__name__}: {count_parameters(module):,} parameters, {buffers:,} buffer values, "
+        f"{modules} modules"
+    )
 
 
 def keep_freed_memory() -> None:
@@ -52,7 +54,7 @@ def keep_freed_memory() -> None:
 
     For the whole process, on glibc; elsewhere nothing happens.
     """
-    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3     # <malloc.h>
+    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # <malloc.h>
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
         libc.mallopt(M_MMAP_THRESHOLD, 2**30)

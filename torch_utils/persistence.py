@@ -69,8 +69,9 @@ def persistent_class(cls: type | None = None, /, *, embed_source: bool = True) -
 def _register(cls: type) -> None:
     known = _classes.setdefault(cls.__name__, cls)
     if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
-        raise TypeError(f"persistent class {cls.__name__!r} of {cls.__module__} is already defined in "
-                        f"{known.__module__}")
+        raise TypeError(
+            f"persistent class {cls.__name__!r} of {cls.__module__} is already defined in {known.__module__}"
+        )
     _classes[cls.__name__] = cls  # a reloaded module replaces its classes
 
 
@@ -80,6 +81,7 @@ def _recording(cls: type, init: Callable[..., None]) -> Callable[..., None]:
         if type(self) is cls:  # for a subclass the arguments that count are the subclass's
             vars(self).update(_init_args=copy.deepcopy(args), _init_kwargs=copy.deepcopy(kwargs))
         init(self, *args, **kwargs)
+
     return __init__
 
 
@@ -109,10 +111,21 @@ def _reduce(self: Any) -> tuple[Callable[..., Any], tuple[dict[str, Any]]]:
     state = _state(self)
     if not cls._persistent_source and isinstance(self, torch.nn.Module):
         # Only we read it: flat tensors, so that the network may be made of any torch layers.
-        state = {"training": self.training, "_parameters": dict(self.state_dict()), "_buffers": {}, "_modules": {},
-                 "_init_args": self._init_args, "_init_kwargs": self._init_kwargs}
-    meta = {"type": "class", "version": _VERSION, "module_src": cls._persistent_source, "class_name": cls.__name__,
-            "state": state}
+        state = {
+            "training": self.training,
+            "_parameters": dict(self.state_dict()),
+            "_buffers": {},
+            "_modules": {},
+            "_init_args": self._init_args,
+            "_init_kwargs": self._init_kwargs,
+        }
+    meta = {
+        "type": "class",
+        "version": _VERSION,
+        "module_src": cls._persistent_source,
+        "class_name": cls.__name__,
+        "state": state,
+    }
     return _reconstruct_persistent_obj, (meta,)
 
 
@@ -186,8 +199,9 @@ def _kimg(path: str) -> float:
     return float(match[1]) if match else -1.0
 
 
-def load_snapshot(path_or_url: str | os.PathLike[str], trust_pickle: bool = False,
-                  kind: str | tuple[str, ...] | None = None) -> dict[str, Any]:
+def load_snapshot(
+    path_or_url: str | os.PathLike[str], trust_pickle: bool = False, kind: str | tuple[str, ...] | None = None
+) -> dict[str, Any]:
     """Read a snapshot of ours or of EDM's without running anything in it (formats.md, Network snapshot).
 
     Returns a dict: `ema`, our class of the recorded name in eval mode without gradients, on the CPU; `info`,
@@ -230,8 +244,9 @@ def _check_kind(name: str, cls: type, kind: str | tuple[str, ...] | None) -> Non
     found = getattr(_classes.get(cls.__name__, cls), "network_kind", None)
     wanted = (kind,) if isinstance(kind, str) else kind
     if wanted is not None and found not in wanted and not (found is None and cls.__module__ in _executed):
-        raise UserError(f"{name}: holds a {found or 'network of another kind'} ({cls.__name__}), not a "
-                        f"{' or '.join(wanted)}")
+        raise UserError(
+            f"{name}: holds a {found or 'network of another kind'} ({cls.__name__}), not a {' or '.join(wanted)}"
+        )
 
 
 class _ValueLimit(TorchDispatchMode):
@@ -273,8 +288,10 @@ class _Reader(safe_pickle.Resolver):
         class_name = self._meta(record)[0]
         cls = _classes.get(class_name)
         if cls is None or not issubclass(cls, torch.nn.Module):
-            raise self.fail(f"holds a network of class {class_name[:100]!r}, which this program does not have; there "
-                            f"are {', '.join(sorted(n for n, c in _classes.items() if hasattr(c, 'network_kind')))}")
+            raise self.fail(
+                f"holds a network of class {class_name[:100]!r}, which this program does not have; there "
+                f"are {', '.join(sorted(n for n, c in _classes.items() if hasattr(c, 'network_kind')))}"
+            )
         _check_kind(self._name, cls, kind)
         return cls
 
@@ -323,10 +340,16 @@ class _Reader(safe_pickle.Resolver):
 
     def _load(self, net: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> None:
         expected = net.state_dict()
-        sizes = [f"{name} {list(tensors[name].shape)} instead of {list(expected[name].shape)}"
-                 for name in expected.keys() & tensors.keys() if tensors[name].shape != expected[name].shape]
-        for what, names in {"lacks": expected.keys() - tensors.keys(), "has unknown": tensors.keys() - expected.keys(),
-                            "has other sizes:": sizes}.items():
+        sizes = [
+            f"{name} {list(tensors[name].shape)} instead of {list(expected[name].shape)}"
+            for name in expected.keys() & tensors.keys()
+            if tensors[name].shape != expected[name].shape
+        ]
+        for what, names in {
+            "lacks": expected.keys() - tensors.keys(),
+            "has unknown": tensors.keys() - expected.keys(),
+            "has other sizes:": sizes,
+        }.items():
             if names:
                 listed = ", ".join(sorted(names)[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
                 raise self.fail(f"its {type(net).__name__} {what} {listed}")
@@ -400,5 +423,10 @@ def _load_trusted(data: bytes, name: str, kind: str | tuple[str, ...] | None) ->
             return obj
         return {"class_name": type(obj).__name__, **getattr(obj, "_init_kwargs", {})}
 
-    return {"ema": net, "info": tree.get("info") or {}, "dataset_kwargs": dict(tree.get("dataset_kwargs") or {}),
-            "loss_fn": settings(tree.get("loss_fn")), "augment_pipe": settings(tree.get("augment_pipe"))}
+    return {
+        "ema": net,
+        "info": tree.get("info") or {},
+        "dataset_kwargs": dict(tree.get("dataset_kwargs") or {}),
+        "loss_fn": settings(tree.get("loss_fn")),
+        "augment_pipe": settings(tree.get("augment_pipe")),
+    }

@@ -84,7 +84,7 @@ def _array(data: bytes) -> np.ndarray:
         raise ValueError("holds Python objects, which are never loaded")
     if dtype.kind not in "biufcU" or dtype.shape:
         raise ValueError(f"holds {str(dtype)[:50]}, expected numbers or text")
-    content = memoryview(data)[stream.tell():]
+    content = memoryview(data)[stream.tell() :]
     count = math.prod(shape)
     if min(shape, default=0) < 0 or count * dtype.itemsize != len(content):
         raise ValueError(f"{len(content)} bytes for shape {list(shape)} of {dtype}")

@@ -26,18 +26,31 @@ from dnnlib import UserError
 if TYPE_CHECKING:  # imported where there are tensors to read: others should not wait for it
     import torch
 
-__all__ = ["ARRAYS", "CONTAINERS", "TENSORS", "Record", "Resolver", "end_of_pickle", "load", "load_cifar_batch",
-           "load_torch", "parse", "refuse"]
+__all__ = [
+    "ARRAYS",
+    "CONTAINERS",
+    "TENSORS",
+    "Record",
+    "Resolver",
+    "end_of_pickle",
+    "load",
+    "load_cifar_batch",
+    "load_torch",
+    "parse",
+    "refuse",
+]
 
 # What the published network snapshots ask for, beside their persistent objects and plain data.
-TENSORS = frozenset({"torch._utils._rebuild_parameter", "torch._utils._rebuild_tensor_v2",
-                     "torch.storage._load_from_bytes"})
+TENSORS = frozenset(
+    {"torch._utils._rebuild_parameter", "torch._utils._rebuild_tensor_v2", "torch.storage._load_from_bytes"}
+)
 CONTAINERS = frozenset(f"torch.nn.modules.container.{name}" for name in ("ModuleDict", "ModuleList", "Sequential"))
 _SCALARS = frozenset({"numpy.dtype", "numpy.core.multiarray.scalar"})
 _DICTS = frozenset({"collections.OrderedDict", "dnnlib.util.EasyDict"})
 # What CIFAR's archives, written by Python 2 and NumPy 1 or any later ones, ask for.
-ARRAYS = frozenset({"numpy.core.multiarray._reconstruct", "numpy.core.numeric._frombuffer", "numpy.ndarray",
-                    "_codecs.encode"})
+ARRAYS = frozenset(
+    {"numpy.core.multiarray._reconstruct", "numpy.core.numeric._frombuffer", "numpy.ndarray", "_codecs.encode"}
+)
 
 # Storages in files of torch.save, by the name of the class that stood for the kind: the names of their dtypes.
 _KINDS = {f"torch.{name}Storage": dtype for name, dtype in dict(
@@ -203,9 +216,14 @@ def _open_zip(file: IO[bytes], name: str, extra: Iterable[str]) -> tuple[Any, li
         entries = {info.filename: info for info in archive.infolist()}
         pickles = [entry for entry in entries if entry.endswith("/data.pkl")]
         # torch.save stores its entries as they are: nothing here can unfold into more than the file's size.
-        if len(pickles) != 1 or len(entries) != len(archive.infolist()) or any(
+        if (
+            len(pickles) != 1
+            or len(entries) != len(archive.infolist())
+            or any(
                 info.compress_type or info.flag_bits & 1 or info.compress_size != info.file_size
-                for info in entries.values()):
+                for info in entries.values()
+            )
+        ):
             raise ValueError("not the ZIP that torch.save writes")
         prefix = pickles[0].removesuffix("data.pkl")
         if prefix + "byteorder" in entries and archive.read(prefix + "byteorder") != b"little":
@@ -228,7 +246,8 @@ def _open_zip(file: IO[bytes], name: str, extra: Iterable[str]) -> tuple[Any, li
 def _open_legacy(file: IO[bytes], name: str, extra: Iterable[str]) -> tuple[Any, list[str], _ReadStorage]:
     magic, protocol, system = (_parse(file, name)[0] for _ in range(3))
     if (magic, protocol) != (_LEGACY_MAGIC, _LEGACY_PROTOCOL) or not (
-            isinstance(system, dict) and system.get("little_endian") is True):
+        isinstance(system, dict) and system.get("little_endian") is True
+    ):
         raise UserError(f"{name}: not a file of torch.save, or not a little-endian one")
     tree, reader = _parse(file, name, extra)
     keys = _parse(file, name)[0]

@@ -20,7 +20,7 @@ class Stats:
     def __init__(self, device: torch.device | str):
         self._device = torch.device(device)
         self._dtype = torch.float32 if self._device.type == "mps" else torch.float64
-        self._sums: dict[str, torch.Tensor] = {}    # name: count, sum, sum of squares
+        self._sums: dict[str, torch.Tensor] = {}  # name: count, sum, sum of squares
 
     def add(self, name: str, value: torch.Tensor | float, mask: torch.Tensor | None = None) -> None:
         """Count every element of `value` (any shape) under `name`, without waiting for the device.
@@ -50,18 +50,18 @@ class Stats:
         table = torch.zeros(-(-(len(names) + 1) // _ROWS) * _ROWS, 3, dtype=self._dtype)
         # First row: a checksum of the names, small enough for its square to stay exact in a float64.
         check = zlib.crc32("\n".join(names).encode()) & 0xFFFF
-        table[0, 1], table[0, 2] = check, check ** 2
+        table[0, 1], table[0, 2] = check, check**2
         table = table.to(self._device)
         if names:
-            table[1:len(names) + 1] = torch.stack([self._sums[name] for name in names])
+            table[1 : len(names) + 1] = torch.stack([self._sums[name] for name in names])
         table = distributed.all_reduce_sum(table).double().cpu()
         size = distributed.get_world_size()
-        if table[0, 1] != size * check or table[0, 2] != size * check ** 2:
+        if table[0, 1] != size * check or table[0, 2] != size * check**2:
             raise RuntimeError(f"processes report different statistics; rank {distributed.get_rank()} has {names}")
         self._sums.clear()
         result = {}
-        for name, (num, total, squares) in zip(names, table[1:len(names) + 1].tolist(), strict=True):
+        for name, (num, total, squares) in zip(names, table[1 : len(names) + 1].tolist(), strict=True):
             mean = total / num if num else float("nan")
-            var = squares / num - mean ** 2 if num else float("nan")
+            var = squares / num - mean**2 if num else float("nan")
             result[name] = {"num": int(num), "mean": mean, "std": max(var, 0.0) ** 0.5 if var == var else var}
         return result

@@ -14,9 +14,19 @@ SCALE_STD, ANISO_STD, TRANSLATE_STD = 0.2, 0.2, 0.125  # scales in octaves, tran
 # Low-pass filter of the sym6 wavelet (Daubechies 1992). It is orthonormal to its even shifts, so that upsampling and
 # downsampling with it give the image back: a warp that does nothing changes nothing.
 SYM6 = (
-    0.015404109327027373, 0.0034907120842174702, -0.11799011114819057, -0.048311742585633, 0.4910559419267466,
-    0.787641141030194, 0.3379294217276218, -0.07263752278646252, -0.021060292512300564, 0.04472490177066578,
-    0.0017677118642428036, -0.007800708325034148)
+    0.015404109327027373,
+    0.0034907120842174702,
+    -0.11799011114819057,
+    -0.048311742585633,
+    0.4910559419267466,
+    0.787641141030194,
+    0.3379294217276218,
+    -0.07263752278646252,
+    -0.021060292512300564,
+    0.04472490177066578,
+    0.0017677118642428036,
+    -0.007800708325034148,
+)
 MARGIN = 3  # pixels around the output that downsampling needs to see
 
 
@@ -29,11 +39,20 @@ class AugmentPipe:
     [xflip, yflip, w_scale, cos(theta)-1, sin(theta), w_aniso cos(r), w_aniso sin(r), w_tx, w_ty].
     """
 
-    def __init__(self, p: float = 1, xflip: float = 0, yflip: float = 0, scale: float = 0, rotate_frac: float = 0,
-                 aniso: float = 0, translate_frac: float = 0):
+    def __init__(
+        self,
+        p: float = 1,
+        xflip: float = 0,
+        yflip: float = 0,
+        scale: float = 0,
+        rotate_frac: float = 0,
+        aniso: float = 0,
+        translate_frac: float = 0,
+    ):
         self.p = p
-        self.multipliers = dict(xflip=xflip, yflip=yflip, scale=scale, rotate_frac=rotate_frac, aniso=aniso,
-                                translate_frac=translate_frac)
+        self.multipliers = dict(
+            xflip=xflip, yflip=yflip, scale=scale, rotate_frac=rotate_frac, aniso=aniso, translate_frac=translate_frac
+        )
 
     def settings(self) -> dict:
         """Plain data that makes an equal object: AugmentPipe(**settings())."""
@@ -50,6 +69,7 @@ class AugmentPipe:
 
         `rotate_frac` and `aniso_axis` are angles in radians; the others count flips (0, 1) or deviations w.
         """
+
         def uniform() -> torch.Tensor:
             return torch.rand(n, generator=generator, device=device)
 

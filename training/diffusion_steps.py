@@ -15,13 +15,14 @@ class DiffusionSteps:
     q(x_t | x_0, x_{t+1}) (Ho et al. 2020, Eq. 7). ValueError: fewer than one step.
     """
 
-    def __init__(self, num_timesteps: int = 4, beta_min: float = 0.1, beta_max: float = 20.0,
-                 device: torch.device | str = "cpu"):
+    def __init__(
+        self, num_timesteps: int = 4, beta_min: float = 0.1, beta_max: float = 20.0, device: torch.device | str = "cpu"
+    ):
         if num_timesteps < 1:
             raise ValueError(f"num_timesteps={num_timesteps}: must be at least 1")
         self.num_timesteps, self.beta_min, self.beta_max = num_timesteps, beta_min, beta_max
         time = torch.arange(num_timesteps + 1, dtype=torch.float64) / num_timesteps * (1 - 1e-3) + 1e-3
-        kept = torch.exp(-0.5 * time**2 * (beta_max - beta_min) - time * beta_min)    # 1 - var
+        kept = torch.exp(-0.5 * time**2 * (beta_max - beta_min) - time * beta_min)  # 1 - var
         first = torch.tensor([1e-8], dtype=torch.float64)
         self.betas = torch.cat([first, 1 - kept[1:] / kept[:-1]]).to(torch.float32)
         self.a, self.sigma = (1 - self.betas).sqrt(), self.betas.sqrt()
@@ -45,8 +46,9 @@ class DiffusionSteps:
         abar = _rows(self.abar[t], x_0)
         return abar * x_0 + (1 - abar.square()).sqrt() * noise
 
-    def pair(self, x_0: torch.Tensor, t: torch.Tensor, noise: torch.Tensor,
-             step_noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def pair(
+        self, x_0: torch.Tensor, t: torch.Tensor, noise: torch.Tensor, step_noise: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """(x_t, x_{t+1}) [N,...] for t [N] in 0..T-1, each with its own noise like x_0."""
         x_t = self.diffuse(x_0, t, noise)
         return x_t, _rows(self.a[t + 1], x_0) * x_t + _rows(self.sigma[t + 1], x_0) * step_noise

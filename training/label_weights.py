@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from training.transition import impossible_label, inverse_transition
+from archives.label_noise import impossible_label, inverse_transition
 
 __all__ = ["clean_posterior", "cut_weights", "log_weights", "posterior_weights", "survivors"]
 
@@ -43,9 +43,7 @@ def survivors(weights: torch.Tensor, observed: torch.Tensor, tau: float) -> torc
     return (weights > tau).scatter(1, observed[:, None], True)
 
 
-def cut_weights(
-    weights: torch.Tensor, observed: torch.Tensor, tau: float, pairs: int | None = None
-) -> torch.Tensor:
+def cut_weights(weights: torch.Tensor, observed: torch.Tensor, tau: float, pairs: int | None = None) -> torch.Tensor:
     """Weights with the dropped classes set to 0, without renormalising, shape [N, C].
 
     `pairs`: of the other classes that survive tau only so many stay, the heaviest.

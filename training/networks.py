@@ -15,9 +15,25 @@ from torch.nn import functional as F
 
 from torch_utils.persistence import persistent_class
 
-__all__ = ["Conv2d", "DhariwalUNet", "EDMPrecond", "FourierEmbedding", "GroupNorm", "Linear", "PositionalEmbedding",
-           "SongUNet", "UNetBlock", "VEPrecond", "VPPrecond", "edm_coefs", "iDDPMPrecond", "ve_coefs", "vp_coefs",
-           "vp_sigma", "vp_sigma_inv"]
+__all__ = [
+    "Conv2d",
+    "DhariwalUNet",
+    "EDMPrecond",
+    "FourierEmbedding",
+    "GroupNorm",
+    "Linear",
+    "PositionalEmbedding",
+    "SongUNet",
+    "UNetBlock",
+    "VEPrecond",
+    "VPPrecond",
+    "edm_coefs",
+    "iDDPMPrecond",
+    "ve_coefs",
+    "vp_coefs",
+    "vp_sigma",
+    "vp_sigma_inv",
+]
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Layers
@@ -48,7 +64,7 @@ def _dropout(x: torch.Tensor, p: float, training: bool) -> torch.Tensor:
     dropped = round(p * 2**16)
     if not training or not 0 < dropped < 2**16 or x.device.type != "cpu" or torch.compiler.is_compiling():
         return F.dropout(x, p, training)
-    bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)[:x.numel()]
+    bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)[: x.numel()]
     kept = (bits >= dropped - 2**15).as_strided(x.shape, torch.empty_like(x).stride())
     return x * (kept * (2**16 / (2**16 - dropped))).to(x.dtype)
 
@@ -64,7 +80,7 @@ class Linear(torch.nn.Module):
         init_mode: str      = "kaiming_normal",     # xavier or kaiming, _uniform or _normal
         init_weight: float  = 1,                    # gain of the initial weight
         init_bias: float    = 0,                    # gain of the initial bias
-    ):
+    ):  # fmt: skip
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         fans = dict(mode=init_mode, fan_in=in_features, fan_out=out_features)
@@ -95,7 +111,7 @@ class Conv2d(torch.nn.Module):
         init_mode: str                  = "kaiming_normal",
         init_weight: float              = 1,        # gain of the initial weight
         init_bias: float                = 0,        # gain of the initial bias
-    ):
+    ):  # fmt: skip
         super().__init__()
         if up and down:
             raise ValueError("up, down: a convolution cannot do both")
@@ -217,7 +233,7 @@ class UNetBlock(torch.nn.Module):
         init: dict | None               = None,     # initialisation: most layers
         init_zero: dict | None          = None,     # conv1 and proj; None: zero
         init_attn: dict | None          = None,     # qkv; None: as `init`
-    ):
+    ):  # fmt: skip
         super().__init__()
         init = init or {}
         init_zero = dict(init_weight=0) if init_zero is None else init_zero
@@ -262,7 +278,7 @@ class UNetBlock(torch.nn.Module):
         n, c, height, width = x.shape
         qkv = self.qkv(x).reshape(n, self.num_heads, c // self.num_heads, 3, height * width)
         q, k, v = (part.transpose(-1, -2) for part in qkv.unbind(3))
-        if x.is_cuda:   # whose fused kernels refuse channels that do not lie side by side
+        if x.is_cuda:  # whose fused kernels refuse channels that do not lie side by side
             q, k, v = (part.contiguous() for part in (q, k, v))
         a = F.scaled_dot_product_attention(q, k, v).transpose(-1, -2).reshape(n, c, height, width)
         # One head leaves its output channels-last, which all later layers would follow: keep the layout of the input.
@@ -282,9 +298,19 @@ class UNet(torch.nn.Module):
     the embedding that all blocks see, and `_output(name, x, total)`, a level's addition to the image.
     """
 
-    def __init__(self, img_resolution: int, in_channels: int, stem_channels: int, widths: Sequence[int],
-                 num_blocks: int, attn_resolutions: Sequence[int], attn_in_all_decoder_blocks: bool,
-                 label_dropout: float, stem: dict, block: dict):
+    def __init__(
+        self,
+        img_resolution: int,
+        in_channels: int,
+        stem_channels: int,
+        widths: Sequence[int],
+        num_blocks: int,
+        attn_resolutions: Sequence[int],
+        attn_in_all_decoder_blocks: bool,
+        label_dropout: float,
+        stem: dict,
+        block: dict,
+    ):
         super().__init__()
         resolutions = [img_resolution >> level for level in range(len(widths))]
         if not resolutions or resolutions[-1] < 1:
@@ -331,8 +357,13 @@ class UNet(torch.nn.Module):
         # Once a level, after going down: mix the second path `aux` of the input into x. Here there is none.
         return x, aux
 
-    def forward(self, x: torch.Tensor, noise_labels: torch.Tensor, class_labels: torch.Tensor | None,
-                augment_labels: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self,
+        x: torch.Tensor,
+        noise_labels: torch.Tensor,
+        class_labels: torch.Tensor | None,
+        augment_labels: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """F(x; c_noise, y): [N,in_channels,H,W], [N or 1], [N or 1,label_dim] or None -> [N,out_channels,H,W]."""
         emb = self._embed(noise_labels, class_labels, augment_labels)
         aux, skips = x, []
@@ -380,10 +411,12 @@ class SongUNet(UNet):
         encoder_type: str               = "standard",   # standard (DDPM++), residual (NCSN++), skip
         decoder_type: str               = "standard",   # standard, skip
         resample_filter: Sequence[float] = (1, 1),      # [1,1] (DDPM++), [1,3,3,1] (NCSN++)
-    ):
-        for option, value, known in (("embedding_type", embedding_type, ("positional", "fourier")),
-                                     ("encoder_type", encoder_type, ("standard", "residual", "skip")),
-                                     ("decoder_type", decoder_type, ("standard", "skip"))):
+    ):  # fmt: skip
+        for option, value, known in (
+            ("embedding_type", embedding_type, ("positional", "fourier")),
+            ("encoder_type", encoder_type, ("standard", "residual", "skip")),
+            ("decoder_type", decoder_type, ("standard", "skip")),
+        ):
             if value not in known:
                 raise ValueError(f"{option}={value!r}: must be one of {', '.join(known)}")
         init = dict(init_mode="xavier_uniform")
@@ -392,16 +425,37 @@ class SongUNet(UNet):
         emb_channels, noise_channels = model_channels * channel_mult_emb, model_channels * channel_mult_noise
         widths = [model_channels * mult for mult in channel_mult]
         super().__init__(
-            img_resolution, in_channels, stem_channels=model_channels, widths=widths, num_blocks=num_blocks,
-            attn_resolutions=attn_resolutions, attn_in_all_decoder_blocks=False, label_dropout=label_dropout, stem=init,
-            block=dict(emb_channels=emb_channels, num_heads=1, dropout=dropout, skip_scale=0.5**0.5, eps=1e-6,
-                       resample_filter=resample_filter, resample_proj=True, adaptive_scale=False, init=init,
-                       init_zero=init_zero, init_attn=init_attn))
+            img_resolution,
+            in_channels,
+            stem_channels=model_channels,
+            widths=widths,
+            num_blocks=num_blocks,
+            attn_resolutions=attn_resolutions,
+            attn_in_all_decoder_blocks=False,
+            label_dropout=label_dropout,
+            stem=init,
+            block=dict(
+                emb_channels=emb_channels,
+                num_heads=1,
+                dropout=dropout,
+                skip_scale=0.5**0.5,
+                eps=1e-6,
+                resample_filter=resample_filter,
+                resample_proj=True,
+                adaptive_scale=False,
+                init=init,
+                init_zero=init_zero,
+                init_attn=init_attn,
+            ),
+        )
         self.encoder_type, self.decoder_type = encoder_type, decoder_type
         self.label_scale = label_dim**0.5
 
-        self.map_noise = (PositionalEmbedding(noise_channels, endpoint=True) if embedding_type == "positional"
-                          else FourierEmbedding(noise_channels))
+        self.map_noise = (
+            PositionalEmbedding(noise_channels, endpoint=True)
+            if embedding_type == "positional"
+            else FourierEmbedding(noise_channels)
+        )
         self.map_label = Linear(label_dim, noise_channels, **init) if label_dim else None
         self.map_augment = Linear(augment_dim, noise_channels, bias=False, **init) if augment_dim else None
         self.map_layer0 = Linear(noise_channels, emb_channels, **init)
@@ -415,8 +469,9 @@ class SongUNet(UNet):
                 self.enc[f"{name}_aux_down"] = Conv2d(in_channels, in_channels, 0, **aux_down)
                 self.enc[f"{name}_aux_skip"] = Conv2d(in_channels, width, 1, **init)
             if encoder_type == "residual":
-                self.enc[f"{name}_aux_residual"] = Conv2d(aux_channels, width, 3, **aux_down, fused_resample=True,
-                                                          **init)
+                self.enc[f"{name}_aux_residual"] = Conv2d(
+                    aux_channels, width, 3, **aux_down, fused_resample=True, **init
+                )
                 aux_channels = width
         aux_up = dict(up=True, resample_filter=resample_filter)
         for level, name in enumerate(self.levels):
@@ -468,16 +523,24 @@ class DhariwalUNet(UNet):
         attn_resolutions: Sequence[int] = (32, 16, 8),  # resolutions with self-attention
         dropout: float                  = 0.10,         # dropout probability in the blocks
         label_dropout: float            = 0,            # probability that training drops a class label
-    ):
+    ):  # fmt: skip
         gain = (1 / 3) ** 0.5
         init = dict(init_mode="kaiming_uniform", init_weight=gain, init_bias=gain)
         init_zero = dict(init_mode="kaiming_uniform", init_weight=0)
         emb_channels = model_channels * channel_mult_emb
         widths = [model_channels * mult for mult in channel_mult]
         super().__init__(
-            img_resolution, in_channels, stem_channels=widths[0], widths=widths, num_blocks=num_blocks,
-            attn_resolutions=attn_resolutions, attn_in_all_decoder_blocks=True, label_dropout=label_dropout, stem=init,
-            block=dict(emb_channels=emb_channels, dropout=dropout, init=init, init_zero=init_zero))
+            img_resolution,
+            in_channels,
+            stem_channels=widths[0],
+            widths=widths,
+            num_blocks=num_blocks,
+            attn_resolutions=attn_resolutions,
+            attn_in_all_decoder_blocks=True,
+            label_dropout=label_dropout,
+            stem=init,
+            block=dict(emb_channels=emb_channels, dropout=dropout, init=init, init_zero=init_zero),
+        )
 
         self.map_noise = PositionalEmbedding(model_channels)
         self.map_augment = Linear(augment_dim, model_channels, bias=False, **init) if augment_dim else None
@@ -507,7 +570,6 @@ MODELS = {"SongUNet": SongUNet, "DhariwalUNet": DhariwalUNet}
 # Preconditioning: sigma -> (c_skip, c_out, c_in, c_noise), each of sigma's shape (Karras et al. 2022, Table 1)
 
 
-
 def vp_sigma(t: torch.Tensor, beta_d: float = 19.9, beta_min: float = 0.1) -> torch.Tensor:
     """Noise level at time t of the variance-preserving process: sqrt(exp(beta_d t^2/2 + beta_min t) - 1)."""
     # expm1: exp() - 1 in float32 is wrong by several per cent at the lowest noise levels.
@@ -519,8 +581,9 @@ def vp_sigma_inv(sigma: torch.Tensor, beta_d: float = 19.9, beta_min: float = 0.
     return ((beta_min**2 + 2 * beta_d * (sigma**2).log1p()).sqrt() - beta_min) / beta_d
 
 
-def vp_coefs(sigma: torch.Tensor, beta_d: float = 19.9, beta_min: float = 0.1,
-             M: int = 1000) -> tuple[torch.Tensor, ...]:
+def vp_coefs(
+    sigma: torch.Tensor, beta_d: float = 19.9, beta_min: float = 0.1, M: int = 1000
+) -> tuple[torch.Tensor, ...]:
     """Coefficients of the variance-preserving denoiser; c_noise is its time in steps of 1/(M-1)."""
     return torch.ones_like(sigma), -sigma, (sigma**2 + 1).rsqrt(), (M - 1) * vp_sigma_inv(sigma, beta_d, beta_min)
 
@@ -544,22 +607,43 @@ class Precond(torch.nn.Module):
     Subclasses answer `coefs(sigma)` and state the range `sigma_min`, `sigma_max` that they were made for.
     """
 
-    def __init__(self, img_resolution: int, img_channels: int, label_dim: int, use_fp16: bool, sigma_min: float,
-                 sigma_max: float, model_type: str, model_kwargs: dict, out_channels: int | None = None):
+    def __init__(
+        self,
+        img_resolution: int,
+        img_channels: int,
+        label_dim: int,
+        use_fp16: bool,
+        sigma_min: float,
+        sigma_max: float,
+        model_type: str,
+        model_kwargs: dict,
+        out_channels: int | None = None,
+    ):
         super().__init__()
         if model_type not in MODELS:
             raise ValueError(f"model_type={model_type!r}: must be one of {', '.join(MODELS)}")
         self.img_resolution, self.img_channels, self.label_dim = img_resolution, img_channels, label_dim
         self.use_fp16, self.sigma_min, self.sigma_max = use_fp16, sigma_min, sigma_max
-        self.model = MODELS[model_type](img_resolution=img_resolution, in_channels=img_channels,
-                                        out_channels=out_channels or img_channels, label_dim=label_dim, **model_kwargs)
+        self.model = MODELS[model_type](
+            img_resolution=img_resolution,
+            in_channels=img_channels,
+            out_channels=out_channels or img_channels,
+            label_dim=label_dim,
+            **model_kwargs,
+        )
 
     def round_sigma(self, sigma: torch.Tensor | float) -> torch.Tensor:
         """The noise level nearest to sigma that the network was trained for: sigma itself."""
         return torch.as_tensor(sigma)
 
-    def forward(self, x: torch.Tensor, sigma: torch.Tensor | float, class_labels: torch.Tensor | None = None,
-                force_fp32: bool = False, augment_labels: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self,
+        x: torch.Tensor,
+        sigma: torch.Tensor | float,
+        class_labels: torch.Tensor | None = None,
+        force_fp32: bool = False,
+        augment_labels: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Denoised images, float32 [N,C,H,W].
 
         x: images [N,C,H,W] with noise of deviation `sigma`, N numbers or one for all. class_labels: one-hot
@@ -582,7 +666,7 @@ class Precond(torch.nn.Module):
             class_labels = class_labels.to(torch.float32).reshape(-1, self.label_dim)
         c_skip, c_out, c_in, c_noise = self.coefs(sigma)
         output = self.model((c_in * x).to(dtype), c_noise.flatten(), class_labels, augment_labels)
-        return c_skip * x + c_out * output[:, :self.img_channels].to(torch.float32)
+        return c_skip * x + c_out * output[:, : self.img_channels].to(torch.float32)
 
 
 @persistent_class
@@ -602,7 +686,7 @@ class VPPrecond(Precond):
         epsilon_t: float    = 1e-5,         # lowest time
         model_type: str     = "SongUNet",   # SongUNet, DhariwalUNet
         **model_kwargs,                     # further arguments of the U-Net
-    ):
+    ):  # fmt: skip
         low, high = vp_sigma(torch.tensor([epsilon_t, 1], dtype=torch.float64), beta_d, beta_min).tolist()
         super().__init__(img_resolution, img_channels, label_dim, use_fp16, low, high, model_type, model_kwargs)
         self.beta_d, self.beta_min, self.M = beta_d, beta_min, M
@@ -627,9 +711,10 @@ class VEPrecond(Precond):
         sigma_max: float    = 100,          # highest noise level
         model_type: str     = "SongUNet",   # SongUNet, DhariwalUNet
         **model_kwargs,                     # further arguments of the U-Net
-    ):
-        super().__init__(img_resolution, img_channels, label_dim, use_fp16, sigma_min, sigma_max, model_type,
-                         model_kwargs)
+    ):  # fmt: skip
+        super().__init__(
+            img_resolution, img_channels, label_dim, use_fp16, sigma_min, sigma_max, model_type, model_kwargs
+        )
 
     def coefs(self, sigma: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """(c_skip, c_out, c_in, c_noise)."""
@@ -652,15 +737,24 @@ class iDDPMPrecond(Precond):
         M: int              = 1000,             # number of noise levels
         model_type: str     = "DhariwalUNet",   # SongUNet, DhariwalUNet
         **model_kwargs,                         # further arguments of the U-Net
-    ):
+    ):  # fmt: skip
         # float32 throughout, rounding as where the published models were trained.
         abar = (0.5 * np.pi * torch.arange(M + 1) / M / (C_2 + 1)).sin() ** 2
         ratio = (abar[:-1] / abar[1:]).clamp(min=C_1)
         u = torch.zeros(M + 1)
         for j in range(M, 0, -1):
             u[j - 1] = ((u[j] ** 2 + 1) / ratio[j - 1] - 1).sqrt()
-        super().__init__(img_resolution, img_channels, label_dim, use_fp16, float(u[M - 1]), float(u[0]), model_type,
-                         model_kwargs, out_channels=img_channels * 2)
+        super().__init__(
+            img_resolution,
+            img_channels,
+            label_dim,
+            use_fp16,
+            float(u[M - 1]),
+            float(u[0]),
+            model_type,
+            model_kwargs,
+            out_channels=img_channels * 2,
+        )
         self.M = M
         self.register_buffer("u", u)
 
@@ -694,9 +788,10 @@ class EDMPrecond(Precond):
         sigma_data: float   = 0.5,              # standard deviation of the training images
         model_type: str     = "DhariwalUNet",   # SongUNet, DhariwalUNet
         **model_kwargs,                         # further arguments of the U-Net
-    ):
-        super().__init__(img_resolution, img_channels, label_dim, use_fp16, sigma_min, sigma_max, model_type,
-                         model_kwargs)
+    ):  # fmt: skip
+        super().__init__(
+            img_resolution, img_channels, label_dim, use_fp16, sigma_min, sigma_max, model_type, model_kwargs
+        )
         self.sigma_data = sigma_data
 
     def coefs(self, sigma: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -32,8 +32,9 @@ class NoiseLevels:
             raise ValueError(f"precond={precond!r}: must be one of {', '.join(_DEFAULTS)}")
         unknown = settings.keys() - _DEFAULTS[precond].keys()
         if unknown:
-            raise ValueError(f"{', '.join(sorted(unknown))}: no setting of {precond}, which has "
-                             f"{', '.join(_DEFAULTS[precond])}")
+            raise ValueError(
+                f"{', '.join(sorted(unknown))}: no setting of {precond}, which has {', '.join(_DEFAULTS[precond])}"
+            )
         self.precond = precond
         self._settings = _DEFAULTS[precond] | settings
 

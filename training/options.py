@@ -13,23 +13,37 @@ import numpy as np
 import torch
 
 import dnnlib
+from archives.dataset import ImageDataset
+from archives.label_noise import load_matrix, transition_matrix
 from dnnlib.cli import BOOL, INT_LIST, FloatRange
 from torch_utils import checkpoint, distributed, persistence
 from torch_utils.distributed import print0
 from training.augment import default_augment
-from training.dataset import ImageDataset
+from training.networks_resnet import resnet_kwargs
 from training.noise_levels import NoiseLevels
-from training.objectives.base import Objective
+from training.objective import Objective
 from training.presets import ARCHS, network_kwargs
-from training.resnet import resnet_kwargs
 from training.training_loop import last_nimg, training_loop
-from training.transition import load_matrix, transition_matrix
 
 __all__ = ["noise_options", "run", "stated_transition", "training_options"]
 
 # What a resumed run may change; any other difference would make it another run.
-MAY_DIFFER = {"num_processes", "shard", "total_nimg", "kimg_per_tick", "snapshot_ticks", "state_ticks", "keep", "workers", "dataset.cache", "cudnn_bench",
-              "max_bad_steps", "desc", "tensorboard", "wandb"}
+MAY_DIFFER = {
+    "num_processes",
+    "shard",
+    "total_nimg",
+    "kimg_per_tick",
+    "snapshot_ticks",
+    "state_ticks",
+    "keep",
+    "workers",
+    "dataset.cache",
+    "cudnn_bench",
+    "max_bad_steps",
+    "desc",
+    "tensorboard",
+    "wandb",
+}
 
 
 def training_options(leave_out: Collection[str] = (), **defaults) -> Callable:
@@ -40,7 +54,11 @@ def training_options(leave_out: Collection[str] = (), **defaults) -> Callable:
     """
     d = dict(cond=False, duration=200.0, batch=512, lr=1e-3, ema=0.5, dropout=0.13, augment=0.12) | defaults
     positive, share = FloatRange(min=0, min_open=True), FloatRange(min=0, max=1)
-    length, length_or_0 = FloatRange(min=0, min_open=True, max=1e12), FloatRange(min=0, max=1e12)  # become counts of images
+    length, length_or_0 = (
+        FloatRange(min=0, min_open=True, max=1e12),
+        FloatRange(min=0, max=1e12),
+    )  # become counts of images
+    # fmt: off
     options = [
         click.option("--outdir", metavar="DIR", required=True, help="Where the run directory is made"),
         click.option("--data", metavar="ZIP|DIR", required=True, help="Training images: a dataset_tool.py archive or a folder"),
@@ -87,12 +105,14 @@ def training_options(leave_out: Collection[str] = (), **defaults) -> Callable:
         click.option("--trust_pickle", is_flag=True, help="Run the code embedded in snapshots that are not ours. Only for files you would execute"),
         click.option("-n", "--dry-run", is_flag=True, help="Print the configuration and stop"),
     ]
+    # fmt: on
 
     def decorate(f):
         for option in reversed(options):
             f = option(f)
         f.__click_params__ = [p for p in f.__click_params__ if p.name not in leave_out]
         return f
+
     return decorate
 
 
@@ -101,17 +121,24 @@ def noise_options(*names: str) -> Callable:
     options = [
         click.option("--noise_type", type=click.Choice(names), help="How labels were corrupted"),
         click.option("--noise_rate", metavar="R", type=FloatRange(min=0, max=1), help="Share of wrong labels"),
-        click.option("--noise_matrix", metavar="FILE", help="T [C,C] as .npy, .json or a label file of detect_noise.py, rows: clean label; for --noise_type=matrix"),
+        click.option(
+            "--noise_matrix",
+            metavar="FILE",
+            help="T [C,C] as .npy, .json or a label file of detect_noise.py, rows: clean label; for --noise_type=matrix",
+        ),
     ]
 
     def decorate(f):
         for option in reversed(options):
             f = option(f)
         return f
+
     return decorate
 
 
-def stated_transition(noise_type: str | None, rate: float | None, matrix: str | None, dataset: ImageDataset) -> np.ndarray | None:
+def stated_transition(
+    noise_type: str | None, rate: float | None, matrix: str | None, dataset: ImageDataset
+) -> np.ndarray | None:
     """T [C,C] that --noise_type, --noise_rate and --noise_matrix describe for this data set; None: nothing stated."""
     if (noise_type == "matrix") != (matrix is not None):
         raise click.UsageError("--noise_type=matrix and --noise_matrix=FILE go together")
@@ -121,17 +148,29 @@ def stated_transition(noise_type: str | None, rate: float | None, matrix: str | 
         return None
     if noise_type == "clean":
         return np.eye(dataset.label_dim)
-    return transition_matrix(noise_type, rate, dataset.label_dim, family=dataset.family,
-                             matrix=load_matrix(matrix, dataset.label_dim) if matrix else None)
+    return transition_matrix(
+        noise_type,
+        rate,
+        dataset.label_dim,
+        family=dataset.family,
+        matrix=load_matrix(matrix, dataset.label_dim) if matrix else None,
+    )
 
 
 @distributed.guard(lambda: "before training began or after it")
-def run(opts: dict, method: str, make_objective: Callable[[dict, ImageDataset, torch.device], Objective], *,
-        require_labels: bool = False, **extra) -> str | None:
+def run(
+    opts: dict,
+    method: str,
+    make_objective: Callable[[dict, ImageDataset, torch.device], Objective],
+    *,
+    require_labels: bool = False,
+    draw_samples: Callable[[torch.nn.Module, str], None] | None = None,
+    **extra,
+) -> str | None:
     """Everything a training script does after parsing: configuration, run directory, resume, the loop.
 
     `extra` are the method's own settings (nested plain data), which may replace common ones. An option `num_epoch`
-    counts passes over the data in place of --duration. Returns the run directory (None after --dry-run).
+    counts passes over the data in place of --duration. `draw_samples`: see `training_loop`. Returns the run directory (None after --dry-run).
     """
     o = dnnlib.EasyDict(opts)
     if require_labels and not o.cond:
@@ -176,7 +215,7 @@ def run(opts: dict, method: str, make_objective: Callable[[dict, ImageDataset, t
         with dnnlib.Logger(log_file, mode="a"):
             print_summary(o, config, dataset, run_dir, device)
             print0("".join(f"{line}\n" for line in objective.notes()), end="")
-            training_loop(objective, dataset, config, run_dir, device, state)
+            training_loop(objective, dataset, config, run_dir, device, state, draw_samples)
         distributed.barrier()
     finally:
         objective.close()
@@ -203,7 +242,10 @@ def denoiser_config(o: dnnlib.EasyDict, method: str, dataset: ImageDataset) -> d
         noise_levels=NoiseLevels(o.precond, **{k: o[k] for k in ("P_mean", "P_std") if o[k] is not None}).settings(),
         augment=default_augment(o.augment).settings() if o.augment else None,
         optimizer=dict(name=o.get("optimizer") or "adam", lr=o.lr),
-        ema_halflife_nimg=round(o.ema * 1e6), lr_rampup_nimg=round(o.lr_rampup_kimg * 1e3), loss_scaling=o.ls)
+        ema_halflife_nimg=round(o.ema * 1e6),
+        lr_rampup_nimg=round(o.lr_rampup_kimg * 1e3),
+        loss_scaling=o.ls,
+    )
 
 
 def make_config(o: dnnlib.EasyDict, method: str, dataset: ImageDataset, extra: dict) -> dict:
@@ -211,10 +253,26 @@ def make_config(o: dnnlib.EasyDict, method: str, dataset: ImageDataset, extra: d
     common = dict(
         method=method,
         dataset=dict(path=o.data, use_labels=o.cond, xflip=o.xflip, cache=o.cache),
-        batch_size=o.batch, batch_gpu=o.batch_gpu, num_processes=distributed.get_world_size(),
-        total_nimg=max(round(o.duration * 1e6), 1), kimg_per_tick=o.tick, snapshot_ticks=o.snap, state_ticks=o.dump, keep=o.keep,
-        precision=o.precision or ("fp16" if o.get("fp16") else "fp32"), cudnn_bench=o.bench, compile=o.compile, shard=o.shard,
-        workers=o.workers, max_bad_steps=o.max_bad_steps, seed=None, transfer=o.transfer, desc=o.desc, tensorboard=o.tensorboard, wandb=o.wandb)
+        batch_size=o.batch,
+        batch_gpu=o.batch_gpu,
+        num_processes=distributed.get_world_size(),
+        total_nimg=max(round(o.duration * 1e6), 1),
+        kimg_per_tick=o.tick,
+        snapshot_ticks=o.snap,
+        state_ticks=o.dump,
+        keep=o.keep,
+        precision=o.precision or ("fp16" if o.get("fp16") else "fp32"),
+        cudnn_bench=o.bench,
+        compile=o.compile,
+        shard=o.shard,
+        workers=o.workers,
+        max_bad_steps=o.max_bad_steps,
+        seed=None,
+        transfer=o.transfer,
+        desc=o.desc,
+        tensorboard=o.tensorboard,
+        wandb=o.wandb,
+    )
     return common | (denoiser_config(o, method, dataset) if "arch" in o else {}) | extra
 
 
@@ -228,7 +286,11 @@ def find_state(o: dnnlib.EasyDict) -> tuple[dict | None, str | None]:
     print0(f"Resuming from {path}")
     state = distributed.together(lambda: checkpoint.load_state(path))
     kinds = dict(config=dict, nimg=int, best=dict, objective=dict)
-    if any(type(state.get(k)) is not kind for k, kind in kinds.items()) or state["nimg"] < 0 or state["best"].keys() != {"value", "name"}:
+    if (
+        any(type(state.get(k)) is not kind for k, kind in kinds.items())
+        or state["nimg"] < 0
+        or state["best"].keys() != {"value", "name"}
+    ):
         raise dnnlib.UserError(f"--resume: {path} is not the state of a run of this program")
     return state, run_dir
 
@@ -262,25 +324,41 @@ def flatten(config: dict, prefix: str = "") -> dict:
 def differing(old: dict, new: dict, besides: Collection[str] = ()) -> list[str]:
     """Every setting in which a continued run would not be the same run, in words."""
     old, new = flatten(json.loads(json.dumps(old))), flatten(json.loads(json.dumps(new)))
-    return [f"{k}: {old.get(k)} there, {new.get(k)} here" for k in sorted(old | new)
-            if k not in MAY_DIFFER and k not in besides and old.get(k) != new.get(k)]
+    return [
+        f"{k}: {old.get(k)} there, {new.get(k)} here"
+        for k in sorted(old | new)
+        if k not in MAY_DIFFER and k not in besides and old.get(k) != new.get(k)
+    ]
 
 
 def compare_configs(old: dict, new: dict, name: str) -> None:
     """Raise UserError listing every setting in which the resumed run would not be the same run."""
     found = differing(old, new)
     if found:
-        raise dnnlib.UserError(f"--resume={name}: that run had other options ({'; '.join(found)}); give the same, or start a "
-                               "new run from its weights with --transfer")
+        raise dnnlib.UserError(
+            f"--resume={name}: that run had other options ({'; '.join(found)}); give the same, or start a "
+            "new run from its weights with --transfer"
+        )
 
 
 def new_run_dir(o: dnnlib.EasyDict, dataset: ImageDataset, config: dict) -> str:
     """`00000-<dataset>-<cond>-<arch>-<precond>-gpus<N>-batch<B>-<dtype>[-desc]` with the next free number."""
     if distributed.get_rank() != 0:
         return distributed.broadcast_object(None)
-    taken = [int(m.group()) for x in (os.listdir(o.outdir) if os.path.isdir(o.outdir) else []) if (m := re.match(r"\d+", x))]
-    parts = [f"{max(taken, default=-1) + 1:05d}", dataset.name, "cond" if o.cond else "uncond", config["network"]["arch"],
-             config["network"]["precond"], f"gpus{distributed.get_world_size()}", f"batch{o.batch}", config["precision"], o.desc]
+    taken = [
+        int(m.group()) for x in (os.listdir(o.outdir) if os.path.isdir(o.outdir) else []) if (m := re.match(r"\d+", x))
+    ]
+    parts = [
+        f"{max(taken, default=-1) + 1:05d}",
+        dataset.name,
+        "cond" if o.cond else "uncond",
+        config["network"]["arch"],
+        config["network"]["precond"],
+        f"gpus{distributed.get_world_size()}",
+        f"batch{o.batch}",
+        config["precision"],
+        o.desc,
+    ]
     return distributed.broadcast_object(os.path.join(o.outdir, "-".join(filter(None, parts))))
 
 
@@ -289,9 +367,15 @@ def make_run_dir(run_dir: str, config: dict, fresh: bool, again: bool = False) -
 
     `again`: but not where this very run was interrupted before its first state.
     """
-    if fresh and os.path.isdir(run_dir) and any(re.match(r"(network-snapshot|training-state)-", x) for x in os.listdir(run_dir)):
+    if (
+        fresh
+        and os.path.isdir(run_dir)
+        and any(re.match(r"(network-snapshot|training-state)-", x) for x in os.listdir(run_dir))
+    ):
         if not (again and interrupted_early(run_dir, config)):
-            raise dnnlib.UserError(f"--outdir: {run_dir} already holds a run; choose another folder, or continue it with --resume={run_dir}")
+            raise dnnlib.UserError(
+                f"--outdir: {run_dir} already holds a run; choose another folder, or continue it with --resume={run_dir}"
+            )
     os.makedirs(run_dir, exist_ok=True)
     checkpoint.remove_leftovers(run_dir)
     with checkpoint.atomic_open(os.path.join(run_dir, "training_options.json"), "wt") as f:
@@ -310,10 +394,17 @@ def interrupted_early(run_dir: str, config: dict) -> bool:
 
 def print_summary(o: dnnlib.EasyDict, config: dict, dataset: ImageDataset, run_dir: str, device: torch.device) -> None:
     rows = {
-        "Output directory": run_dir, "Data set": f"{o.data} ({len(dataset)} images, {dataset.num_channels} x {dataset.resolution}"
-        f" x {dataset.resolution})", "Classes": dataset.label_dim or "unconditional", "Method": config["method"],
-        "Architecture": config["network"]["arch"], "Preconditioning": config["network"]["precond"] or "none",
+        "Output directory": run_dir,
+        "Data set": f"{o.data} ({len(dataset)} images, {dataset.num_channels} x {dataset.resolution}"
+        f" x {dataset.resolution})",
+        "Classes": dataset.label_dim or "unconditional",
+        "Method": config["method"],
+        "Architecture": config["network"]["arch"],
+        "Preconditioning": config["network"]["precond"] or "none",
         "Processes": f"{distributed.get_world_size()} on {device.type}",
-        "Batch size": o.batch, "Precision": config["precision"], "Seed": config["seed"]}
+        "Batch size": o.batch,
+        "Precision": config["precision"],
+        "Seed": config["seed"],
+    }
     print0(f"\nTraining options:\n{json.dumps(config, indent=2)}\n")
     print0("\n".join(f"{k + ':':<18s} {v}" for k, v in rows.items()) + "\n")

@@ -10,11 +10,25 @@ from training.networks import EDMPrecond, VEPrecond, VPPrecond
 __all__ = ["ARCHS", "network_kwargs", "precond_class"]
 
 _DDPMPP = dict(
-    model_type="SongUNet", embedding_type="positional", encoder_type="standard", decoder_type="standard",
-    channel_mult_noise=1, resample_filter=[1, 1], model_channels=128, channel_mult=[2, 2, 2])
+    model_type="SongUNet",
+    embedding_type="positional",
+    encoder_type="standard",
+    decoder_type="standard",
+    channel_mult_noise=1,
+    resample_filter=[1, 1],
+    model_channels=128,
+    channel_mult=[2, 2, 2],
+)
 _NCSNPP = dict(
-    model_type="SongUNet", embedding_type="fourier", encoder_type="residual", decoder_type="standard",
-    channel_mult_noise=2, resample_filter=[1, 3, 3, 1], model_channels=128, channel_mult=[2, 2, 2])
+    model_type="SongUNet",
+    embedding_type="fourier",
+    encoder_type="residual",
+    decoder_type="standard",
+    channel_mult_noise=2,
+    resample_filter=[1, 3, 3, 1],
+    model_channels=128,
+    channel_mult=[2, 2, 2],
+)
 _ADM = dict(model_type="DhariwalUNet", model_channels=192, channel_mult=[1, 2, 3, 4])
 _KWARGS = {
     "ddpmpp": _DDPMPP,

@@ -20,11 +20,11 @@ from torch.distributed.tensor import DTensor
 import dnnlib
 from torch_utils import distributed
 from training.networks import UNetBlock
-from training.resnet import ResBlock
+from training.networks_resnet import ResBlock
 
 __all__ = ["Shards", "whole"]
 
-UNITS = (UNetBlock, ResBlock)   # gathered and freed at a time; what is left of a network is one more unit
+UNITS = (UNetBlock, ResBlock)  # gathered and freed at a time; what is left of a network is one more unit
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
@@ -49,8 +49,10 @@ class Shards:
 
     def __init__(self, net: torch.nn.Module, ema: torch.nn.Module, device: torch.device):
         if not hasattr(FSDPModule, "set_reshard_after_forward"):
-            raise dnnlib.UserError(f"--shard=1: PyTorch {torch.__version__} is too old, its FSDP2 cannot keep weights "
-                                   "gathered between passes; use a newer one, or --shard=0")
+            raise dnnlib.UserError(
+                f"--shard=1: PyTorch {torch.__version__} is too old, its FSDP2 cannot keep weights "
+                "gathered between passes; use a newer one, or --shard=0"
+            )
         self.mesh = _mesh(device)
         self.net, self.ema = net, ema
         for module in (net, ema):
@@ -59,7 +61,7 @@ class Shards:
             fully_shard(module, mesh=self.mesh)
         # Backward gathers ahead in this order on every process. By itself FSDP2 follows all passes made before, also
         # those inside `gathered`, of which each process has its own number: they would gather different blocks.
-        order = [m for m in net.modules() if isinstance(m, FSDPModule)]     # the root, then as they run forward
+        order = [m for m in net.modules() if isinstance(m, FSDPModule)]  # the root, then as they run forward
         for module, ahead in zip(order, order[-1:] + order[:-1], strict=True):
             module.set_modules_to_backward_prefetch([ahead])
         self._net, self._ema = list(net.parameters()), list(ema.parameters())
@@ -103,7 +105,7 @@ class Shards:
         self.free()
         ours, theirs = [], []
         for mine, p in zip(self.params, self._net, strict=True):
-            mine.data = p.to_local()    # The first pass may have moved a slice that it had to pad.
+            mine.data = p.to_local()  # The first pass may have moved a slice that it had to pad.
             if p.grad is not None:
                 ours.append(mine.grad)
                 theirs.append(p.grad.to_local())
@@ -147,8 +149,10 @@ class Shards:
         found = {}
         for i, values in state["state"].items():
             p, mine = self._net[i], self.params[i]
-            found[i] = {k: _to_rank0(_like(v, p)) if torch.is_tensor(v) and v.shape == mine.shape else v
-                        for k, v in values.items()}
+            found[i] = {
+                k: _to_rank0(_like(v, p)) if torch.is_tensor(v) and v.shape == mine.shape else v
+                for k, v in values.items()
+            }
         return dict(state, state=found)
 
     def slice_optimizer(self, state: dict[str, Any]) -> dict[str, Any]:
@@ -157,8 +161,9 @@ class Shards:
             raise ValueError(f"the optimizer's state is of more than {len(self._net)} parameters")
         found = {}
         for i, values in state["state"].items():
-            found[i] = {k: self._slice(k, v, self._net[i]) if torch.is_tensor(v) and v.ndim else v
-                        for k, v in values.items()}
+            found[i] = {
+                k: self._slice(k, v, self._net[i]) if torch.is_tensor(v) and v.ndim else v for k, v in values.items()
+            }
         return dict(state, state=found)
 
     def _slice(self, name: str, tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -166,7 +171,7 @@ class Shards:
             raise ValueError(f"{name} is {list(tensor.shape)}, expected {list(like.shape)}")
         if not isinstance(like, DTensor):
             return tensor
-        parts = tensor.chunk(self.mesh["shard"].size())     # DTensor's Shard(0) is torch.chunk: the last may lack some
+        parts = tensor.chunk(self.mesh["shard"].size())  # DTensor's Shard(0) is torch.chunk: the last may lack some
         rank = self.mesh["shard"].get_local_rank()
         return parts[rank] if rank < len(parts) else tensor[:0]
 

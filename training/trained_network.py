@@ -19,8 +19,9 @@ from training.sharding import UNITS, Shards
 __all__ = ["TrainedNetwork", "cosine_decay", "linear_rampup", "make_optimizer"]
 
 
-def make_optimizer(params, name: str, lr: float, device: torch.device,
-                   betas: tuple[float, float] = (0.9, 0.999)) -> torch.optim.Optimizer:
+def make_optimizer(
+    params, name: str, lr: float, device: torch.device, betas: tuple[float, float] = (0.9, 0.999)
+) -> torch.optim.Optimizer:
     """Optimizer by name: adam(*betas, 1e-8), adamw (weight decay 0.01) or sgd (momentum 0.9)."""
     params = list(params)
     if name == "sgd":
@@ -66,7 +67,7 @@ class TrainedNetwork:
         shard = shard and distributed.get_world_size() > 1  # one process has nobody to share with
         # What is sharded is never whole on the device: its parts go there, one block at a time.
         self.net = net.train().requires_grad_(True).to("cpu" if shard else device)
-        if channels_last and not shard:     # The layout of tensor cores; activations follow weights. FSDP2 has no such.
+        if channels_last and not shard:  # The layout of tensor cores; activations follow weights. FSDP2 has no such.
             self.net.to(memory_format=torch.channels_last)
         self.ema = copy.deepcopy(self.net).eval().requires_grad_(False)
         # What `export` fills; rank 0 alone has it when it is no longer the EMA itself.
@@ -113,7 +114,7 @@ class TrainedNetwork:
     def _sanitize(self, flat: torch.Tensor) -> torch.Tensor:
         if self.loss_scaling != 1:
             flat.mul_(1 / self.loss_scaling)
-        self.bad_grads += torch.count_nonzero(flat * 0)     # Zero times a number that is not finite is not zero.
+        self.bad_grads += torch.count_nonzero(flat * 0)  # Zero times a number that is not finite is not zero.
         return torch.nan_to_num_(flat, nan=0.0, posinf=1e5, neginf=-1e5)
 
     def _reduce_bucket(
@@ -140,7 +141,7 @@ class TrainedNetwork:
         """Around passes of `net` without gradients whose number is this process's own. Collective when sharded."""
         return contextlib.nullcontext() if self._shards is None else self._shards.gathered()
 
-    @torch.no_grad()    # else the average would keep a graph of all updates there ever were
+    @torch.no_grad()  # else the average would keep a graph of all updates there ever were
     def update(self, nimg: int, batch_size: int) -> None:
         """One optimizer step from the accumulated gradients, then the EMA. `nimg`: images seen before this step."""
         if self._shards is not None:
@@ -205,8 +206,11 @@ class TrainedNetwork:
         """Plain data, the same with and without sharding. Collective; sharded tensors are gathered on rank 0."""
         if self._shards is None:
             return dict(net=self.net.state_dict(), ema=self.ema.state_dict(), optimizer=self.optimizer.state_dict())
-        return dict(net=self._shards.gather(self.net), ema=self._shards.gather(self.ema),
-                    optimizer=self._shards.gather_optimizer(self.optimizer.state_dict()))
+        return dict(
+            net=self._shards.gather(self.net),
+            ema=self._shards.gather(self.ema),
+            optimizer=self._shards.gather_optimizer(self.optimizer.state_dict()),
+        )
 
     def load_state_dict(self, state: dict) -> None:
         self._load(self.net, state["net"])

@@ -18,15 +18,15 @@ import torch
 from tqdm import tqdm
 
 import dnnlib
+from archives.dataset import BatchStream, ImageDataset
 from torch_utils import checkpoint, distributed, persistence
 from torch_utils.distributed import print0
 from torch_utils.training_stats import Stats
-from training.dataset import BatchStream, ImageDataset
-from training.objectives.base import Objective
+from training.objective import Objective
 
 __all__ = ["last_nimg", "training_loop"]
 
-LOSS_TOLERANCE = 0.05   # relative; machines round differently, in half precision most
+LOSS_TOLERANCE = 0.05  # relative; machines round differently, in half precision most
 
 
 def training_loop(
@@ -36,11 +36,12 @@ def training_loop(
     run_dir: str,
     device: torch.device,
     state: dict | None = None,
+    draw_samples: Callable[[torch.nn.Module, str], None] | None = None,
 ) -> None:
     """Train `objective` to `config['total_nimg']` images, writing logs, snapshots and states into `run_dir`.
 
     `state` (from `checkpoint.load_state`) continues an interrupted run bit for bit. SIGTERM and Ctrl-C finish the step,
-    save a state and exit with 143 or 130.
+    save a state and exit with 143 or 130. `draw_samples(net, path)` writes a picture of samples beside each snapshot.
     """
     torch.backends.cudnn.benchmark = config["cudnn_bench"]
     tf32 = config["precision"] != "fp32"
@@ -57,17 +58,28 @@ def training_loop(
             # What modules and optimizers say to parts of another size, or of none.
             raise dnnlib.UserError(f"--resume: the state does not fit this run ({error})") from None
         print0(f"Resuming at {nimg / 1000:.1f} kimg.")
-    saver = Saver(objective, config, run_dir, best)
+    saver = Saver(objective, config, run_dir, best, draw_samples)
     log = distributed.together(lambda: TickLog(run_dir, config, nimg) if rank == 0 else None)
     stats, start_time = Stats(device), time.time()
     tick_time, start_nimg, tick_start, maintenance = start_time, nimg, nimg, 0.0
     print0(f"Training for {total / 1000:g} kimg...\n")
-    hidden = None if rank == 0 else True    # None: on a terminal only
+    hidden = None if rank == 0 else True  # None: on a terminal only
     with (
         distributed.guard(lambda: f"at {nimg / 1000:.1f} kimg", lone=True),
         StopRequest() as stop,
-        contextlib.closing(BatchStream(dataset, batch // world, rank, world, config["seed"], nimg, device,
-                                       config["workers"], indices=objective.train_indices)) as stream,
+        contextlib.closing(
+            BatchStream(
+                dataset,
+                batch // world,
+                rank,
+                world,
+                config["seed"],
+                nimg,
+                device,
+                config["workers"],
+                indices=objective.train_indices,
+            )
+        ) as stream,
         tqdm(total=total, initial=nimg, unit="img", desc=objective.method, disable=hidden, leave=False) as bar,
     ):
         while nimg < total:
@@ -78,7 +90,7 @@ def training_loop(
             stopping = stop.agreed()
             done = nimg >= total
             tick = nimg // tick_nimg
-            full = first or done or tick > previous // tick_nimg    # not cut short by a signal
+            full = first or done or tick > previous // tick_nimg  # not cut short by a signal
             due = full or stopping
             # Looking costs a synchronisation: a tenth of the steps that are borne will do.
             few = max(config["max_bad_steps"] // 10, 1)
@@ -90,18 +102,37 @@ def training_loop(
             # A tick: report, then save what is due. Tick numbers follow from nimg, so a resumed run has the same ones.
             values = stats.reduce()
             now = time.time()
-            line = None if log is None else functools.partial(
-                log.write, values, tick=tick, nimg=nimg, total=total, elapsed=now - start_time,
-                tick_seconds=now - tick_time, tick_nimg=nimg - tick_start, maintenance=maintenance,
-                rate=(nimg - start_nimg) / (now - start_time))
+            line = (
+                None
+                if log is None
+                else functools.partial(
+                    log.write,
+                    values,
+                    tick=tick,
+                    nimg=nimg,
+                    total=total,
+                    elapsed=now - start_time,
+                    tick_seconds=now - tick_time,
+                    tick_nimg=nimg - tick_start,
+                    maintenance=maintenance,
+                    rate=(nimg - start_nimg) / (now - start_time),
+                )
+            )
             snapshot = done or (full and tick % config["snapshot_ticks"] == 0)
             keep = stopping or done or (tick > 0 and tick % config["state_ticks"] == 0)
-            saver.tick(nimg, line and (lambda line=line: bar.write(line(), file=sys.stdout)),
-                       snapshot and bad < few, keep and bad < few)
+            saver.tick(
+                nimg,
+                line and (lambda line=line: bar.write(line(), file=sys.stdout)),
+                snapshot and bad < few,
+                keep and bad < few,
+            )
             if failed:
-                raise distributed.shared(dnnlib.UserError(
-                    f"the last {bad} steps, to {nimg / 1000:.1f} kimg, had non-finite losses or gradients "
-                    f"(--max_bad_steps={config['max_bad_steps']}); {saver.newest()}"))
+                raise distributed.shared(
+                    dnnlib.UserError(
+                        f"the last {bad} steps, to {nimg / 1000:.1f} kimg, had non-finite losses or gradients "
+                        f"(--max_bad_steps={config['max_bad_steps']}); {saver.newest()}"
+                    )
+                )
             if bad >= few and (snapshot or keep):
                 print0(f"Nothing was saved: the last {bad} steps had non-finite losses or gradients.")
             if stopping and not done:
@@ -115,9 +146,17 @@ def training_loop(
 class Saver:
     """Snapshots and states of a run: what is written when, in which order, and what is deleted after it."""
 
-    def __init__(self, objective: Objective, config: dict, run_dir: str, best: dict):
+    def __init__(
+        self,
+        objective: Objective,
+        config: dict,
+        run_dir: str,
+        best: dict,
+        draw_samples: Callable[[torch.nn.Module, str], None] | None = None,
+    ):
         self.objective, self.config, self.run_dir, self.best = objective, config, run_dir, best
-        self._best_of_state = best["name"]      # the snapshot that the newest state takes for the best: it stays
+        self.draw_samples = draw_samples
+        self._best_of_state = best["name"]  # the snapshot that the newest state takes for the best: it stays
         if best["name"] is not None and distributed.get_rank() == 0:
             self.remove_outdated()
 
@@ -160,8 +199,9 @@ class Saver:
         if self.objective.snapshot_on_best and outdated not in (None, name, self._best_of_state):
             with contextlib.suppress(FileNotFoundError):
                 os.remove(os.path.join(self.run_dir, outdated))
-        if nimg > self.config["batch_size"]:
-            self.objective.sheet(os.path.join(self.run_dir, f"samples-{nimg // 1000:06d}.png"))
+        if self.draw_samples is not None and nimg > self.config["batch_size"]:
+            with self.objective.trained["net"].exported_here() as net:
+                self.draw_samples(net, os.path.join(self.run_dir, f"samples-{nimg // 1000:06d}.png"))
 
     def save_state(self, nimg: int, weights: dict) -> None:
         """Write `training-state-NNNNNN.pt` and keep the newest `config['keep']`."""
@@ -201,9 +241,12 @@ def check_agreement(objective: Objective, nimg: int) -> None:
             found = f"on the same images they find the losses {ours[1:]} and {theirs[1:]}"
         else:
             continue
-        raise distributed.shared(dnnlib.UserError(
-            f"processes 0 and {rank} have drifted apart at {nimg / 1000:.1f} kimg: {found}. One of the machines "
-            "computes wrongly; states saved before may be sound: continue from one with --resume, elsewhere"))
+        raise distributed.shared(
+            dnnlib.UserError(
+                f"processes 0 and {rank} have drifted apart at {nimg / 1000:.1f} kimg: {found}. One of the machines "
+                "computes wrongly; states saved before may be sound: continue from one with --resume, elsewhere"
+            )
+        )
 
 
 class StopRequest:
@@ -237,7 +280,7 @@ class StopRequest:
             work, flag = self._pending
             work.wait()
             result = int(flag)
-        flag = torch.tensor(self.signal)    # On the host, whose messages no GPU has to be waited for.
+        flag = torch.tensor(self.signal)  # On the host, whose messages no GPU has to be waited for.
         self._pending = (torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX, async_op=True), flag)
         return result
 
@@ -317,7 +360,7 @@ class TickLog:
         with open(self.path, "a") as f:
             f.write(json.dumps({**values, "timestamp": time.time()}) + "\n")
             f.flush()
-            os.fsync(f.fileno())    # what a state continues from has its ticks on disk as well
+            os.fsync(f.fileno())  # what a state continues from has its ticks on disk as well
         for mirror in self.mirrors:
             mirror({k: v["mean"] for k, v in values.items() if np.isfinite(v["mean"])}, nimg)
         bad = {what: values.get(f"Health/bad_{what}", dict(mean=0, num=0)) for what in ("losses", "gradients")}

@@ -5,21 +5,21 @@ from __future__ import annotations
 import torch
 
 import dnnlib
-from training.dataset import ImageDataset
+from archives.dataset import ImageDataset
 from training.diffusion_steps import DiffusionSteps
+from training.networks_resnet import Classifier
 from training.noise_levels import LOWEST_SIGMA
-from training.resnet import Classifier
 
 __all__ = ["COSTS", "TransportCost", "core", "cost_by_origin", "squared_distance"]
 
 COSTS = ("pixels", "standardized", "features", "robust")
-SAMPLE = 4096           # training images at most that statistics are taken from
-CHUNK = 512             # of them at a time
-MAX_PIXELS = 4096       # values an image whose covariance we diagonalise: seconds
-CORE = 0.75             # `robust`: the share of the images that it goes by; outliers are among the others
-CORE_ROUNDS = 10        # to find them, at most; 5 seconds each with 32x32 RGB images
-FREE = 4                # `robust`: twice what an image of the core and independent noise come to
-FLOOR = 0.3             # of the mean deviation: where images are all alike their deviation is no measure
+SAMPLE = 4096  # training images at most that statistics are taken from
+CHUNK = 512  # of them at a time
+MAX_PIXELS = 4096  # values an image whose covariance we diagonalise: seconds
+CORE = 0.75  # `robust`: the share of the images that it goes by; outliers are among the others
+CORE_ROUNDS = 10  # to find them, at most; 5 seconds each with 32x32 RGB images
+FREE = 4  # `robust`: twice what an image of the core and independent noise come to
+FLOOR = 0.3  # of the mean deviation: where images are all alike their deviation is no measure
 
 
 def squared_distance(x_0: torch.Tensor, x_next: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -44,7 +44,7 @@ class TransportCost:
         self.kind, self.net, self.axes = kind, None, None
         if kind == "features":
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(0)    # the same network in every run
+                torch.manual_seed(0)  # the same network in every run
                 net = Classifier(dataset.resolution, dataset.num_channels, 1, depth="small", channel_mult=(1, 2, 4))
                 # Its last layers begin at almost nothing, for training's sake; features need them.
                 for block in (block for stage in net.stages for block in stage):
@@ -57,8 +57,9 @@ class TransportCost:
             self.mean, self.std = self._measure(dataset, index, steps, device)
 
     @torch.no_grad()
-    def _measure(self, dataset: ImageDataset, index: torch.Tensor, steps: DiffusionSteps,
-                 device: torch.device) -> tuple[torch.Tensor, ...]:
+    def _measure(
+        self, dataset: ImageDataset, index: torch.Tensor, steps: DiffusionSteps, device: torch.device
+    ) -> tuple[torch.Tensor, ...]:
         """Mean and deviation [T+1,features] of the training images `index` at x_0, x_1, ..., x_T."""
         generator = torch.Generator(device).manual_seed(0)
         mean, std = [], []
@@ -94,8 +95,9 @@ def robust_axes(dataset: ImageDataset, index: torch.Tensor, device: torch.device
     """
     n = dataset.num_channels * dataset.resolution**2
     if n > MAX_PIXELS:
-        raise dnnlib.UserError(f"--cost=robust: {dataset.name} has {n:,} values an image, more than {MAX_PIXELS:,}; "
-                               "choose another cost")
+        raise dnnlib.UserError(
+            f"--cost=robust: {dataset.name} has {n:,} values an image, more than {MAX_PIXELS:,}; choose another cost"
+        )
     images = [x_0.flatten(1) for _, x_0 in training_images(dataset, index, torch.device("cpu"))]
     members, axes = core(torch.cat(images).to(torch.float64))
     return index[members], axes.to(device, torch.float32)
@@ -127,8 +129,9 @@ def floored(std: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def cost_by_origin(cost: TransportCost, dataset: ImageDataset, steps: DiffusionSteps,
-                   device: torch.device) -> tuple[float, float] | None:
+def cost_by_origin(
+    cost: TransportCost, dataset: ImageDataset, steps: DiffusionSteps, device: torch.device
+) -> tuple[float, float] | None:
     """Mean cost of the clean training images and of the outliers at random t; None when there are not both."""
     if dataset.outliers is None or dataset.outliers.all() or not dataset.outliers.any():
         return None

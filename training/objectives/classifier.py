@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from archives.dataset import ImageDataset
 from torch_utils import misc
 from torch_utils.training_stats import Stats
-from training.dataset import ImageDataset
-from training.objectives.base import Objective
-from training.resnet import Classifier
+from training.networks_resnet import Classifier
+from training.objective import Objective
 from training.trained_network import TrainedNetwork
 
 __all__ = ["ClassifierObjective", "LearnedTransition"]
@@ -66,7 +66,7 @@ class ClassifierObjective(Objective):
             trained["transition"] = self.trained_network(
                 LearnedTransition(self.dataset.label_dim),
                 compile=False,
-                shard=False,    # C x C numbers
+                shard=False,  # C x C numbers
                 ema_halflife=0,
                 lr_factor=lambda nimg: next((f for share, f in TRANSITION_SCHEDULE if nimg < share * total), 0.0),
             )

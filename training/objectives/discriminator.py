@@ -6,18 +6,18 @@ import numpy as np
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
 
+from archives.dataset import ImageDataset
 from torch_utils.training_stats import Stats
-from training.dataset import ImageDataset
-from training.objectives.base import Objective
+from training.networks_resnet import Discriminator
+from training.objective import Objective
 from training.objectives.classifier import shift_images
-from training.resnet import Discriminator
 from training.trained_network import TrainedNetwork
 
 __all__ = ["DiscriminatorObjective", "Shuffle", "right_shares"]
 
-MIXUP_ALPHA = 0.2   # lambda ~ Beta(alpha, alpha)
-MAX_FLIP = 0.9      # of the right pairs of a class, so that some stay right
-EVEN = 0.5          # share of right pairs to aim for
+MIXUP_ALPHA = 0.2  # lambda ~ Beta(alpha, alpha)
+MAX_FLIP = 0.9  # of the right pairs of a class, so that some stay right
+EVEN = 0.5  # share of right pairs to aim for
 SIGMA_BANDS = (0.0, 0.1, 0.5, 1.5, 5.0, float("inf"))
 
 
@@ -29,8 +29,9 @@ class Shuffle:
     Either way right and wrong pairs come out even, where as many as half of the labels are believed right.
     """
 
-    def __init__(self, labels: np.ndarray, is_clean: np.ndarray, num_classes: int,
-                 transition: np.ndarray | None = None):
+    def __init__(
+        self, labels: np.ndarray, is_clean: np.ndarray, num_classes: int, transition: np.ndarray | None = None
+    ):
         others = 1 - np.eye(num_classes)
         self.rows = others / max(num_classes - 1, 1)
         surplus = max(is_clean.mean() - EVEN, 0.0)
@@ -102,7 +103,7 @@ class DiscriminatorObjective(Objective):
             partner_shuffle=torch.rand([n, 2], **where),
             partner=torch.randint(choices, [n], **where),
             mixing=torch.from_numpy(mixing).to(self.device),
-            mixed=torch.arange(n) >= n // 2,    # on the CPU: which rows are mixed up is known without asking the device
+            mixed=torch.arange(n) >= n // 2,  # on the CPU: which rows are mixed up is known without asking the device
         )
         shift = round(self.config["discriminator"]["shift"] * images.shape[-1])
         if shift:
@@ -145,10 +146,16 @@ class DiscriminatorObjective(Objective):
         correct = ((logits > 0) == (targets > 0.5)).float()
         stats.add("Discriminator/correction_rate", correct, plain)
         for low, high in zip(SIGMA_BANDS, SIGMA_BANDS[1:], strict=False):
-            stats.add(f"Discriminator/correction_rate_sigma_{low:g}_{high:g}", correct,
-                      plain & (sigma >= low) & (sigma < high))
+            stats.add(
+                f"Discriminator/correction_rate_sigma_{low:g}_{high:g}",
+                correct,
+                plain & (sigma >= low) & (sigma < high),
+            )
         return binary_cross_entropy_with_logits(logits, targets, reduction="none")
 
     def info(self) -> dict:
-        return dict(noise_rates=self.noise_rates.tolist(), right_shares=self.right_shares.tolist(),
-                    shuffle="uniform" if self.transition is None else "transition")
+        return dict(
+            noise_rates=self.noise_rates.tolist(),
+            right_shares=self.right_shares.tolist(),
+            shuffle="uniform" if self.transition is None else "transition",
+        )

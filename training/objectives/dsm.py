@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from sampling.samplers import heun_sampler
 from torch_utils.training_stats import Stats
-from training.objectives.base import Objective
+from training.objective import Objective
 from training.presets import precond_class
 from training.trained_network import TrainedNetwork
 
@@ -46,6 +45,3 @@ class DSM(Objective):
     ) -> torch.Tensor:
         """The denoised image [n,C,H,W] that is compared with the clean one; TDSM's difference to DSM is all here."""
         return self.trained["net"].forward(x, sigma, labels, augment_labels=augment_labels)
-
-    def sheet(self, path: str) -> None:
-        self.sample_sheet(path, heun_sampler)

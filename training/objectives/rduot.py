@@ -13,19 +13,18 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import logsigmoid, softplus
 
-from sampling.ddgan import ddgan_sampler
+from archives.dataset import ImageDataset
 from torch_utils.training_stats import Stats
-from training.dataset import ImageDataset
-from training.ddgan_networks import GROUP, DDGANGenerator, Potential
 from training.diffusion_steps import DiffusionSteps
-from training.objectives.base import Objective, Phase
+from training.networks_ddgan import GROUP, DDGANGenerator, Potential
+from training.objective import Objective, Phase
 from training.trained_network import TrainedNetwork, cosine_decay
 from training.transport_cost import TransportCost, cost_by_origin
 
 __all__ = ["CONJUGATES", "GROUP", "RDUOT", "TransportLosses", "ema_halflife", "gradient_penalty"]
 
-FINAL_LR = 1e-5     # what the learning rates decay to
-EMA_RAMPUP = 0.25   # of the images seen, at most: two networks at play circle, and want a longer average than one
+FINAL_LR = 1e-5  # what the learning rates decay to
+EMA_RAMPUP = 0.25  # of the images seen, at most: two networks at play circle, and want a longer average than one
 
 
 def chi_conjugate(x: torch.Tensor) -> torch.Tensor:
@@ -52,12 +51,12 @@ class TransportLosses:
     """
 
     steps: DiffusionSteps
-    cost: Callable[..., torch.Tensor]   # c(x_0, x_{t+1}, t) -> [N]
-    tau: float                          # weight of the cost
-    phi1: str                           # conjugate on generated pairs
-    phi2: str                           # conjugate on real pairs
-    r1_gamma: float                     # weight of R1
-    log_sigmoid: bool = False           # the generator maximises ln sigmoid(D), as the baseline's does, in place of D
+    cost: Callable[..., torch.Tensor]  # c(x_0, x_{t+1}, t) -> [N]
+    tau: float  # weight of the cost
+    phi1: str  # conjugate on generated pairs
+    phi2: str  # conjugate on real pairs
+    r1_gamma: float  # weight of R1
+    log_sigmoid: bool = False  # the generator maximises ln sigmoid(D), as the baseline's does, in place of D
 
     def draw(self, x_0: torch.Tensor, nz: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
         """The random numbers of one loss on images shaped like x_0, a row an image."""
@@ -69,8 +68,9 @@ class TransportLosses:
         x_0 = generator(x_next, draws["t"], draws["z"])
         return x_0, self.steps.posterior(x_0, x_next, draws["t"], draws["posterior_noise"])
 
-    def potential(self, potential: Callable, generator: Callable, x_0: torch.Tensor, draws: dict,
-                  penalise: bool) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def potential(
+        self, potential: Callable, generator: Callable, x_0: torch.Tensor, draws: dict, penalise: bool
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Psi2*(-D(real)) + Psi1*(D(fake) - tau c), and with `penalise` r1_gamma/2 ||grad D||^2 on real pairs."""
         t = draws["t"]
         x_t, x_next = self.steps.pair(x_0, t, draws["noise"], draws["step_noise"])
@@ -107,33 +107,50 @@ class RDUOT(Objective):
         self.steps = DiffusionSteps(c["num_timesteps"], c["beta_min"], c["beta_max"], device=device)
         super().__init__(config, dataset, device)
         self.losses = TransportLosses(
-            self.steps, TransportCost(c["cost"], dataset, self.steps, device), c["tau"], c["phi1"], c["phi2"],
-            c["r1_gamma"], log_sigmoid=self.method == "ddgan")
+            self.steps,
+            TransportCost(c["cost"], dataset, self.steps, device),
+            c["tau"],
+            c["phi1"],
+            c["phi2"],
+            c["r1_gamma"],
+            log_sigmoid=self.method == "ddgan",
+        )
 
     def build(self) -> dict[str, TrainedNetwork]:
-        shared = dict(img_resolution=self.dataset.resolution, img_channels=self.dataset.num_channels,
-                      label_dim=self.dataset.label_dim)
+        shared = dict(
+            img_resolution=self.dataset.resolution,
+            img_channels=self.dataset.num_channels,
+            label_dim=self.dataset.label_dim,
+        )
         networks = self.config["network"]
-        nets = dict(net=DDGANGenerator(**shared, **self.steps.settings(), **networks["kwargs"]),
-                    potential=Potential(**shared, **networks["potential_kwargs"]))
+        nets = dict(
+            net=DDGANGenerator(**shared, **self.steps.settings(), **networks["kwargs"]),
+            potential=Potential(**shared, **networks["potential_kwargs"]),
+        )
         # Nobody reads the potential's average; second derivatives, which R1 needs, do not compile, nor do they find the
         # weights again that a sharded network frees after the first ones.
-        own = dict(net=dict(ema_rampup=EMA_RAMPUP),
-                   potential=dict(ema_halflife=0, compile=False, shard=False))
+        own = dict(net=dict(ema_rampup=EMA_RAMPUP), potential=dict(ema_halflife=0, compile=False, shard=False))
         schedule = self.config["rduot"]["schedule_nimg"] or self.config["total_nimg"]
         trained = {}
         for name, net in nets.items():
             lr = self.config["optimizer"]["lr"][name]
-            trained[name] = self.trained_network(net, lr=lr, betas=tuple(self.config["optimizer"]["betas"]),
-                                                 lr_factor=cosine_decay(schedule, FINAL_LR / lr), **own[name])
+            trained[name] = self.trained_network(
+                net,
+                lr=lr,
+                betas=tuple(self.config["optimizer"]["betas"]),
+                lr_factor=cosine_decay(schedule, FINAL_LR / lr),
+                **own[name],
+            )
         return trained
 
     def phases(self, nimg: int) -> list[Phase]:
         # The step's number follows from the images seen: a resumed run penalises in the same steps.
         step = nimg // self.config["batch_size"]
         penalise = self.losses.r1_gamma > 0 and step % self.config["rduot"]["lazy_reg"] == 0
-        return [("potential", functools.partial(self.potential_loss, penalise), ["potential"]),
-                ("loss", self.loss, ["net"])]
+        return [
+            ("potential", functools.partial(self.potential_loss, penalise), ["potential"]),
+            ("loss", self.loss, ["net"]),
+        ]
 
     def draw(self, images: torch.Tensor, generator: torch.Generator) -> dict:
         x_0 = torch.empty(images.shape, device=self.device)
@@ -146,8 +163,9 @@ class RDUOT(Objective):
         generator, potential = (functools.partial(_call, net, labels=labels) for net in nets)
         return potential, generator
 
-    def potential_loss(self, penalise: bool, images: torch.Tensor, labels: torch.Tensor, draws: dict,
-                       stats: Stats) -> torch.Tensor:
+    def potential_loss(
+        self, penalise: bool, images: torch.Tensor, labels: torch.Tensor, draws: dict, stats: Stats
+    ) -> torch.Tensor:
         """Loss [n] of the potential."""
         x_0, _ = self.prepare(images, draws)
         nets = self._callables(labels, "potential")
@@ -166,18 +184,18 @@ class RDUOT(Objective):
         if costs is None:
             return []
         clean, outliers = costs
-        lines = [f"Transport cost ({self.losses.cost.kind}), mean: {clean:.4g} for clean images, {outliers:.4g} for "
-                 "outliers"]
+        lines = [
+            f"Transport cost ({self.losses.cost.kind}), mean: {clean:.4g} for clean images, {outliers:.4g} for outliers"
+        ]
         if outliers <= clean and self.method == "rduot":
-            lines.append("Warning: the outliers are the cheaper ones, so unbalanced transport favours them over clean "
-                         "images; try another --cost")
+            lines.append(
+                "Warning: the outliers are the cheaper ones, so unbalanced transport favours them over clean "
+                "images; try another --cost"
+            )
         return lines
 
     def loss_settings(self) -> dict:
         return self.config["rduot"]
-
-    def sheet(self, path: str) -> None:
-        self.sample_sheet(path, ddgan_sampler)
 
 
 def _call(net: torch.nn.Module, *args: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -10,18 +10,19 @@ from sklearn.neighbors import NearestNeighbors
 from tqdm import tqdm
 
 import dnnlib
-from training.dataset import ImageDataset
+from archives.dataset import ImageDataset
 from training.noise_levels import LOWEST_SIGMA
 
 __all__ = ["EMBEDDINGS", "nearest_partners"]
 
 EMBEDDINGS = ("classifier", "clip", "pixels")
-CLIP = ("ViT-B-32", "laion2b_s34b_b79k")    # architecture and weights, by open_clip's names
+CLIP = ("ViT-B-32", "laion2b_s34b_b79k")  # architecture and weights, by open_clip's names
 BATCH = 256
 
 
-def nearest_partners(dataset: ImageDataset, embed: str, classifier: torch.nn.Module | None, device: torch.device,
-                     k: int = 2) -> np.ndarray:
+def nearest_partners(
+    dataset: ImageDataset, embed: str, classifier: torch.nn.Module | None, device: torch.device, k: int = 2
+) -> np.ndarray:
     """The `k` nearest neighbours of each item among the data set's images, int64 [N,k]; of a mirrored copy: mirrored.
 
     `embed`: 'classifier' (penultimate features of `classifier` at the lowest sigma), 'clip' or 'pixels'.
@@ -29,8 +30,11 @@ def nearest_partners(dataset: ImageDataset, embed: str, classifier: torch.nn.Mod
     """
     if dataset.num_raw <= k:
         raise dnnlib.UserError(f"--simix=1: {dataset.path} has {dataset.num_raw} images; {k + 1} at least are needed")
-    function = {"classifier": lambda: _classifier_embedding(classifier), "clip": lambda: _clip_embedding(device),
-                "pixels": lambda: _pixel_embedding}[embed]()
+    function = {
+        "classifier": lambda: _classifier_embedding(classifier),
+        "clip": lambda: _clip_embedding(device),
+        "pixels": lambda: _pixel_embedding,
+    }[embed]()
     parts = []
     with torch.no_grad():
         for part in tqdm(torch.arange(dataset.num_raw).split(BATCH), desc="SiMix embedding", leave=False, disable=None):
@@ -40,7 +44,7 @@ def nearest_partners(dataset: ImageDataset, embed: str, classifier: torch.nn.Mod
     # One more than asked for: the nearest is the image itself, or a copy of it.
     found = NearestNeighbors(n_neighbors=k + 1, algorithm="brute").fit(features).kneighbors(return_distance=False)
     own = found == np.arange(len(found))[:, None]
-    own[~own.any(axis=1), -1] = True    # among many copies of itself an image may be missing: leave out the farthest
+    own[~own.any(axis=1), -1] = True  # among many copies of itself an image may be missing: leave out the farthest
     raw = found[~own].reshape(-1, k).astype(np.int64)
     return np.concatenate([raw + copy * dataset.num_raw for copy in range(len(dataset) // dataset.num_raw)])
 

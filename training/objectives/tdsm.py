@@ -8,12 +8,12 @@ import numpy as np
 import torch
 
 import dnnlib
+from archives.dataset import ImageDataset
+from archives.label_noise import check_matrix, check_observed, inverse_transition
 from torch_utils import distributed
 from torch_utils.training_stats import Stats
-from training.dataset import ImageDataset
 from training.label_weights import clean_posterior, cut_weights, posterior_weights
 from training.objectives.dsm import DSM
-from training.transition import check_matrix, check_observed, inverse_transition
 
 __all__ = ["TDSM"]
 
@@ -105,7 +105,7 @@ class TDSM(DSM):
         denoised = super().combine(x, sigma, labels, augment_labels, stats) * own[:, :, None, None]
         n, classes = others.shape
         rest = denoised.new_zeros([n + 1, *denoised.shape[1:]])  # the last row takes what empty places compute
-        with torch.no_grad(), self.trained["net"].gathered():   # every process has its own number of pairs
+        with torch.no_grad(), self.trained["net"].gathered():  # every process has its own number of pairs
             for image, label, weight in pair_passes(others, count(), self.pass_size, self.fixed_size):
                 i = image.clamp(max=n - 1)
                 onehot = (label[:, None] == torch.arange(classes, device=label.device)).to(labels.dtype)

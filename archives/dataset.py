@@ -1,0 +1,304 @@
+"""Archives -> batches: a labelled image set, and an endless, exactly resumable stream of batches from it."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+
+import dnnlib
+from archives.reader import ArchiveReader, image_shape, ordered_map
+
+__all__ = ["MEMORY_LIMIT", "BatchStream", "ImageDataset"]
+
+MEMORY_LIMIT = 4 << 30  # bytes of decoded images that are held in memory rather than decoded again and again
+
+
+class ImageDataset:
+    """The images and labels of an archive (ZIP or folder). Opening reads the names, the labels and one image header.
+
+    path        ZIP or folder as written by the dataset tools of this project, EDM, StyleGAN or TDSM
+    use_labels  False: an unlabelled set, whatever the archive holds
+    resolution  expected side in pixels; None accepts what is there
+    max_size    use a random subset of this many images, chosen by `seed`
+    xflip       appends the mirrored images: twice the length
+    cache       whether a `BatchStream` may hold the decoded images in memory, where they fit
+    square      refuse sides that are unequal or no power of two, which the U-Nets cannot take
+
+    Every array below has one entry per item, mirrored ones included. `label_dim` counts the classes of the whole
+    archive, also those that a subset lacks. UserError on every archive that cannot be used.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        use_labels: bool = True,
+        resolution: int | None = None,
+        max_size: int | None = None,
+        xflip: bool = False,
+        seed: int = 0,
+        cache: bool = True,
+        square: bool = True,
+    ) -> None:
+        self._kwargs = dict(
+            path=path, use_labels=use_labels, resolution=resolution, max_size=max_size, xflip=xflip, seed=seed
+        )
+        self.path, self.cache = path, cache
+        self.name = os.path.splitext(os.path.basename(os.path.abspath(path)))[0]
+        self._reader = reader = ArchiveReader(path)
+        first = reader.names[0]
+        height, width, self.num_channels = image_shape(reader.read(first), reader.where(first))
+        self.image_shape = (self.num_channels, height, width)
+        if square and (height != width or height & (height - 1)):
+            raise dnnlib.UserError(
+                f"{path}: images are {width}x{height}, expected square ones with a power of two as side: "
+                "convert them with dataset_tool.py --transform=center-crop --resolution=WxH"
+            )
+        if resolution is not None and (height, width) != (resolution, resolution):
+            raise dnnlib.UserError(f"{path}: images are {width}x{height}, expected {resolution}x{resolution}")
+        self.resolution = height
+
+        self.corruption = reader.corruption()
+        self.family: str | None = self.corruption.get("family")
+        self.class_names: list[str] | None = None
+        self.label_dim = 0
+        labels = clean = None
+        if use_labels:
+            labels, clean = reader.labels(), reader.labels("clean_labels")
+        self._vectors: np.ndarray | None = None
+        if labels is not None:
+            self.class_names = reader.class_names()
+            if labels.ndim == 2:
+                self.label_dim, self._vectors, labels = labels.shape[1], labels, _from_onehot(labels)
+            else:
+                self.label_dim = self._count_classes(labels, clean)
+            if clean is not None and clean.ndim == 2:
+                clean = _from_onehot(clean)
+
+        # Random subset first, mirrored copies second: both copies of an image are in or both are out.
+        self._raw = np.arange(len(reader))
+        if max_size is not None and max_size < len(reader):
+            if max_size < 1:
+                raise dnnlib.UserError(f"{path}: a subset must have at least 1 image, found {max_size}")
+            self._raw = np.sort(np.random.default_rng(seed).permutation(len(reader))[:max_size])
+        self.num_raw = len(self._raw)
+        self._copies = 2 if xflip else 1
+        self.labels = self._select(labels)
+        self.clean_labels = self._select(clean)
+        self.outliers = self._select(reader.outliers())  # bool: put in from another source; None without a record
+        self._vectors = self._select(self._vectors)
+        self._pixels: torch.Tensor | None = None
+        self._held: torch.Tensor | None = None
+
+    def _count_classes(self, labels: np.ndarray, clean: np.ndarray | None) -> int:
+        count = int(labels.max()) + 1
+        if clean is not None and clean.ndim == 1:
+            count = max(count, int(clean.max()) + 1)
+        if self.class_names is not None:
+            if len(self.class_names) < count:
+                raise dnnlib.UserError(
+                    f'{self.path}: "class_names" has {len(self.class_names)} names, but the labels go up to {count - 1}'
+                )
+            count = len(self.class_names)
+        return count
+
+    def _select(self, array: np.ndarray | None) -> np.ndarray | None:
+        return None if array is None else np.concatenate([array[self._raw]] * self._copies)
+
+    def __len__(self) -> int:
+        return self.num_raw * self._copies
+
+    @property
+    def has_labels(self) -> bool:
+        return self.label_dim > 0
+
+    @property
+    def file_names(self) -> list[str]:
+        """Image names in the archive, one per item."""
+        return [self._reader.names[i] for i in self._raw] * self._copies
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all decoded images (mirrored copies are made on the fly)."""
+        return self.num_raw * int(np.prod(self.image_shape))
+
+    def kwargs(self) -> dict[str, Any]:
+        """The constructor's arguments as plain data, for snapshots and option files."""
+        return dict(self._kwargs)
+
+    def image(self, index: int) -> np.ndarray:
+        """One image, uint8 array [C, H, W]."""
+        index = range(len(self))[index]  # negative indices, IndexError
+        raw = index % self.num_raw
+        pixels = self._pixels[raw].numpy() if self._pixels is not None else self._decode(raw)
+        return pixels[:, :, ::-1].copy() if index >= self.num_raw else pixels
+
+    def images(self, indices: Sequence[int] | np.ndarray | torch.Tensor) -> torch.Tensor:
+        """A batch of images, uint8 tensor [B, C, H, W] on the CPU."""
+        indices = np.asarray(indices, dtype=np.int64).reshape(-1)
+        if self._pixels is not None:
+            return _take(self._pixels, torch.from_numpy(indices), self._copies)
+        return torch.from_numpy(np.stack([self.image(i) for i in indices])) if len(indices) else self._empty(0)
+
+    def onehot(self, indices: Sequence[int] | np.ndarray | torch.Tensor) -> torch.Tensor:
+        """Labels as the networks take them, float32 [B, label_dim]; label vectors pass through unchanged."""
+        indices = np.asarray(indices, dtype=np.int64).reshape(-1)
+        if self._vectors is not None:
+            return torch.from_numpy(self._vectors[indices])
+        if self.labels is None:
+            return torch.zeros([len(indices), 0])
+        return _onehot(torch.from_numpy(self.labels[indices]), self.label_dim)
+
+    def load(self, workers: int = 1) -> torch.Tensor:
+        """Decodes every image once, on `workers` threads, and keeps it: uint8 [num_raw, C, H, W], without mirrors."""
+        if self._pixels is None:
+            pixels = self._empty(self.num_raw)
+            table = pixels.numpy()
+            step = max(1, (1 << 20) // int(np.prod(self.image_shape)))  # about 1 MiB a task
+
+            def decode(start: int) -> None:
+                for raw in range(start, min(start + step, self.num_raw)):
+                    table[raw] = self._decode(raw)
+
+            for _ in ordered_map(decode, range(0, self.num_raw, step), workers):
+                pass
+            self._pixels = pixels
+        return self._pixels
+
+    def hold(self, device: torch.device | str, workers: int = 1, limit: int = MEMORY_LIMIT) -> bool:
+        """Decode all images once and keep them on `device`; False where `limit` bytes or `cache` do not allow it."""
+        if not self.cache or self.nbytes > limit:
+            return False
+        if self._held is None:
+            self._held = self.load(workers).to(device)
+        return True
+
+    def images_on(self, device: torch.device | str, items: torch.Tensor) -> torch.Tensor:
+        """A batch of images, uint8 [B, C, H, W] on `device`; indexed there if they are held there (see `hold`)."""
+        if self._held is not None:
+            return _take(self._held, items.to(device, non_blocking=True), self._copies)
+        return self.images(items.cpu()).to(device, non_blocking=True)
+
+    def _empty(self, n: int) -> torch.Tensor:
+        return torch.empty([n, *self.image_shape], dtype=torch.uint8)
+
+    def _decode(self, raw: int) -> np.ndarray:
+        name = self._reader.names[self._raw[raw]]
+        image, (channels, height, width) = self._reader.image(name), self.image_shape
+        if image.shape != (height, width, channels):
+            found = f"{image.shape[1]}x{image.shape[0]} with {image.shape[2]} channels"
+            raise dnnlib.UserError(
+                f"{self._reader.where(name)}: image is {found}, the first one is {width}x{height} with {channels}"
+            )
+        return np.ascontiguousarray(image.transpose(2, 0, 1))
+
+
+class BatchStream:
+    """Endless iterator of (images uint8 [b, C, H, W], labels float32 [b, label_dim]), both on `device`.
+
+    Epoch e visits the data set in a permutation that depends on (seed, e) only. The global batch of B = world_size *
+    batch_per_rank images that starts at image number nimg covers positions nimg .. nimg + B - 1 of the endless order,
+    and a rank takes its contiguous share: the stream can start anywhere, and neither `workers` nor the way the data
+    are held changes it. Data up to `memory_limit` bytes (none when the data set says `cache=False`) are decoded once
+    and indexed on the device; larger ones are decoded ahead of time by `workers` threads. `indices`: the items to use.
+    `items` [b] says which items of the data set the batch returned last consists of: on the device when the data are
+    held there, since nothing travels to it then but an epoch's order, else on the CPU.
+    """
+
+    def __init__(
+        self,
+        dataset: ImageDataset,
+        batch_per_rank: int,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int = 0,
+        start_nimg: int = 0,
+        device: torch.device | str = "cpu",
+        workers: int = 1,
+        memory_limit: int = MEMORY_LIMIT,
+        indices: Sequence[int] | np.ndarray | torch.Tensor | None = None,
+    ) -> None:
+        self._items = np.arange(len(dataset)) if indices is None else np.asarray(indices, dtype=np.int64)
+        if not len(self._items):
+            raise dnnlib.UserError(f"{dataset.path}: no images are left to train on")
+        self._dataset, self._batch, self._device = dataset, batch_per_rank, torch.device(device)
+        self._stride, self._seed = batch_per_rank * world_size, seed
+        self._position = start_nimg + rank * batch_per_rank
+        self._orders: dict[int, torch.Tensor] = {}
+        self._pool: ThreadPoolExecutor | None = None
+        self._pending: deque[tuple[torch.Tensor, Future[tuple[torch.Tensor, torch.Tensor]]]] = deque()
+        self.items = torch.empty(0, dtype=torch.int64)
+        self._on_device = dataset.cache and dataset.hold(self._device, workers, memory_limit)
+        if self._on_device:
+            source = dataset._vectors if dataset._vectors is not None else dataset.labels
+            self._labels = None if source is None else torch.from_numpy(source).to(self._device)
+        else:
+            self._depth = max(2, workers)
+            self._pool = ThreadPoolExecutor(max(1, workers))
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        return self
+
+    def __next__(self) -> tuple[torch.Tensor, torch.Tensor]:
+        if self._on_device:
+            self.items = self._next_indices()
+            return self._dataset.images_on(self._device, self.items), self._take_labels(self.items)
+        while len(self._pending) < self._depth:
+            items = self._next_indices()
+            self._pending.append((items, self._pool.submit(self._fetch, items)))
+        self.items, pending = self._pending.popleft()
+        images, labels = pending.result()
+        return images.to(self._device, non_blocking=True), labels.to(self._device, non_blocking=True)
+
+    def close(self) -> None:
+        """Stops reading ahead."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def _next_indices(self) -> torch.Tensor:
+        """Items at positions position .. position + batch - 1; a batch may touch several epochs."""
+        start, stop, n = self._position, self._position + self._batch, len(self._items)
+        self._position += self._stride
+        touched = range(start // n, (stop - 1) // n + 1)
+        self._orders = {e: self._orders[e] if e in self._orders else self._order(e) for e in touched}
+        return torch.cat([self._orders[e][max(start - e * n, 0) : stop - e * n] for e in touched])
+
+    def _order(self, epoch: int) -> torch.Tensor:
+        order = torch.from_numpy(np.random.default_rng([self._seed, epoch]).permutation(self._items))
+        return order.to(self._device) if self._on_device else order
+
+    def _take_labels(self, indices: torch.Tensor) -> torch.Tensor:
+        if self._labels is None:
+            return torch.zeros([len(indices), 0], device=self._device)
+        labels = self._labels[indices]
+        return labels if labels.ndim == 2 else _onehot(labels, self._dataset.label_dim)
+
+    def _fetch(self, indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        batch = self._dataset.images(indices), self._dataset.onehot(indices)
+        if self._device.type == "cuda":  # pinned memory lets the copy overlap with the previous step
+            return batch[0].pin_memory(), batch[1].pin_memory()
+        return batch
+
+
+def _take(pixels: torch.Tensor, indices: torch.Tensor, copies: int) -> torch.Tensor:
+    """Items of a set that is `pixels` [N, C, H, W], with copies = 2 followed by its mirror images."""
+    if copies == 1:
+        return pixels[indices]
+    images = pixels[indices % len(pixels)]
+    mirrored = (indices >= len(pixels))[:, None, None, None]
+    return torch.where(mirrored, images.flip(3), images)
+
+
+def _onehot(labels: torch.Tensor, label_dim: int) -> torch.Tensor:
+    return (labels[:, None] == torch.arange(label_dim, device=labels.device)).to(torch.float32)
+
+
+def _from_onehot(vectors: np.ndarray) -> np.ndarray | None:
+    """Class numbers of vectors that are one-hot, None for any others."""
+    exact = ((vectors == 0) | (vectors == 1)).all() and (vectors.sum(axis=1) == 1).all()
+    return vectors.argmax(axis=1).astype(np.int64) if exact else None

@@ -1,0 +1,70 @@
+"""Label files from elsewhere: `.json` of an archive, `.npy`, `.npz`, `.pt` (TDSM's label files, CIFAR-N)."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import numpy as np
+
+import dnnlib
+from archives.reader import match_labels, plain_labels
+from torch_utils import safe_files
+
+__all__ = ["load_labels"]
+
+_READERS = {
+    ".json": safe_files.load_json,
+    ".npy": safe_files.load_npy,
+    ".npz": safe_files.load_npz,
+    ".pt": safe_files.load_pt,
+}
+
+
+def load_labels(path: str, names: list[list[str]], count: int, key: str | None = None) -> np.ndarray:
+    """Labels for `count` images from a label file: int64 [N], or float32 [N, D] from a `.json` of vectors.
+
+    `names`: the lists of names that a `.json` may use for the images. `key`: which entry of a `.json` (default
+    "labels"), `.npz` or `.pt` dictionary; needed when there are several.
+    UserError: unreadable or hostile file, no such key, length mismatch (with both lengths), labels that are no labels.
+    """
+    suffix = os.path.splitext(path)[1].lower()
+    if suffix not in _READERS:
+        raise dnnlib.UserError(f"--labels: {path}: expected a .json, .npy, .npz or .pt file")
+    found = _READERS[suffix](dnnlib.read_bytes(path), f"--labels: {path}")
+    if suffix == ".json":
+        if not isinstance(found, dict):
+            raise dnnlib.UserError(f'--labels: {path}: must hold {{"labels": [[file name, label], ...]}}')
+        key = key or "labels"
+    values = _choose(found, key, path)
+    where = f"--labels: {path}" + (f": '{key}'" if key else "")
+    if suffix == ".json":
+        if not isinstance(values, list):
+            raise dnnlib.UserError(f"{where}: must be a list of [file name, label] pairs")
+        _check_length(len(values), count, where)
+        first = values[0][0] if isinstance(values[0], list) and values[0] else None
+        used = next((known for known in names if first in known), names[0])
+        return match_labels(values, used, where)
+    array = values.detach().cpu().numpy() if hasattr(values, "detach") else np.asarray(values)
+    if array.ndim != 1:
+        raise dnnlib.UserError(f"{where}: must be 1-D, found {array.ndim} dimensions")
+    _check_length(len(array), count, where)
+    return plain_labels(array.tolist(), where)
+
+
+def _check_length(found: int, expected: int, where: str) -> None:
+    if found != expected:
+        raise dnnlib.UserError(f"{where}: has {found} labels, but the source has {expected} images")
+
+
+def _choose(found: Any, key: str | None, path: str) -> Any:
+    if not isinstance(found, dict):
+        if key is not None:
+            raise dnnlib.UserError(f"--label_key: {path} holds one array, leave the option out")
+        return found
+    if key is None and len(found) == 1:
+        return next(iter(found.values()))
+    if key is None or key not in found:
+        problem = f"no entry '{key}' in {path}" if key else f"{path} has several entries, choose one"
+        raise dnnlib.UserError(f"--label_key: {problem} (there are: {', '.join(map(str, found)) or 'none'})")
+    return found[key]

@@ -1,0 +1,190 @@
+"""Label files: for each image of an archive whether its label is believed right, how surely, and what it should be.
+
+`detect_noise.py` writes them, `train_discriminator.py` reads them and the layouts of published label files.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+import dnnlib
+from archives.label_noise import check_matrix
+from archives.reader import plain_labels
+from torch_utils import safe_files
+
+if TYPE_CHECKING:  # it needs PyTorch, which dataset_tool.py does without
+    from archives.dataset import ImageDataset
+
+__all__ = ["LabelFile", "class_noise_rates", "load_label_file", "save_label_file"]
+
+FIELDS = ("names", "labels", "is_clean", "score", "suggested", "noise_rate", "per_class_noise_rate")
+EXPECTED = (
+    "expected a label file of detect_noise.py, or arr_0 with flags (1: label believed right), or arr_0 with "
+    "labels or images, arr_1 labels, arr_2 flags"
+)
+
+
+@dataclass
+class LabelFile:
+    """What is known of the labels of N images of C classes."""
+
+    names: list[str]  # [N] image names in the archive
+    labels: np.ndarray  # [N] int64, observed
+    is_clean: np.ndarray  # [N] bool, the label is believed right
+    score: np.ndarray  # [N] float32, probability that the label is right
+    suggested: np.ndarray  # [N] int64, the class the image probably has
+    noise_rate: float  # share of wrong labels
+    per_class_noise_rate: np.ndarray  # [C] float32, that share among images observed as each class; 0 without images
+    transition: np.ndarray | None = None  # [C,C] float64, estimated T[clean, observed], where there is one
+
+
+def class_noise_rates(labels: np.ndarray, is_clean: np.ndarray, num_classes: int) -> np.ndarray:
+    """Share of wrong labels among the images observed as each class, float32 [C]; 0 for a class without images.
+
+    eta_o = P(clean != o | observed = o) of sbdc.md, not 1 - T[o,o]: those differ unless all classes are equally common.
+    """
+    count = np.bincount(labels, minlength=num_classes)
+    wrong = np.bincount(labels[~is_clean], minlength=num_classes)
+    return (wrong / np.maximum(count, 1)).astype(np.float32)
+
+
+def save_label_file(path: str | os.PathLike[str], file: LabelFile) -> None:
+    """Writes `.npz`, complete or not at all; `transition` only where it is known. No pickled objects."""
+    arrays = {name: np.asarray(getattr(file, name)) for name in FIELDS}
+    if file.transition is not None:
+        arrays["transition"] = file.transition
+    with dnnlib.atomic_open(path) as f:
+        np.savez(f, **arrays)
+
+
+def load_label_file(path: str | os.PathLike[str], dataset: ImageDataset) -> LabelFile:
+    """A label file for the items of `dataset`, in their order; mirrored copies (xflip) repeat what is known of one.
+
+    Ours is matched by name and may know more images than the data set. Published layouts are matched by position:
+    `arr_0` flags; or `arr_0` labels (or images), `arr_1` classes (or labels), `arr_2` flags, of which either may be the
+    observed labels, as numbers or one-hot. They say neither a score nor another class: the score is the flag and the
+    suggested label the observed one; the noise rates are counted.
+    UserError: no such file or layout, pickled objects, another length, flags that are not 0 or 1, missing names, labels
+    that are not those of the archive.
+    """
+    if dataset.labels is None:
+        raise dnnlib.UserError(f"{path}: is of no use for {dataset.path}, which has no labels of one class an image")
+    arrays = safe_files.read_npz(path, EXPECTED)
+    if "names" in arrays:
+        return _load_ours(str(path), arrays, dataset)
+    return _load_published(str(path), arrays, dataset)
+
+
+def _load_ours(path: str, arrays: dict[str, np.ndarray], dataset: ImageDataset) -> LabelFile:
+    missing = [name for name in FIELDS if name not in arrays]
+    if missing:
+        raise dnnlib.UserError(f"{path}: lacks {', '.join(missing)}; {EXPECTED}")
+    names = arrays["names"].reshape(-1).tolist()
+    for field in ("labels", "is_clean", "score", "suggested"):
+        if arrays[field].shape != (len(names),):
+            raise dnnlib.UserError(f"{path}: {field} is {list(arrays[field].shape)}, but there are {len(names)} names")
+    for field in ("score", "noise_rate", "per_class_noise_rate"):
+        values = arrays[field]
+        if values.dtype.kind not in "biuf" or not ((values >= 0) & (values <= 1)).all():
+            raise dnnlib.UserError(f"{path}: {field} must be from 0 to 1")
+    row = {name: i for i, name in enumerate(names)}
+    absent = [name for name in dataset.file_names if name not in row]
+    if absent:
+        raise dnnlib.UserError(
+            f"{path}: lacks {len(set(absent))} of the {dataset.num_raw} images of {dataset.path}, first '{absent[0]}'"
+        )
+    order = np.array([row[name] for name in dataset.file_names])
+    labels = _check_labels(_classes(arrays["labels"], f"{path}: labels")[order], dataset, path)
+    suggested = _classes(arrays["suggested"], f"{path}: suggested")[order]
+    rates = arrays["per_class_noise_rate"]
+    if rates.shape != (dataset.label_dim,) or suggested.max() >= dataset.label_dim:
+        raise dnnlib.UserError(
+            f"{path}: per_class_noise_rate is {list(rates.shape)}, suggested labels go up to "
+            f"{suggested.max()}, but {dataset.path} has {dataset.label_dim} classes"
+        )
+    transition = arrays.get("transition")
+    if transition is not None:
+        transition = check_matrix(transition, dataset.label_dim, f"{path}: transition")
+    return LabelFile(
+        dataset.file_names,
+        labels,
+        _flags(arrays["is_clean"], f"{path}: is_clean")[order],
+        arrays["score"][order].astype(np.float32),
+        suggested,
+        float(arrays["noise_rate"].mean()),
+        rates.astype(np.float32),
+        transition,
+    )
+
+
+def _load_published(path: str, arrays: dict[str, np.ndarray], dataset: ImageDataset) -> LabelFile:
+    expected_names = [f"arr_{i}" for i in range(3 if len(arrays) > 1 else 1)]
+    if sorted(arrays) != expected_names:
+        raise dnnlib.UserError(f"{path}: holds {', '.join(arrays) or 'nothing'}; {EXPECTED}")
+    parts = [arrays[name] for name in expected_names]
+    for name, part in zip(expected_names, parts, strict=True):
+        if part.ndim == 0 or len(part) != dataset.num_raw:
+            found = len(part) if part.ndim else 1
+            raise dnnlib.UserError(
+                f"{path}: {name} has {found} entries, but {dataset.path} has {dataset.num_raw} images"
+            )
+    copies = len(dataset) // dataset.num_raw
+    flags = np.tile(_flags(parts[-1], f"{path}: {expected_names[-1]}"), copies)
+    if len(parts) == 3:
+        stated = [np.tile(_classes(p, f"{path}: arr_{i}"), copies) for i, p in enumerate(parts[:2]) if p.ndim <= 2]
+        if not stated:
+            raise dnnlib.UserError(f"{path}: arr_0 and arr_1 are both images; {EXPECTED}")
+        if not any((labels == dataset.labels).all() for labels in stated):
+            _check_labels(stated[0], dataset, path)
+    labels = dataset.labels
+    return LabelFile(
+        dataset.file_names,
+        labels,
+        flags,
+        flags.astype(np.float32),
+        labels,
+        float(np.mean(~flags)),
+        class_noise_rates(labels, flags, dataset.label_dim),
+    )
+
+
+def _flags(values: np.ndarray, where: str) -> np.ndarray:
+    """bool [N] from 0 and 1 of any kind, [N] or [N,1]."""
+    if values.ndim == 2 and values.shape[1] == 1:
+        values = values[:, 0]
+    if values.ndim != 1 or values.dtype.kind not in "biuf":
+        raise dnnlib.UserError(f"{where} is {values.dtype} {list(values.shape)}, expected flags 0 or 1, one an image")
+    bad = values[(values != 0) & (values != 1)]
+    if len(bad):
+        raise dnnlib.UserError(f"{where} holds {bad[0]:g}, expected flags: 1 (label believed right) or 0")
+    return values.astype(bool)
+
+
+def _classes(values: np.ndarray, where: str) -> np.ndarray:
+    """int64 [N] from class numbers [N] or [N,1], or one-hot vectors [N,C]."""
+    if values.ndim == 2 and values.shape[1] == 1:
+        values = values[:, 0]
+    if values.ndim == 2:
+        if not (((values == 0) | (values == 1)).all() and (values.sum(axis=1) == 1).all()):
+            raise dnnlib.UserError(f"{where}: vectors of labels must be one-hot")
+        return values.argmax(axis=1).astype(np.int64)
+    if values.ndim != 1:
+        raise dnnlib.UserError(f"{where} is {list(values.shape)}, expected one label an image")
+    whole = values.astype(np.int64) if values.dtype.kind == "f" and (values % 1 == 0).all() else values
+    return plain_labels(whole.tolist(), where)
+
+
+def _check_labels(labels: np.ndarray, dataset: ImageDataset, path: str) -> np.ndarray:
+    """The labels, when they are the archive's; else UserError: how many are not, and the first."""
+    differ = np.flatnonzero(labels != dataset.labels)
+    if len(differ):
+        i = differ[0]
+        raise dnnlib.UserError(
+            f"{path}: {len(differ)} of {len(labels)} labels are not those of {dataset.path}, first "
+            f"'{dataset.file_names[i]}': {labels[i]} here, {dataset.labels[i]} there"
+        )
+    return labels

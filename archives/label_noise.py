@@ -1,0 +1,249 @@
+"""Label-transition matrices: T[i, j] = P(observed = j | clean = i), rows sum to 1.
+
+The one place that knows them: `dataset_tool.py` samples wrong labels from T, the losses correct with the same T.
+Source: Na et al., "Label-Noise Robust Diffusion Models", ICLR 2024; instance-dependent noise: Xia et al.,
+"Part-dependent Label Noise", NeurIPS 2020.
+"""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+
+import dnnlib
+from torch_utils import safe_files
+
+__all__ = [
+    "FAMILIES",
+    "NOISE_TYPES",
+    "asym_targets",
+    "check_matrix",
+    "check_observed",
+    "corrupt_labels",
+    "impossible_label",
+    "instance_noise",
+    "inverse_transition",
+    "load_matrix",
+    "transition_matrix",
+]
+
+NOISE_TYPES = ("sym", "asym", "pair", "matrix")  # those that have a T; instance noise depends on the image
+MAX_CONDITION = 1e6  # of a T that is to be inverted
+
+# CIFAR-100: the five fine classes of each of the 20 superclasses, as the data set's authors publish them.
+CIFAR100_SUPERCLASSES = (
+    (4, 30, 55, 72, 95), (1, 32, 67, 73, 91), (54, 62, 70, 82, 92), (9, 10, 16, 28, 61), (0, 51, 53, 57, 83),
+    (22, 39, 40, 86, 87), (5, 20, 25, 84, 94), (6, 7, 14, 18, 24), (3, 42, 43, 88, 97), (12, 17, 37, 68, 76),
+    (23, 33, 49, 60, 71), (15, 19, 21, 31, 38), (34, 63, 64, 66, 75), (26, 45, 77, 79, 99), (2, 11, 35, 46, 98),
+    (27, 29, 44, 78, 93), (36, 50, 65, 74, 80), (47, 52, 56, 59, 96), (8, 13, 48, 58, 90), (41, 69, 81, 85, 89),
+)  # fmt: skip
+
+_DIGIT_FLIPS = {2: 7, 3: 8, 5: 6, 6: 5}
+FAMILIES = {  # family -> number of classes, {class: the class it is mistaken for}
+    "mnist": (10, _DIGIT_FLIPS),
+    "digits": (10, _DIGIT_FLIPS),
+    "fashion-mnist": (10, {0: 6, 2: 4, 5: 7}),
+    "cifar10": (10, {9: 1, 2: 0, 4: 7, 3: 5, 5: 3}),
+    "cifar100": (100, {i: row[(k + 1) % 5] for row in CIFAR100_SUPERCLASSES for k, i in enumerate(row)}),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The matrices.
+
+
+def transition_matrix(
+    noise_type: str, rate: float | None, num_classes: int, family: str | None = None, matrix: np.ndarray | None = None
+) -> np.ndarray:
+    """T of a noise type at a rate, float64 [C, C].
+
+    `family` is needed by `asym` only, `matrix` by `matrix` only (which has no rate).
+    UserError: rate outside [0, 1], fewer than 2 classes, unknown family, a matrix that is not C x C row-stochastic.
+    """
+    if noise_type == "matrix":
+        if matrix is None:
+            raise dnnlib.UserError("noise type 'matrix' needs a matrix: give --noise_matrix=FILE")
+        return check_matrix(matrix, num_classes)
+    if noise_type not in NOISE_TYPES:
+        raise dnnlib.UserError(f"unknown noise type '{noise_type}': expected one of {', '.join(NOISE_TYPES)}")
+    if num_classes < 2:
+        raise dnnlib.UserError(f"label noise needs at least 2 classes, found {num_classes}")
+    rate = check_rate(rate)
+    if noise_type == "sym":
+        T = np.full([num_classes, num_classes], rate / (num_classes - 1))
+        np.fill_diagonal(T, 1 - rate)
+        return T
+    source = np.arange(num_classes)
+    target = (source + 1) % num_classes if noise_type == "pair" else asym_targets(family, num_classes)
+    T = np.eye(num_classes)
+    moved = source[target != source]
+    T[moved, moved] = 1 - rate
+    T[moved, target[moved]] = rate
+    return T
+
+
+def asym_targets(family: str | None, num_classes: int) -> np.ndarray:
+    """The class that each class is mistaken for under `asym`, int64 [C]; its own number where it is not.
+
+    UserError when the family has no such map, or the archive another number of classes than the family.
+    """
+    if family not in FAMILIES:
+        found = f"the family '{family}'" if family else "an archive that records no family"
+        raise dnnlib.UserError(
+            f"noise type 'asym' is not defined for {found} (known: {', '.join(FAMILIES)}): "
+            "give --noise_type=matrix --noise_matrix=FILE instead"
+        )
+    expected, flips = FAMILIES[family]
+    if num_classes != expected:
+        raise dnnlib.UserError(
+            f"noise type 'asym': the family '{family}' has {expected} classes, the labels have {num_classes}: "
+            "give --noise_type=matrix --noise_matrix=FILE instead"
+        )
+    return np.array([flips.get(i, i) for i in range(num_classes)], dtype=np.int64)
+
+
+def check_rate(rate: float | None) -> float:
+    """The rate as a float. UserError unless it is a number in [0, 1]."""
+    if rate is None or not 0 <= rate <= 1:
+        raise dnnlib.UserError(f"noise rate must be a number in [0, 1], found {rate}")
+    return float(rate)
+
+
+def check_matrix(matrix: np.ndarray, num_classes: int | None = None, name: str = "transition matrix") -> np.ndarray:
+    """A matrix as float64 [C, C] with rows that sum to 1 exactly. UserError unless square and row-stochastic."""
+    try:
+        T = np.asarray(matrix, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise dnnlib.UserError(f"{name}: not a table of numbers with rows of equal length") from None
+    if T.ndim != 2 or T.shape[0] != T.shape[1] or not len(T):
+        shape = "x".join(map(str, T.shape)) or "a single number"
+        raise dnnlib.UserError(f"{name}: must be square (classes x classes), found {shape}")
+    if num_classes is not None and len(T) != num_classes:
+        raise dnnlib.UserError(f"{name}: is {len(T)}x{len(T)}, but there are {num_classes} classes")
+    bad = np.flatnonzero(~np.isfinite(T).all(axis=1) | (T < 0).any(axis=1))
+    if len(bad):
+        raise dnnlib.UserError(f"{name}: row {bad[0]} has an entry that is negative or not finite")
+    sums = T.sum(axis=1)
+    bad = np.flatnonzero(np.abs(sums - 1) > 1e-4)  # room for values typed with five digits
+    if len(bad):
+        raise dnnlib.UserError(f"{name}: not row-stochastic, row {bad[0]} sums to {sums[bad[0]]:.6g}, expected 1")
+    return T / sums[:, None]
+
+
+def load_matrix(path: str, num_classes: int | None = None) -> np.ndarray:
+    """Row-stochastic float64 [C, C]: `.npy`, `.json` (a list of rows), or `.npz` (the `transition` of a label file).
+
+    UserError names the file.
+    """
+    if path.lower().endswith(".npz"):
+        arrays = safe_files.read_npz(path, "expected a label file of detect_noise.py")
+        if "transition" not in arrays:
+            raise dnnlib.UserError(f"{path}: holds no 'transition' (there are: {', '.join(arrays) or 'none'})")
+        return check_matrix(arrays["transition"], num_classes, name=path)
+    reader = {".json": safe_files.load_json, ".npy": safe_files.load_npy}.get(os.path.splitext(path)[1].lower())
+    if reader is None:
+        raise dnnlib.UserError(f"{path}: a matrix must be a .npy or .json file, or the .npz of detect_noise.py")
+    matrix = reader(dnnlib.read_bytes(path), path)
+    return check_matrix(matrix, num_classes, name=path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Wrong labels from clean ones.
+
+
+def corrupt_labels(labels: np.ndarray, T: np.ndarray, seed: int) -> np.ndarray:
+    """Draws an observed label from row T[y] for each clean label y. int64 [N] -> int64 [N].
+
+    Label k depends on (seed, k, y, T) only. UserError when a label is outside the matrix.
+    """
+    labels, num_classes = np.asarray(labels, dtype=np.int64), len(T)
+    _check_labels(labels, num_classes)
+    return _draw_columns(T, labels, np.random.default_rng(seed).random(len(labels)))
+
+
+def instance_noise(images: np.ndarray, labels: np.ndarray, rate: float, num_classes: int, seed: int) -> np.ndarray:
+    """Instance-dependent noise (Xia et al. 2020, Algorithm 2). uint8 [N, ...], int64 [N] -> int64 [N].
+
+    Image k flips with probability q_k ~ N(rate, 0.1^2) truncated to [0, 1]; the wrong class is drawn from
+    softmax over c != y of (x W_y)_c, with W_y of standard normals [pixels, C] for each true class y and x in [0, 1].
+    """
+    rate = check_rate(rate)
+    labels = np.asarray(labels, dtype=np.int64)
+    _check_labels(labels, num_classes)
+    if num_classes < 2:
+        raise dnnlib.UserError(f"label noise needs at least 2 classes, found {num_classes}")
+    rng = np.random.default_rng(seed)
+    flip = _truncated_normal(rng, rate, 0.1, len(labels))
+    uniform = rng.random(len(labels))
+    pixels = np.asarray(images).reshape(len(labels), -1)
+    observed = np.empty_like(labels)
+    order = np.argsort(labels, kind="stable")  # one projection in memory at a time, one product per group of images
+    groups = np.split(order, np.cumsum(np.bincount(labels, minlength=num_classes))[:-1])
+    for y, group in enumerate(groups):
+        projection = np.random.default_rng([seed, y]).standard_normal([pixels.shape[1], num_classes], dtype=np.float32)
+        for part in np.split(group, range(4096, len(group), 4096)):
+            logits = (pixels[part].astype(np.float32) / 255 @ projection).astype(np.float64)
+            logits[:, y] = -np.inf
+            p = np.exp(logits - logits.max(axis=1, keepdims=True))
+            p *= (flip[part] / p.sum(axis=1))[:, None]
+            p[:, y] = 1 - flip[part]
+            observed[part] = _draw_columns(p, np.arange(len(part)), uniform[part])
+    return observed
+
+
+def _check_labels(labels: np.ndarray, num_classes: int) -> None:
+    if len(labels) and not 0 <= labels.min() <= labels.max() < num_classes:
+        raise dnnlib.UserError(
+            f"labels must be in 0..{num_classes - 1}, found {labels.min()}..{labels.max()}: "
+            "the transition matrix and the labels disagree on the number of classes"
+        )
+
+
+def _draw_columns(P: np.ndarray, rows: np.ndarray, uniform: np.ndarray) -> np.ndarray:
+    """One column of P [R, C] per (row, uniform number in [0, 1)), by inverting each row's cumulative sum."""
+    cumulative = np.cumsum(P, axis=1)
+    cumulative /= cumulative[:, -1:]  # ends at exactly 1, also before trailing zeros: these are never drawn
+    shifted = (cumulative + np.arange(len(P))[:, None]).ravel()  # row i covers [i, i + 1): one search for all rows
+    x = np.minimum(rows + uniform, np.nextafter(rows + 1.0, 0))
+    return (np.searchsorted(shifted, x, side="right") - rows * P.shape[1]).astype(np.int64)
+
+
+def _truncated_normal(rng: np.random.Generator, mean: float, std: float, n: int) -> np.ndarray:
+    """n draws of N(mean, std^2) conditioned on [0, 1]; `mean` in [0, 1], so at least 0.49 of the draws pass."""
+    values = rng.normal(mean, std, n)
+    while len(bad := np.flatnonzero((values < 0) | (values > 1))):
+        values[bad] = rng.normal(mean, std, len(bad))
+    return values
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Before training with a T.
+
+
+def check_observed(T: np.ndarray, labels: np.ndarray) -> None:
+    """UserError when T says that some label of the data cannot occur (all-zero column). For the start of a run."""
+    columns = np.asarray(T).sum(axis=0)
+    for label in np.unique(np.asarray(labels)):
+        if columns[label] == 0:
+            raise impossible_label(int(label))
+
+
+def impossible_label(label: int) -> dnnlib.UserError:
+    """What to raise for a label that no class turns into."""
+    return dnnlib.UserError(
+        f"label {label} occurs in the data, but column {label} of the transition matrix is all zero: "
+        "no class turns into it. Give the matrix that made these labels"
+    )
+
+
+def inverse_transition(T: np.ndarray) -> np.ndarray:
+    """T^-1 in float64. UserError when the condition number is over 1e6 (the inverse would only amplify noise)."""
+    T = np.asarray(T, dtype=np.float64)
+    condition = float(np.linalg.cond(T))
+    if not condition <= MAX_CONDITION:
+        raise dnnlib.UserError(
+            f"the transition matrix cannot be inverted (condition number {condition:.3g}, limit {MAX_CONDITION:.0e}): "
+            "train the classifier with the known noise (train_classifier.py --noise_type=...) instead"
+        )
+    return np.linalg.inv(T)

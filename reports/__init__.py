@@ -1,0 +1,1 @@
+"""Reports that people look at: pages, tables and pictures that compare methods."""

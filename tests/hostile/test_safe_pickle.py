@@ -1,0 +1,131 @@
+"""The allow-listed unpickler: plain data, tensors and arrays come out, nothing else does."""
+
+import io
+import pickle
+
+import numpy as np
+import pytest
+import torch
+
+from dnnlib import UserError
+from tests.support.pickles import Raw
+from torch_utils import safe_pickle
+
+
+def nested(levels):
+    value = []
+    for _ in range(levels):
+        value = [value, value]
+    return value
+
+
+@pytest.mark.parametrize(
+    "name, data",
+    [
+        ("unfolding", pickle.dumps({"a": nested(60)})),
+        ("deep", b"]" * 100000 + b"a" * 99999 + b"."),
+        ("self", b"]q\x00h\x00a."),
+        ("memo", b"\x80\x02]r\xff\xff\xff\x7f."),
+        ("bytes", b"\x80\x04\x8e" + b"\xff" * 7 + b"\x0f."),
+        ("bytearray", b"\x80\x05\x96" + b"\xff" * 5 + b"\0\0\0."),
+        ("digits", b"I" + b"9" * 100000 + b"\n."),
+        ("key", b"}cnumpy\ndtype\n(]tRI1\ns."),
+        ("class", b"cnumpy\ndtype\n."),
+        ("extension", b"\x80\x02\x82\x01."),
+        ("persistent id", b"Pabc\n."),
+        ("keywords", b"\x80\x04cnumpy\ndtype\n)}\x8c\x01aK\x01s\x92."),
+    ],
+)
+def test_bombs_are_refused(name, data):
+    with pytest.raises(UserError, match="^x: "):
+        safe_pickle.load(data, "x")
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        (0, (10**9,), (0,)),
+        (0, (2,), (3,)),
+        (3, (1,), (1,)),
+        (-1, (1,), (1,)),
+        (0, (2, 2), (1,)),
+        (0, (-1,), (1,)),
+        (0, 5, 5),
+        (0, (1.5,), (1,)),
+        (None, (1,), (1,)),
+    ],
+)
+def test_tensors_stay_inside_their_storage(args):
+    storage = Raw(torch.storage._load_from_bytes, torch.ones(3)._typed_storage().__reduce__()[1][0])
+    data = pickle.dumps([Raw(torch._utils._rebuild_tensor_v2, storage, *args, False, None)])
+    with pytest.raises(UserError, match="x: malformed"):
+        safe_pickle.load(data, "x", safe_pickle.TENSORS)
+
+
+@pytest.mark.parametrize("content", [torch.ones(3)._typed_storage(), torch.ones(3), {"a": 1}])
+@pytest.mark.parametrize("as_zip", [True, False])
+def test_storages_are_nothing_else(content, as_zip):
+    blob = io.BytesIO()
+    torch.save(content, blob, _use_new_zipfile_serialization=as_zip)
+    storage = Raw(torch.storage._load_from_bytes, blob.getvalue())
+    tensor = Raw(torch._utils._rebuild_tensor_v2, storage, 0, (3,), (1,), False, None)
+    if isinstance(content, torch.TypedStorage) and not as_zip:
+        assert torch.equal(safe_pickle.load(pickle.dumps(tensor), "x", safe_pickle.TENSORS), torch.ones(3))
+    else:
+        with pytest.raises(UserError, match="storage"):
+            safe_pickle.load(pickle.dumps(tensor), "x", safe_pickle.TENSORS)
+
+
+def test_tensors_in_plain_data():
+    base = torch.arange(12.0).reshape(3, 4)
+    tensors = [base[:, 1:], base.t(), torch.tensor(5, dtype=torch.bfloat16), torch.zeros(0, 3)]
+    data = safe_pickle.load(pickle.dumps(tensors), "x", safe_pickle.TENSORS)
+    assert torch.equal(data[0], base[:, 1:]) and torch.equal(data[1], base.t()) and data[1].stride() == (1, 4)
+    assert data[2] == 5 and data[2].dtype == torch.bfloat16 and data[3].shape == (0, 3)
+
+
+def test_arrays_that_share_their_bytes_do_not_multiply():
+    content = bytes(10**5)
+    arrays = [Raw(np._core.numeric._frombuffer, content, np.dtype("u1"), (10**5,), "C") for _ in range(3)]
+    assert len(safe_pickle.load(pickle.dumps(arrays[:1]), "x", safe_pickle.ARRAYS)[0]) == 10**5
+    with pytest.raises(UserError, match="repeat themselves"):
+        safe_pickle.load(pickle.dumps(arrays), "x", safe_pickle.ARRAYS)
+
+
+# ---- CIFAR's archives
+
+PYTHON_2 = (
+    b"\x80\x02}q\x01(U\x04dataq\x02cnumpy.core.multiarray\n_reconstruct\nq\x03cnumpy\nndarray\n"
+    b"q\x04K\x00\x85U\x01b\x87Rq\x05(K\x01K\x02K\x03\x86cnumpy\ndtype\nq\x06U\x02u1K\x00K\x01\x87Rq\x07(K\x03U\x01|NNNJ\xff\xff\xff\xff"
+    b"J\xff\xff\xff\xffK\x00tb\x89U\x06\x00\x01\x02\xfd\xfe\xfftbU\x06labels]q\x08(K\x06K\x09eU\tfilenames]"
+    b"q\x09U\x05a.pngau."
+)
+
+
+def test_cifar_batches_of_python_2_and_3():
+    data = np.array([[0, 1, 2], [253, 254, 255]], dtype=np.uint8)
+    batch = {b"data": data, b"labels": [6, 9], b"filenames": [b"a.png"]}
+    for pickled in (
+        PYTHON_2,
+        *(pickle.dumps(b, p) for b in (batch, {k.decode(): v for k, v in batch.items()}) for p in range(6)),
+    ):
+        loaded = safe_pickle.load_cifar_batch(pickled, "x")
+        assert loaded["data"].dtype == np.uint8 and np.array_equal(loaded.pop("data"), data)
+        assert loaded == {"labels": [6, 9], "filenames": ["a.png"]}
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        np.array([None]),
+        np.array(["a"]),
+        np.array([(1, 2)], dtype="i4,i4"),
+        np.datetime64("2020-01-01"),
+        [1],
+        torch.ones(1),
+        Raw(np._core.multiarray.scalar, Raw(np.dtype, "i4,O"), bytes(12)),
+    ],
+)
+def test_cifar_batches_with_other_arrays_are_refused(value):
+    with pytest.raises(UserError, match="^batch_1: "):
+        safe_pickle.load_cifar_batch(pickle.dumps(value if isinstance(value, list) else {"data": value}), "batch_1")

@@ -1,0 +1,97 @@
+"""Classification accuracy score: what is trained on what, and that nothing but the seed decides."""
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import dnnlib
+from archives.dataset import ImageDataset
+from metrics.cas import classification_accuracy_score
+from metrics.images import NpzImages
+from tests.support.synth import make_archive
+
+CLASSES = 3
+
+
+def bands(n, seed, channels=1):
+    """A band of light in one of three places: [n,8,8,channels] uint8, and its place."""
+    rng = np.random.default_rng(seed)
+    labels = rng.permutation(np.arange(n) % CLASSES)
+    images = rng.integers(0, 60, [n, 8, 8, channels])
+    for image, label in zip(images, labels, strict=True):
+        image[2 + 2 * label : 4 + 2 * label] += 180
+    return images.astype(np.uint8), labels
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    root = tmp_path_factory.mktemp("cas")
+    made, asked = bands(96, seed=0)
+    real, clean = bands(30, seed=1)
+    np.savez(root / "made.npz", made, asked)
+    np.savez(root / "wrong.npz", made, (asked + 1) % CLASSES)
+    np.savez(root / "unlabelled.npz", made)
+    np.savez(root / "rgb.npz", *bands(12, seed=2, channels=3))
+    np.savez(root / "tiny.npz", made[:, :4, :4], asked)
+    make_archive(root / "made.zip", made, asked.tolist())
+    make_archive(
+        root / "real.zip", real, [0] * 30, clean_labels=[[f"00000/img{i:08d}.png", int(c)] for i, c in enumerate(clean)]
+    )
+    found = {name: NpzImages(str(root / f"{name}.npz")) for name in ("made", "wrong", "unlabelled", "rgb", "tiny")}
+    return (
+        found
+        | {name: ImageDataset(str(root / f"{name}.zip")) for name in ("real",)}
+        | {"zip": ImageDataset(str(root / "made.zip"))}
+    )
+
+
+def score(files, made, test="real", arch="small", **kwargs):
+    return classification_accuracy_score(files[made], files[test], arch, "cpu", **{"epochs": 20} | kwargs)
+
+
+def test_trained_on_requested_labels_tested_on_clean_ones(files):
+    right = score(files, "made")
+    assert right["accuracy"] > 0.9 and right["accuracy_on_generated"] > 0.9
+    assert (right["num_generated"], right["num_test"], right["arch"]) == (96, 30, "small")
+    wrong = score(files, "wrong")
+    assert wrong["accuracy"] < 0.1 and wrong["accuracy_on_generated"] > 0.9
+
+
+def test_the_seed_decides_and_nothing_else(files):
+    state = torch.random.get_rng_state()
+    first = score(files, "made", epochs=2, seed=4)
+    assert torch.equal(state, torch.random.get_rng_state())
+    torch.manual_seed(99)
+    assert score(files, "zip", epochs=2, seed=4) == first
+    assert len({score(files, "made", epochs=2, seed=s)["accuracy_on_generated"] for s in range(3)}) > 1
+
+
+def test_resnet18_is_ours(files):
+    assert score(files, "made", arch="resnet18", epochs=1)["arch"] == "resnet18"
+
+
+@pytest.mark.parametrize("made, test", [("made", "real"), ("rgb", "rgb")])
+def test_resnet50_is_torchvisions(files, made, test):
+    pytest.importorskip(
+        "torchvision", reason="the optional package torchvision is not installed", exc_type=(ImportError, RuntimeError)
+    )
+    assert 0 <= score(files, made, test, "resnet50", epochs=1)["accuracy"] <= 1
+
+
+@pytest.mark.parametrize(
+    "made, test, arch, words",
+    [
+        ("made", "unlabelled", "small", ["--test", "unlabelled.npz has no labels"]),
+        ("unlabelled", "made", "small", ["--test", "unlabelled.npz has no labels"]),
+        ("rgb", "real", "small", ["--test", "8x8 grey", "8x8 RGB"]),
+        ("tiny", "tiny", "resnet18", ["--cas_arch=resnet18", "4 pixels", "small"]),
+        ("made", "real", "resnet50", ["--cas_arch=resnet50", "pip install torchvision", "small"]),
+    ],
+)
+def test_what_cannot_be_is_said_at_once(files, monkeypatch, made, test, arch, words):
+    monkeypatch.setitem(sys.modules, "torchvision.models", None)
+    with pytest.raises(dnnlib.UserError) as e:
+        score(files, made, test, arch)
+    assert all(word in e.value.message for word in words), e.value.message

@@ -1,0 +1,331 @@
+"""SBDC in closed form: guidance by the optimal discriminator, what it is called with, the pairs it is trained on."""
+
+import functools
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import dnnlib
+from archives.label_noise import transition_matrix
+from sampling.generation import generate_images
+from sampling.guidance import AffineGuidance, ClassifierFreeGuidance, DiscriminatorGuidance
+from sampling.samplers import ablation_sampler, heun_sampler
+from tests.support.denoisers import Recorder, denoise, linear
+from tests.support.objectives import CPU, Data, make_config
+from torch_utils import misc
+from training.objectives.discriminator import DiscriminatorObjective, Shuffle, right_shares
+from training.objectives.simix import nearest_partners
+
+PRIORS = np.array([0.5, 0.3, 0.2])
+MEANS = torch.tensor([[-2.0, 0.0], [2.0, 1.0], [0.5, -2.5]], dtype=torch.float64)
+STD = 0.3
+ASYM = np.array([[0.6, 0.4, 0.0], [0.0, 1.0, 0.0], [0.1, 0.3, 0.6]])
+LABELS = torch.eye(3)
+
+
+class Gaussians:
+    """The exact denoiser of classes N(MEANS, STD^2), images [2,1,1]; `weights` [C,C]: class c's share under label o."""
+
+    img_resolution, img_channels, label_dim, sigma_min, sigma_max = 1, 2, 3, 0, math.inf
+    round_sigma = staticmethod(torch.as_tensor)
+
+    def __init__(self, weights):
+        self.weights = torch.as_tensor(weights, dtype=torch.float64)
+
+    @staticmethod
+    def log_p(x, sigma):
+        var = STD**2 + sigma**2
+        return -(x.flatten(1)[:, None] - MEANS).square().sum(dim=2) / (2 * var) - var.log()
+
+    def __call__(self, x, sigma, class_labels):
+        shares = self.weights.T[class_labels.argmax(dim=1)]
+        posterior = (self.log_p(x, sigma) + shares.log()).softmax(dim=1)
+        flat = x.flatten(1)[:, None]
+        means = MEANS + (flat - MEANS) * STD**2 / (STD**2 + sigma**2)
+        return (posterior[:, :, None] * means).sum(dim=1)[:, :, None, None]
+
+
+class Optimal(Gaussians):
+    """The optimal discriminator's logit, when `right` [C] and `wrong` [C,C] are the masses of pairs it trains on."""
+
+    def __init__(self, right, wrong):
+        self.right, self.wrong = torch.as_tensor(right), torch.as_tensor(wrong)
+
+    def __call__(self, x, sigma, class_labels):
+        o, log_p = class_labels.argmax(dim=1), self.log_p(x, sigma)
+        log_right = log_p.gather(1, o[:, None])[:, 0] + self.right[o].log()
+        return log_right - torch.logsumexp(log_p + self.wrong.T[o].log(), dim=1)
+
+
+def world(T, shuffle):
+    """Noisy denoiser, clean denoiser, optimal discriminator, eta, R for a transition and a shuffle."""
+    joint = PRIORS[:, None] * T
+    stays = np.diagonal(joint)
+    off = joint * (1 - np.eye(3))
+    right = stays * (1 - shuffle.flip)
+    wrong = off + (stays * shuffle.flip)[:, None] * shuffle.rows
+    eta = torch.tensor(off.sum(axis=0) / joint.sum(axis=0))
+    share = torch.tensor(right / (right + wrong.sum(axis=0)))
+    return Gaussians(joint), Gaussians(np.eye(3)), Optimal(right, wrong), eta, share
+
+
+def shuffle_for(T, known):
+    """The shuffle of 1,000 images with these priors and this noise."""
+    counts = np.round(1000 * PRIORS[:, None] * T).astype(int)
+    labels = np.repeat(np.tile(np.arange(3), 3), counts.ravel())
+    return Shuffle(labels, np.repeat(np.eye(3, dtype=bool).ravel(), counts.ravel()), 3, known)
+
+
+SYM = transition_matrix("sym", 0.4, 3)
+WORLDS = {
+    "sym, uniform": world(SYM, shuffle_for(SYM, None)),
+    "sym, transition": world(SYM, shuffle_for(SYM, SYM)),
+    "asym, transition": world(ASYM, shuffle_for(ASYM, ASYM)),
+}
+
+
+@pytest.mark.parametrize("name", WORLDS)
+def test_calibrated_guidance_makes_the_clean_score_of_the_noisy_one(name):
+    noisy, clean, optimal, eta, share = WORLDS[name]
+    guided = DiscriminatorGuidance(noisy, optimal, noise_rates=eta, right_shares=share)
+    generator = torch.Generator().manual_seed(0)
+    for sigma in torch.tensor([0.002, 0.05, 0.3, 1, 4, 20, 80], dtype=torch.float64):
+        labels, where = LABELS.repeat(40, 1), MEANS.repeat_interleave(40, dim=0)  # also where the label is wrong
+        x = where + (STD**2 + sigma**2).sqrt() * torch.randn([120, 2], generator=generator).double()
+        x = x[:, :, None, None]
+        scores = [(net(x, sigma, labels) - x) / sigma**2 for net in (guided, clean, noisy)]
+        assert (scores[0] - scores[1]).abs().max() <= 1e-6
+        assert (scores[2] - scores[1]).abs().max() > (0.02 if sigma < 10 else 1e-5)
+
+
+def test_uniform_shuffle_is_not_exact_for_asymmetric_noise():
+    noisy, clean, optimal, eta, share = world(ASYM, shuffle_for(ASYM, None))
+    guided = DiscriminatorGuidance(noisy, optimal, noise_rates=eta, right_shares=share)
+    x = torch.randn([300, 2, 1, 1], generator=torch.Generator().manual_seed(0)).double()
+    labels, sigma = LABELS.repeat(100, 1), torch.tensor(1.0, dtype=torch.float64)
+    assert (guided(x, sigma, labels) - clean(x, sigma, labels)).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("name", WORLDS)
+def test_sampling_with_calibrated_guidance_is_as_right_as_the_clean_model(name):
+    noisy, clean, optimal, eta, share = WORLDS[name]
+    labels = LABELS.repeat(200, 1)
+    latents = torch.randn([600, 2, 1, 1], generator=torch.Generator().manual_seed(1))
+    guided = DiscriminatorGuidance(noisy, optimal, noise_rates=eta, right_shares=share)
+
+    def accuracy(net):
+        samples = heun_sampler(net, latents, labels, num_steps=40)
+        found = Gaussians.log_p(samples, torch.tensor(0.0)).argmax(dim=1)
+        return samples, float((found == labels.argmax(dim=1)).float().mean())
+
+    (right, best), (corrected, reached) = accuracy(clean), accuracy(guided)
+    assert best > 0.99 and abs(reached - best) <= 1 / 600 and accuracy(noisy)[1] < 0.85
+    assert (right - corrected).abs().max() < 1e-4  # not only as often: the same samples
+
+
+SAMPLERS = {
+    "heun": heun_sampler,
+    "vp scaling": functools.partial(ablation_sampler, discretization="vp", schedule="vp", scaling="vp"),
+    "churn": functools.partial(heun_sampler, S_churn=20),
+}
+
+
+def sample(net, sampler, batch=4, seeds=range(4)):
+    return np.concatenate(
+        [
+            x
+            for _, x, _ in generate_images(
+                net, seeds, device=CPU, batch=batch, sampler=functools.partial(sampler, num_steps=5)
+            )
+        ]
+    )
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS)
+def test_discriminator_sees_what_the_network_sees(sampler):
+    net, probe = Recorder(denoise), Recorder(linear)
+    sample(DiscriminatorGuidance(net, probe, weights=(0.1, 0.1)), sampler)
+    assert len(net.calls) == len(probe.calls) == 9
+    for ours, theirs in zip(net.calls, probe.calls, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_correction_is_weight_times_variance_times_gradient():
+    x = torch.randn([2, 1, 2, 2], dtype=torch.float64)
+    labels, sigma = torch.eye(3)[[0, 2]], torch.tensor(3.0, dtype=torch.float64)
+    guided = DiscriminatorGuidance(Recorder(denoise), Recorder(linear), weights=(0.5, 0.25))
+    gradient = torch.arange(1.0, 5).reshape(1, 1, 2, 2) * torch.tensor([1.0, 3.0]).reshape(2, 1, 1, 1)
+    for order, weight in ((1, 0.5), (2, 0.25)):
+        found = guided.at_step(order, 3.0)(x, sigma, labels) - denoise(x, sigma, labels)
+        torch.testing.assert_close(found, (weight * 9 * gradient).double())
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS)
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_constant_discriminator_changes_nothing(sampler, calibrated):
+    plain = sample(Recorder(denoise), sampler)
+    rates = dict(noise_rates=torch.full([3], 0.4), right_shares=torch.full([3], 0.5)) if calibrated else {}
+    for constant in (lambda x, sigma, labels: torch.full([len(x)], 1.7), lambda x, sigma, labels: 0 * x.sum((1, 2, 3))):
+        guided = DiscriminatorGuidance(Recorder(denoise), Recorder(constant), **rates)
+        assert np.array_equal(sample(guided, sampler), plain)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS)
+def test_gate(sampler):
+    plain, closed = sample(Recorder(denoise), sampler), Recorder(linear)
+    assert np.array_equal(sample(DiscriminatorGuidance(Recorder(denoise), closed, gate=(1e3, 1e4)), sampler), plain)
+    assert not closed.calls
+    net, half = Recorder(denoise), Recorder(linear)
+    sample(DiscriminatorGuidance(net, half, weights=(0.01, 0.01), gate=(1.5, 50)), sampler)
+    seen, asked = ([float(sigma) for _, sigma, _ in r.calls] for r in (net, half))
+    assert asked == [s for s in seen if 1.5 <= s <= 50] and 0 < len(asked) < len(seen)
+
+
+def test_weights_of_the_two_orders():
+    def calls(*weights):
+        net, probe = Recorder(denoise), Recorder(linear)
+        sample(DiscriminatorGuidance(net, probe, weights=weights), heun_sampler)
+        return [[round(float(sigma), 6) for _, sigma, _ in r.calls] for r in (net, probe)]
+
+    levels, first = calls(1, 0)
+    assert first == levels[0::2] and calls(0, 1)[1] == levels[1::2] and calls(0, 0)[1] == []
+
+
+def test_composes_with_other_guidance():
+    strong, weak = Recorder(lambda *a: denoise(*a) * 1.5), Recorder(denoise)
+    inner = DiscriminatorGuidance(strong, Recorder(linear), weights=(1, 3))
+    net = ClassifierFreeGuidance(AffineGuidance(inner, weak, 2.0), 1)
+    x, labels, sigma = torch.ones([1, 1, 2, 2]), torch.eye(3)[[1]], torch.tensor(2.0)
+    for order, weight in ((1, 1), (2, 3)):
+        corrected = 1.5 * denoise(x, sigma, None) + weight * 4 * 2 * torch.arange(1.0, 5).reshape(1, 1, 2, 2)
+        expected = corrected + 2 * (corrected - denoise(x, sigma, None))
+        torch.testing.assert_close(net.at_step(order, 2.0)(x, sigma, labels), expected)
+
+
+def test_images_do_not_depend_on_the_batch():
+    def nonlinear(x, sigma, labels):
+        return torch.tanh(linear(x, sigma, labels))
+
+    def net():
+        return DiscriminatorGuidance(
+            Recorder(denoise),
+            Recorder(nonlinear),
+            noise_rates=torch.tensor([0.1, 0.4, 0.3]),
+            right_shares=torch.tensor([0.5, 0.5, 0.4]),
+        )
+
+    whole = sample(net(), heun_sampler, seeds=range(7), batch=7)
+    assert np.array_equal(whole, sample(net(), heun_sampler, seeds=range(7), batch=2))
+
+
+@pytest.mark.parametrize("size", [1e4, -1e4])
+def test_extreme_logits_and_rates_stay_finite(size):
+    rates, shares = torch.tensor([0.0, 0.4, 1.0]), torch.tensor([1.0, 0.5, 0.5])
+    guided = DiscriminatorGuidance(
+        Recorder(denoise), Recorder(lambda x, s, y: size * x.sum((1, 2, 3))), noise_rates=rates, right_shares=shares
+    )
+    x = torch.ones([3, 1, 2, 2])
+    change = guided(x, torch.tensor(1.0), torch.eye(3)) - denoise(x, torch.tensor(1.0), None)
+    wrong = torch.tensor([0.0, 0.0 if size > 0 else 1.0, 1.0])
+    torch.testing.assert_close(change[:, 0, 0, 0], size * wrong)
+
+
+def test_other_formats_are_refused():
+    other = Recorder(linear)
+    other.label_dim = 4
+    with pytest.raises(dnnlib.UserError, match=r"1 channel\(s\) and 4 classes; the network makes 2x2 .* 3 classes"):
+        DiscriminatorGuidance(Recorder(denoise), other)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The pairs.
+
+
+def make_objective(data, is_clean, transition=None, **kwargs):
+    config = make_config(discriminator=dict(shift=0.0))
+    config["network"]["kwargs"] = dict(depth="small", model_channels=8, channel_mult=[1, 1])
+    return DiscriminatorObjective(
+        config, data, CPU, is_clean=is_clean, noise_rates=np.full(data.label_dim, 0.4), transition=transition, **kwargs
+    )
+
+
+@pytest.mark.parametrize("transition", [None, transition_matrix("pair", 0.3, 4)])
+def test_pairs_are_what_the_shuffle_says(transition):
+    data, n = Data(n=400), 400
+    data.labels = np.arange(n) % 3  # class 3 never occurs
+    is_clean = np.arange(n) % 10 < 7
+    objective = make_objective(data, is_clean, transition)
+    uniform = torch.rand([500, n, 2], generator=torch.Generator().manual_seed(0))
+    items = torch.arange(n)
+    drawn = [objective.pairs(items, u) for u in uniform]
+    labels = torch.stack([onehot.argmax(dim=1) for onehot, _ in drawn]).numpy()
+    targets = torch.stack([t for _, t in drawn]).numpy()
+    moved = labels != data.labels
+    assert not moved[:, ~is_clean].any() and (targets == (is_clean & ~moved)).all()
+    assert abs(targets.mean() - 0.5) < 0.005  # right and wrong come out even
+    if transition is None:
+        became = np.bincount(labels[moved & (data.labels == 0)], minlength=4)
+        np.testing.assert_allclose(became / became.sum(), [0, 1 / 3, 1 / 3, 1 / 3], atol=0.01)
+    else:  # wrong pairs as T makes them: class c only ever becomes c + 1, as often as T says of all its images
+        assert (labels[moved] == (np.broadcast_to(data.labels, labels.shape)[moved] + 1) % 4).all()
+    expected = objective.right_shares
+    for c in range(4):
+        seen = labels == c
+        if seen.any():
+            assert abs(targets[seen].mean() - expected[c]) < 0.01
+    assert objective.info()["right_shares"] == expected.tolist()
+
+
+def test_shuffle_keeps_some_pairs_right():
+    labels = np.array([0, 1, 1, 1, 1, 1, 2, 2, 2, 2])
+    T = np.array([[0.2, 0.8, 0.0], [0.1, 0.9, 0.0], [0, 0, 1.0]])
+    shuffle = Shuffle(labels, np.ones(10, dtype=bool), 3, T)
+    assert shuffle.flip.max() == pytest.approx(0.9) and shuffle.flip[2] == 0
+    assert shuffle.flip[1] / shuffle.flip[0] == pytest.approx((0.1 / 0.9) / (0.8 / 0.2))
+    assert np.allclose(shuffle.rows.sum(axis=1), 1) and np.diagonal(shuffle.rows).max() == 0
+    for known in (None, T):  # fewer right pairs than wrong ones: nothing to flip
+        assert Shuffle(labels, np.arange(10) < 4, 3, known).flip.max() == 0
+    assert right_shares(np.array([0, 0, 1]), np.array([True, False, True]), shuffle)[2] == 0.5  # never seen
+
+
+def test_second_half_of_a_batch_is_mixed_with_partners():
+    data = Data(n=8)
+    partners = np.stack([(np.arange(8) + 1) % 8, (np.arange(8) + 1) % 8], axis=1)
+    objective = make_objective(data, np.ones(8, dtype=bool), partners=partners)
+    objective.flip.zero_()
+    seen = {}
+
+    class Spy(torch.nn.Module):
+        def forward(self, x, sigma, labels, augment_labels=None):
+            seen.update(x=x, labels=labels)
+            return self.p.expand(len(x))
+
+    spy = Spy()
+    spy.p = torch.nn.Parameter(torch.zeros([]))
+    objective.trained["net"].forward = spy
+    draws = objective.draw(data.pixels, misc.step_generator(0, 0, 0, CPU))
+    draws.update(items=torch.arange(8), noise=torch.zeros_like(draws["noise"]))
+    from_stats = type("Silent", (), {"add": lambda *a: None})()
+    data.images_on = lambda device, items: data.pixels[items]
+    objective.loss(data.pixels, data.onehot(torch.arange(8)), draws, from_stats)
+    clean, share = data.pixels.float() / 127.5 - 1, draws["mixing"][4:]
+    torch.testing.assert_close(seen["x"][:4], clean[:4])
+    torch.testing.assert_close(
+        seen["x"][4:], clean[4:] * share.reshape(-1, 1, 1, 1) + clean[[5, 6, 7, 0]] * (1 - share.reshape(-1, 1, 1, 1))
+    )
+    onehot = data.onehot(torch.arange(8))
+    expected = onehot[4:] * share[:, None] + onehot[[5, 6, 7, 0]] * (1 - share[:, None])
+    torch.testing.assert_close(seen["labels"][4:], expected)
+    assert data.pixels.dtype == torch.uint8 and 0 <= share.min() <= share.max() <= 1
+
+
+def test_nearest_partners_are_the_nearest_others():
+    data = Data(n=6)
+    data.pixels = torch.tensor([0, 1, 3, 100, 101, 104], dtype=torch.uint8).reshape(6, 1, 1, 1).expand(6, 1, 8, 8)
+    data.path, data.images_on = "toy", lambda device, items: data.pixels[items]
+    found = np.sort(nearest_partners(data, "pixels", None, CPU), axis=1)
+    assert found.tolist() == [[1, 2], [0, 2], [0, 1], [4, 5], [3, 5], [3, 4]]
+    data.pixels = torch.zeros(6, 1, 8, 8, dtype=torch.uint8)  # all alike: still never the image itself
+    assert all(i not in row and len(set(row)) == 2 for i, row in enumerate(nearest_partners(data, "pixels", None, CPU)))

@@ -1,0 +1,45 @@
+"""The toy in the plane: that it runs and counts right; and, at length, that it shows what the method does."""
+
+import json
+
+import pytest
+import torch
+from click.testing import CliRunner
+from PIL import Image
+
+from examples import toy2d
+from training.diffusion_steps import DiffusionSteps
+
+
+def run(tmp_path, *args):
+    result = CliRunner().invoke(toy2d.main, [f"--outdir={tmp_path}", *args])
+    assert result.exit_code == 0, result.output + repr(result.exception)
+    return json.loads((tmp_path / "toy2d.json").read_text())
+
+
+def test_runs_and_draws(tmp_path):
+    table = run(tmp_path, "--steps=3", "--num_timesteps=2", "--phi1=linear", "--phi2=chi")
+    assert table.keys() == {"DDGAN", "RDUOT"} and all(sum(row) == pytest.approx(1, abs=1e-3) for row in table.values())
+    assert Image.open(tmp_path / "toy2d.png").size[0] == 1200
+
+
+def test_points_samples_and_shares():
+    rng = torch.Generator().manual_seed(0)
+    counted = toy2d.shares(toy2d.points(20_000, 0.05, rng))
+    assert counted == pytest.approx([0.2375] * 4 + [0.05], abs=0.01)
+
+    def generator(x, t, z):  # one that has learned a single point
+        return toy2d.OUTLIER.expand(len(x), 2)
+
+    x = toy2d.sample(generator, DiffusionSteps(4), 100)
+    torch.testing.assert_close(x, toy2d.OUTLIER.expand(100, 2), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.long
+def test_rduot_leaves_outliers_out(tmp_path):
+    """Three seeds, medians: DDGAN reproduces them, RDUOT makes at most 0.65 times as many; both keep every mode."""
+    tables = [run(tmp_path / str(seed), f"--seed={seed}") for seed in range(3)]
+    median = {name: torch.tensor([table[name] for table in tables]).median(dim=0).values for name in ("DDGAN", "RDUOT")}
+    assert median["DDGAN"][:4].min() > 0.15 and median["DDGAN"][4] >= 0.03
+    assert 0.18 <= median["RDUOT"][:4].min() <= median["RDUOT"][:4].max() <= 0.30
+    assert median["RDUOT"][4] <= 0.65 * median["DDGAN"][4]

@@ -1,0 +1,385 @@
+"""Files that attack whoever opens them: pickles that call, archives that lead outside, small files that become huge.
+
+Every pickle's effect is harmless: it makes an empty file, the marker. To add a file, add a line to one of the lists.
+"""
+
+from __future__ import annotations
+
+import functools
+import gzip
+import io
+import json
+import os
+import pickle
+import struct
+import tarfile
+import zipfile
+import zlib
+
+import numpy as np
+import torch
+
+from tests.support import synth
+from tests.support.pickles import Raw, persistent
+
+EXTENSION_CODES = (201, 0x3201, 0x01003201)  # registered for the names of os.system as a program may: EXT1, EXT2, EXT4
+system = os.system
+
+
+def text(value):
+    data = value.encode()
+    return b"X" + struct.pack("<I", len(data)) + data
+
+
+def named(path):
+    """GLOBAL."""
+    module, name = path.split(":")
+    return f"c{module}\n{name}\n".encode()
+
+
+def stacked(path):
+    """STACK_GLOBAL."""
+    module, name = path.split(":")
+    return text(module) + text(name) + b"\x93"
+
+
+def gadgets(marker):
+    """{name: a pickle that makes the file `marker` when pickle.load reads it}, through every opcode that calls."""
+    touch = f"touch {marker}"
+    arg, path, system = text(touch), text(str(marker)), named("posix:system")
+    args = b"(" + arg + b"t"
+    memmap = named("numpy:memmap")
+    codes = [
+        b"\x82" + struct.pack("<B", EXTENSION_CODES[0]),
+        b"\x83" + struct.pack("<H", EXTENSION_CODES[1]),
+        b"\x84" + struct.pack("<i", EXTENSION_CODES[2]),
+    ]
+    namespace = named("types:SimpleNamespace") + b")R}"  # an object whose methods BUILD can choose
+    raw = b"\x80\x02" + system + args + b"R."
+    return {
+        # GLOBAL and REDUCE, and what else finds or calls a function
+        "REDUCE": system + args + b"R.",
+        "REDUCE, protocol 0": b"cposix\nsystem\n(S'" + touch.encode() + b"'\ntR.",
+        "REDUCE, protocol 5": pickle.dumps(Raw(os.system, touch), 5),
+        "STACK_GLOBAL": b"\x80\x04" + stacked("posix:system") + arg + b"\x85R.",
+        "STACK_GLOBAL, dotted": b"\x80\x04" + stacked("torch:os.system") + arg + b"\x85R.",
+        "STACK_GLOBAL, through sys.modules": b"\x80\x04"
+        + stacked("sys:modules")
+        + b"0"
+        + stacked("torch_utils.persistence:os.system")
+        + arg
+        + b"\x85R.",
+        "INST": b"(S'" + touch.encode() + b"'\niposix\nsystem\n.",
+        "OBJ": b"(" + system + arg + b"o.",
+        "NEWOBJ": b"\x80\x02" + memmap + b"(" + path + text("uint8") + text("w+") + b"K\0K\1t\x81.",
+        "NEWOBJ_EX": b"\x80\x04"
+        + memmap
+        + b")}("
+        + text("filename")
+        + path
+        + text("mode")
+        + text("w+")
+        + text("shape")
+        + b"K\1u\x92.",
+        "NEWOBJ of map": b"cbuiltins\nlist\ncbuiltins\nmap\n(" + system + b"(" + arg + b"lt\x81\x85R.",
+        "BUILD": named("functools:partial") + b"(cbuiltins\nprint\ntR(" + system + args + b"}Ntb(tR.",
+        "BUILD, then APPEND": namespace + text("append") + system + b"sb" + arg + b"a.",
+        "BUILD, then APPENDS": namespace + text("append") + system + b"sb(" + arg + b"e.",
+        "BUILD, then ADDITEMS": b"\x80\x04" + namespace + text("add") + system + b"sb(" + arg + b"\x90.",
+        **{f"EXT{n}": b"\x80\x02" + code + args + b"R." for n, code in zip((1, 2, 4), codes, strict=True)},
+        # things that plain pickle.load refuses only after the call
+        "PERSID": system + args + b"R0Psecret\n.",
+        "BINPERSID": system + args + b"RQ.",
+        "no STOP": system + args + b"R",
+        "rubbish behind": system + args + b"R\xff\xff",
+        # the memo, marks and copies
+        "PUT and GET": system + b"p7\n0g7\n" + args + b"R.",
+        "BINPUT and BINGET": system + b"q\x070h\x07" + args + b"R.",
+        "LONG_BINPUT and LONG_BINGET": system + b"r\7\0\0\0000j\7\0\0\0" + args + b"R.",
+        "MEMOIZE": b"\x80\x04" + system + b"\x940h\0" + args + b"R.",
+        "memo overwritten": b"cbuiltins\nlen\nq\0000" + system + b"q\0000h\0" + args + b"R.",
+        "DUP": system + b"2" + args + b"R.",
+        "POP_MARK": system + b"(K\1K\0021" + args + b"R.",
+        "FRAME": b"\x80\x04\x95" + struct.pack("<Q", len(raw) - 2) + raw[2:],
+        # names that reach a function by a detour
+        "eval": pickle.dumps(Raw(eval, f"__import__('os').system({touch!r})")),
+        "exec": pickle.dumps(Raw(exec, f"open({str(marker)!r}, 'w').close()")),
+        "open": pickle.dumps(Raw(open, str(marker), "w")),
+        "Python 2 name": b"c__builtin__\nopen\n(" + path + text("w") + b"tR.",
+        "getattr": named("builtins:getattr")
+        + b"("
+        + named("builtins:__import__")
+        + b"("
+        + text("os")
+        + b"tR"
+        + text("system")
+        + b"tR"
+        + args
+        + b"R.",
+        "methodcaller": named("operator:methodcaller")
+        + b"("
+        + text("system")
+        + arg
+        + b"tR("
+        + named("importlib:import_module")
+        + b"("
+        + text("os")
+        + b"tRtR.",
+        "partial": pickle.dumps(Raw(functools.partial(os.system, touch))),
+        "subprocess": named("subprocess:check_call") + b"((" + text("touch") + path + b"ltR.",
+        "code object": named("builtins:exec")
+        + b"("
+        + named("builtins:compile")
+        + b"("
+        + text(f"open({str(marker)!r}, 'w')")
+        + text("x")
+        + text("exec")
+        + b"tRtR.",
+        "pickle in a pickle": pickle.dumps(Raw(pickle.loads, raw)),
+        "pickle in NumPy's load": pickle.dumps(Raw(np.load, io.BytesIO(npy_of_objects(raw)), None, True)),
+        "torch.load": pickle.dumps(Raw(functools.partial(torch.load, weights_only=False), io.BytesIO(legacy(raw)))),
+        # where snapshots, states and batches keep their honest contents
+        "network": pickle.dumps({"ema": Raw(os.system, touch)}),
+        "key": b"}" + system + args + b"RK\1s.",
+        "settings": pickle.dumps({"ema": 1, "loss_fn": persistent("EDMLoss", {"a": Raw(os.system, touch)})}),
+        "module": pickle.dumps({"ema": persistent("EDMPrecond", {"_modules": {"model": Raw(os.system, touch)}})}),
+        "class name": pickle.dumps({"ema": persistent(Raw(os.system, touch), {})}),
+        "dtype": named("numpy:dtype") + b"(" + system + args + b"RtR" + b".",
+        "object array": pickle.dumps({"data": np.array([Raw(os.system, touch)], dtype=object)}),
+        "dict subclass": named("collections:OrderedDict") + b")R}(" + text("x") + system + args + b"Rub" + b".",
+        "tensor's storage, legacy": storage(legacy(raw)),
+        "tensor's storage, ZIP": storage(torch_zip(raw)),
+        "tensor's size": tensor_with(b"(" + system + args + b"Rt"),
+    }
+
+
+def legacy(pickled):
+    """What torch.save writes without a ZIP, with `pickled` as the object."""
+    parts = [pickle.dumps(part, 2) for part in (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True})]
+    return b"".join([*parts, pickled, pickle.dumps([], 2)])
+
+
+def legacy_of(value):
+    """What torch.save writes of `value` without a ZIP."""
+    buffer = io.BytesIO()
+    torch.save(value, buffer, _use_new_zipfile_serialization=False)
+    return buffer.getvalue()
+
+
+def torch_zip(pickled):
+    """What torch.save writes, with `pickled` as the object."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name, data in {"data.pkl": pickled, "byteorder": b"little", "version": b"3\n"}.items():
+            archive.writestr(f"archive/{name}", data)
+    return buffer.getvalue()
+
+
+def storage(blob):
+    """A pickled tensor whose storage is `blob`."""
+    load = named("torch.storage:_load_from_bytes") + b"(B" + struct.pack("<I", len(blob)) + blob + b"tR"
+    return b"\x80\x03" + named("torch._utils:_rebuild_tensor_v2") + b"(" + load + b"K\0(K\1t(K\1t\x89}tR."
+
+
+def tensor_with(size):
+    """A pickled tensor whose size is a pickle's piece."""
+    blob = legacy_of(torch.zeros(1)._typed_storage())
+    load = named("torch.storage:_load_from_bytes") + b"(B" + struct.pack("<I", len(blob)) + blob + b"tR"
+    return b"\x80\x03" + named("torch._utils:_rebuild_tensor_v2") + b"(" + load + b"K\0" + size + b"(K\1t\x89}tR."
+
+
+def npy_of_objects(pickled):
+    """A .npy whose array is the pickle `pickled`."""
+    header = b"{'descr': '|O', 'fortran_order': False, 'shape': (1,)}"
+    return b"\x93NUMPY\1\0" + struct.pack("<H", len(header)) + header + pickled
+
+
+def npz_of_objects(pickled):
+    return zip_of(
+        {"arr_0.npy": npy_of_objects(pickled), "mu.npy": npy_of_objects(pickled), "sigma.npy": npy_of_objects(pickled)}
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Archives.
+
+
+def zip_of(members, compression=zipfile.ZIP_STORED, **info):
+    """A ZIP of {name: bytes} or [(name, bytes)]; `info` sets fields of every entry."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", compression) as archive:
+        for name, data in members.items() if isinstance(members, dict) else members:
+            entry = zipfile.ZipInfo(name)
+            entry.compress_type = compression
+            for field, value in info.items():
+                setattr(entry, field, value)
+            archive.writestr(entry, data)
+    return buffer.getvalue()
+
+
+def with_size(data, old, new):
+    """A ZIP whose entries claim another unpacked size."""
+    assert data.count(struct.pack("<I", old)) >= 2
+    return data.replace(struct.pack("<I", old), struct.pack("<I", new))
+
+
+def central(data, offset, value):
+    """A ZIP with other bytes at an offset of its first entry in the directory."""
+    start = data.index(b"PK\1\2") + offset
+    return data[:start] + value + data[start + len(value) :]
+
+
+def overlapping(names, png):
+    """A ZIP with one image's bytes under many names."""
+    data = zip_of({names[0]: png})
+    end = data.rindex(b"PK\5\6")
+    start = data.index(b"PK\1\2")
+    entry = data[start:end]
+    entries = b"".join(entry.replace(names[0].encode(), name.encode()) for name in names)
+    tail = bytearray(data[end:])
+    struct.pack_into("<HHII", tail, 8, len(names), len(names), len(entries), start)
+    return data[:start] + entries + bytes(tail)
+
+
+def renamed(data, old, new):
+    """A ZIP with another name of the same length, which zipfile itself would not have written."""
+    assert len(old) == len(new) and data.count(old.encode()) == 2
+    return data.replace(old.encode(), new.encode())
+
+
+def chunk(kind, data):
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def png_claiming(width, height, bits=8, color=0, data=None, *before):
+    """A PNG with right checksums that claims to be this large."""
+    data = zlib.compress(bytes(1000)) if data is None else data
+    header = struct.pack(">IIBBBBB", width, height, bits, color, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + b"".join([chunk(b"IHDR", header), *before, chunk(b"IDAT", data), chunk(b"IEND", b"")])
+
+
+PNG = synth.png(synth.pictures(1)[0])
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n(x) (w) file closefile\nshowpage\n%%EOF\n"
+ZEROS = bytes(1 << 20)
+LINK, DEVICE = 0o120777 << 16, 0o020666 << 16
+BRACKETS = b"[" * 10**6
+
+
+def dataset(json_text):
+    return zip_of({"a.png": PNG, "dataset.json": json_text})
+
+
+@functools.cache
+def archives():
+    """{name: ZIP} that dataset readers must refuse."""
+    bomb = zip_of({"a.png": ZEROS}, zipfile.ZIP_DEFLATED)
+    traversals = ["../a.png", "/tmp/a.png", "a/../../b.png", "C:/a.png", "..\\a.png", "\\\\host\\a.png", "./../a.png"]
+    return {
+        **{f"name {name}": renamed(zip_of({"x" * len(name): PNG, "b.png": PNG}), "x" * len(name), name)
+           for name in traversals},
+        # their bytes are right, so that nothing but their kind gives them away
+        "link": zip_of({"a.png": PNG}, external_attr=LINK, create_system=3),
+        "device": zip_of({"a.png": PNG}, external_attr=DEVICE, create_system=3),
+        "link as dataset.json": zip_of({"dataset.json": b'{"labels": null}', "b.png": PNG}, external_attr=LINK),
+        "a name twice": renamed(zip_of({"a.png": PNG, "b.png": PNG, "c.png": PNG}), "b.png", "a.png"),
+        "overlapping": overlapping([f"{i:03d}.png" for i in range(500)], PNG),
+        "deflate bomb": with_size(bomb, 1 << 20, 0xFFFFFFF0),
+        "deflate bomb that claims little": with_size(bomb, 1 << 20, 1 << 10),
+        "bzip2 bomb that claims little": with_size(zip_of({"a.png": ZEROS}, zipfile.ZIP_BZIP2), 1 << 20, 1 << 10),
+        "lzma bomb that claims little": with_size(zip_of({"a.png": ZEROS}, zipfile.ZIP_LZMA), 1 << 20, 1 << 10),
+        "bzip2 bomb": with_size(zip_of({"a.png": ZEROS}, zipfile.ZIP_BZIP2), 1 << 20, 0xFFFFFFF0),
+        "encrypted": central(zip_of({"a.png": PNG}), 8, b"\1"),
+        "unknown compression": central(zip_of({"a.png": PNG}), 10, b"\x63"),
+        "PNG of 100,000 x 100,000": zip_of({"a.png": png_claiming(100_000, 100_000)}),
+        "PNG of 65,536 x 65,536": zip_of({"a.png": png_claiming(65536, 65536)}),
+        "palette of 65,536 x 65,536": zip_of({"a.png": png_claiming(
+            65536, 65536, 8, 3, None, chunk(b"PLTE", bytes(3)))}),
+        "PNG of 0 x 0": zip_of({"a.png": png_claiming(0, 0)}),
+        "PNG bomb in its text": zip_of({"a.png": png_claiming(
+            8, 8, 8, 3, None, chunk(b"zTXt", b"x\0\0" + zlib.compress(bytes(10 ** 8), 9)), chunk(b"PLTE", bytes(3)))}),
+        "PNG with too little data": zip_of({"a.png": png_claiming(4096, 4096)}),
+        "PostScript as PNG": zip_of({"a.png": EPS}),
+        "PostScript": zip_of({"a.eps": EPS}),
+        "million brackets": dataset(BRACKETS),
+        "million brackets, closed": dataset(BRACKETS + b"]" * 10 ** 6),
+        "million brackets, deflated": zip_of({"a.png": PNG, "dataset.json": BRACKETS}, zipfile.ZIP_DEFLATED),
+        "million objects": dataset(b'{"labels":' * 10 ** 6),
+        "JSON of many empty lists": zip_of({"a.png": PNG, "dataset.json": b"[" + b"[]," * 12_000_000 + b"[]]"},
+                                           zipfile.ZIP_DEFLATED),
+        "JSON number of a million digits": dataset(b'{"labels": [["a.png", ' + b"9" * 10 ** 6 + b"]]}"),
+        "JSON name of a million letters": dataset(b'{"labels": [["' + b"x" * 10 ** 6 + b'", 1]]}'),
+        "JSON name that steers the terminal": dataset(json.dumps({"labels": [["\x1b[2J\r\nOK", 1]]}).encode()),
+        "JSON label of nested lists": dataset(b'{"labels": [["a.png", ' + b"[" * 50 + b"]" * 50 + b"]]}"),
+        "JSON in UTF-16": dataset('{"labels": null}'.encode("utf-16")),
+    }  # fmt: skip
+
+
+def folders():
+    """{name: function that fills a folder}."""
+
+    def fill(action):
+        def make(folder):
+            folder.mkdir()
+            (folder / "a.png").write_bytes(PNG)
+            (folder.parent / "private.png").write_bytes(PNG)
+            (folder.parent / "private.json").write_text('{"labels": null}')
+            action(folder)
+
+        return make
+
+    return {
+        "link that leaves the folder": fill(lambda f: (f / "b.png").symlink_to("../private.png")),
+        "link to a device": fill(lambda f: (f / "b.png").symlink_to("/dev/zero")),
+        "link to itself": fill(lambda f: (f / "b.png").symlink_to(f / "b.png")),
+        "pipe": fill(lambda f: os.mkfifo(f / "b.png")),
+        "pipe as dataset.json": fill(lambda f: os.mkfifo(f / "dataset.json")),
+        "dataset.json that leaves the folder": fill(lambda f: (f / "dataset.json").symlink_to("../private.json")),
+    }
+
+
+def tar_of(*members, compress=gzip.compress):
+    """A CIFAR archive of (name, type, size stated, bytes, link)."""
+    buffer = io.BytesIO()
+    for name, kind, size, data, link in members:
+        info = tarfile.TarInfo(name)
+        info.type, info.size, info.linkname = kind, size, link
+        buffer.write(info.tobuf(tarfile.GNU_FORMAT) + data + bytes(-len(data) % 512))
+    return compress(buffer.getvalue() + bytes(1024))
+
+
+@functools.cache
+def tars():
+    """{name: .tar.gz} that the CIFAR reader must refuse."""
+    regular = tarfile.REGTYPE
+    return {
+        "symbolic link": tar_of(("data_batch_1", tarfile.SYMTYPE, 0, b"", "/etc/passwd")),
+        "hard link": tar_of(("data_batch_1", tarfile.LNKTYPE, 0, b"", "/etc/passwd")),
+        "device": tar_of(("data_batch_1", tarfile.CHRTYPE, 0, b"", "")),
+        "name that leads outside": tar_of(("../../data_batch_1", regular, 4, b"N...", "")),
+        "batch of 6 GiB": tar_of(("data_batch_1", regular, 6 << 30, ZEROS, "")),
+        "long name of 6 GiB": tar_of(("x", tarfile.GNUTYPE_LONGNAME, 6 << 30, ZEROS, "")),
+        "header of 6 GiB": tar_of(("x", tarfile.XHDTYPE, 6 << 30, ZEROS, "")),
+        "something else of 600 MiB before the batch": tar_of(
+            ("x", regular, 600 << 20, b"", ""), compress=lambda x: gzip.compress(x[:512]) + gzip.compress(ZEROS) * 600
+        ),
+    }
+
+
+def npy_claiming(shape, descr="'<f8'"):
+    header = f"{{'descr': {descr}, 'fortran_order': False, 'shape': {shape}}}".encode()
+    return b"\x93NUMPY\1\0" + struct.pack("<H", len(header)) + header + bytes(8)
+
+
+NPY = {
+    "a terabyte": npy_claiming("(1000000000000,)"),
+    "no bytes, many rows": npy_claiming("(1000000000000, 0)"),
+    "negative": npy_claiming("(-1,)"),
+    "text of 4 GB": npy_claiming("(1,)", "'<U1000000000'"),
+    "nested header": npy_claiming("(" * 3000),
+    "code as header": npy_claiming("__import__('os').getcwd()"),
+}
+TORCH = {
+    "bytearray of 3 GB": pickle.dumps(Raw(bytearray, 3 << 30), 2),
+    "list of a range": pickle.dumps(Raw(list, Raw(range, 10**9)), 2),
+    "tensor of 4 GB in 4 bytes": tensor_with(b"(J\0\0\0\x40t"),
+}

@@ -1,0 +1,68 @@
+"""Objectives on data and classifiers made up for tests."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+CPU = torch.device("cpu")
+
+
+class Data:
+    """The part of ImageDataset that objectives read."""
+
+    def __init__(self, n=32, resolution=8, channels=1, classes=4, seed=0):
+        rng = np.random.RandomState(seed)
+        self.resolution, self.num_channels, self.label_dim = resolution, channels, classes
+        self.labels = rng.randint(classes, size=n)
+        self.pixels = torch.from_numpy(rng.randint(256, size=[n, channels, resolution, resolution]).astype(np.uint8))
+        self.class_names, self.name, self.corruption = None, "toy", {}
+
+    def __len__(self):
+        return len(self.labels)
+
+    @property
+    def num_raw(self):
+        return len(self.labels)
+
+    def images(self, indices):
+        return self.pixels[indices]
+
+    def onehot(self, indices):
+        return torch.nn.functional.one_hot(torch.from_numpy(self.labels)[indices], self.label_dim).float()
+
+    def kwargs(self):
+        return {}
+
+
+def make_config(**changes):
+    kwargs = dict(
+        model_type="SongUNet", model_channels=16, channel_mult=[1, 2], num_blocks=1, attn_resolutions=[], dropout=0.1
+    )
+    config = dict(
+        network=dict(arch="ddpmpp", precond="edm", kwargs=kwargs),
+        noise_levels=dict(precond="edm"),
+        augment=None,
+        optimizer=dict(name="adam", lr=1e-3),
+        ema_halflife_nimg=500_000,
+        lr_rampup_nimg=0,
+        batch_size=32,
+        batch_gpu=None,
+        total_nimg=1000,
+        precision="fp32",
+        loss_scaling=1.0,
+        compile=False,
+        seed=5,
+        tdsm=dict(tau=0.01, temp=1.0),
+        classifier=dict(val=0.25, shift=0.125),
+    )
+    return config | changes
+
+
+class FixedClassifier(torch.nn.Module):
+    """P(y | x) that depends on the pixels a little; augment labels are not used."""
+
+    augment_dim, img_resolution, img_channels, label_dim = 0, 8, 1, 4
+
+    def forward(self, x, sigma, augment_labels=None):
+        return torch.stack([x.mean(dim=[1, 2, 3]) * k for k in (1.0, -1.0, 2.0, 0.5)], dim=1)

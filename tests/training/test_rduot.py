@@ -1,0 +1,399 @@
+"""RDUOT in closed form: schedule, posterior, conjugates, reduced objectives, R1, costs; and across processes."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import logsigmoid, softplus
+
+import dnnlib
+from sampling.ddgan import ddgan_sampler
+from tests.support.objectives import CPU
+from tests.support.paths import FIXTURES, ROOT
+from tests.support.rduot import Images, batch, make, step
+from torch_utils.training_stats import Stats
+from training.diffusion_steps import DiffusionSteps
+from training.objectives.rduot import CONJUGATES, ema_halflife, gradient_penalty
+from training.trained_network import cosine_decay
+from training.transport_cost import TransportCost, core, cost_by_origin, squared_distance
+
+FIXTURE = np.load(FIXTURES / "rduot.npz")
+CLOSE = dict(atol=1e-6, rtol=1e-6)
+NAMES = dict(
+    betas="betas",
+    a="a_s",
+    sigma="sigmas",
+    abar="a_s_cum",
+    posterior_variance="posterior_variance",
+    coef_x0="posterior_mean_coef_x0",
+    coef_xt="posterior_mean_coef_xt",
+)
+
+
+# The diffusion.
+
+
+@pytest.mark.parametrize("timesteps", [2, 4])
+def test_schedule_and_posterior_coefficients(timesteps):
+    steps = DiffusionSteps(timesteps)
+    for ours, theirs in NAMES.items():
+        value = getattr(steps, ours)
+        assert value.dtype == torch.float32
+        np.testing.assert_allclose(value, FIXTURE[f"T{timesteps}/{theirs}"], **CLOSE)
+    zero, one = torch.zeros(timesteps + 1, 1), torch.ones(timesteps + 1, 1)
+    noise_std = steps.diffuse(zero, torch.arange(timesteps + 1), one)[:, 0]
+    np.testing.assert_allclose(noise_std, FIXTURE[f"T{timesteps}/sigmas_cum"], **CLOSE)
+    assert vars(DiffusionSteps(**steps.settings())).keys() == vars(steps).keys()
+    with pytest.raises(ValueError, match="num_timesteps=0"):
+        DiffusionSteps(0)
+
+
+@pytest.mark.parametrize("timesteps", [1, 2, 4])
+def test_posterior_from_the_true_image_has_the_forward_marginals(timesteps):
+    """Gaussian data: means, variances and the covariance of (x_t, x_{t+1}), forwards and through the posterior."""
+    steps, n, mean, std = DiffusionSteps(timesteps), 100_000, 0.5, 0.3
+    rng = torch.Generator().manual_seed(0)
+    for k in range(timesteps):
+        x_0 = mean + std * torch.randn(n, generator=rng)
+        t, (e, e_step, e_posterior) = torch.full([n], k), torch.randn([3, n], generator=rng)
+        x_t, x_next = steps.pair(x_0, t, e, e_step)
+        abar, a = float(steps.abar[k]), float(steps.a[k + 1])
+        var = abar**2 * std**2 + 1 - abar**2
+        for x in (x_t, steps.posterior(x_0, x_next, t, e_posterior)):
+            moments = [x.mean(), x.var(), ((x - x.mean()) * (x_next - x_next.mean())).mean()]
+            np.testing.assert_allclose(moments, [abar * mean, var, a * var], atol=1e-2)
+        if k == 0:
+            torch.testing.assert_close(steps.posterior(x_0, x_next, t, e), x_0)
+
+
+class GaussianPosterior(torch.nn.Module):
+    """The perfect generator of pixels N(mean, std^2): a sample of p(x_0 | x_{t+1}), drawn with z."""
+
+    mean, std, nz, num_timesteps, beta_min, beta_max = 0.5, 0.3, 4, 4, 0.1, 20.0
+
+    def forward(self, x, t, z, class_labels):
+        abar = DiffusionSteps(4).abar[t + 1][:, None, None, None]
+        gain = abar * self.std**2 / (abar**2 * self.std**2 + 1 - abar**2)
+        spread = (self.std**2 * (1 - gain * abar)).sqrt()
+        return self.mean + gain * (x - abar * self.mean) + spread * z.reshape(x.shape)
+
+
+def test_sampler_with_a_perfect_generator():
+    net, n, drawn = GaussianPosterior(), 50_000, []
+    rng = torch.Generator().manual_seed(0)
+
+    def randn_like(x):
+        drawn.append(tuple(x.shape))
+        return torch.randn(x.shape, generator=rng, dtype=x.dtype)
+
+    x = ddgan_sampler(net, torch.randn([n, 1, 2, 2], generator=rng), randn_like=randn_like)
+    assert drawn == [(n, 4), (n, 1, 2, 2)] * 3 + [(n, 4)] and x.dtype == torch.float32
+    np.testing.assert_allclose([x.mean(), x.std()], [net.mean, net.std], atol=3e-3)
+
+
+# The objective.
+
+
+def test_conjugates():
+    x = torch.from_numpy(FIXTURE["phi/x"])
+    assert set(CONJUGATES) == {"linear", "kl", "chi", "softplus"}
+    for name, psi in CONJUGATES.items():
+        np.testing.assert_allclose(psi(x), FIXTURE[f"phi/{name}"], **CLOSE)
+
+
+def by_hand(objective, part):
+    """(D(real), D(fake), cost) of one loss's draws, straight from the page."""
+    _, labels, x_0, draws = batch(objective)
+    d, steps = draws[part], objective.steps
+    potential, net = objective.trained["potential"].net, objective.trained["net"].net
+    k = d["t"][:, None, None, None]
+    x_t = steps.abar[k] * x_0 + (1 - steps.abar[k] ** 2).sqrt() * d["noise"]
+    x_next = steps.a[k + 1] * x_t + steps.sigma[k + 1] * d["step_noise"]
+    fake_0 = net(x_next, d["t"], d["z"], labels)
+    noise = steps.posterior_variance[k].sqrt() * d["posterior_noise"]
+    fake = steps.coef_x0[k] * fake_0 + steps.coef_xt[k] * x_next + noise
+    cost = ((fake_0 - x_next) ** 2).sum(dim=[1, 2, 3])
+    return potential(x_t, d["t"], x_next, labels), potential(fake, d["t"], x_next, labels), cost
+
+
+def losses(objective, penalise):
+    images, labels, _, draws = batch(objective)
+    stats = Stats(CPU)
+    return (
+        objective.potential_loss(penalise, images, labels, draws, stats),
+        objective.loss(images, labels, draws, stats),
+        stats.reduce(),
+    )
+
+
+def test_linear_without_cost_is_the_plain_difference():
+    objective = make(phi1="linear", phi2="linear", tau=0.0)
+    potential, generator, _ = losses(objective, penalise=False)
+    real, fake, _ = by_hand(objective, "potential")
+    torch.testing.assert_close(potential, fake - real)
+    torch.testing.assert_close(generator, -by_hand(objective, "generator")[1])
+
+
+def test_unbalanced_losses_and_their_log():
+    objective = make(phi1="kl", phi2="chi", tau=0.02)
+    potential, generator, log = losses(objective, penalise=True)
+    real, fake, cost = by_hand(objective, "potential")
+    y = (2 - real).clamp(min=0) - 2
+    penalty = log["Potential/r1"]["mean"]
+    torch.testing.assert_close(potential.mean(), (y**2 / 4 + y + (fake - 0.02 * cost).exp()).mean() + 0.25 * penalty)
+    assert penalty > 1e-4
+    assert log["Potential/tau_cost"]["mean"] == pytest.approx(0.02 * float(cost.detach().mean()), rel=1e-5)
+    assert log["Potential/size"]["mean"] == pytest.approx(float(fake.detach().abs().mean()), rel=1e-5)
+    _, fake, cost = by_hand(objective, "generator")
+    torch.testing.assert_close(generator, 0.02 * cost - fake)
+
+
+def test_baseline_is_the_logistic_gan():
+    objective = make(method="ddgan", tau=0.0)
+    potential, generator, _ = losses(objective, penalise=False)
+    real, fake, _ = by_hand(objective, "potential")
+    torch.testing.assert_close(potential, -logsigmoid(real) - logsigmoid(-fake))
+    torch.testing.assert_close(generator, -logsigmoid(by_hand(objective, "generator")[1]))
+
+
+def test_penalty_and_its_gradient():
+    """Against finite differences: the penalty through the gradient of D, and what it teaches the weights."""
+    rng = torch.Generator().manual_seed(0)
+    w, v = (torch.randn(shape, generator=rng, dtype=torch.float64, requires_grad=True) for shape in ([6, 5], [5]))
+    x = torch.randn([3, 6], generator=rng, dtype=torch.float64, requires_grad=True)
+
+    def penalty(w, v):
+        return gradient_penalty(softplus(x @ w) @ v, x)
+
+    assert torch.autograd.gradcheck(penalty, (w, v), eps=1e-6, atol=1e-7)
+    slopes = torch.stack(
+        [
+            (softplus((x + h) @ w) @ v - softplus((x - h) @ w) @ v) / 2e-6
+            for h in 1e-6 * torch.eye(6, dtype=torch.float64)
+        ]
+    )
+    torch.testing.assert_close(penalty(w, v), slopes.square().sum(dim=0))
+
+    objective = make()
+    _, labels, x_0, draws = batch(objective)
+    d = draws["potential"]
+    x_t, x_next = objective.steps.pair(x_0, d["t"], d["noise"], d["step_noise"])
+
+    def potential(x):
+        return objective.trained["potential"].net(x, d["t"], x_next, labels)
+
+    x_t.requires_grad_()
+    (g,) = torch.autograd.grad(potential(x_t).sum(), x_t)
+    slope = float((potential(x_t + 1e-3 * g) - potential(x_t - 1e-3 * g)).detach().sum()) / 2e-3
+    penalties = gradient_penalty(potential(x_t), x_t).detach()
+    assert float(penalties.sum()) == pytest.approx(slope, rel=1e-2)
+
+
+def test_lazy_penalty_follows_the_images_seen():
+    def penalised(objective):
+        return [nimg // 8 for nimg in range(0, 80, 8) if objective.phases(nimg)[0][1].args[0]]
+
+    assert penalised(make(lazy_reg=3)) == [0, 3, 6, 9]
+    assert penalised(make(lazy_reg=1)) == list(range(10))
+    assert penalised(make(r1_gamma=0.0)) == []
+
+
+def test_schedules_of_training():
+    factor = cosine_decay(1000, 0.1)
+    assert [factor(n) for n in (0, 500, 1000, 9999)] == pytest.approx([1, 0.55, 0.1, 0.1])
+    assert cosine_decay(1000, 3.0)(700) == 1  # never upwards
+    assert 0.5 ** (256 / ema_halflife(0.9999, 256)) == pytest.approx(0.9999, abs=1e-8) and ema_halflife(0.0, 256) == 0
+    objective = make(schedule_nimg=400)
+    potential = objective.trained["potential"]
+    assert potential.lr == 2e-3 and potential.lr_factor(400) * potential.lr == pytest.approx(1e-5)
+    assert objective.trained["net"].optimizer.param_groups[0]["betas"] == (0.5, 0.9)
+    assert make().trained["net"].lr_factor(1000) * 1e-3 == pytest.approx(1e-5)  # by default over all 1000 images
+
+
+# A step.
+
+
+def assert_same_gradients(a, b):
+    assert a.keys() == b.keys() and {k.split(".")[0] for k in a} == {"net", "potential"}
+    for k in a:
+        torch.testing.assert_close(a[k], b[k], rtol=1e-5, atol=1e-6)
+    assert sum(g.abs().max() > 1e-3 for g in a.values()) > len(a) / 2
+
+
+def test_each_network_learns_from_its_own_loss():
+    objective = make()
+    images, labels, _, draws = batch(objective)
+    objective.draw = lambda *_: draws
+    got = step(objective)
+    assert not objective.trained["potential"]._flat_grads.any()  # the generator's loss left it alone
+    for loss, name in ((objective.loss, "net"), (lambda *a: objective.potential_loss(True, *a), "potential")):
+        net = objective.trained[name].net
+        want = torch.autograd.grad(loss(images, labels, draws, Stats(CPU)).mean(), list(net.parameters()))
+        for (k, _), g in zip(net.named_parameters(), want, strict=True):
+            torch.testing.assert_close(got[f"{name}.{k}"], g, rtol=1e-5, atol=1e-6)
+
+
+def test_batch_gpu_changes_nothing():
+    assert_same_gradients(step(make(batch_gpu=4)), step(make()))
+
+
+def test_bfloat16_comes_near():
+    a, b = step(make(precision="bf16")), step(make())
+    a, b = (torch.cat([g.flatten() for g in grads.values()]) for grads in (a, b))
+    assert torch.cosine_similarity(a, b, dim=0) > 0.99 and not torch.equal(a, b)
+
+
+PROGRAM = """
+import sys
+import torch
+
+import dnnlib
+from tests.support.rduot import batch, make, step
+from torch_utils import distributed
+
+distributed.init("cpu")
+objective = make()
+rank = distributed.get_rank()
+half = slice(4 * rank, 4 * rank + 4)
+whole = batch(make())[3]
+objective.draw = lambda images, generator: {k: {n: v[half] for n, v in d.items()} for k, d in whole.items()}
+torch.save(step(objective, half), sys.argv[1] + str(rank))
+objective.close()
+distributed.shutdown()
+"""
+
+
+def test_two_processes_average_to_one(tmp_path):
+    objective = make()
+    draws = batch(objective)[3]
+    objective.draw = lambda *_: draws
+    want = step(objective)
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+        env = {
+            **os.environ,
+            "WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": "1",
+        }
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROGRAM, str(tmp_path / "rank")],
+            env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(2)
+    ]
+    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    for rank in range(2):
+        assert_same_gradients(torch.load(tmp_path / f"rank{rank}"), want)
+
+
+# What it costs.
+
+
+def contrasts(clean, outlier, n=64):
+    """Images of independent pixels with the given deviations, a quarter of them outliers."""
+    data = Images(n=n)
+    rng = np.random.default_rng(0)
+    std = np.where(data.outliers, outlier, clean)[:, None, None, None]
+    values = np.clip(std * rng.standard_normal([n, 1, 8, 8]), -1, 1)
+    data.pixels = torch.from_numpy((127.5 + 127.5 * values).astype(np.uint8))
+    return data
+
+
+def test_costs():
+    steps = DiffusionSteps(4)
+    x, y, t = torch.randn(3, 1, 8, 8), torch.randn(3, 1, 8, 8), torch.tensor([0, 1, 3])
+    want = torch.stack([((a - b) ** 2).sum() for a, b in zip(x, y, strict=True)])
+    torch.testing.assert_close(squared_distance(x, y, t), want)
+    data = contrasts(0.3, 0.3)
+    data.pixels[..., 0] = 255  # a constant column: its deviation is no measure
+    cost = TransportCost("standardized", data, steps, CPU)
+    x_0 = data.pixels.float() / 127.5 - 1
+    std = x_0.std(dim=0, correction=0)
+    x_0, mean = x_0 + 0.1, x_0.mean(dim=0)
+    u = (x_0 - mean) / std.clamp(min=0.3 * float(std.mean()))
+    x_next = torch.randn(64, 1, 8, 8)  # x_T is nearly that, whatever the data
+    got = cost(x_0, x_next, torch.full([64], 3))
+    want = squared_distance(u, x_next, t)
+    assert torch.corrcoef(torch.stack([got, want]))[0, 1] > 0.9 and abs(float((got / want).mean()) - 1) < 0.1
+    for kind in ("standardized", "robust", "features"):
+        cost = TransportCost(kind, data, steps, CPU)
+        x_0.requires_grad_()
+        (gradient,) = torch.autograd.grad(cost(x_0, x_next, torch.full([64], 2)).sum(), x_0)
+        assert gradient.isfinite().all() and gradient.abs().max() > 0
+
+
+def test_the_robust_cost_of_the_mean_is_the_mahalanobis_distance_beyond_what_is_usual():
+    data, steps = Images(n=512), DiffusionSteps(4)
+    rng = np.random.default_rng(0)
+    mix = np.eye(64) + 0.05 * rng.standard_normal([64, 64])
+    values = 0.2 * rng.standard_normal([512, 64]) @ mix
+    data.pixels = torch.from_numpy((127.5 + 127.5 * np.clip(values, -1, 1)).astype(np.uint8)).reshape(-1, 1, 8, 8)
+    cost = TransportCost("robust", data, steps, CPU)
+    x = data.pixels.double().flatten(1).numpy() / 127.5 - 1
+    members = x[core(torch.from_numpy(x))[0].numpy()]
+    precision = np.linalg.inv(np.cov(members.T, bias=True))
+    x_next = (cost.mean[3] @ cost.axes.T).reshape(1, 1, 8, 8).expand(512, -1, -1, -1)
+    for factor, usual in ((1, True), (3, False)):
+        centred = factor * x - members.mean(axis=0)
+        want = np.maximum((centred @ precision * centred).mean(axis=1) - 4, 0)
+        got = cost(torch.from_numpy(factor * x).float().reshape(-1, 1, 8, 8), x_next, torch.full([512], 2))
+        np.testing.assert_allclose(got, want, rtol=1e-3)
+        assert (want == 0).all() == usual and (want > 0).all() != usual
+
+
+def test_the_core_of_a_set_leaves_a_fifth_of_outliers_out():
+    """A round cloud, no further from the mean than a long one that is thin in most directions."""
+    rng = np.random.default_rng(0)
+    clean = rng.standard_normal([800, 12]) * ([3] + [1] + 10 * [0.3])
+    outliers = rng.standard_normal([200, 12]) * 12 * [0.9]
+    turn, _ = np.linalg.qr(rng.standard_normal([12, 12]))
+    members, axes = core(torch.from_numpy(np.concatenate([clean, outliers]) @ turn))
+    assert 740 <= members.sum() <= 760 and not members[800:].any()
+    torch.testing.assert_close(axes.T @ axes, torch.eye(12, dtype=torch.float64))
+    assert abs(axes[:, -1] @ torch.from_numpy(turn)[0]) > 0.99  # the long axis, once turned
+
+
+def test_the_robust_cost_of_many_pixels_is_refused():
+    with pytest.raises(dnnlib.UserError, match="robust.*12,288 values.*4,096"):
+        TransportCost("robust", Images(n=4, channels=3, resolution=64), DiffusionSteps(4), CPU)
+
+
+@pytest.mark.parametrize("clean, outlier, dearer", [(0.2, 0.8, True), (0.8, 0.2, False)])
+def test_the_log_says_which_images_are_dear(clean, outlier, dearer):
+    objective = make(contrasts(clean, outlier))
+    a, b = cost_by_origin(objective.losses.cost, objective.dataset, objective.steps, CPU)
+    assert (b > a) == dearer
+    notes = objective.notes()
+    assert f"{a:.4g} for clean" in notes[0] and f"{b:.4g} for outliers" in notes[0]
+    assert (len(notes) == 1) == dearer and (dearer or "Warning" in notes[1])
+    objective.dataset.outliers[:] = False
+    assert objective.notes() == []
+    objective.dataset.outliers = None
+    assert objective.notes() == []
+
+
+def test_cost_by_origin_is_the_mean_over_images():
+    """E ||x_0 - x_{t+1}||^2 over t, for constant images: d ((1 - abar)^2 x^2 + 1 - abar^2)."""
+    data = Images(n=400)
+    data.pixels = torch.where(torch.from_numpy(data.outliers)[:, None, None, None], 255, 128).expand(-1, 1, 8, 8).byte()
+    steps = DiffusionSteps(4)
+    got = cost_by_origin(TransportCost("pixels", data, steps, CPU), data, steps, CPU)
+    abar = steps.abar[1:].double()
+    want = [64 * float(((1 - abar) ** 2 * x**2 + 1 - abar**2).mean()) for x in (0.5 / 127.5, 1.0)]
+    np.testing.assert_allclose(got, want, rtol=0.05)
+
+
+def test_snapshot_says_how_it_was_trained():
+    data = make().snapshot()
+    assert data["loss_fn"]["class_name"] == "rduot" and data["loss_fn"]["tau"] == 0.01
+    assert json.dumps(data["loss_fn"]) and data["ema"].network_kind == "generator"

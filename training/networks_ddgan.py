@@ -1,0 +1,216 @@
+"""Generator and potential of RDUOT and DDGAN, made of the U-Net's layers (Xiao et al., ICLR 2022, appendix C)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch.nn.functional import leaky_relu, silu
+
+from torch_utils.persistence import persistent_class
+from training.networks import (
+    Conv2d,
+    FourierEmbedding,
+    GroupNorm,
+    Linear,
+    PositionalEmbedding,
+    SongUNet,
+    UNetBlock,
+)
+
+__all__ = ["GROUP", "DDGANGenerator", "Potential"]
+
+GROUP = 4  # consecutive images that share a minibatch standard deviation
+FIR = (1, 3, 3, 1)
+TIME_EMBEDDINGS = {
+    "positional": lambda channels: PositionalEmbedding(channels, endpoint=True),
+    "fourier": FourierEmbedding,
+}
+
+
+class LatentGroupNorm(GroupNorm):
+    """Group normalisation whose scale and shift are linear in the latent's embedding [N,latent_channels]."""
+
+    def __init__(self, num_channels: int, latent_channels: int, eps: float):
+        super().__init__(num_channels, eps=eps)
+        self.weight = self.bias = None
+        self.affine = Linear(latent_channels, 2 * num_channels)
+        torch.nn.init.ones_(self.affine.bias.data[:num_channels])
+
+    def forward(self, x: torch.Tensor, latent: torch.Tensor) -> torch.Tensor:
+        x = super().forward(x)
+        scale, shift = self.affine(latent)[:, :, None, None].to(x.dtype).chunk(2, dim=1)
+        return torch.addcmul(shift, x, scale)
+
+
+class LatentBlock(UNetBlock):
+    """U-Net block with adaptive normalisation; its embedding is the pair (time, latent)."""
+
+    def __init__(self, in_channels: int, out_channels: int, *, latent_channels: int, **kwargs):
+        super().__init__(in_channels, out_channels, **kwargs)
+        for name, norm in list(self.named_children()):
+            if isinstance(norm, GroupNorm):
+                channels = in_channels if name == "norm0" else out_channels
+                setattr(self, name, LatentGroupNorm(channels, latent_channels, norm.eps))
+
+    def forward(self, x: torch.Tensor, emb: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        return super().forward(x, *emb)
+
+
+class LatentUNet(SongUNet):
+    """NCSN++ whose blocks also see a latent: `noise_labels` is the pair (time [N], embedded latent)."""
+
+    def __init__(self, *args, latent_channels: int, **kwargs):
+        self.latent_channels = latent_channels  # before the blocks are built
+        super().__init__(*args, **kwargs)
+
+    def _block(self, in_channels: int, out_channels: int, **kwargs) -> UNetBlock:
+        return LatentBlock(in_channels, out_channels, latent_channels=self.latent_channels, **kwargs)
+
+    def _embed(self, noise_labels, class_labels, augment_labels) -> tuple[torch.Tensor, torch.Tensor]:
+        time, latent = noise_labels
+        return super()._embed(time, class_labels, augment_labels), latent
+
+
+@persistent_class(embed_source=False)
+class DDGANGenerator(torch.nn.Module):
+    """G(x_{t+1}, t, z) -> x_0 in [-1,1]: a U-Net whose group norms follow the latent z (Xiao et al. 2022, Eq. 4).
+
+    It carries the settings of its diffusion, so that a snapshot can be sampled. Any resolution that the levels of
+    `channel_mult` halve without remainder.
+    """
+
+    network_kind = "generator"
+
+    def __init__(self,
+        img_resolution: int,                            # height and width in pixels
+        img_channels: int,
+        label_dim: int                  = 0,            # number of classes; 0: unconditional
+        num_timesteps: int              = 4,            # steps T of the diffusion
+        beta_min: float                 = 0.1,          # start of its noise schedule
+        beta_max: float                 = 20.0,         # its end
+        nz: int                         = 100,          # width of the latent
+        z_emb_dim: int                  = 256,          # width of its embedding
+        n_mlp: int                      = 4,            # further layers of the latent's mapping
+        model_channels: int             = 128,          # width of the first convolution, unit of the others
+        channel_mult: Sequence[int]     = (1, 2, 2, 2), # width of each level, times model_channels
+        num_blocks: int                 = 2,            # residual blocks a level
+        attn_resolutions: Sequence[int] = (16,),        # resolutions with self-attention
+        dropout: float                  = 0,            # dropout probability in the blocks
+        embedding_type: str             = "positional", # of the time: positional, fourier
+    ):  # fmt: skip
+        if img_resolution % 2 ** (len(channel_mult) - 1):
+            raise ValueError(
+                f"channel_mult: images of {img_resolution} pixels cannot be halved {len(channel_mult) - 1} times"
+            )
+        super().__init__()
+        self.img_resolution, self.img_channels, self.label_dim, self.nz = img_resolution, img_channels, label_dim, nz
+        self.num_timesteps, self.beta_min, self.beta_max = num_timesteps, beta_min, beta_max
+        widths = [nz] + [z_emb_dim] * (n_mlp + 1)
+        self.map_latent = torch.nn.ModuleList(Linear(a, b) for a, b in zip(widths[:-1], widths[1:], strict=True))
+        self.model = LatentUNet(
+            img_resolution,
+            img_channels,
+            img_channels,
+            label_dim,
+            latent_channels=z_emb_dim,
+            model_channels=model_channels,
+            channel_mult=channel_mult,
+            num_blocks=num_blocks,
+            attn_resolutions=attn_resolutions,
+            dropout=dropout,
+            embedding_type=embedding_type,
+            encoder_type="residual",
+            resample_filter=FIR,
+        )
+
+    def forward(
+        self, x: torch.Tensor, t: torch.Tensor, z: torch.Tensor, class_labels: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Clean images, float32 [N,C,H,W], from x_{t+1} [N,C,H,W], t [N] in 0..T-1, z [N,nz], labels [N,label_dim]."""
+        latent = z * (z.square().mean(dim=1, keepdim=True) + 1e-8).rsqrt()
+        for layer in self.map_latent:
+            latent = silu(layer(latent))
+        labels = class_labels if self.label_dim else None
+        return self.model(x, (t.to(torch.float32), latent), labels).to(torch.float32).tanh()
+
+
+class PotentialBlock(torch.nn.Module):
+    """Residual block of the potential, [N,C_in,H,W], [N,emb_channels] -> [N,C_out,H',W'], half the size with `down`."""
+
+    def __init__(self, in_channels: int, out_channels: int, emb_channels: int, down: bool):
+        super().__init__()
+        resampling = dict(down=down, resample_filter=FIR)
+        self.conv0 = Conv2d(in_channels, out_channels, 3)
+        self.affine = Linear(emb_channels, out_channels)
+        self.conv1 = Conv2d(out_channels, out_channels, 3, **resampling)
+        self.skip = Conv2d(in_channels, out_channels, 1, bias=False, **resampling)
+
+    def forward(self, x: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
+        h = self.conv0(leaky_relu(x, 0.2))
+        h = self.conv1(leaky_relu(h + self.affine(emb)[:, :, None, None].to(h.dtype), 0.2))
+        return (h + self.skip(x)) * 0.5**0.5
+
+
+@persistent_class(embed_source=False)
+class Potential(torch.nn.Module):
+    """D(x_t, t, x_{t+1}) -> one number an image: DDGAN's discriminator, the potential of optimal transport in RDUOT.
+
+    One block at full size, then one for each halving down to 4x4, so that the resolution alone decides how many.
+    """
+
+    network_kind = "potential"
+
+    def __init__(self,
+        img_resolution: int,                    # height and width in pixels
+        img_channels: int,
+        label_dim: int      = 0,                # number of classes; 0: unconditional
+        model_channels: int = 64,               # unit of all widths: 2, 4, 8, 8, ... times this
+        embedding_type: str = "positional",     # of the time: positional, fourier
+    ):  # fmt: skip
+        super().__init__()
+        self.img_resolution, self.img_channels, self.label_dim = img_resolution, img_channels, label_dim
+        emb = 2 * model_channels
+        self.map_noise = TIME_EMBEDDINGS[embedding_type](emb)
+        self.map_label = Linear(label_dim, emb) if label_dim else None
+        self.map_layer0, self.map_layer1 = Linear(emb, emb), Linear(emb, emb)
+        halvings = max((img_resolution - 1) // 4, 0).bit_length()
+        widths = [model_channels * 2 ** min(i + 1, 3) for i in range(halvings + 1)]
+        self.stem = Conv2d(2 * img_channels, 2 * model_channels, 1)
+        self.blocks = torch.nn.ModuleList(
+            PotentialBlock(widths[max(i - 1, 0)], width, emb, down=i > 0) for i, width in enumerate(widths)
+        )
+        self.conv = Conv2d(widths[-1] + 1, widths[-1], 3)
+        self.head = Linear(widths[-1], 1)
+
+    def forward(
+        self, x: torch.Tensor, t: torch.Tensor, x_next: torch.Tensor, class_labels: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """float32 [N] from x_t and x_{t+1} [N,C,H,W], t [N] in 0..T-1, labels [N,label_dim]."""
+        emb = self.map_noise(t.to(torch.float32))
+        if self.label_dim:
+            emb = emb + self.map_label(class_labels * self.label_dim**0.5)
+        emb = leaky_relu(self.map_layer1(leaky_relu(self.map_layer0(emb), 0.2)), 0.2)
+        h = self.stem(torch.cat([x, x_next], dim=1))
+        for block in self.blocks:
+            h = block(h, emb)
+        h = leaky_relu(self.conv(torch.cat([h, minibatch_std(h).to(h.dtype)], dim=1)), 0.2)
+        return self.head(h.sum(dim=[2, 3])).flatten().to(torch.float32)
+
+
+def minibatch_std(x: torch.Tensor) -> torch.Tensor:
+    """A channel [N,1,H,W] with the mean deviation of features [N,C,H,W] among `GROUP` consecutive images.
+
+    The last group holds what is left (Karras et al., ICLR 2018, section 3).
+    """
+    x = x.to(torch.float32)
+    whole = len(x) // GROUP * GROUP
+    values = []
+    for part in (x[:whole], x[whole:]):
+        if len(part):
+            groups = part.unflatten(0, (-1, min(GROUP, len(part))))
+            # In place of var(), which on a CPU takes a tenth of a training step.
+            variance = (groups - groups.mean(dim=1, keepdim=True)).square().mean(dim=1)
+            std = (variance + 1e-8).sqrt().mean(dim=[1, 2, 3])
+            values.append(std.repeat_interleave(groups.shape[1]))
+    return torch.cat(values).reshape(-1, 1, 1, 1).expand(-1, 1, *x.shape[2:])

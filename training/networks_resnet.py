@@ -1,0 +1,203 @@
+"""Noise-level-conditional ResNet: TDSM's time-dependent classifier (at its lowest sigma a feature extractor) and SBDC's
+discriminator.
+
+CIFAR-style residual network (3x3 stem, no pooling before the head) that also sees the noise level: the input is scaled
+by c_in(sigma) of the preconditioner, and the embedding of c_noise(sigma) is added after each stage by a linear layer.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn.functional import dropout, silu
+
+from torch_utils.persistence import persistent_class
+from training.networks import (
+    Conv2d,
+    FourierEmbedding,
+    GroupNorm,
+    Linear,
+    PositionalEmbedding,
+    edm_coefs,
+    ve_coefs,
+    vp_coefs,
+)
+
+__all__ = ["Classifier", "Discriminator", "resnet_kwargs"]
+
+# name: (blocks a stage, width of the first stage, width multiplier a stage)
+DEPTHS = {
+    "small": ([1, 1, 1], 32, [1, 2, 4]),
+    "resnet18": ([2, 2, 2, 2], 64, [1, 2, 4, 8]),
+    "resnet34": ([3, 4, 6, 3], 64, [1, 2, 4, 8]),
+}
+COEFS = {"vp": vp_coefs, "ve": ve_coefs, "edm": edm_coefs}
+
+
+def resnet_kwargs(
+    arch: str,
+    img_resolution: int,
+    img_channels: int,
+    label_dim: int,
+    cbase: int | None = None,
+    cres: list[int] | None = None,
+) -> dict:
+    """Constructor arguments that go with a U-Net architecture name and a data set (tdsm.md)."""
+    if arch in ("ddpmpp_tiny", "ddpmpp_mnist") or img_channels == 1:
+        depth = "small"
+    else:
+        depth = "resnet34" if label_dim > 50 or img_resolution >= 64 else "resnet18"
+    _, width, mult = DEPTHS[depth]
+    return dict(
+        depth=depth,
+        model_channels=cbase or width,
+        channel_mult=list(cres or mult),
+        embedding_type="fourier" if arch == "ncsnpp" else "positional",
+    )
+
+
+@persistent_class(embed_source=False)
+class ResBlock(torch.nn.Module):
+    """Pre-activation residual block, [N,C_in,H,W] -> [N,C_out,H/stride,W/stride]."""
+
+    def __init__(self, in_channels: int, out_channels: int, down: bool, dropout: float):
+        super().__init__()
+        self.dropout = dropout
+        self.norm0 = GroupNorm(in_channels)
+        self.conv0 = Conv2d(in_channels, out_channels, 3, down=down, resample_filter=[1, 1])
+        self.norm1 = GroupNorm(out_channels)
+        self.conv1 = Conv2d(out_channels, out_channels, 3, init_weight=1e-2)
+        self.skip = None
+        if down or in_channels != out_channels:
+            self.skip = Conv2d(in_channels, out_channels, 1, down=down, resample_filter=[1, 1])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = silu(self.norm1(self.conv0(silu(self.norm0(x)))))
+        h = self.conv1(dropout(h, self.dropout, self.training))
+        return h + (x if self.skip is None else self.skip(x))
+
+
+class _ResNet(torch.nn.Module):
+    """What classifier and discriminator share: everything up to the head's `outputs` numbers."""
+
+    def __init__(self,
+        img_resolution,                     # height and width in pixels
+        img_channels,                       # color channels
+        label_dim,                          # number of classes
+        augment_dim         = 0,            # width of the augmentation label vector; 0: none
+        precond             = "edm",        # whose c_in and c_noise: vp, ve, edm
+        depth               = "resnet18",   # blocks a stage: small, resnet18, resnet34
+        model_channels      = 64,           # width of the first stage
+        channel_mult        = (1, 2, 4, 8), # width multiplier a stage
+        embedding_type      = "positional", # noise embedding: positional, fourier
+        dropout             = 0.1,          # dropout probability, in the blocks and before the head
+        *,
+        outputs,                            # numbers an image
+    ):  # fmt: skip
+        if img_resolution >> (len(channel_mult) - 1) < 1:
+            raise ValueError(f"{len(channel_mult)} levels are too many for images of {img_resolution} pixels")
+        super().__init__()
+        self.img_resolution, self.img_channels, self.label_dim = img_resolution, img_channels, label_dim
+        self.augment_dim, self.precond, self.dropout = augment_dim, precond, dropout
+        blocks = DEPTHS[depth][0]
+        if len(channel_mult) != len(blocks):
+            # A user's own list of multipliers says how many stages there are; extra stages repeat the last depth.
+            blocks = (blocks + blocks[-1:] * len(channel_mult))[: len(channel_mult)]
+        widths = [model_channels * m for m in channel_mult]
+        emb = 4 * model_channels
+        self.map_noise = (
+            PositionalEmbedding(model_channels, endpoint=True)
+            if embedding_type == "positional"
+            else FourierEmbedding(model_channels)
+        )
+        self.map_augment = Linear(augment_dim, emb, bias=False) if augment_dim else None
+        self.map_layer0 = Linear(model_channels, emb)
+        self.map_layer1 = Linear(emb, emb)
+        self.stem = Conv2d(img_channels, widths[0], 3)
+        self.stages = torch.nn.ModuleList()
+        self.affines = torch.nn.ModuleList()
+        for i, (n, width) in enumerate(zip(blocks, widths, strict=True)):
+            first = ResBlock(widths[max(i - 1, 0)], width, down=i > 0, dropout=dropout)
+            rest = [ResBlock(width, width, down=False, dropout=dropout) for _ in range(n - 1)]
+            self.stages.append(torch.nn.Sequential(first, *rest))
+            self.affines.append(Linear(emb, width))
+        self.norm_out = GroupNorm(widths[-1])
+        self.head = Linear(widths[-1], outputs, init_weight=1e-2)
+
+    def embedding(self, c_noise: torch.Tensor, augment_labels: torch.Tensor | None) -> torch.Tensor:
+        """Of the noise level and the augmentation, before its last layer: [N,4 model_channels]."""
+        emb = self.map_layer0(self.map_noise(c_noise))
+        if self.map_augment is not None and augment_labels is not None:
+            emb = emb + self.map_augment(augment_labels)
+        return emb
+
+    def body(self, x: torch.Tensor, c_in: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
+        """Penultimate activations [N,d]: globally averaged, before the head."""
+        emb = silu(self.map_layer1(silu(emb)))
+        h = self.stem(x.to(torch.float32) * c_in)
+        for stage, affine in zip(self.stages, self.affines, strict=True):
+            h = stage(h) + affine(emb)[:, :, None, None]
+        return silu(self.norm_out(h)).mean(dim=[2, 3])
+
+    def coefs(self, x: torch.Tensor, sigma: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """c_in [N or 1,1,1,1] and c_noise [N] of the preconditioner at `sigma` ([] or [N])."""
+        sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).reshape(-1, 1, 1, 1)
+        _, _, c_in, c_noise = COEFS[self.precond](sigma)
+        return c_in, c_noise.flatten().expand(len(x))
+
+    def logits(self, features: torch.Tensor) -> torch.Tensor:
+        return self.head(dropout(features, self.dropout, self.training)).to(torch.float32)
+
+
+@persistent_class(embed_source=False)
+class Classifier(_ResNet):
+    """Time-dependent classifier: [N,C,H,W] image at noise level sigma ([] or [N]) -> [N,label_dim] logits (tdsm.md).
+
+    Any resolution from 8 up. `augment_labels` [N,augment_dim]: how the image was augmented, as the U-Nets see it.
+    Arguments: those of `_ResNet`, without `outputs`.
+    """
+
+    network_kind = "classifier"
+
+    def __init__(self, img_resolution: int, img_channels: int, label_dim: int, **kwargs):
+        super().__init__(img_resolution, img_channels, label_dim, outputs=label_dim, **kwargs)
+
+    def features(
+        self, x: torch.Tensor, sigma: torch.Tensor, augment_labels: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Penultimate activations [N,d]: globally averaged, before the head."""
+        c_in, c_noise = self.coefs(x, sigma)
+        return self.body(x, c_in, self.embedding(c_noise, augment_labels))
+
+    def forward(self, x: torch.Tensor, sigma: torch.Tensor, augment_labels: torch.Tensor | None = None) -> torch.Tensor:
+        return self.logits(self.features(x, sigma, augment_labels))
+
+
+@persistent_class(embed_source=False)
+class Discriminator(_ResNet):
+    """Is the label right? [N,C,H,W] image at noise level sigma ([] or [N]), [N,label_dim] label -> [N] logit (sbdc.md).
+
+    The label enters the embedding as in the U-Nets. Arguments: those of `_ResNet`, without `outputs`.
+    """
+
+    network_kind = "discriminator"
+
+    def __init__(self, img_resolution: int, img_channels: int, label_dim: int, **kwargs):
+        super().__init__(img_resolution, img_channels, label_dim, outputs=1, **kwargs)
+        self.map_label = Linear(
+            label_dim,
+            self.map_layer0.weight.shape[0],
+            bias=False,
+            init_mode="kaiming_normal",
+            init_weight=label_dim**0.5,
+        )
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        sigma: torch.Tensor,
+        class_labels: torch.Tensor,
+        augment_labels: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        c_in, c_noise = self.coefs(x, sigma)
+        emb = self.embedding(c_noise, augment_labels) + self.map_label(class_labels.to(torch.float32))
+        return self.logits(self.body(x, c_in, emb))[:, 0]
