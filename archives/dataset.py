@@ -14,9 +14,14 @@ import torch
 import dnnlib
 from archives.reader import ArchiveReader, image_shape, ordered_map
 
-__all__ = ["MEMORY_LIMIT", "BatchStream", "ImageDataset"]
+__all__ = ["MEMORY_LIMIT", "BatchStream", "ImageDataset", "to_float"]
 
 MEMORY_LIMIT = 4 << 30  # bytes of decoded images that are held in memory rather than decoded again and again
+
+
+def to_float(images: torch.Tensor) -> torch.Tensor:
+    """Return uint8 images of any shape as float32 in [-1, 1], as all networks take them."""
+    return images.to(torch.float32) / 127.5 - 1
 
 
 class ImageDataset:

@@ -18,14 +18,14 @@ import torch
 from tqdm import tqdm
 
 import dnnlib
-from archives.dataset import BatchStream, ImageDataset
+from archives.dataset import BatchStream, ImageDataset, to_float
 from archives.label_file import LabelFile, class_noise_rates
 from archives.reader import ordered_map
 from torch_utils import distributed, misc
+from training.augment import draw_shifts, shift_images
 from training.label_weights import clean_posterior
 from training.networks_resnet import Classifier, resnet_kwargs
 from training.noise_levels import LOWEST_SIGMA
-from training.objectives.classifier import shift_images
 from training.trained_network import TrainedNetwork, linear_rampup
 
 __all__ = [
@@ -127,10 +127,9 @@ class Trainer:
             images, onehot = next(stream)
             torch.manual_seed(misc.step_seed(self.seed, self.rank, self.nimg, stream=2))  # dropout's
             generator = misc.step_generator(self.seed, 0, self.nimg, self.device, stream=3)
-            x = images.to(torch.float32) / 127.5 - 1
-            shift = round(SHIFT * x.shape[-1])
-            if shift:
-                shifts = torch.randint(-shift, shift + 1, [self.batch, 2], generator=generator, device=self.device)
+            x = to_float(images)
+            shifts = draw_shifts(self.batch, SHIFT, x.shape[-1], generator, self.device)
+            if shifts is not None:
                 x = shift_images(x, shifts[self.rank * share : (self.rank + 1) * share])
             with self.trained.accumulate(last=True):
                 log_probs = torch.log_softmax(self.trained.forward(x, sigma_of(x)), dim=1)
@@ -159,7 +158,7 @@ def posterior(
     table = torch.zeros([len(items), dataset.label_dim], device=device)
     parts = np.split(own, range(512, len(own), 512))
     for part, images in zip(parts, ordered_map(lambda p: dataset.images(items[p]), parts, workers=2), strict=True):
-        x = images.to(device).to(torch.float32) / 127.5 - 1
+        x = to_float(images.to(device))
         table[torch.from_numpy(part).to(device)] = torch.log_softmax(net(x, sigma_of(x)), dim=1)
     return distributed.all_reduce_sum(table)
 

@@ -11,14 +11,14 @@ import torch
 from tqdm import tqdm
 
 import dnnlib
-from archives.dataset import BatchStream
+from archives.dataset import BatchStream, to_float
 from metrics.features import WORKERS
 from metrics.images import ImageSource, describe_shape
 from metrics.label_accuracy import label_accuracy
 from torch_utils import misc
+from training.augment import draw_shifts, shift_images
 from training.networks_resnet import DEPTHS, Classifier
 from training.noise_levels import LOWEST_SIGMA
-from training.objectives.classifier import shift_images
 from training.trained_network import make_optimizer
 
 __all__ = ["CAS_ARCHS", "CAS_EPOCHS", "check_cas", "classification_accuracy_score"]
@@ -121,13 +121,12 @@ def _train(net: torch.nn.Module, images: ImageSource, device: torch.device, seed
         optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.1, cycle_momentum=False
     )
     stream = BatchStream(images, batch, seed=seed, device=device, workers=WORKERS)
-    shift = round(SHIFT * min(images.image_shape[1:]))
     with tqdm(total=steps * batch, desc="CAS", unit="img", disable=None, leave=False) as bar:
         for step in range(steps):
             pixels, onehot = next(stream)
             generator = misc.step_generator(seed, 0, step * batch, device, stream=1)
-            moves = torch.randint(-shift, shift + 1, [batch, 2], generator=generator, device=device)
-            logits = net(shift_images(pixels.to(torch.float32) / 127.5 - 1, moves))
+            shifts = draw_shifts(batch, SHIFT, min(images.image_shape[1:]), generator, device)
+            logits = net(shift_images(to_float(pixels), shifts))
             loss = torch.nn.functional.cross_entropy(logits, onehot.argmax(dim=1))
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -141,5 +140,5 @@ def _train(net: torch.nn.Module, images: ImageSource, device: torch.device, seed
 def _accuracy(net: torch.nn.Module, images: ImageSource, labels: np.ndarray, device: torch.device) -> float:
     net.eval()
     parts = np.array_split(np.arange(len(images)), math.ceil(len(images) / (4 * BATCH)))
-    logits = [net(images.images(part).to(device).to(torch.float32) / 127.5 - 1) for part in parts]
+    logits = [net(to_float(images.images(part).to(device))) for part in parts]
     return label_accuracy(torch.cat(logits).argmax(dim=1).cpu().numpy(), labels)

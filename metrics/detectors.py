@@ -12,6 +12,7 @@ import torch
 
 import dnnlib
 import training.networks_resnet  # noqa: F401  (registers the classifier, so that its snapshots can be built)
+from archives.dataset import to_float
 from metrics.images import ImageSource, describe_shape
 from torch_utils import safe_pickle
 from torch_utils.persistence import find_snapshot, load_snapshot
@@ -67,7 +68,7 @@ class PixelDetector:
         """Takes every image."""
 
     def __call__(self, images: torch.Tensor, probs: bool = True) -> tuple[torch.Tensor, None]:
-        return images.flatten(1).to(torch.float32) / 127.5 - 1, None
+        return to_float(images.flatten(1)), None
 
 
 class ClassifierDetector:
@@ -89,7 +90,7 @@ class ClassifierDetector:
 
     @torch.no_grad()
     def __call__(self, images: torch.Tensor, probs: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
-        x = images.to(torch.float32) / 127.5 - 1
+        x = to_float(images)
         features = self.net.features(x, torch.full([len(x)], LOWEST_SIGMA, device=x.device))
         return features.to(torch.float32), self.net.head(features).to(torch.float32).softmax(dim=1)
 

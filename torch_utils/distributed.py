@@ -15,6 +15,7 @@ import psutil
 import torch
 import torch.distributed as dist
 import torch.distributed.nn.functional  # noqa: F401  (loaded after init(), its default arguments would keep the group alive)
+from tqdm import tqdm
 
 import dnnlib
 from torch_utils import misc
@@ -32,7 +33,9 @@ __all__ = [
     "get_world_size",
     "guard",
     "init",
+    "on_rank0",
     "print0",
+    "progress_bar",
     "shared",
     "shutdown",
     "together",
@@ -206,6 +209,16 @@ def together(fn: Callable[[], Any], rank0_first: bool = False) -> Any:
             if message is not None:
                 raise shared(dnnlib.UserError(f"process {rank}: {message}"))
     return value
+
+
+def on_rank0(fn: Callable[[], Any]) -> None:
+    """Call `fn()` on rank 0 alone; when it fails, all processes raise. Collective."""
+    together(fn if get_rank() == 0 else lambda: None)
+
+
+def progress_bar(**kwargs: Any) -> tqdm:
+    """Return a tqdm bar that rank 0 alone shows, and only on a terminal. `kwargs` as tqdm takes them."""
+    return tqdm(**dict(disable=None if get_rank() == 0 else True, leave=False) | kwargs)
 
 
 def shared(error: Exception) -> Exception:

@@ -7,7 +7,7 @@ import math
 
 import torch
 
-__all__ = ["AugmentPipe", "default_augment"]
+__all__ = ["AugmentPipe", "default_augment", "draw_shifts", "shift_images"]
 
 SCALE_STD, ANISO_STD, TRANSLATE_STD = 0.2, 0.2, 0.125  # scales in octaves, translation in image sizes
 
@@ -197,3 +197,27 @@ def _warp(images: torch.Tensor, output_to_input: torch.Tensor) -> torch.Tensor:
     grid = (2 * source - 0.5) / half_size
     warped = torch.nn.functional.grid_sample(fine, grid, mode="bilinear", padding_mode="zeros", align_corners=True)
     return down_y @ warped @ down_x.T
+
+
+def draw_shifts(
+    n: int, share: float, resolution: int, generator: torch.Generator, device: torch.device | str
+) -> torch.Tensor | None:
+    """Draw whole-pixel shifts for `shift_images`, int64 [n,2] on `device`, up to `share` of the side `resolution`.
+
+    None when the largest shift rounds to zero; nothing is drawn then.
+    """
+    largest = round(share * resolution)
+    if not largest:
+        return None
+    return torch.randint(-largest, largest + 1, [n, 2], generator=generator, device=device)
+
+
+def shift_images(images: torch.Tensor, shift: torch.Tensor | None) -> torch.Tensor:
+    """Move each image [n,C,H,W] by its own whole pixels [n,2] (down, right) and repeat the border; None moves none."""
+    if shift is None:
+        return images
+    n, _, h, w = images.shape
+    rows = (torch.arange(h, device=images.device) - shift[:, :1]).clamp(0, h - 1)
+    cols = (torch.arange(w, device=images.device) - shift[:, 1:]).clamp(0, w - 1)
+    index = torch.arange(n, device=images.device)[:, None, None]
+    return images.permute(0, 2, 3, 1)[index, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 import torch
 
 import dnnlib
-from archives.dataset import ImageDataset
+from archives.dataset import ImageDataset, to_float
 from torch_utils import distributed, misc
 from torch_utils.training_stats import Stats
 from training.augment import AugmentPipe
@@ -121,7 +121,7 @@ class Objective:
 
     def prepare(self, images: torch.Tensor, draws: dict) -> tuple[torch.Tensor, torch.Tensor | None]:
         """uint8 [n,C,H,W] -> float images in [-1,1] (augmented) and their augment labels or None."""
-        images = images.to(torch.float32) / 127.5 - 1
+        images = to_float(images)
         return (images, None) if self.augment is None else self.augment.apply(images, draws["augment"])
 
     def precision(self) -> contextlib.AbstractContextManager:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 import dnnlib
-from archives.dataset import ImageDataset
+from archives.dataset import ImageDataset, to_float
 from training.diffusion_steps import DiffusionSteps
 from training.networks_resnet import Classifier
 from training.noise_levels import LOWEST_SIGMA
@@ -158,4 +158,4 @@ def spread(index: torch.Tensor, n: int) -> torch.Tensor:
 def training_images(dataset: ImageDataset, index: torch.Tensor, device: torch.device):
     """Yield (indices, images in [-1,1]) of the training images `index`, some at a time."""
     for chunk in index.split(CHUNK):
-        yield chunk, dataset.images(chunk).to(device).to(torch.float32) / 127.5 - 1
+        yield chunk, to_float(dataset.images(chunk).to(device))

@@ -10,7 +10,8 @@ from dnnlib import UserError
 from tests.support.objectives import CPU, Data, FixedClassifier, make_config
 from torch_utils.persistence import load_snapshot, save_snapshot
 from torch_utils.training_stats import Stats
-from training.objectives.classifier import ClassifierObjective, LearnedTransition, shift_images
+from training.augment import shift_images
+from training.objectives.classifier import ClassifierObjective, LearnedTransition
 from training.objectives.dsm import DSM
 from training.objectives.tdsm import TDSM, check_classifier, known_transition
 from training.trained_network import TrainedNetwork, linear_rampup

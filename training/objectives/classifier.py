@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from archives.dataset import ImageDataset
+from archives.dataset import ImageDataset, to_float
 from torch_utils import misc
 from torch_utils.training_stats import Stats
+from training.augment import draw_shifts, shift_images
 from training.networks_resnet import Classifier
 from training.objective import Objective
 from training.trained_network import TrainedNetwork
@@ -74,9 +75,9 @@ class ClassifierObjective(Objective):
 
     def draw(self, images: torch.Tensor, generator: torch.Generator) -> dict:
         draws = super().draw(images, generator)
-        shift = round(self.config["classifier"]["shift"] * images.shape[-1])
-        if shift:
-            draws["shift"] = torch.randint(-shift, shift + 1, [len(images), 2], generator=generator, device=self.device)
+        shift = draw_shifts(len(images), self.config["classifier"]["shift"], images.shape[-1], generator, self.device)
+        if shift is not None:
+            draws["shift"] = shift
         return draws
 
     def noisy_log_probs(self, log_p: torch.Tensor, transition: torch.Tensor | None) -> torch.Tensor:
@@ -87,8 +88,7 @@ class ClassifierObjective(Objective):
 
     def loss(self, images: torch.Tensor, labels: torch.Tensor, draws: dict, stats: Stats) -> torch.Tensor:
         y, augment_labels = self.prepare(images, draws)
-        if "shift" in draws:
-            y = shift_images(y, draws["shift"])
+        y = shift_images(y, draws.get("shift"))
         sigma = draws["sigma"]
         x = y + sigma.reshape(-1, 1, 1, 1) * draws["noise"]
         logits = self.trained["net"].forward(x, sigma, augment_labels=augment_labels)
@@ -111,7 +111,7 @@ class ClassifierObjective(Objective):
         indices = self.val_indices.repeat(-(-VALIDATION_DRAWS // n))
         total = torch.zeros([], dtype=torch.float64, device=self.device)
         for part in indices.split(max(self.config["batch_size"], 256)):
-            y = self.dataset.images(part).to(self.device).to(torch.float32) / 127.5 - 1
+            y = to_float(self.dataset.images(part).to(self.device))
             labels = self.dataset.onehot(part).to(self.device)
             sigma = self.noise_levels.sample(len(part), generator, self.device)
             x = y + sigma.reshape(-1, 1, 1, 1) * torch.randn(y.shape, generator=generator, device=self.device)
@@ -128,12 +128,3 @@ class ClassifierObjective(Objective):
             posterior="noisy" if transition is None else "clean",
             transition=None if transition is None else transition.tolist(),
         )
-
-
-def shift_images(images: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
-    """Translate each image [n,C,H,W] by its own whole pixels [n,2] (down, right), repeating the border."""
-    n, _, h, w = images.shape
-    rows = (torch.arange(h, device=images.device) - shift[:, :1]).clamp(0, h - 1)
-    cols = (torch.arange(w, device=images.device) - shift[:, 1:]).clamp(0, w - 1)
-    index = torch.arange(n, device=images.device)[:, None, None]
-    return images.permute(0, 2, 3, 1)[index, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2)

@@ -8,9 +8,9 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from archives.dataset import ImageDataset
 from torch_utils.training_stats import Stats
+from training.augment import draw_shifts, shift_images
 from training.networks_resnet import Discriminator
 from training.objective import Objective
-from training.objectives.classifier import shift_images
 from training.trained_network import TrainedNetwork
 
 __all__ = ["DiscriminatorObjective", "Shuffle", "right_shares"]
@@ -105,9 +105,9 @@ class DiscriminatorObjective(Objective):
             mixing=torch.from_numpy(mixing).to(self.device),
             mixed=torch.arange(n) >= n // 2,  # on the CPU: which rows are mixed up is known without asking the device
         )
-        shift = round(self.config["discriminator"]["shift"] * images.shape[-1])
-        if shift:
-            draws["shift"] = torch.randint(-shift, shift + 1, [n, 2], **where)
+        shift = draw_shifts(n, self.config["discriminator"]["shift"], images.shape[-1], **where)
+        if shift is not None:
+            draws["shift"] = shift
         return draws
 
     def pairs(self, items: torch.Tensor, uniform: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -136,8 +136,7 @@ class DiscriminatorObjective(Objective):
             labels[rows] = labels[rows].lerp(other_labels, 1 - share[:, None])
             targets[rows] = targets[rows].lerp(other_targets, 1 - share)
         y, augment_labels = self.prepare(images, draws)
-        if "shift" in draws:
-            y = shift_images(y, draws["shift"])
+        y = shift_images(y, draws.get("shift"))
         sigma = draws["sigma"]
         x = y + sigma.reshape(-1, 1, 1, 1) * draws["noise"]
         logits = self.trained["net"].forward(x, sigma, labels, augment_labels=augment_labels)

@@ -10,7 +10,7 @@ from sklearn.neighbors import NearestNeighbors
 from tqdm import tqdm
 
 import dnnlib
-from archives.dataset import ImageDataset
+from archives.dataset import ImageDataset, to_float
 from training.noise_levels import LOWEST_SIGMA
 
 __all__ = ["EMBEDDINGS", "nearest_partners"]
@@ -38,7 +38,7 @@ def nearest_partners(
     parts = []
     with torch.no_grad():
         for part in tqdm(torch.arange(dataset.num_raw).split(BATCH), desc="SiMix embedding", leave=False, disable=None):
-            images = dataset.images_on(device, part).to(torch.float32) / 127.5 - 1
+            images = to_float(dataset.images_on(device, part))
             parts.append(function(images).to(torch.float32).cpu())
     features = torch.cat(parts).numpy()
     # One more than asked for: the nearest is the image itself, or a copy of it.
