@@ -1,4 +1,7 @@
-"""Augmentations that do not leak: the network is told what was done to each image (Karras et al. 2022, App. F.2)."""
+"""Augmentations that do not leak into samples, because the network receives the transform of each image as an input.
+
+Source: Karras et al. 2022, appendix F.2; docs/methods/edm.md, Augmentation.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,10 @@ import torch
 
 __all__ = ["AugmentPipe", "default_augment", "draw_shifts", "shift_images"]
 
-SCALE_STD, ANISO_STD, TRANSLATE_STD = 0.2, 0.2, 0.125  # scales in octaves, translation in image sizes
+SCALE_STD, ANISO_STD, TRANSLATE_STD = 0.2, 0.2, 0.125  # The scales are in octaves, the translation in image sizes.
 
-# Low-pass filter of the sym6 wavelet (Daubechies 1992). It is orthonormal to its even shifts, so that upsampling and
-# downsampling with it give the image back: a warp that does nothing changes nothing.
+# Low-pass filter of the sym6 wavelet (Daubechies 1992). It is orthonormal to its even shifts, so upsampling and then
+# downsampling with it restores the image: the identity as a warp changes nothing.
 SYM6 = (
     0.015404109327027373,
     0.0034907120842174702,
@@ -27,15 +30,21 @@ SYM6 = (
     0.0017677118642428036,
     -0.007800708325034148,
 )
-MARGIN = 3  # pixels around the output that downsampling needs to see
+MARGIN = 3  # pixels around the output that downsampling needs
 
 
 class AugmentPipe:
-    """Random flips and warps, and the vector that tells the network about them.
+    """Random flips and warps, and the label vectors that describe them to the network.
 
-    Each transform is drawn with probability `p` times its multiplier: xflip, yflip (then flipped one time in two),
-    isotropic scale 2^(0.2 w), rotate_frac (any angle), aniso (scale along a random axis, 2^(0.2 w)) and translate_frac
-    (0.125 of the size, times w). w ~ N(0, 1). A multiplier of 0 leaves the transform out, also of the vector
+    Each transform is drawn with probability `p` times its multiplier. With w ~ N(0, 1), drawn anew for each transform:
+
+    * xflip, yflip: flip with probability 1/2;
+    * scale: scale by 2^(0.2 w);
+    * rotate_frac: rotate by an angle uniform on (-pi, pi);
+    * aniso: stretch by 2^(0.2 w) along a random axis and shrink across it;
+    * translate_frac: shift by 0.125 w of the image size.
+
+    A multiplier of 0 turns the transform off and removes its entries from the label vector, which is
     [xflip, yflip, w_scale, cos(theta)-1, sin(theta), w_aniso cos(r), w_aniso sin(r), w_tx, w_ty].
     """
 
@@ -55,19 +64,20 @@ class AugmentPipe:
         )
 
     def settings(self) -> dict:
-        """Plain data that makes an equal object: AugmentPipe(**settings())."""
+        """Return plain data from which AugmentPipe(**settings()) makes an equal object."""
         return dict(p=self.p, **self.multipliers)
 
     @property
     def label_dim(self) -> int:
-        """Width of the label vector."""
+        """Return the width of the label vector."""
         widths = dict(xflip=1, yflip=1, scale=1, rotate_frac=2, aniso=2, translate_frac=2)
         return sum(width for name, width in widths.items() if self.multipliers[name])
 
     def draw(self, n: int, generator: torch.Generator, device: torch.device) -> dict[str, torch.Tensor]:
-        """Transforms of n images, zero where none: per-image float32 tensors, [n] each, `translate_frac` [n,2].
+        """Draw the transforms of n images: one float32 tensor [n] per transform, [n,2] for `translate_frac`.
 
-        `rotate_frac` and `aniso_axis` are angles in radians; the others count flips (0, 1) or deviations w.
+        `rotate_frac` and `aniso_axis` are angles in radians, flips are 0 or 1, the others are the numbers w above. All
+        are 0 for images that the transform leaves alone.
         """
 
         def uniform() -> torch.Tensor:
@@ -94,9 +104,9 @@ class AugmentPipe:
         return params
 
     def apply(self, images: torch.Tensor, params: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Transform images [N,C,H,W] float, in [-1,1], by what `draw` gave; returns them and labels [N,label_dim].
+        """Transform float images [N,C,H,W] by `params` from `draw`; return them and their labels [N,label_dim].
 
-        Every image depends on its own parameters alone, so both may be split along N.
+        Each image depends on its own parameters only, so both arguments may be split along N.
         """
         with torch.autocast(images.device.type, enabled=False):  # Coordinates need float32.
             images = _flip(images, params)
@@ -106,7 +116,10 @@ class AugmentPipe:
 
 
 def default_augment(p: float) -> AugmentPipe:
-    """The recipe for small images, a vector of 9: flips left-right always drawn, the other transforms with p."""
+    """Return EDM's augmentation of small images, with label vectors of 9 numbers.
+
+    Left-right flips are always drawn, the other transforms with probability p.
+    """
     return AugmentPipe(p=p, xflip=1e8, yflip=1, scale=1, rotate_frac=1, aniso=1, translate_frac=1)
 
 
@@ -129,7 +142,7 @@ def _flip(images: torch.Tensor, params: dict[str, torch.Tensor]) -> torch.Tensor
 
 
 def _linear(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, d: torch.Tensor) -> torch.Tensor:
-    # [N] each -> maps [[a, b], [c, d]] of centred coordinates, [N,3,3].
+    # Return the maps [[a, b], [c, d]] of centered coordinates, [N,3,3], from four tensors [N].
     zero, one = torch.zeros_like(a), torch.ones_like(a)
     return torch.stack([a, b, zero, c, d, zero, zero, zero, one], dim=1).reshape(-1, 3, 3)
 
@@ -139,7 +152,8 @@ def _rotation(angle: torch.Tensor) -> torch.Tensor:
 
 
 def _output_to_input(params: dict[str, torch.Tensor], height: int, width: int) -> torch.Tensor:
-    # [N,3,3]: where a pixel (x right, y down, from the centre) of the output comes from, G of edm.md.
+    # Return the maps [N,3,3] from output pixels to input pixels, G in docs/methods/edm.md. The origin is the center of
+    # the image, x points right and y down.
     factors = []
     if "scale" in params:
         s = torch.exp2(-SCALE_STD * params["scale"])
@@ -160,39 +174,41 @@ def _output_to_input(params: dict[str, torch.Tensor], height: int, width: int) -
 
 @functools.lru_cache(maxsize=32)
 def _resampling(size: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Matrices along one axis: reflect-pad by size-1 and upsample [2(3 size-2),size]; downsample [size,2(size+6)].
+    """Return two matrices that act along one axis of an image.
 
-    Index 2k of the upsampled axis is pixel k - (size-1). Index j that goes into downsampling is pixel j/2 - 3.
+    The first, [2(3 size-2),size], pads by reflection of size-1 pixels and upsamples: index 2k of the result is pixel
+    k - (size-1). The second, [size,2(size+6)], downsamples: index j of its input is pixel j/2 - 3.
     """
     h, pad = torch.tensor(SYM6, dtype=torch.float64), size - 1
     padded = 3 * size - 2
-    # Index i sees pixel l through tap 5 + i - 2l of h.
+    # Index i of the upsampled axis receives pixel l through tap 5 + i - 2l of h.
     tap = 5 + torch.arange(2 * padded)[:, None] - 2 * torch.arange(padded)
     up = torch.where((tap >= 0) & (tap < len(h)), h[tap.clamp(0, len(h) - 1)], 0.0)
     source = torch.arange(-pad, size + pad).abs()
     source = pad - (pad - source).abs()
     up = torch.zeros(2 * padded, size, dtype=torch.float64).index_add_(1, source, up)
-    # Pixel m sees index i, at pixel m + (i - 2m)/2 - 3, through tap 5 - 2(m + 3) + i of h.
+    # Pixel m of the result receives index i, which is pixel i/2 - 3, through tap 5 - 2(m + 3) + i of h.
     tap = 5 + torch.arange(2 * (size + 2 * MARGIN)) - 2 * (torch.arange(size)[:, None] + MARGIN)
     down = torch.where((tap >= 0) & (tap < len(h)), h[tap.clamp(0, len(h) - 1)], 0.0)
     return up.to(device, torch.float32), down.to(device, torch.float32)
 
 
 def _warp(images: torch.Tensor, output_to_input: torch.Tensor) -> torch.Tensor:
-    """Images resampled at `output_to_input` [N,3,3], with content reflected at the borders and little aliasing."""
+    """Return images [N,C,H,W] resampled by the maps `output_to_input` [N,3,3], with reflection at the borders."""
     height, width = images.shape[2:]
     (up_y, down_y), (up_x, down_x) = _resampling(height, images.device), _resampling(width, images.device)
 
-    # Padding and filters are linear along each axis, so each is one product, without the padded image in between.
+    # Padding and filtering are linear along each axis, so one matrix product does both and needs no padded image.
     fine = up_y @ images @ up_x.T
 
-    # Where each half-pixel of the output, MARGIN included, comes from: centred source coordinates [N,2(H+6),2(W+6),2].
+    # Centered input coordinates [N,2(H+6),2(W+6),2] of each half-pixel of the output, MARGIN included.
     x = torch.arange(2 * (width + 2 * MARGIN), device=images.device) / 2 - MARGIN - (width - 1) / 2
     y = torch.arange(2 * (height + 2 * MARGIN), device=images.device) / 2 - MARGIN - (height - 1) / 2
     points = torch.stack([*torch.meshgrid(x, y, indexing="xy"), x.new_ones(len(y), len(x))], dim=2)
     source = points @ output_to_input[:, None, :2].transpose(-1, -2)
 
-    # A centred coordinate q is index 2 q - 1/2 from the middle of `fine`; grid_sample's 1 is the middle of its last.
+    # The centered coordinate q is index 2q - 1/2, counted from the middle of `fine`. grid_sample expects it divided by
+    # half the size, so that -1 and 1 are the centers of the first and the last pixel.
     half_size = torch.tensor([fine.shape[3] - 1, fine.shape[2] - 1], device=images.device) / 2
     grid = (2 * source - 0.5) / half_size
     warped = torch.nn.functional.grid_sample(fine, grid, mode="bilinear", padding_mode="zeros", align_corners=True)
@@ -204,7 +220,7 @@ def draw_shifts(
 ) -> torch.Tensor | None:
     """Draw whole-pixel shifts for `shift_images`, int64 [n,2] on `device`, up to `share` of the side `resolution`.
 
-    None when the largest shift rounds to zero; nothing is drawn then.
+    Return None, and draw nothing, when the largest shift rounds to zero.
     """
     largest = round(share * resolution)
     if not largest:
@@ -213,7 +229,10 @@ def draw_shifts(
 
 
 def shift_images(images: torch.Tensor, shift: torch.Tensor | None) -> torch.Tensor:
-    """Move each image [n,C,H,W] by its own whole pixels [n,2] (down, right) and repeat the border; None moves none."""
+    """Shift each image [n,C,H,W] by its own number of pixels [n,2], down and right, and repeat the border.
+
+    With `shift` None return the images as they are.
+    """
     if shift is None:
         return images
     n, _, h, w = images.shape

@@ -1,8 +1,8 @@
-"""U-Nets and preconditioned denoisers D(x; sigma, y) (Karras et al. 2022, Table 1 and appendix C).
+"""U-Nets and preconditioned denoisers D(x; sigma, y) (Karras et al. 2022, Table 1 and appendix C; docs/methods/edm.md).
 
-Snapshots carry the source of this file and other programs, some on older Pythons, run it: it imports torch, NumPy and
-`persistent_class`, nothing else. Names of classes, constructor arguments, parameters and buffers are those of the
-published checkpoints.
+Snapshots carry the source of this file, and other programs run it, some of them on older versions of Python. So the
+file imports only torch, NumPy and `persistent_class`. Its classes, constructor arguments, parameters and buffers have
+the names that the published checkpoints use.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torch_utils.persistence import persistent_class
 
 __all__ = [
+    "EMBEDDINGS",
     "Conv2d",
     "DhariwalUNet",
     "EDMPrecond",
@@ -40,7 +41,7 @@ __all__ = [
 
 
 def _initial(shape: Sequence[int], mode: str, fan_in: int, fan_out: int) -> torch.Tensor:
-    # Variance 2/(fan_in + fan_out) (Glorot and Bengio 2010) or 1/fan_in (He et al. 2015, without the gain of a ReLU).
+    # The variance is 2/(fan_in + fan_out) (Glorot and Bengio 2010) or 1/fan_in (He et al. 2015, without ReLU's gain).
     scheme, _, distribution = mode.partition("_")
     if scheme not in ("xavier", "kaiming") or distribution not in ("uniform", "normal"):
         raise ValueError(f"init_mode={mode!r}: must be xavier or kaiming, then _uniform or _normal")
@@ -49,18 +50,19 @@ def _initial(shape: Sequence[int], mode: str, fan_in: int, fan_out: int) -> torc
 
 
 def _divisor(n: int, limit: int) -> int:
-    # The largest divisor of n up to limit: the limit itself for published widths, a working number for any other.
+    # Return the largest divisor of n up to `limit`. For published widths this is `limit` itself.
     return max(d for d in range(1, limit + 1) if n % d == 0)
 
 
 def _like(parameter: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor | None:
-    # Parameters stay in float32; in a network that runs in half precision they follow its input.
+    # Parameters are stored in float32. Where activations have half precision, each layer casts its parameters to it.
     return None if parameter is None else parameter.to(x.dtype)
 
 
 def _dropout(x: torch.Tensor, p: float, training: bool) -> torch.Tensor:
-    # Dropout as ever (Srivastava et al. 2014), p to the nearest 2^-16. On a CPU PyTorch draws 64 random bits for every
-    # element, one after the other: a third of a small network's forward pass. 16 are enough. Compilers have their own.
+    # Ordinary dropout (Srivastava et al. 2014), with p rounded to the nearest 2^-16. On a CPU PyTorch draws 64 random
+    # bits per element, one element after the other, which takes a third of a small network's forward pass. 16 bits are
+    # enough. Compiled networks keep PyTorch's dropout, which the compiler fuses with other operations.
     dropped = round(p * 2**16)
     if not training or not 0 < dropped < 2**16 or x.device.type != "cpu" or torch.compiler.is_compiling():
         return F.dropout(x, p, training)
@@ -71,13 +73,16 @@ def _dropout(x: torch.Tensor, p: float, training: bool) -> torch.Tensor:
 
 @persistent_class
 class Linear(torch.nn.Module):
-    """Affine map [..., in_features] -> [..., out_features]; initialised by `init_mode`, times gains."""
+    """Affine map [..., in_features] -> [..., out_features].
+
+    The gains `init_weight` and `init_bias` multiply the initial values that `init_mode` describes.
+    """
 
     def __init__(self,
         in_features: int,
         out_features: int,
         bias: bool          = True,
-        init_mode: str      = "kaiming_normal",     # xavier or kaiming, _uniform or _normal
+        init_mode: str      = "kaiming_normal",     # xavier or kaiming, followed by _uniform or _normal
         init_weight: float  = 1,                    # gain of the initial weight
         init_bias: float    = 0,                    # gain of the initial bias
     ):  # fmt: skip
@@ -95,8 +100,9 @@ class Linear(torch.nn.Module):
 class Conv2d(torch.nn.Module):
     """Convolution with padding kernel//2 and optional resampling by 2, [N,C_in,H,W] -> [N,C_out,H',W'].
 
-    `up`, `down`: filter each channel with f f^T / sum(f)^2 at twice or half the size, then convolve. `fused_resample`
-    lets filter and convolution share their padding, and convolves before it goes down. `kernel` 0 resamples only.
+    With `up` or `down` the layer doubles or halves the image, filters each channel with f f^T / sum(f)^2, and then
+    convolves. With `fused_resample` filter and convolution share their padding, and `down` convolves first. With
+    `kernel` 0 the layer only resamples.
     """
 
     def __init__(self,
@@ -114,7 +120,7 @@ class Conv2d(torch.nn.Module):
     ):  # fmt: skip
         super().__init__()
         if up and down:
-            raise ValueError("up, down: a convolution cannot do both")
+            raise ValueError("up and down: a convolution cannot do both")
         self.in_channels, self.out_channels, self.kernel = in_channels, out_channels, kernel
         self.up, self.down, self.fused_resample = up, down, fused_resample
         fans = dict(mode=init_mode, fan_in=in_channels * kernel**2, fan_out=out_channels * kernel**2)
@@ -129,7 +135,7 @@ class Conv2d(torch.nn.Module):
         self.register_buffer("resample_filter", f.outer(f)[None, None] / f.sum() ** 2 if up or down else None)
 
     def _filter_up(self, x: torch.Tensor, padding: int) -> torch.Tensor:
-        # The factor 4 makes up for the zeros in between.
+        # The transposed convolution puts zeros between the pixels. The factor 4 makes up for them.
         f = _like(4 * self.resample_filter, x).expand(x.shape[1], -1, -1, -1)
         return F.conv_transpose2d(x, f, groups=x.shape[1], stride=2, padding=padding)
 
@@ -138,7 +144,7 @@ class Conv2d(torch.nn.Module):
         return F.conv2d(x, f, groups=x.shape[1], stride=2, padding=padding)
 
     def _resample(self, x: torch.Tensor) -> torch.Tensor:
-        if self.up:  # The box filter repeats pixels, or averages 2x2: same numbers, far cheaper.
+        if self.up:  # The box filter repeats pixels or averages 2x2 of them. These calls are far cheaper than a filter.
             return F.interpolate(x, scale_factor=2.0) if self.box_filter else self._filter_up(x, self.filter_padding)
         if self.down:
             return F.avg_pool2d(x, 2) if self.box_filter else self._filter_down(x, self.filter_padding)
@@ -152,18 +158,18 @@ class Conv2d(torch.nn.Module):
             x = self._filter_up(x, max(self.filter_padding - padding, 0))
             return F.conv2d(x, w, b, padding=max(padding - self.filter_padding, 0))
         if self.down and self.fused_resample:
-            # The filter has no padding of its own and sums to 1: it leaves the bias as it is.
+            # The filter sums to 1 and adds no padding here, so it leaves the bias as it is.
             return self._filter_down(F.conv2d(x, w, b, padding=padding + self.filter_padding), 0)
         if self.up and self.box_filter and self.kernel == 1:
-            return self._resample(F.conv2d(x, w, b))  # Pixels are repeated either way: convolve the few.
+            return self._resample(F.conv2d(x, w, b))  # Repeating comes last, so there are fewer pixels to convolve.
         return F.conv2d(self._resample(x), w, b, padding=padding)
 
 
 @persistent_class
 class GroupNorm(torch.nn.Module):
-    """Group normalisation of [N,C,...] (Wu and He 2018) with min(num_groups, C // min_channels_per_group) groups.
+    """Group normalization of [N,C,...] (Wu and He 2018) with min(num_groups, C // min_channels_per_group) groups.
 
-    Where that many groups do not divide C, the next smaller number that does.
+    If this number does not divide C, the layer takes the next smaller number that does.
     """
 
     def __init__(self, num_channels: int, num_groups: int = 32, min_channels_per_group: int = 4, eps: float = 1e-5):
@@ -181,7 +187,8 @@ class GroupNorm(torch.nn.Module):
 class PositionalEmbedding(torch.nn.Module):
     """Sinusoids of [N] numbers, [N,num_channels] = [cos, sin](x max_positions^(-k/K)) (Vaswani et al. 2017).
 
-    k = 0..num_channels/2-1; K = num_channels/2, less one with `endpoint`, so that 1/max_positions is a frequency too.
+    k runs from 0 to num_channels/2 - 1. K is num_channels/2. With `endpoint` K is one less, which makes 1/max_positions
+    the lowest frequency.
     """
 
     def __init__(self, num_channels: int, max_positions: float = 10000, endpoint: bool = False):
@@ -208,11 +215,18 @@ class FourierEmbedding(torch.nn.Module):
         return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
+EMBEDDINGS = {  # embedding_type: the embedding of noise levels or times, given its width
+    "positional": lambda num_channels: PositionalEmbedding(num_channels, endpoint=True),
+    "fourier": FourierEmbedding,
+}
+
+
 @persistent_class
 class UNetBlock(torch.nn.Module):
-    """Residual block that sees an embedding, with optional resampling and self-attention.
+    """Residual block that receives an embedding, with optional resampling and self-attention.
 
-    [N,in_channels,H,W], [N or 1,emb_channels] -> [N,out_channels,H',W']. `norm_inputs` go to subclasses' norms.
+    [N,in_channels,H,W], [N or 1,emb_channels] -> [N,out_channels,H',W']. The block passes `norm_inputs` to its norms,
+    which subclasses may replace by norms that use them.
     """
 
     def __init__(self,
@@ -222,17 +236,17 @@ class UNetBlock(torch.nn.Module):
         up: bool                        = False,
         down: bool                      = False,
         attention: bool                 = False,
-        num_heads: int | None           = None,     # None: out_channels // channels_per_head; 0: no attention after all
+        num_heads: int | None           = None,     # None: out_channels // channels_per_head; 0: no attention at all
         channels_per_head: int          = 64,
         dropout: float                  = 0,
-        skip_scale: float               = 1,        # factor on every residual sum
-        eps: float                      = 1e-5,     # of the group norms
-        resample_filter: Sequence[float] = (1, 1),
-        resample_proj: bool             = False,    # resampled skips always get a 1x1 convolution
-        adaptive_scale: bool            = True,     # the embedding scales and shifts; else it shifts only
-        init: dict | None               = None,     # initialisation: most layers
-        init_zero: dict | None          = None,     # conv1 and proj; None: zero
-        init_attn: dict | None          = None,     # qkv; None: as `init`
+        skip_scale: float               = 1,        # multiplies every residual sum
+        eps: float                      = 1e-5,     # eps of the group norms
+        resample_filter: Sequence[float] = (1, 1),  # one axis of the low-pass filter
+        resample_proj: bool             = False,    # give every resampled skip a 1x1 convolution
+        adaptive_scale: bool            = True,     # the embedding scales and shifts; False: it shifts only
+        init: dict | None               = None,     # initialization of most layers
+        init_zero: dict | None          = None,     # initialization of conv1 and proj; None: zero
+        init_attn: dict | None          = None,     # initialization of qkv; None: the same as `init`
     ):  # fmt: skip
         super().__init__()
         init = init or {}
@@ -273,15 +287,15 @@ class UNetBlock(torch.nn.Module):
         return x
 
     def _attend(self, x: torch.Tensor) -> torch.Tensor:
-        # Published weights lay the channels of qkv out as [heads, channels of a head, 3]. PyTorch keeps the softmax in
-        # float32 whatever the input, in its fused kernels and (2.5 and newer) in the plain operations it falls back to.
+        # Published weights lay out the channels of qkv as [heads, channels per head, 3]. PyTorch computes the softmax
+        # in float32 for every input type, in its fused kernels and (2.5 and newer) in the plain operations as well.
         n, c, height, width = x.shape
         qkv = self.qkv(x).reshape(n, self.num_heads, c // self.num_heads, 3, height * width)
         q, k, v = (part.transpose(-1, -2) for part in qkv.unbind(3))
-        if x.is_cuda:  # whose fused kernels refuse channels that do not lie side by side
+        if x.is_cuda:  # The fused kernels of CUDA accept channels only where they are adjacent in memory.
             q, k, v = (part.contiguous() for part in (q, k, v))
         a = F.scaled_dot_product_attention(q, k, v).transpose(-1, -2).reshape(n, c, height, width)
-        # One head leaves its output channels-last, which all later layers would follow: keep the layout of the input.
+        # With one head the output is channels-last, and all later layers would follow. So restore the input's layout.
         channels_last = x.is_contiguous(memory_format=torch.channels_last)
         return a.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
@@ -292,10 +306,11 @@ class UNetBlock(torch.nn.Module):
 
 @persistent_class
 class UNet(torch.nn.Module):
-    """What the U-Nets share: encoder `enc` and decoder `dec` over levels of halving resolution, and the label dropout.
+    """Base class of the U-Nets: encoder `enc`, decoder `dec` and label dropout.
 
-    A level's name is its resolution, '32x32'. Subclasses answer `_embed(noise_labels, class_labels, augment_labels)`,
-    the embedding that all blocks see, and `_output(name, x, total)`, a level's addition to the image.
+    Each level of the encoder has half the resolution of the level before. The name of a level is its resolution, such
+    as '32x32'. Subclasses define two methods: `_embed(noise_labels, class_labels, augment_labels)` returns the
+    embedding that all blocks receive, and `_output(name, x, total)` adds a level's output to the image `total`.
     """
 
     def __init__(
@@ -343,18 +358,18 @@ class UNet(torch.nn.Module):
                 channels = width
 
     def _block(self, in_channels: int, out_channels: int, **kwargs) -> UNetBlock:
-        # Subclasses with blocks of their own build them here.
+        # Subclasses override this method to build other blocks.
         return UNetBlock(in_channels, out_channels, **kwargs)
 
     def _drop_labels(self, class_labels: torch.Tensor) -> torch.Tensor:
-        # Without its label an image teaches the unconditional model that classifier-free guidance needs.
+        # Images without labels train the unconditional model that classifier-free guidance needs.
         if not (self.training and self.label_dropout):
             return class_labels
         kept = torch.rand([len(class_labels), 1], device=class_labels.device) >= self.label_dropout
         return class_labels * kept.to(class_labels.dtype)
 
     def _join_input(self, name: str, x: torch.Tensor, aux: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        # Once a level, after going down: mix the second path `aux` of the input into x. Here there is none.
+        # Subclasses with a second path `aux` of the input add it to x here, once per level, after the halving.
         return x, aux
 
     def forward(
@@ -364,7 +379,10 @@ class UNet(torch.nn.Module):
         class_labels: torch.Tensor | None,
         augment_labels: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """F(x; c_noise, y): [N,in_channels,H,W], [N or 1], [N or 1,label_dim] or None -> [N,out_channels,H,W]."""
+        """Return F(x; c_noise, y), [N,out_channels,H,W].
+
+        x [N,in_channels,H,W], noise_labels [N or 1], class_labels [N or 1,label_dim] or None.
+        """
         emb = self._embed(noise_labels, class_labels, augment_labels)
         aux, skips = x, []
         for name in self.levels:
@@ -385,13 +403,13 @@ class UNet(torch.nn.Module):
                 x = self.dec[f"{name}_up"](x, emb)
             for i in range(self.num_blocks + 1):
                 x = self.dec[f"{name}_block{i}"](torch.cat([x, skips.pop()], dim=1), emb)
-            total = self._output(name, x, total)  # the image so far, the last level's is the answer
+            total = self._output(name, x, total)  # The last level completes the image.
         return total
 
 
 @persistent_class
 class SongUNet(UNet):
-    """DDPM++ and NCSN++ (Song et al. 2021, appendix H); the defaults are DDPM++."""
+    """DDPM++ and NCSN++ (Song et al. 2021, appendix H). The defaults are those of DDPM++."""
 
     def __init__(self,
         img_resolution: int,                            # height and width in pixels
@@ -399,21 +417,21 @@ class SongUNet(UNet):
         out_channels: int,
         label_dim: int                  = 0,            # width of the class label vector; 0: unconditional
         augment_dim: int                = 0,            # width of the augmentation label vector; 0: none
-        model_channels: int             = 128,          # width of the first convolution, unit of the others
-        channel_mult: Sequence[int]     = (1, 2, 2, 2), # width of each level, times model_channels
-        channel_mult_emb: int           = 4,            # width of the embedding, times model_channels
-        num_blocks: int                 = 4,            # residual blocks a level
+        model_channels: int             = 128,          # width of the first convolution
+        channel_mult: Sequence[int]     = (1, 2, 2, 2), # width of each level, in multiples of model_channels
+        channel_mult_emb: int           = 4,            # width of the embedding, in multiples of model_channels
+        num_blocks: int                 = 4,            # residual blocks per level
         attn_resolutions: Sequence[int] = (16,),        # resolutions with self-attention
         dropout: float                  = 0.10,         # dropout probability in the blocks
         label_dropout: float            = 0,            # probability that training drops a class label
-        embedding_type: str             = "positional", # of the noise level: positional (DDPM++), fourier (NCSN++)
-        channel_mult_noise: int         = 1,            # width of that embedding, times model_channels: 1, 2 (NCSN++)
+        embedding_type: str             = "positional", # noise embedding: positional (DDPM++), fourier (NCSN++)
+        channel_mult_noise: int         = 1,            # its width in multiples of model_channels: 1, 2 (NCSN++)
         encoder_type: str               = "standard",   # standard (DDPM++), residual (NCSN++), skip
         decoder_type: str               = "standard",   # standard, skip
         resample_filter: Sequence[float] = (1, 1),      # [1,1] (DDPM++), [1,3,3,1] (NCSN++)
     ):  # fmt: skip
         for option, value, known in (
-            ("embedding_type", embedding_type, ("positional", "fourier")),
+            ("embedding_type", embedding_type, EMBEDDINGS),
             ("encoder_type", encoder_type, ("standard", "residual", "skip")),
             ("decoder_type", decoder_type, ("standard", "skip")),
         ):
@@ -451,11 +469,7 @@ class SongUNet(UNet):
         self.encoder_type, self.decoder_type = encoder_type, decoder_type
         self.label_scale = label_dim**0.5
 
-        self.map_noise = (
-            PositionalEmbedding(noise_channels, endpoint=True)
-            if embedding_type == "positional"
-            else FourierEmbedding(noise_channels)
-        )
+        self.map_noise = EMBEDDINGS[embedding_type](noise_channels)
         self.map_label = Linear(label_dim, noise_channels, **init) if label_dim else None
         self.map_augment = Linear(augment_dim, noise_channels, bias=False, **init) if augment_dim else None
         self.map_layer0 = Linear(noise_channels, emb_channels, **init)
@@ -483,7 +497,7 @@ class SongUNet(UNet):
 
     def _embed(self, noise_labels, class_labels, augment_labels) -> torch.Tensor:
         emb = self.map_noise(noise_labels)
-        emb = emb.roll(emb.shape[1] // 2, dims=1)  # [sin, cos]
+        emb = emb.roll(emb.shape[1] // 2, dims=1)  # Published weights expect [sin, cos].
         if self.map_label is not None and class_labels is not None:
             emb = emb + self.map_label(self._drop_labels(class_labels) * self.label_scale)
         if self.map_augment is not None and augment_labels is not None:
@@ -517,9 +531,9 @@ class DhariwalUNet(UNet):
         label_dim: int                  = 0,            # width of the class label vector; 0: unconditional
         augment_dim: int                = 0,            # width of the augmentation label vector; 0: none
         model_channels: int             = 192,          # unit of all widths
-        channel_mult: Sequence[int]     = (1, 2, 3, 4), # width of each level, times model_channels
-        channel_mult_emb: int           = 4,            # width of the embedding, times model_channels
-        num_blocks: int                 = 3,            # residual blocks a level
+        channel_mult: Sequence[int]     = (1, 2, 3, 4), # width of each level, in multiples of model_channels
+        channel_mult_emb: int           = 4,            # width of the embedding, in multiples of model_channels
+        num_blocks: int                 = 3,            # residual blocks per level
         attn_resolutions: Sequence[int] = (32, 16, 8),  # resolutions with self-attention
         dropout: float                  = 0.10,         # dropout probability in the blocks
         label_dropout: float            = 0,            # probability that training drops a class label
@@ -567,35 +581,38 @@ class DhariwalUNet(UNet):
 MODELS = {"SongUNet": SongUNet, "DhariwalUNet": DhariwalUNet}
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Preconditioning: sigma -> (c_skip, c_out, c_in, c_noise), each of sigma's shape (Karras et al. 2022, Table 1)
+# Preconditioning: sigma -> (c_skip, c_out, c_in, c_noise), each in the shape of sigma (Karras et al. 2022, Table 1)
 
 
 def vp_sigma(t: torch.Tensor, beta_d: float = 19.9, beta_min: float = 0.1) -> torch.Tensor:
-    """Noise level at time t of the variance-preserving process: sqrt(exp(beta_d t^2/2 + beta_min t) - 1)."""
-    # expm1: exp() - 1 in float32 is wrong by several per cent at the lowest noise levels.
+    """Return the noise level at time t of the variance-preserving process, sqrt(exp(beta_d t^2/2 + beta_min t) - 1)."""
+    # In float32, exp() - 1 is wrong by several percent at the lowest noise levels; expm1() is not.
     return (0.5 * beta_d * t**2 + beta_min * t).expm1().sqrt()
 
 
 def vp_sigma_inv(sigma: torch.Tensor, beta_d: float = 19.9, beta_min: float = 0.1) -> torch.Tensor:
-    """Time at which the variance-preserving process has noise level sigma, the inverse of `vp_sigma`."""
+    """Return the time at which the variance-preserving process has noise level sigma, the inverse of `vp_sigma`."""
     return ((beta_min**2 + 2 * beta_d * (sigma**2).log1p()).sqrt() - beta_min) / beta_d
 
 
 def vp_coefs(
     sigma: torch.Tensor, beta_d: float = 19.9, beta_min: float = 0.1, M: int = 1000
 ) -> tuple[torch.Tensor, ...]:
-    """Coefficients of the variance-preserving denoiser; c_noise is its time in steps of 1/(M-1)."""
+    """Return the coefficients of the variance-preserving denoiser; c_noise is the time in steps of 1/(M-1)."""
     return torch.ones_like(sigma), -sigma, (sigma**2 + 1).rsqrt(), (M - 1) * vp_sigma_inv(sigma, beta_d, beta_min)
 
 
 def ve_coefs(sigma: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Coefficients of the variance-exploding denoiser."""
+    """Return the coefficients of the variance-exploding denoiser."""
     one = torch.ones_like(sigma)
     return one, sigma, one, (0.5 * sigma).log()
 
 
 def edm_coefs(sigma: torch.Tensor, sigma_data: float = 0.5) -> tuple[torch.Tensor, ...]:
-    """Coefficients that give network input and training target unit variance, for data of deviation `sigma_data`."""
+    """Return the coefficients that give the network's input and training target unit variance.
+
+    `sigma_data` is the standard deviation of the data.
+    """
     c_in = (sigma**2 + sigma_data**2).rsqrt()
     return (sigma_data * c_in) ** 2, sigma * sigma_data * c_in, c_in, sigma.log() / 4
 
@@ -604,7 +621,8 @@ def edm_coefs(sigma: torch.Tensor, sigma_data: float = 0.5) -> tuple[torch.Tenso
 class Precond(torch.nn.Module):
     """Denoiser D(x; sigma, y) = c_skip x + c_out F(c_in x; c_noise, y) around a U-Net F (Karras et al. 2022, Eq. 7).
 
-    Subclasses answer `coefs(sigma)` and state the range `sigma_min`, `sigma_max` that they were made for.
+    Subclasses define `coefs(sigma)` and pass on the range of noise levels, `sigma_min` to `sigma_max`, that they are
+    made for.
     """
 
     def __init__(
@@ -633,7 +651,7 @@ class Precond(torch.nn.Module):
         )
 
     def round_sigma(self, sigma: torch.Tensor | float) -> torch.Tensor:
-        """The noise level nearest to sigma that the network was trained for: sigma itself."""
+        """Return the noise level nearest to sigma that the network knows, here sigma itself."""
         return torch.as_tensor(sigma)
 
     def forward(
@@ -644,11 +662,13 @@ class Precond(torch.nn.Module):
         force_fp32: bool = False,
         augment_labels: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Denoised images, float32 [N,C,H,W].
+        """Return the denoised images, float32 [N,C,H,W].
 
-        x: images [N,C,H,W] with noise of deviation `sigma`, N numbers or one for all. class_labels: one-hot
-        [N,label_dim] or one row for all; None: no label (zeros). F runs in float16 with `use_fp16` on CUDA, under
-        autocast in its dtype, with `force_fp32` in float32. ValueError: labels of another width.
+        x: images [N,C,H,W] with noise of standard deviation `sigma`, which is one number or N numbers.
+        class_labels: one-hot [N,label_dim], or one row for all images; None means no label, a row of zeros.
+        augment_labels: [N,augment_dim]; None means that no image was augmented.
+        F runs in float16 with `use_fp16` on CUDA, in autocast's dtype under autocast, and in float32 otherwise or with
+        `force_fp32`. Raises ValueError if the labels have another width than `label_dim`.
         """
         if force_fp32 and torch.is_autocast_enabled(x.device.type):
             with torch.autocast(x.device.type, enabled=False):
@@ -671,7 +691,7 @@ class Precond(torch.nn.Module):
 
 @persistent_class
 class VPPrecond(Precond):
-    """Variance preserving: DDPM in continuous time (Song et al. 2021)."""
+    """Denoiser of the variance-preserving process, DDPM in continuous time (Song et al. 2021)."""
 
     network_kind = "denoiser"
 
@@ -680,8 +700,8 @@ class VPPrecond(Precond):
         img_channels: int,
         label_dim: int      = 0,            # number of classes; 0: unconditional
         use_fp16: bool      = False,        # run the U-Net in float16 on CUDA
-        beta_d: float       = 19.9,         # rise of the noise schedule beta(t) = beta_min + beta_d t
-        beta_min: float     = 0.1,          # its start
+        beta_d: float       = 19.9,         # slope of the noise schedule beta(t) = beta_min + beta_d t
+        beta_min: float     = 0.1,          # value of the noise schedule at t = 0
         M: int              = 1000,         # time steps of the discrete process
         epsilon_t: float    = 1e-5,         # lowest time
         model_type: str     = "SongUNet",   # SongUNet, DhariwalUNet
@@ -692,13 +712,13 @@ class VPPrecond(Precond):
         self.beta_d, self.beta_min, self.M = beta_d, beta_min, M
 
     def coefs(self, sigma: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """(c_skip, c_out, c_in, c_noise)."""
+        """Return (c_skip, c_out, c_in, c_noise)."""
         return vp_coefs(sigma, self.beta_d, self.beta_min, self.M)
 
 
 @persistent_class
 class VEPrecond(Precond):
-    """Variance exploding: score matching with Langevin dynamics in continuous time (Song et al. 2021)."""
+    """Denoiser of the variance-exploding process, score matching in continuous time (Song et al. 2021)."""
 
     network_kind = "denoiser"
 
@@ -717,13 +737,16 @@ class VEPrecond(Precond):
         )
 
     def coefs(self, sigma: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """(c_skip, c_out, c_in, c_noise)."""
+        """Return (c_skip, c_out, c_in, c_noise)."""
         return ve_coefs(sigma)
 
 
 @persistent_class
 class iDDPMPrecond(Precond):
-    """Improved DDPM (Nichol and Dhariwal 2021): M noise levels u_0 > ... > u_{M-1}; learned variances are not used."""
+    """Denoiser of improved DDPM (Nichol and Dhariwal 2021), with M noise levels u_0 > ... > u_{M-1}.
+
+    The network also predicts variances, which the denoiser ignores.
+    """
 
     network_kind = "denoiser"
 
@@ -732,13 +755,13 @@ class iDDPMPrecond(Precond):
         img_channels: int,
         label_dim: int      = 0,                # number of classes; 0: unconditional
         use_fp16: bool      = False,            # run the U-Net in float16 on CUDA
-        C_1: float          = 0.001,            # floor of abar(j-1)/abar(j)
+        C_1: float          = 0.001,            # lower limit of abar(j-1)/abar(j)
         C_2: float          = 0.008,            # shift of the cosine schedule
         M: int              = 1000,             # number of noise levels
         model_type: str     = "DhariwalUNet",   # SongUNet, DhariwalUNet
         **model_kwargs,                         # further arguments of the U-Net
     ):  # fmt: skip
-        # float32 throughout, rounding as where the published models were trained.
+        # Everything is float32, so the levels are rounded as in the training of the published models.
         abar = (0.5 * np.pi * torch.arange(M + 1) / M / (C_2 + 1)).sin() ** 2
         ratio = (abar[:-1] / abar[1:]).clamp(min=C_1)
         u = torch.zeros(M + 1)
@@ -762,19 +785,19 @@ class iDDPMPrecond(Precond):
         return (self.u - sigma.to(self.u)[..., None]).abs().argmin(dim=-1)
 
     def round_sigma(self, sigma: torch.Tensor | float) -> torch.Tensor:
-        """The nearest u_j, in shape, dtype and device of sigma."""
+        """Return the nearest u_j, in the shape and dtype and on the device of sigma."""
         sigma = torch.as_tensor(sigma)
         return self.u[self._nearest(sigma)].to(sigma.device, sigma.dtype)
 
     def coefs(self, sigma: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """(c_skip, c_out, c_in, c_noise)."""
+        """Return (c_skip, c_out, c_in, c_noise)."""
         c_skip, c_out, c_in, _ = vp_coefs(sigma)
         return c_skip, c_out, c_in, (self.M - 1 - self._nearest(sigma)).to(torch.float32)
 
 
 @persistent_class
 class EDMPrecond(Precond):
-    """The preconditioning that EDM proposes (Karras et al. 2022, section 5)."""
+    """Denoiser with the preconditioning that EDM proposes (Karras et al. 2022, section 5)."""
 
     network_kind = "denoiser"
 
@@ -795,5 +818,5 @@ class EDMPrecond(Precond):
         self.sigma_data = sigma_data
 
     def coefs(self, sigma: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """(c_skip, c_out, c_in, c_noise)."""
+        """Return (c_skip, c_out, c_in, c_noise)."""
         return edm_coefs(sigma, self.sigma_data)

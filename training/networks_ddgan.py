@@ -1,4 +1,7 @@
-"""Generator and potential of RDUOT and DDGAN, made of the U-Net's layers (Xiao et al., ICLR 2022, appendix C)."""
+"""Generator and potential of RDUOT and DDGAN, built from the U-Net's layers (Xiao et al., ICLR 2022, appendix C).
+
+See docs/methods/rduot.md.
+"""
 
 from __future__ import annotations
 
@@ -8,28 +11,16 @@ import torch
 from torch.nn.functional import leaky_relu, silu
 
 from torch_utils.persistence import persistent_class
-from training.networks import (
-    Conv2d,
-    FourierEmbedding,
-    GroupNorm,
-    Linear,
-    PositionalEmbedding,
-    SongUNet,
-    UNetBlock,
-)
+from training.networks import EMBEDDINGS, Conv2d, GroupNorm, Linear, SongUNet, UNetBlock
 
 __all__ = ["GROUP", "DDGANGenerator", "Potential"]
 
-GROUP = 4  # consecutive images that share a minibatch standard deviation
-FIR = (1, 3, 3, 1)
-TIME_EMBEDDINGS = {
-    "positional": lambda channels: PositionalEmbedding(channels, endpoint=True),
-    "fourier": FourierEmbedding,
-}
+GROUP = 4  # number of consecutive images that share a minibatch standard deviation
+FIR = (1, 3, 3, 1)  # low-pass filter of all resampling layers
 
 
 class LatentGroupNorm(GroupNorm):
-    """Group normalisation whose scale and shift are linear in the latent's embedding [N,latent_channels]."""
+    """Group normalization whose scale and shift are linear functions of the embedded latent [N,latent_channels]."""
 
     def __init__(self, num_channels: int, latent_channels: int, eps: float):
         super().__init__(num_channels, eps=eps)
@@ -44,7 +35,7 @@ class LatentGroupNorm(GroupNorm):
 
 
 class LatentBlock(UNetBlock):
-    """U-Net block with adaptive normalisation; its embedding is the pair (time, latent)."""
+    """U-Net block whose norms depend on the latent. Its embedding is the pair (embedded time, embedded latent)."""
 
     def __init__(self, in_channels: int, out_channels: int, *, latent_channels: int, **kwargs):
         super().__init__(in_channels, out_channels, **kwargs)
@@ -58,10 +49,10 @@ class LatentBlock(UNetBlock):
 
 
 class LatentUNet(SongUNet):
-    """NCSN++ whose blocks also see a latent: `noise_labels` is the pair (time [N], embedded latent)."""
+    """NCSN++ whose blocks also receive a latent: `noise_labels` is the pair (time [N], embedded latent)."""
 
     def __init__(self, *args, latent_channels: int, **kwargs):
-        self.latent_channels = latent_channels  # before the blocks are built
+        self.latent_channels = latent_channels  # The base class needs it to build the blocks.
         super().__init__(*args, **kwargs)
 
     def _block(self, in_channels: int, out_channels: int, **kwargs) -> UNetBlock:
@@ -74,10 +65,10 @@ class LatentUNet(SongUNet):
 
 @persistent_class(embed_source=False)
 class DDGANGenerator(torch.nn.Module):
-    """G(x_{t+1}, t, z) -> x_0 in [-1,1]: a U-Net whose group norms follow the latent z (Xiao et al. 2022, Eq. 4).
+    """Generator G(x_{t+1}, t, z) -> x_0 in [-1,1] (Xiao et al. 2022, Eq. 4).
 
-    It carries the settings of its diffusion, so that a snapshot can be sampled. Any resolution that the levels of
-    `channel_mult` halve without remainder.
+    It is a U-Net whose group norms depend on the latent z. It records the settings of its diffusion, so its snapshot is
+    enough for sampling. Raises ValueError if the resolution cannot be halved for all levels of `channel_mult`.
     """
 
     network_kind = "generator"
@@ -87,17 +78,17 @@ class DDGANGenerator(torch.nn.Module):
         img_channels: int,
         label_dim: int                  = 0,            # number of classes; 0: unconditional
         num_timesteps: int              = 4,            # steps T of the diffusion
-        beta_min: float                 = 0.1,          # start of its noise schedule
-        beta_max: float                 = 20.0,         # its end
+        beta_min: float                 = 0.1,          # noise schedule: rate at the start
+        beta_max: float                 = 20.0,         # noise schedule: rate at the end
         nz: int                         = 100,          # width of the latent
-        z_emb_dim: int                  = 256,          # width of its embedding
-        n_mlp: int                      = 4,            # further layers of the latent's mapping
-        model_channels: int             = 128,          # width of the first convolution, unit of the others
-        channel_mult: Sequence[int]     = (1, 2, 2, 2), # width of each level, times model_channels
-        num_blocks: int                 = 2,            # residual blocks a level
+        z_emb_dim: int                  = 256,          # width of the embedded latent
+        n_mlp: int                      = 4,            # layers that embed the latent, besides the first
+        model_channels: int             = 128,          # width of the first convolution
+        channel_mult: Sequence[int]     = (1, 2, 2, 2), # width of each level, in multiples of model_channels
+        num_blocks: int                 = 2,            # residual blocks per level
         attn_resolutions: Sequence[int] = (16,),        # resolutions with self-attention
         dropout: float                  = 0,            # dropout probability in the blocks
-        embedding_type: str             = "positional", # of the time: positional, fourier
+        embedding_type: str             = "positional", # time embedding: positional, fourier
     ):  # fmt: skip
         if img_resolution % 2 ** (len(channel_mult) - 1):
             raise ValueError(
@@ -127,7 +118,10 @@ class DDGANGenerator(torch.nn.Module):
     def forward(
         self, x: torch.Tensor, t: torch.Tensor, z: torch.Tensor, class_labels: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Clean images, float32 [N,C,H,W], from x_{t+1} [N,C,H,W], t [N] in 0..T-1, z [N,nz], labels [N,label_dim]."""
+        """Return the clean images x_0, float32 [N,C,H,W].
+
+        x: x_{t+1} [N,C,H,W], t: [N] in 0..T-1, z: [N,nz], class_labels: one-hot [N,label_dim].
+        """
         latent = z * (z.square().mean(dim=1, keepdim=True) + 1e-8).rsqrt()
         for layer in self.map_latent:
             latent = silu(layer(latent))
@@ -136,7 +130,10 @@ class DDGANGenerator(torch.nn.Module):
 
 
 class PotentialBlock(torch.nn.Module):
-    """Residual block of the potential, [N,C_in,H,W], [N,emb_channels] -> [N,C_out,H',W'], half the size with `down`."""
+    """Residual block of the potential: [N,C_in,H,W], [N,emb_channels] -> [N,C_out,H',W'].
+
+    With `down` the output has half the size of the input.
+    """
 
     def __init__(self, in_channels: int, out_channels: int, emb_channels: int, down: bool):
         super().__init__()
@@ -154,9 +151,9 @@ class PotentialBlock(torch.nn.Module):
 
 @persistent_class(embed_source=False)
 class Potential(torch.nn.Module):
-    """D(x_t, t, x_{t+1}) -> one number an image: DDGAN's discriminator, the potential of optimal transport in RDUOT.
+    """Potential D(x_t, t, x_{t+1}) -> one number per image. DDGAN calls it the discriminator.
 
-    One block at full size, then one for each halving down to 4x4, so that the resolution alone decides how many.
+    It has one block at full size and one for each halving down to 4x4, so the resolution alone decides how many.
     """
 
     network_kind = "potential"
@@ -166,12 +163,12 @@ class Potential(torch.nn.Module):
         img_channels: int,
         label_dim: int      = 0,                # number of classes; 0: unconditional
         model_channels: int = 64,               # unit of all widths: 2, 4, 8, 8, ... times this
-        embedding_type: str = "positional",     # of the time: positional, fourier
+        embedding_type: str = "positional",     # time embedding: positional, fourier
     ):  # fmt: skip
         super().__init__()
         self.img_resolution, self.img_channels, self.label_dim = img_resolution, img_channels, label_dim
         emb = 2 * model_channels
-        self.map_noise = TIME_EMBEDDINGS[embedding_type](emb)
+        self.map_noise = EMBEDDINGS[embedding_type](emb)
         self.map_label = Linear(label_dim, emb) if label_dim else None
         self.map_layer0, self.map_layer1 = Linear(emb, emb), Linear(emb, emb)
         halvings = max((img_resolution - 1) // 4, 0).bit_length()
@@ -186,7 +183,7 @@ class Potential(torch.nn.Module):
     def forward(
         self, x: torch.Tensor, t: torch.Tensor, x_next: torch.Tensor, class_labels: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """float32 [N] from x_t and x_{t+1} [N,C,H,W], t [N] in 0..T-1, labels [N,label_dim]."""
+        """Return the potential, float32 [N], of x_t and x_{t+1} [N,C,H,W], t [N] in 0..T-1, labels [N,label_dim]."""
         emb = self.map_noise(t.to(torch.float32))
         if self.label_dim:
             emb = emb + self.map_label(class_labels * self.label_dim**0.5)
@@ -199,9 +196,11 @@ class Potential(torch.nn.Module):
 
 
 def minibatch_std(x: torch.Tensor) -> torch.Tensor:
-    """A channel [N,1,H,W] with the mean deviation of features [N,C,H,W] among `GROUP` consecutive images.
+    """Return the minibatch standard deviation of features [N,C,H,W] as a channel [N,1,H,W] (Karras et al., ICLR 2018,
+    section 3).
 
-    The last group holds what is left (Karras et al., ICLR 2018, section 3).
+    It is the standard deviation over `GROUP` consecutive images, averaged over all features. The last group may be
+    smaller.
     """
     x = x.to(torch.float32)
     whole = len(x) // GROUP * GROUP
@@ -209,7 +208,7 @@ def minibatch_std(x: torch.Tensor) -> torch.Tensor:
     for part in (x[:whole], x[whole:]):
         if len(part):
             groups = part.unflatten(0, (-1, min(GROUP, len(part))))
-            # In place of var(), which on a CPU takes a tenth of a training step.
+            # This replaces var(), which takes a tenth of a training step on a CPU.
             variance = (groups - groups.mean(dim=1, keepdim=True)).square().mean(dim=1)
             std = (variance + 1e-8).sqrt().mean(dim=[1, 2, 3])
             values.append(std.repeat_interleave(groups.shape[1]))

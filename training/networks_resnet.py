@@ -1,8 +1,8 @@
-"""Noise-level-conditional ResNet: TDSM's time-dependent classifier (at its lowest sigma a feature extractor) and SBDC's
-discriminator.
+"""Residual networks that receive the noise level: TDSM's time-dependent classifier and SBDC's discriminator.
 
-CIFAR-style residual network (3x3 stem, no pooling before the head) that also sees the noise level: the input is scaled
-by c_in(sigma) of the preconditioner, and the embedding of c_noise(sigma) is added after each stage by a linear layer.
+They follow the ResNets for CIFAR-10, with a 3x3 stem and no pooling before the head. The noise level enters twice:
+c_in(sigma) of the preconditioner scales the input, and after each stage a linear layer adds an embedding of
+c_noise(sigma). See docs/methods/tdsm.md and docs/methods/sbdc.md.
 """
 
 from __future__ import annotations
@@ -11,20 +11,11 @@ import torch
 from torch.nn.functional import dropout, silu
 
 from torch_utils.persistence import persistent_class
-from training.networks import (
-    Conv2d,
-    FourierEmbedding,
-    GroupNorm,
-    Linear,
-    PositionalEmbedding,
-    edm_coefs,
-    ve_coefs,
-    vp_coefs,
-)
+from training.networks import EMBEDDINGS, Conv2d, GroupNorm, Linear, edm_coefs, ve_coefs, vp_coefs
 
 __all__ = ["Classifier", "Discriminator", "resnet_kwargs"]
 
-# name: (blocks a stage, width of the first stage, width multiplier a stage)
+# name: (blocks per stage, width of the first stage, width of each stage in multiples of the first)
 DEPTHS = {
     "small": ([1, 1, 1], 32, [1, 2, 4]),
     "resnet18": ([2, 2, 2, 2], 64, [1, 2, 4, 8]),
@@ -41,7 +32,10 @@ def resnet_kwargs(
     cbase: int | None = None,
     cres: list[int] | None = None,
 ) -> dict:
-    """Constructor arguments that go with a U-Net architecture name and a data set (tdsm.md)."""
+    """Return the constructor arguments for a data set and the name of a U-Net architecture (docs/methods/tdsm.md).
+
+    `cbase` and `cres` replace the width of the first stage and the multipliers.
+    """
     if arch in ("ddpmpp_tiny", "ddpmpp_mnist") or img_channels == 1:
         depth = "small"
     else:
@@ -77,21 +71,24 @@ class ResBlock(torch.nn.Module):
 
 
 class _ResNet(torch.nn.Module):
-    """What classifier and discriminator share: everything up to the head's `outputs` numbers."""
+    """Base class of classifier and discriminator; its head has `outputs` numbers per image.
+
+    Raises ValueError if the image is too small for the number of stages.
+    """
 
     def __init__(self,
         img_resolution,                     # height and width in pixels
         img_channels,                       # color channels
         label_dim,                          # number of classes
         augment_dim         = 0,            # width of the augmentation label vector; 0: none
-        precond             = "edm",        # whose c_in and c_noise: vp, ve, edm
-        depth               = "resnet18",   # blocks a stage: small, resnet18, resnet34
+        precond             = "edm",        # preconditioner that gives c_in and c_noise: vp, ve, edm
+        depth               = "resnet18",   # blocks per stage: small, resnet18, resnet34
         model_channels      = 64,           # width of the first stage
-        channel_mult        = (1, 2, 4, 8), # width multiplier a stage
+        channel_mult        = (1, 2, 4, 8), # width of each stage, in multiples of model_channels
         embedding_type      = "positional", # noise embedding: positional, fourier
         dropout             = 0.1,          # dropout probability, in the blocks and before the head
         *,
-        outputs,                            # numbers an image
+        outputs,                            # numbers per image that the head returns
     ):  # fmt: skip
         if img_resolution >> (len(channel_mult) - 1) < 1:
             raise ValueError(f"{len(channel_mult)} levels are too many for images of {img_resolution} pixels")
@@ -100,15 +97,11 @@ class _ResNet(torch.nn.Module):
         self.augment_dim, self.precond, self.dropout = augment_dim, precond, dropout
         blocks = DEPTHS[depth][0]
         if len(channel_mult) != len(blocks):
-            # A user's own list of multipliers says how many stages there are; extra stages repeat the last depth.
+            # The multipliers decide how many stages there are. Extra stages get as many blocks as the last one.
             blocks = (blocks + blocks[-1:] * len(channel_mult))[: len(channel_mult)]
         widths = [model_channels * m for m in channel_mult]
         emb = 4 * model_channels
-        self.map_noise = (
-            PositionalEmbedding(model_channels, endpoint=True)
-            if embedding_type == "positional"
-            else FourierEmbedding(model_channels)
-        )
+        self.map_noise = EMBEDDINGS[embedding_type](model_channels)
         self.map_augment = Linear(augment_dim, emb, bias=False) if augment_dim else None
         self.map_layer0 = Linear(model_channels, emb)
         self.map_layer1 = Linear(emb, emb)
@@ -124,14 +117,14 @@ class _ResNet(torch.nn.Module):
         self.head = Linear(widths[-1], outputs, init_weight=1e-2)
 
     def embedding(self, c_noise: torch.Tensor, augment_labels: torch.Tensor | None) -> torch.Tensor:
-        """Of the noise level and the augmentation, before its last layer: [N,4 model_channels]."""
+        """Return the embedding of noise level and augmentation before its last layer, [N,4 model_channels]."""
         emb = self.map_layer0(self.map_noise(c_noise))
         if self.map_augment is not None and augment_labels is not None:
             emb = emb + self.map_augment(augment_labels)
         return emb
 
     def body(self, x: torch.Tensor, c_in: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
-        """Penultimate activations [N,d]: globally averaged, before the head."""
+        """Return the activations before the head, averaged over the image, [N,d]."""
         emb = silu(self.map_layer1(silu(emb)))
         h = self.stem(x.to(torch.float32) * c_in)
         for stage, affine in zip(self.stages, self.affines, strict=True):
@@ -139,21 +132,22 @@ class _ResNet(torch.nn.Module):
         return silu(self.norm_out(h)).mean(dim=[2, 3])
 
     def coefs(self, x: torch.Tensor, sigma: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """c_in [N or 1,1,1,1] and c_noise [N] of the preconditioner at `sigma` ([] or [N])."""
+        """Return the preconditioner's c_in [N or 1,1,1,1] and c_noise [N] at `sigma` ([] or [N])."""
         sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).reshape(-1, 1, 1, 1)
         _, _, c_in, c_noise = COEFS[self.precond](sigma)
         return c_in, c_noise.flatten().expand(len(x))
 
     def logits(self, features: torch.Tensor) -> torch.Tensor:
+        """Return the head's float32 output [N,outputs] for the activations [N,d] of `body`."""
         return self.head(dropout(features, self.dropout, self.training)).to(torch.float32)
 
 
 @persistent_class(embed_source=False)
 class Classifier(_ResNet):
-    """Time-dependent classifier: [N,C,H,W] image at noise level sigma ([] or [N]) -> [N,label_dim] logits (tdsm.md).
+    """Time-dependent classifier: images [N,C,H,W] at noise level sigma ([] or [N]) -> logits [N,label_dim].
 
-    Any resolution from 8 up. `augment_labels` [N,augment_dim]: how the image was augmented, as the U-Nets see it.
-    Arguments: those of `_ResNet`, without `outputs`.
+    `augment_labels` [N,augment_dim] says how each image was augmented. The constructor's arguments are those of
+    `_ResNet` without `outputs`. See docs/methods/tdsm.md.
     """
 
     network_kind = "classifier"
@@ -164,7 +158,7 @@ class Classifier(_ResNet):
     def features(
         self, x: torch.Tensor, sigma: torch.Tensor, augment_labels: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Penultimate activations [N,d]: globally averaged, before the head."""
+        """Return the activations before the head, averaged over the image, [N,d]."""
         c_in, c_noise = self.coefs(x, sigma)
         return self.body(x, c_in, self.embedding(c_noise, augment_labels))
 
@@ -174,9 +168,10 @@ class Classifier(_ResNet):
 
 @persistent_class(embed_source=False)
 class Discriminator(_ResNet):
-    """Is the label right? [N,C,H,W] image at noise level sigma ([] or [N]), [N,label_dim] label -> [N] logit (sbdc.md).
+    """Discriminator: images [N,C,H,W] at noise level sigma ([] or [N]), labels [N,label_dim] -> logits [N].
 
-    The label enters the embedding as in the U-Nets. Arguments: those of `_ResNet`, without `outputs`.
+    A logit is positive where the label looks right. The label enters through the embedding, as in the U-Nets. The
+    constructor's arguments are those of `_ResNet` without `outputs`. See docs/methods/sbdc.md.
     """
 
     network_kind = "discriminator"

@@ -1,8 +1,9 @@
-"""FSDP2: a process keeps slices of weights, gradients, Adam's moments and EMA (Rajbhandari et al., SC 2020, ZeRO-3).
+"""Sharding by FSDP2: each process keeps slices of weights, gradients, Adam's moments and EMA (docs/scaling.md).
 
-A block's whole weights exist only while a pass goes through it, so a pass is collective: all processes make the same
-number of them, or `Shards.gathered` is around those that differ. Slices lie within a machine, whose links are the fast
-ones; machines replicate each other.
+The whole weights of a block exist only while a pass runs through it, so every pass is collective: all processes must
+make the same number of passes, except inside `Shards.gathered`. The processes of one machine divide a network among
+themselves, because the links within a machine are fast. Machines hold copies of each other. Source: ZeRO-3
+(Rajbhandari et al., SC 2020).
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ from training.networks_resnet import ResBlock
 
 __all__ = ["Shards", "whole"]
 
-UNITS = (UNetBlock, ResBlock)  # gathered and freed at a time; what is left of a network is one more unit
+UNITS = (UNetBlock, ResBlock)  # each is gathered and freed as one unit; the rest of the network is one more unit
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor that a slice belongs to (collective), any other tensor itself."""
+    """Return the whole tensor that a slice belongs to (collective), or any other tensor as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
@@ -41,17 +42,19 @@ def _mesh(device: torch.device) -> DeviceMesh:
 
 
 class Shards:
-    """The slices of `net` and of its average `ema` that this process keeps; both are replaced in place.
+    """The slices of `net` and of its average `ema` that this process keeps.
 
-    The networks come whole, on the CPU and the same on every process. `params`: the slices of `net` as plain
-    parameters, whose `grad` is a view of `flat_grads`: to an optimizer that works by element they are like any others.
+    The constructor replaces the weights of both networks, which must be whole, on the CPU, and the same on every
+    process. `params` holds the slices of `net` as plain parameters, and their `grad` is a view of `flat_grads`. An
+    optimizer that works element by element can use them like any other parameters. Raises UserError if PyTorch's FSDP2
+    is too old.
     """
 
     def __init__(self, net: torch.nn.Module, ema: torch.nn.Module, device: torch.device):
         if not hasattr(FSDPModule, "set_reshard_after_forward"):
             raise dnnlib.UserError(
-                f"--shard=1: PyTorch {torch.__version__} is too old, its FSDP2 cannot keep weights "
-                "gathered between passes; use a newer one, or --shard=0"
+                f"PyTorch {torch.__version__} is too old for sharding: its FSDP2 cannot keep weights gathered between "
+                "passes; install a newer one, or do not shard"
             )
         self.mesh = _mesh(device)
         self.net, self.ema = net, ema
@@ -59,9 +62,10 @@ class Shards:
             for unit in [m for m in module.modules() if isinstance(m, UNITS)]:
                 fully_shard(unit, mesh=self.mesh)
             fully_shard(module, mesh=self.mesh)
-        # Backward gathers ahead in this order on every process. By itself FSDP2 follows all passes made before, also
-        # those inside `gathered`, of which each process has its own number: they would gather different blocks.
-        order = [m for m in net.modules() if isinstance(m, FSDPModule)]  # the root, then as they run forward
+        # The backward pass gathers the next block early. This fixes the order on every process. Left to itself, FSDP2
+        # repeats the order of all earlier passes, also of those inside `gathered`. Their number differs from process to
+        # process, so the processes would gather different blocks.
+        order = [m for m in net.modules() if isinstance(m, FSDPModule)]  # the root, then the order of the forward pass
         for module, ahead in zip(order, order[-1:] + order[:-1], strict=True):
             module.set_modules_to_backward_prefetch([ahead])
         self._net, self._ema = list(net.parameters()), list(ema.parameters())
@@ -72,7 +76,7 @@ class Shards:
 
     @contextlib.contextmanager
     def no_sync(self) -> Iterator[None]:
-        """Inside it gradients add up on each process and do not travel."""
+        """Accumulate gradients on each process without exchanging them."""
         self.net.set_requires_gradient_sync(False)
         try:
             yield
@@ -81,7 +85,10 @@ class Shards:
 
     @contextlib.contextmanager
     def gathered(self) -> Iterator[None]:
-        """Inside it all weights of `net` are here, and passes without gradients are each process's own. Collective."""
+        """Keep all weights of `net` on every process, so that each may make passes of its own, without gradients.
+
+        Entering is collective.
+        """
         units = [m for m in self.net.modules() if isinstance(m, FSDPModule)]
         for unit in units:
             unit.unshard()
@@ -94,18 +101,20 @@ class Shards:
                 unit.reshard()
 
     def free(self) -> None:
-        """Free the whole weights that a pass without backward leaves in the root: they outlive neither a step nor a
-        change of `requires_grad`."""
+        """Free the whole weights that a pass without backward leaves in the root.
+
+        They must not outlive a step or a change of `requires_grad`.
+        """
         for module in (self.net, self.ema):
             module.reshard()
 
     @torch.no_grad()
     def take_grads(self) -> None:
-        """Move the gradients that backward left into `flat_grads`, and see that `params` are where the slices are."""
+        """Move the gradients of the backward pass into `flat_grads`, and point `params` to the current slices."""
         self.free()
         ours, theirs = [], []
         for mine, p in zip(self.params, self._net, strict=True):
-            mine.data = p.to_local()  # The first pass may have moved a slice that it had to pad.
+            mine.data = p.to_local()  # The first pass may move a slice, to pad it.
             if p.grad is not None:
                 ours.append(mine.grad)
                 theirs.append(p.grad.to_local())
@@ -115,37 +124,40 @@ class Shards:
 
     @torch.no_grad()
     def slices(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Those of `ema` and of `net`, for the average's update."""
+        """Return the slices of `ema` and of `net`, to update the average."""
         return [p.to_local() for p in self._ema], [p.to_local() for p in self._net]
 
     def sum(self, count: torch.Tensor) -> torch.Tensor:
-        """Sum over the processes that hold a network together; the replicas of other machines count the same."""
+        """Sum `count` in place over the processes that share a network, and return it.
+
+        Every machine computes the same sum, because machines hold copies of each other.
+        """
         torch.distributed.all_reduce(count, group=self.mesh["shard"].get_group())
         return count
 
-    # Whole tensors, as the states of runs without sharding hold them.
+    # States hold whole tensors, like those of runs without sharding.
 
     @torch.no_grad()
     def gather(self, module: torch.nn.Module) -> dict[str, torch.Tensor]:
-        """`module.state_dict()` with whole tensors on the CPU of rank 0; empty elsewhere. Collective."""
+        """Return `module.state_dict()` with whole tensors on the CPU of rank 0, and {} on other ranks. Collective."""
         return {k: v for k, v in ((k, _to_rank0(v)) for k, v in module.state_dict().items()) if v is not None}
 
     @torch.no_grad()
     def load(self, module: torch.nn.Module, state: dict[str, torch.Tensor], strict: bool = True) -> None:
-        """Set the tensors of `module` that `state` names to this process's slices of whole ones.
+        """Set the tensors of `module` that `state` names to this process's slices of the whole tensors in `state`.
 
-        `strict`: all of them. ValueError: other names or shapes.
+        With `strict`, `state` must name all tensors. Raises ValueError if names or shapes differ.
         """
         ours = module.state_dict()
         if strict and ours.keys() != state.keys():
-            raise ValueError(f"it has {len(state)} tensors, the network {len(ours)}, of other names")
+            raise ValueError(f"it has {len(state)} tensors, the network has {len(ours)}, and their names differ")
         for name in ours.keys() & state.keys():
             mine = ours[name].to_local() if isinstance(ours[name], DTensor) else ours[name]
             mine.copy_(self._slice(name, state[name], ours[name]))
 
     @torch.no_grad()
     def gather_optimizer(self, state: dict[str, Any]) -> dict[str, Any]:
-        """The state of an optimizer of `params` as one of whole parameters, on rank 0. Collective."""
+        """Return the state of an optimizer of `params` as a state for whole parameters, on rank 0. Collective."""
         found = {}
         for i, values in state["state"].items():
             p, mine = self._net[i], self.params[i]
@@ -156,9 +168,12 @@ class Shards:
         return dict(state, state=found)
 
     def slice_optimizer(self, state: dict[str, Any]) -> dict[str, Any]:
-        """The state of an optimizer of whole parameters as one of `params`. ValueError: other parameters."""
+        """Return the state of an optimizer of whole parameters as a state for `params`.
+
+        Raises ValueError if it belongs to other parameters.
+        """
         if any(i not in range(len(self._net)) for i in state["state"]):
-            raise ValueError(f"the optimizer's state is of more than {len(self._net)} parameters")
+            raise ValueError(f"the optimizer's state covers more than {len(self._net)} parameters")
         found = {}
         for i, values in state["state"].items():
             found[i] = {
@@ -171,7 +186,7 @@ class Shards:
             raise ValueError(f"{name} is {list(tensor.shape)}, expected {list(like.shape)}")
         if not isinstance(like, DTensor):
             return tensor
-        parts = tensor.chunk(self.mesh["shard"].size())  # DTensor's Shard(0) is torch.chunk: the last may lack some
+        parts = tensor.chunk(self.mesh["shard"].size())  # As DTensor's Shard(0), it may return fewer parts than asked.
         rank = self.mesh["shard"].get_local_rank()
         return parts[rank] if rank < len(parts) else tensor[:0]
 
@@ -181,6 +196,6 @@ def _like(part: torch.Tensor, p: DTensor) -> DTensor:
 
 
 def _to_rank0(tensor: torch.Tensor) -> torch.Tensor | None:
-    # One at a time, so that no more than one whole tensor lies in the memory of a device.
+    # The caller takes one tensor at a time, so a device never holds more than one whole tensor.
     tensor = whole(tensor)
     return tensor.cpu() if distributed.get_rank() == 0 else None

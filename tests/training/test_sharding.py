@@ -226,7 +226,7 @@ def test_a_machine_that_computes_wrongly_is_found(run, tmp_path):
 
 def test_a_pytorch_without_what_is_needed_is_refused(monkeypatch):
     monkeypatch.delattr(FSDPModule, "set_reshard_after_forward")
-    with pytest.raises(dnnlib.UserError, match="--shard=1: PyTorch .* is too old"):
+    with pytest.raises(dnnlib.UserError, match="PyTorch .* is too old for sharding"):
         Shards(torch.nn.Linear(1, 1), torch.nn.Linear(1, 1), torch.device("cpu"))
 
 
