@@ -22,7 +22,7 @@ from tqdm import trange
 import dnnlib
 from dnnlib.cli import Command, FloatRange
 from torch_utils import misc
-from training.diffusion_steps import DiffusionSteps
+from training.noise_levels import DiffusionSteps
 from training.objectives.rduot import CONJUGATES, TransportLosses, ema_halflife
 from training.trained_network import TrainedNetwork
 from training.transport_cost import squared_distance

@@ -9,7 +9,7 @@ import click
 import torch
 
 from dnnlib.cli import given_options
-from training.diffusion_steps import DiffusionSteps
+from training.noise_levels import DiffusionSteps
 
 __all__ = ["check_options", "ddgan_sampler", "is_generator"]
 

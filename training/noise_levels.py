@@ -1,4 +1,7 @@
-"""The distributions of the noise level sigma that objectives train on, and the weight lambda that belongs to each."""
+"""Noise levels: how objectives draw sigma and weight it, and the few large steps of a denoising diffusion GAN.
+
+See docs/methods/edm.md, Noise levels, and docs/methods/rduot.md, Steps and posterior.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,12 @@ import torch
 
 from training.networks import vp_sigma
 
-__all__ = ["LOWEST_SIGMA", "NoiseLevels"]
+__all__ = ["LOWEST_SIGMA", "DiffusionSteps", "NoiseLevels"]
 
-LOWEST_SIGMA = 0.002  # at which a noise-level-conditional classifier sees images as they are
+LOWEST_SIGMA = 0.002  # Here a network that depends on the noise level sees images without visible noise.
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Continuous noise levels of denoisers, classifiers and discriminators
 
 _DEFAULTS = {
     "vp": dict(beta_d=19.9, beta_min=0.1, epsilon_t=1e-5),
@@ -18,13 +24,14 @@ _DEFAULTS = {
 
 
 class NoiseLevels:
-    """Distribution and weight of a preconditioner's objective E lambda(sigma) ||D(y+n; sigma) - y||^2.
+    """Distribution of sigma and weight lambda in the loss E lambda(sigma) ||D(y+n; sigma) - y||^2.
 
     vp: sigma(t), t uniform on [epsilon_t, 1]; lambda = 1/sigma^2.
     ve: log-uniform on [sigma_min, sigma_max]; lambda = 1/sigma^2.
     edm: ln sigma ~ N(P_mean, P_std^2); lambda = (sigma^2 + sigma_data^2) / (sigma sigma_data)^2.
-    `settings` replace the defaults above. ValueError: no such preconditioner, or a setting it does not have.
-    (Karras et al. 2022, Table 1, "Training".)
+
+    `settings` replace the defaults above. Raises ValueError for an unknown preconditioner or setting. Source: Karras et
+    al. 2022, Table 1, "Training".
     """
 
     def __init__(self, precond: str, **settings: float):
@@ -39,11 +46,11 @@ class NoiseLevels:
         self._settings = _DEFAULTS[precond] | settings
 
     def settings(self) -> dict:
-        """Plain data that makes an equal object: NoiseLevels(**settings())."""
+        """Return plain data from which NoiseLevels(**settings()) makes an equal object."""
         return dict(precond=self.precond, **self._settings)
 
     def sample(self, n: int, generator: torch.Generator, device: torch.device) -> torch.Tensor:
-        """Noise levels of n images, float32 [n] on `device`, from one draw of the generator (which lives there)."""
+        """Draw noise levels for n images, float32 [n] on `device`, where the generator lives. It is used once."""
         s = self._settings
         if self.precond == "edm":
             return (torch.randn(n, generator=generator, device=device) * s["P_std"] + s["P_mean"]).exp()
@@ -53,8 +60,70 @@ class NoiseLevels:
         return s["sigma_min"] * (s["sigma_max"] / s["sigma_min"]) ** u
 
     def weight(self, sigma: torch.Tensor) -> torch.Tensor:
-        """lambda(sigma), in sigma's shape."""
+        """Return lambda(sigma), in the shape of sigma."""
         if self.precond == "edm":
             sigma_data = self._settings["sigma_data"]
             return (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
         return 1 / sigma**2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Discrete steps of RDUOT and DDGAN
+
+
+class DiffusionSteps:
+    """Forward process x_0 -> x_1 -> ... -> x_T in T steps of the variance-preserving schedule, and its posterior.
+
+    Attributes: `betas`, `a` = sqrt(1 - beta), `sigma` = sqrt(beta) and `abar`, the cumulative product of a, are float32
+    [T+1]; their entry 0 is the start, with beta = 1e-8. `posterior_variance`, `coef_x0` and `coef_xt` are float32 [T];
+    their entry t describes q(x_t | x_0, x_{t+1}) (Ho et al. 2020, Eq. 7). The schedule is that of Xiao et al., ICLR
+    2022. Raises ValueError for fewer than one step.
+    """
+
+    def __init__(
+        self, num_timesteps: int = 4, beta_min: float = 0.1, beta_max: float = 20.0, device: torch.device | str = "cpu"
+    ):
+        if num_timesteps < 1:
+            raise ValueError(f"num_timesteps={num_timesteps}: must be at least 1")
+        self.num_timesteps, self.beta_min, self.beta_max = num_timesteps, beta_min, beta_max
+        time = torch.arange(num_timesteps + 1, dtype=torch.float64) / num_timesteps * (1 - 1e-3) + 1e-3
+        kept = torch.exp(-0.5 * time**2 * (beta_max - beta_min) - time * beta_min)  # 1 - var(t)
+        first = torch.tensor([1e-8], dtype=torch.float64)
+        self.betas = torch.cat([first, 1 - kept[1:] / kept[:-1]]).to(torch.float32)
+        self.a, self.sigma = (1 - self.betas).sqrt(), self.betas.sqrt()
+        self.abar = self.a.cumprod(dim=0)
+        # The posterior starts from the clean image itself, so A_0 = 1.
+        beta, alpha = self.betas[1:], (1 - self.betas[1:]).cumprod(dim=0)
+        before = torch.cat([torch.ones(1), alpha[:-1]])
+        self.posterior_variance = beta * (1 - before) / (1 - alpha)
+        self.coef_x0 = beta * before.sqrt() / (1 - alpha)
+        self.coef_xt = (1 - beta).sqrt() * (1 - before) / (1 - alpha)
+        for name, value in vars(self).items():
+            if isinstance(value, torch.Tensor):
+                setattr(self, name, value.to(device))
+
+    def settings(self) -> dict:
+        """Return plain data from which DiffusionSteps(**settings()) makes an equal object."""
+        return dict(num_timesteps=self.num_timesteps, beta_min=self.beta_min, beta_max=self.beta_max)
+
+    def diffuse(self, x_0: torch.Tensor, t: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """Return x_t [N,...] for images x_0 [N,...], t [N] in 0..T and standard normal noise in the shape of x_0."""
+        abar = _rows(self.abar[t], x_0)
+        return abar * x_0 + (1 - abar.square()).sqrt() * noise
+
+    def pair(
+        self, x_0: torch.Tensor, t: torch.Tensor, noise: torch.Tensor, step_noise: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return (x_t, x_{t+1}) [N,...] for t [N] in 0..T-1. `noise` makes x_t, `step_noise` the step after it."""
+        x_t = self.diffuse(x_0, t, noise)
+        return x_t, _rows(self.a[t + 1], x_0) * x_t + _rows(self.sigma[t + 1], x_0) * step_noise
+
+    def posterior(self, x_0: torch.Tensor, x_next: torch.Tensor, t: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """Draw x_t [N,...] given x_0 and x_next = x_{t+1}, for t [N] in 0..T-1. At t = 0 the result is x_0."""
+        mean = _rows(self.coef_x0[t], x_0) * x_0 + _rows(self.coef_xt[t], x_0) * x_next
+        return mean + _rows(self.posterior_variance[t].sqrt(), x_0) * noise
+
+
+def _rows(values: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    # Reshape numbers [N] so that they multiply images [N,...].
+    return values.reshape(-1, *[1] * (x.ndim - 1))

@@ -1,4 +1,4 @@
-"""What it costs to carry x_{t+1} to an image x_0: the price that unbalanced transport refuses to pay for outliers."""
+"""Transport costs c(x_0, x_{t+1}): unbalanced transport leaves out expensive images (docs/methods/rduot.md)."""
 
 from __future__ import annotations
 
@@ -6,38 +6,39 @@ import torch
 
 import dnnlib
 from archives.dataset import ImageDataset, to_float
-from training.diffusion_steps import DiffusionSteps
 from training.networks_resnet import Classifier
-from training.noise_levels import LOWEST_SIGMA
+from training.noise_levels import LOWEST_SIGMA, DiffusionSteps
 
 __all__ = ["COSTS", "TransportCost", "core", "cost_by_origin", "squared_distance"]
 
 COSTS = ("pixels", "standardized", "features", "robust")
-SAMPLE = 4096  # training images at most that statistics are taken from
-CHUNK = 512  # of them at a time
-MAX_PIXELS = 4096  # values an image whose covariance we diagonalise: seconds
-CORE = 0.75  # `robust`: the share of the images that it goes by; outliers are among the others
-CORE_ROUNDS = 10  # to find them, at most; 5 seconds each with 32x32 RGB images
-FREE = 4  # `robust`: twice what an image of the core and independent noise come to
-FLOOR = 0.3  # of the mean deviation: where images are all alike their deviation is no measure
+SAMPLE = 4096  # Statistics come from at most this many training images.
+CHUNK = 512  # images that are processed at a time
+MAX_PIXELS = 4096  # largest number of values per image: diagonalizing their covariance takes seconds
+CORE = 0.75  # `robust`: share of the images that form the core
+CORE_ROUNDS = 10  # largest number of rounds to find the core; a round takes 5 seconds for 32x32 RGB images
+FREE = 4  # `robust`: twice the mean squared distance per axis between an image of the core and independent noise
+FLOOR = 0.3  # smallest deviation, relative to the mean deviation: where images are all alike, it says too little
 
 
 def squared_distance(x_0: torch.Tensor, x_next: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-    """||x_0 - x_{t+1}||^2 [N], summed over pixels (Dao et al. 2024); `t` does not matter."""
+    """Return ||x_0 - x_{t+1}||^2 [N], summed over pixels (Dao et al. 2024). `t` does not matter."""
     return (x_0 - x_next).square().flatten(1).sum(dim=1)
 
 
 class TransportCost:
-    """c(x_0, x_{t+1}) [N] of images [N,C,H,W] in [-1,1], t [N] in 0..T-1.
+    """Cost c(x_0, x_{t+1}) [N] of images [N,C,H,W] in [-1,1] at t [N] in 0..T-1.
 
-    pixels: the squared distance. It makes images of large norm expensive, whatever the training set.
-    standardized: the same once each pixel of x_0, and of x_{t+1}, has the training set's mean 0 and deviation 1 (at
-    that noise level), so that what is rare in the training set is expensive.
-    features: likewise with the features of a frozen network of random weights in place of pixels.
-    robust: likewise along principal axes in place of pixels; axes, means and deviations are those of the three
-    quarters of the training set that are most alike (`core`), so that outliers have no say in them ("robust distance":
-    Rousseeuw and van Zomeren, JASA 1990). It is a mean, not a sum, and only what exceeds FREE counts: usual images
-    cost nothing, whatever tau.
+    pixels: the squared distance. It makes images of large norm expensive, whatever the training set looks like.
+    standardized: the same, after the pixels of x_0 and x_{t+1} are standardized by the mean and standard deviation of
+    the training images at their noise levels. It makes expensive what differs from the average training image.
+    features: the same with the features of a frozen random network in place of pixels.
+    robust: the same with principal axes in place of pixels. Axes, means and deviations come from the core, the three
+    quarters of the training images that are most alike (`core`), so outliers do not influence them ("robust distance":
+    Rousseeuw and van Zomeren, JASA 1990). It is a mean, not a sum, and only the excess over FREE counts, so usual
+    images cost nothing for any tau.
+
+    Raises UserError if images have too many values for `robust`.
     """
 
     def __init__(self, kind: str, dataset: ImageDataset, steps: DiffusionSteps, device: torch.device):
@@ -46,7 +47,7 @@ class TransportCost:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)  # the same network in every run
                 net = Classifier(dataset.resolution, dataset.num_channels, 1, depth="small", channel_mult=(1, 2, 4))
-                # Its last layers begin at almost nothing, for training's sake; features need them.
+                # For training these layers start near zero. Features need their output.
                 for block in (block for stage in net.stages for block in stage):
                     block.conv1.weight.data *= 100
             self.net = net.eval().requires_grad_(False).to(device)
@@ -60,7 +61,7 @@ class TransportCost:
     def _measure(
         self, dataset: ImageDataset, index: torch.Tensor, steps: DiffusionSteps, device: torch.device
     ) -> tuple[torch.Tensor, ...]:
-        """Mean and deviation [T+1,features] of the training images `index` at x_0, x_1, ..., x_T."""
+        """Return mean and standard deviation [T+1,features] of the training images `index` at x_0, x_1, ..., x_T."""
         generator = torch.Generator(device).manual_seed(0)
         mean, std = [], []
         for k in range(steps.num_timesteps + 1):
@@ -80,6 +81,7 @@ class TransportCost:
         return x.flatten(1) if self.axes is None else x.flatten(1) @ self.axes
 
     def __call__(self, x_0: torch.Tensor, x_next: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """Return the cost [N] of the pairs (x_0, x_next = x_{t+1})."""
         if self.kind == "pixels":
             return squared_distance(x_0, x_next, t)
         start = (self._embed(x_0) - self.mean[0]) / self.std[0]
@@ -89,14 +91,15 @@ class TransportCost:
 
 
 def robust_axes(dataset: ImageDataset, index: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """(those of the training images `index` that are their core, its principal axes [C H W, C H W] in columns).
+    """Return the core of the training images `index` and its principal axes, the columns of [C H W, C H W].
 
-    UserError: more than MAX_PIXELS values an image.
+    Raises UserError if images have more than MAX_PIXELS values.
     """
     n = dataset.num_channels * dataset.resolution**2
     if n > MAX_PIXELS:
         raise dnnlib.UserError(
-            f"--cost=robust: {dataset.name} has {n:,} values an image, more than {MAX_PIXELS:,}; choose another cost"
+            f"the robust cost would be too slow: {dataset.name} has {n:,} values per image, more than {MAX_PIXELS:,}; "
+            "choose another cost"
         )
     images = [x_0.flatten(1) for _, x_0 in training_images(dataset, index, torch.device("cpu"))]
     members, axes = core(torch.cat(images).to(torch.float64))
@@ -104,11 +107,12 @@ def robust_axes(dataset: ImageDataset, index: torch.Tensor, device: torch.device
 
 
 def core(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The share CORE of the rows x [N,d] that lies nearest together: (which, bool [N]; its principal axes [d,d]).
+    """Return the core of the rows x [N,d], bool [N], and its principal axes [d,d] in columns.
 
-    Nearest to their own mean in Mahalanobis distance, by the concentration steps of FAST-MCD (Rousseeuw and Van
-    Driessen, Technometrics 1999) from all rows on, so that a fifth of outliers that are all alike can pass for a part
-    of it; the deviations along the axes have a floor.
+    The core is the share CORE of the rows that lie nearest to their own mean in Mahalanobis distance. Concentration
+    steps of FAST-MCD find it (Rousseeuw and Van Driessen, Technometrics 1999). They start from all rows, so outliers
+    that are all alike and make up a fifth of the rows can pass for a part of the core. `floored` limits the deviations
+    along the axes from below.
     """
     members = torch.ones(len(x), dtype=torch.bool)
     for _ in range(CORE_ROUNDS):
@@ -124,7 +128,7 @@ def core(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def floored(std: torch.Tensor) -> torch.Tensor:
-    """Deviations [d], none below FLOOR times their mean."""
+    """Raise deviations [d] to at least FLOOR times their mean."""
     return std.clamp(min=max(FLOOR * float(std.mean()), 1e-6))
 
 
@@ -132,7 +136,7 @@ def floored(std: torch.Tensor) -> torch.Tensor:
 def cost_by_origin(
     cost: TransportCost, dataset: ImageDataset, steps: DiffusionSteps, device: torch.device
 ) -> tuple[float, float] | None:
-    """Mean cost of the clean training images and of the outliers at random t; None when there are not both."""
+    """Return the mean costs of clean training images and of outliers at random t, or None if there are not both."""
     if dataset.outliers is None or dataset.outliers.all() or not dataset.outliers.any():
         return None
     generator = torch.Generator(device).manual_seed(0)
@@ -151,11 +155,11 @@ def cost_by_origin(
 
 
 def spread(index: torch.Tensor, n: int) -> torch.Tensor:
-    """At most `n` of the entries, at even distances."""
+    """Return at most `n` of the entries of `index`, evenly spaced."""
     return index[:: -(-len(index) // n)]
 
 
 def training_images(dataset: ImageDataset, index: torch.Tensor, device: torch.device):
-    """Yield (indices, images in [-1,1]) of the training images `index`, some at a time."""
+    """Yield (indices, images in [-1,1]) of the training images `index`, CHUNK at a time."""
     for chunk in index.split(CHUNK):
         yield chunk, to_float(dataset.images(chunk).to(device))

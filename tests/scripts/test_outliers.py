@@ -17,7 +17,7 @@ from metrics import label_accuracy
 from metrics.fid import fid_from_features
 from tests.support import synth
 from tests.support.synth import run_dataset_tool as run
-from training.diffusion_steps import DiffusionSteps
+from training.noise_levels import DiffusionSteps
 from training.transport_cost import TransportCost, cost_by_origin
 
 

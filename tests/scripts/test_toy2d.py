@@ -8,7 +8,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from examples import toy2d
-from training.diffusion_steps import DiffusionSteps
+from training.noise_levels import DiffusionSteps
 
 
 def run(tmp_path, *args):

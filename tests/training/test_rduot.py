@@ -17,7 +17,7 @@ from tests.support.objectives import CPU
 from tests.support.paths import FIXTURES, ROOT
 from tests.support.rduot import Images, batch, make, step
 from torch_utils.training_stats import Stats
-from training.diffusion_steps import DiffusionSteps
+from training.noise_levels import DiffusionSteps
 from training.objectives.rduot import CONJUGATES, ema_halflife, gradient_penalty
 from training.trained_network import cosine_decay
 from training.transport_cost import TransportCost, core, cost_by_origin, squared_distance

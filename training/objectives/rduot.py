@@ -15,8 +15,8 @@ from torch.nn.functional import logsigmoid, softplus
 
 from archives.dataset import ImageDataset
 from torch_utils.training_stats import Stats
-from training.diffusion_steps import DiffusionSteps
 from training.networks_ddgan import GROUP, DDGANGenerator, Potential
+from training.noise_levels import DiffusionSteps
 from training.objective import Objective, Phase
 from training.trained_network import TrainedNetwork, cosine_decay
 from training.transport_cost import TransportCost, cost_by_origin
