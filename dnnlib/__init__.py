@@ -1,10 +1,10 @@
-"""Helpers that need neither torch nor the rest of the project."""
+"""Errors, logs, files, downloads and command lines. Nothing here needs torch or the rest of the project."""
 
 from dnnlib import cli
 from dnnlib.downloads import is_url, open_url, read_bytes
 from dnnlib.util import EasyDict, Logger, UserError, atomic_open, format_time, no_garbage, one_line, open_file
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "EasyDict",

@@ -1,4 +1,4 @@
-"""click commands whose every failure is one line, and the option types the scripts share."""
+"""click commands that report every failure in one line, and the option types that the scripts share."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _MAX_INTS = 10_000_000
 
 
 def parse_int_list(text: str) -> list[int]:
-    """'1,2,5-10' -> [1, 2, 5, 6, 7, 8, 9, 10]. Raises ValueError for anything else, the empty text included."""
+    """Return the integers of a list such as '1,2,5-10'. Raise ValueError for any other text, even an empty one."""
     result: list[int] = []
     for part in text.split(","):
         match = re.fullmatch(r"\s*([0-9]{1,18})(?:-([0-9]{1,18}))?\s*", part)
@@ -71,7 +71,7 @@ class _Bool(click.ParamType):
 
 
 class FloatRange(click.FloatRange):
-    """click.FloatRange that refuses NaN (which passes every comparison) and, when `finite`, infinity."""
+    """A click.FloatRange that refuses NaN, which passes every comparison, and, with `finite`, infinity."""
 
     def __init__(self, *args: Any, finite: bool = True, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -88,7 +88,10 @@ class FloatRange(click.FloatRange):
 
 
 def output_file(_ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
-    """Callback of an option: find out before the work that the result cannot be written; create nothing yet."""
+    """Refuse, as the callback of an option, a path that cannot be written. Creates nothing.
+
+    The user then learns it before the work, not after.
+    """
     if value is not None:
         if not value:
             raise click.BadParameter("is empty, expected a file name", param=param)
@@ -103,7 +106,7 @@ def output_file(_ctx: click.Context, param: click.Parameter, value: str | None) 
 
 
 class _FloatList(click.ParamType):
-    """0.5,1,2 -> [0.5, 1.0, 2.0]: different finite numbers above 0, ascending."""
+    """A list such as '0.5,1,2': finite numbers above 0. Converts to a sorted list without duplicates."""
 
     name = "LIST"
 
@@ -126,9 +129,9 @@ BOOL = _Bool()
 
 @contextlib.contextmanager
 def blame(option: str) -> Iterator[None]:
-    """Begin the message of a UserError that is raised inside with the option that it belongs to: '--cls: ...'.
+    """Put the option in front of the message of any UserError that is raised inside, as in '--cls: ...'.
 
-    Library code names quantities and files; the script knows which option they came from.
+    Library code names quantities and files. Only the script knows which option they came from.
     """
     try:
         yield
@@ -138,7 +141,10 @@ def blame(option: str) -> Iterator[None]:
 
 
 def given_options(besides: Collection[str] = ()) -> list[str]:
-    """Options that the running command was given explicitly, as '--name', but for the parameters named `besides`."""
+    """Return the options that the user gave to the running command, such as '--name', but not those in `besides`.
+
+    `besides` holds names of parameters: without dashes.
+    """
     ctx = click.get_current_context()
     return [
         p.opts[0]
@@ -148,14 +154,14 @@ def given_options(besides: Collection[str] = ()) -> list[str]:
 
 
 def _fail(message: str, exit_code: int, lone: bool = False) -> None:
-    # Under torchrun all processes meet the same mistake, unless the error says that it is one's alone; one reports it.
+    # Under torchrun all processes meet the same mistake, so only rank 0 reports it, unless it belongs to one process.
     if lone or os.environ.get("RANK", "0") == "0":
         click.echo(f"Error: {one_line(message)}", err=True)
     sys.exit(exit_code)
 
 
 class _OneLineErrors:
-    """What Command and Group share: spelling of options, help, and failures as one line on stderr."""
+    """What Command and Group share: the spelling of options, the help, and failures as one line on stderr."""
 
     _standalone = False
 
@@ -169,7 +175,7 @@ class _OneLineErrors:
         super().__init__(*args, context_settings=settings, **kwargs)
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """The epilog as it was written: it holds command lines to copy."""
+        """Write the epilog without wrapping: it holds command lines to copy."""
         if self.epilog:
             formatter.write_paragraph()
             for line in self.epilog.strip("\n").splitlines():
@@ -179,10 +185,10 @@ class _OneLineErrors:
         try:
             result = super().invoke(ctx)
         except KeyboardInterrupt:
-            raise click.Abort from None  # click's own conversion prints an empty line first
+            raise click.Abort from None  # click itself would print an empty line first
         except EOFError as e:
-            raise RuntimeError("unexpected end of file") from e  # click would take this bug for a Ctrl-D
-        # Outside standalone mode click returns either this result or the status of ctx.exit(), as one value.
+            raise RuntimeError("unexpected end of file") from e  # click would take this bug for Ctrl-D
+        # click returns this result or the status of ctx.exit(). main() exits with that value in standalone mode.
         return None if self._standalone else result
 
     def main(
@@ -193,7 +199,10 @@ class _OneLineErrors:
         standalone_mode: bool = True,
         **extra: Any,
     ) -> Any:
-        """Run; in standalone mode exit with 0, 1 (data), 2 (usage) or 130 (Ctrl-C) after at most one line on stderr."""
+        """Run the command. In standalone mode exit with 0, 1 (data), 2 (usage) or 130 (Ctrl-C).
+
+        At most one line goes to stderr.
+        """
         outer, self._standalone = self._standalone, standalone_mode
         try:
             result = super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
@@ -206,14 +215,14 @@ class _OneLineErrors:
                 raise
             _fail("interrupted", 130)
         except (MemoryError, RuntimeError) as e:
-            # PyTorch says it with a RuntimeError. Any other one is a bug, whose traceback is wanted.
+            # PyTorch raises a RuntimeError when memory runs out. Any other RuntimeError is a bug: show its traceback.
             if not standalone_mode or not (isinstance(e, MemoryError) or "allocate memory" in str(e)):
                 raise
             _fail("not enough memory for this", 1)
         except OSError as e:
             if not standalone_mode:
                 raise
-            if e.errno == errno.EPIPE:  # the reader of our stdout left, as in `... | head`
+            if e.errno == errno.EPIPE:  # whoever reads our stdout has closed it, as in `... | head`
                 os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
                 sys.exit(1)
             reason = e.strerror or str(e) or type(e).__name__
@@ -226,15 +235,15 @@ class _OneLineErrors:
 
 
 class Command(_OneLineErrors, click.Command):
-    """click.Command that accepts dashes and underscores alike in options and fails in one line.
+    """A click.Command that treats dashes and underscores in options alike and fails in one line.
 
-    Lists of integers may be spelled with spaces as well, as argparse takes them: --ch_mult 1 2 2 2.
+    Lists of integers may also be separated by spaces, as in argparse: --ch_mult 1 2 2 2.
     """
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         plain = {name.replace("_", "-") for p in self.params if p.type is INT_LIST for name in p.opts}
         joined: list[str] = []
-        values = None  # of the list that is being read; None: no list
+        values = None  # 0 after a list's option, 1 after its first value, None elsewhere
         for arg in args:
             if values and re.fullmatch("[0-9]+", arg):
                 joined[-1] += f",{arg}"
@@ -245,7 +254,7 @@ class Command(_OneLineErrors, click.Command):
 
 
 class Group(_OneLineErrors, click.Group):
-    """click.Group of such commands; without a subcommand it names those there are."""
+    """A click.Group of such commands. Without a subcommand it fails and names the ones there are."""
 
     command_class = Command
 

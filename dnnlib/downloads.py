@@ -1,4 +1,4 @@
-"""Files from the network: https, a private cache, downloads that go on where they broke off."""
+"""Downloads over https into a private cache. An interrupted download continues where it stopped."""
 
 from __future__ import annotations
 
@@ -22,22 +22,24 @@ from dnnlib.util import UserError, open_file, sync_directory
 
 __all__ = ["is_url", "open_url", "read_bytes"]
 
-_MAX_FILE = 16 << 30  # bytes of a file that is read as a whole, and of a download
+_MAX_FILE = 16 << 30  # bytes, of a download and of a file that is read whole
 _MAX_REDIRECTS = 10
 _TIMEOUT = (20, 60)  # seconds to connect, seconds between bytes
-_MIN_BYTES = 1 << 14  # that must come in every _TIMEOUT[1] seconds; a server that sends byte after byte stalls as well
+_MIN_BYTES = (
+    1 << 14
+)  # that must arrive in every _TIMEOUT[1] seconds; a server that sends single bytes counts as stalled too
 _ATTEMPTS = 3
 _PAUSE = 1.0  # seconds before the second attempt; twice as long before the third
 _CHUNK = 1 << 20
-_BROKEN = (OSError, ValueError, HTTPError)  # requests' errors are OSErrors; ValueError: malformed header or address
+_BROKEN = (OSError, ValueError, HTTPError)  # requests raises OSErrors, and ValueError for a malformed header or address
 
 
 class _FinalError(OSError):
-    """A download that another attempt would not mend."""
+    """A download fails in a way that another attempt would not fix."""
 
 
 def is_url(s: object) -> bool:
-    """Whether `s` is a string that starts with http:// or https://."""
+    """Return whether `s` is a string that starts with http:// or https://."""
     return isinstance(s, str) and re.match(r"https?://[^/]", s, re.IGNORECASE) is not None
 
 
@@ -48,14 +50,14 @@ def open_url(
     allow_http: bool = False,
     sha256: str | None = None,
 ) -> IO[bytes]:
-    """Binary file with the content of `url`, from the cache when it is there.
+    """Return a binary file with the content of `url`, from the cache if it is there.
 
-    `sha256`: what the content must hash to, 64 hexadecimal digits; `url` may end in `#sha256=...` instead. The cache
-    lies in `cache_dir`, else $DNNLIB_CACHE_DIR, else ~/.cache/cleanscore, readable by nobody else. Its files are keyed
-    by their content's SHA-256 where that is known, and compared with it, else by the URL's. A file enters it only when
-    complete; what an interrupted download leaves is continued, if the server says that it is still the same file.
-    https only, redirects included, unless `allow_http`.
-    Raises UserError naming the URL and the cache path that would serve instead.
+    `sha256`: the hash that the content must have, 64 hexadecimal digits; `url` may end in `#sha256=...` instead. The
+    cache is `cache_dir`, else $DNNLIB_CACHE_DIR, else ~/.cache/cleanscore, and only this user can read it. A cached
+    file is named after the SHA-256 of its content if that is known, and is compared with it each time; otherwise it is
+    named after the SHA-256 of the URL. A file enters the cache only when it is complete. An interrupted download
+    continues if the server says that the file is still the same. Only https is accepted, also for redirects, unless
+    `allow_http`. Raises UserError that names the URL and the cache path where a copy of the file could be put instead.
     """
     url, sha256 = _checksum(url, sha256)
     path = _cache_path(url, cache_dir, sha256)
@@ -83,7 +85,7 @@ def _checksum(url: str, sha256: str | None) -> tuple[str, str | None]:
             raise UserError(f"{url}: two different checksums are stated")
         sha256 = stated
     if sha256 is not None and not re.fullmatch(r"[0-9a-fA-F]{64}", sha256):
-        raise UserError(f"{url}: {sha256!r} is no SHA-256; expected 64 hexadecimal digits")
+        raise UserError(f"{url}: {sha256!r} is not a SHA-256; expected 64 hexadecimal digits")
     return url, sha256 and sha256.lower()
 
 
@@ -98,7 +100,9 @@ def _cache_path(url: str, cache_dir: str | os.PathLike[str] | None, sha256: str 
 def _make_private(folder: Path) -> None:
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     if os.name == "posix" and folder.stat().st_mode & stat.S_IWOTH:
-        raise _FinalError(f"everybody may write into {folder}, so anybody could put files there; chmod o-w it")
+        raise _FinalError(
+            f"everybody may write into {folder}, so anybody could put files there; change that with chmod o-w"
+        )
 
 
 def _digest(path: Path) -> str:
@@ -117,7 +121,7 @@ def _download(url: str, path: Path, allow_http: bool, sha256: str | None) -> Non
                 file.flush()
                 if sha256 is not None and (found := _digest(part)) != sha256:
                     _empty(file)
-                    # Parts of two versions make neither of them; another attempt starts at the first byte.
+                    # Parts of two versions may have been joined; another attempt starts at the first byte.
                     raise (OSError if continued else _FinalError)(f"its SHA-256 is {found}, expected {sha256}")
                 break
             except _FinalError:
@@ -133,10 +137,10 @@ def _download(url: str, path: Path, allow_http: bool, sha256: str | None) -> Non
 
 @contextlib.contextmanager
 def _partial(path: Path) -> Iterator[tuple[IO[bytes], Path, Path]]:
-    """The file under which a download grows, and the one for what the server calls the version it comes from.
+    """Yield the open file that receives a download, its path, and the path of the file with the server's version tag.
 
-    Both stay behind when a download breaks off, unless there is nothing to go on from. One process at a time grows it;
-    another one takes a name of its own, which does not stay.
+    Both files stay when the download breaks off, unless nothing arrived. Only one process writes to them at a time;
+    another process uses a file with a name of its own, which is deleted in the end.
     """
     part, own = path.with_name(f".{path.name}.part"), False
     file = _open_private(part)
@@ -168,9 +172,9 @@ def _empty(file: IO[bytes]) -> None:
 
 
 def _fetch(url: str, allow_http: bool, file: IO[bytes], tag: Path, resumable: bool) -> bool:
-    """One attempt: the content of `url`, or what is missing of it, into `file`; whether something was there before.
+    """Make one attempt to download `url`, or the part that is missing, into `file`; return whether it continued one.
 
-    `resumable`: go on from it even when the server has not said which version it is.
+    `resumable`: continue even when the server has not said which version the first part comes from.
     """
     version = tag.read_text() if tag.exists() else None
     if not (version or resumable):
@@ -182,7 +186,7 @@ def _fetch(url: str, allow_http: bool, file: IO[bytes], tag: Path, resumable: bo
     with _get(url, headers, allow_http) as reply:
         total = _begin(reply, file, have)
         continued = file.tell() > 0
-        # A weak ETag promises the same meaning, not the same bytes.
+        # A weak ETag (W/...) promises the same meaning, not the same bytes.
         version = reply.headers.get("etag", "W/")
         version = reply.headers.get("last-modified") if version.startswith("W/") else version
         if version:
@@ -200,7 +204,7 @@ def _fetch(url: str, allow_http: bool, file: IO[bytes], tag: Path, resumable: bo
 
 
 def _begin(reply: requests.Response, file: IO[bytes], have: int) -> int | None:
-    """Put `file` where the reply's bytes belong; the size of the whole content, where the server says it."""
+    """Move `file` to where the reply's bytes belong; return the size of the whole content, if the server says it."""
     length = reply.headers.get("content-length")
     if reply.status_code == 206:
         match = re.fullmatch(r"bytes ([0-9]+)-[0-9]+/([0-9]+|\*)", reply.headers.get("content-range", ""))
@@ -210,7 +214,7 @@ def _begin(reply: requests.Response, file: IO[bytes], have: int) -> int | None:
         total = None if match[2] == "*" else int(match[2])
     else:
         _empty(file)
-        if reply.status_code == 416:  # there is nothing behind what we have: it is another file by now
+        if reply.status_code == 416:  # no bytes follow those we have, so it is a different file now
             raise OSError("the file on the server has changed")
         if reply.status_code != 200:
             kind = OSError if reply.status_code in (408, 429) or reply.status_code >= 500 else _FinalError
@@ -243,7 +247,7 @@ def _receive(reply: requests.Response, file: IO[bytes], total: int | None) -> No
 def _get(url: str, headers: dict[str, str], allow_http: bool) -> Iterator[requests.Response]:
     schemes = ("https", "http") if allow_http else ("https",)
     for _ in range(_MAX_REDIRECTS):
-        # Redirects are followed by hand: requests would follow one from https down to http.
+        # This loop follows redirects itself, because requests would follow one from https to http.
         if urlsplit(url).scheme.lower() not in schemes:
             raise _FinalError(f"only https is downloaded, not {url[:200]}")
         with requests.get(url, stream=True, timeout=_TIMEOUT, allow_redirects=False, headers=headers) as reply:
@@ -256,7 +260,10 @@ def _get(url: str, headers: dict[str, str], allow_http: bool) -> Iterator[reques
 
 
 def read_bytes(path_or_url: str | os.PathLike[str]) -> bytes:
-    """Content of a file or URL. Raises UserError when it is missing, unreadable, no regular file or over 16 GiB."""
+    """Return the content of a file or URL.
+
+    Raise UserError when it is missing, unreadable, not a regular file or over 16 GiB.
+    """
     with open_url(path_or_url) if is_url(path_or_url) else open_file(path_or_url) as file:
         try:
             if os.fstat(file.fileno()).st_size > _MAX_FILE:

@@ -1,4 +1,4 @@
-"""Attribute dictionaries, errors for users, logs and durable files."""
+"""Dictionaries with attributes, errors for users, logs, and files that survive a crash."""
 
 from __future__ import annotations
 
@@ -50,7 +50,10 @@ class EasyDict(dict):
 
 
 class UserError(click.ClickException):
-    """A mistake in the user's data or files: one line that names the file, what was found and what would be right."""
+    """A mistake in the user's data or files.
+
+    The message is one line that names the file, what was found and what would be right.
+    """
 
     exit_code = 1
 
@@ -59,14 +62,17 @@ class UserError(click.ClickException):
 
 
 def one_line(text: str) -> str:
-    """`text` on one line; characters that could steer a terminal (names come from strangers' files) become '?'."""
+    """Return `text` on one line, with '?' for characters that could control a terminal.
+
+    Messages quote names from files that strangers made.
+    """
     text = re.sub(r"\s*[\r\n]+\s*", " ", str(text)).strip()
     text = text if len(text) <= _MAX_LINE else f"{text[:_MAX_LINE]}..."
     return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def format_time(seconds: float) -> str:
-    """Seconds as '12s', '3m 05s', '1h 02m 03s' or '1d 02h 03m'."""
+    """Return a time in seconds as '12s', '3m 05s', '1h 02m 03s' or '1d 02h 03m'."""
     s = round(seconds)
     if s < 60:
         return f"{s}s"
@@ -78,9 +84,9 @@ def format_time(seconds: float) -> str:
 
 
 class Logger:
-    """Copies what is printed on stdout to a file, line by line, until closed.
+    """Copies what the program prints on stdout to a file, line by line, until it is closed.
 
-    `mode` 'a' continues a log. `file_name` None copies nothing, for the processes that keep no log.
+    `mode` 'a' appends to an existing log. With `file_name` None nothing is copied: only one process keeps a log.
     """
 
     def __init__(self, file_name: str | os.PathLike[str] | None, mode: str = "w"):
@@ -97,7 +103,7 @@ class Logger:
         self.close()
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["_stdout"], name)  # isatty, fileno, encoding: those of the terminal
+        return getattr(self.__dict__["_stdout"], name)  # isatty, fileno and encoding are the terminal's
 
     def write(self, text: str) -> int:
         if self._file is not None:
@@ -110,7 +116,7 @@ class Logger:
         self._stdout.flush()
 
     def close(self) -> None:
-        """Give stdout back. Closing twice is allowed."""
+        """Restore stdout. A second call does nothing."""
         if self._file is None:
             return
         self.flush()
@@ -121,8 +127,8 @@ class Logger:
 
 
 def sync_directory(path: Path) -> None:
-    """Have the names in a folder on disk when this returns."""
-    if os.name == "posix":  # elsewhere directories cannot be opened
+    """Write the names in a folder to the disk; return when they are there."""
+    if os.name == "posix":  # other systems cannot open a directory
         fd = os.open(path, os.O_RDONLY)
         try:
             os.fsync(fd)
@@ -131,9 +137,9 @@ def sync_directory(path: Path) -> None:
 
 
 def open_file(path: str | os.PathLike[str]) -> IO[bytes]:
-    """A file to read. Raises UserError when it is missing, unreadable, or no regular file."""
+    """Open a file for reading. Raise UserError when it is missing, unreadable, or not a regular file."""
     try:
-        # A pipe would wait for its other end.
+        # Without O_NONBLOCK, opening a pipe would wait for a writer.
         file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0)))
     except OSError as e:
         raise UserError(f"{path}: cannot be read ({e.strerror or e})") from e
@@ -141,13 +147,13 @@ def open_file(path: str | os.PathLike[str]) -> IO[bytes]:
         raise UserError(f"{path}: {e}") from e
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
-        raise UserError(f"{path}: not a regular file")  # a device never ends
+        raise UserError(f"{path}: not a regular file")  # reading a device such as /dev/zero never ends
     return file
 
 
 @contextlib.contextmanager
 def no_garbage() -> Iterator[None]:
-    """Looks for no garbage meanwhile: for code that makes very many objects, none of them in cycles."""
+    """Turn off the cyclic garbage collector, which slows down code that creates very many objects without cycles."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -159,11 +165,11 @@ def no_garbage() -> Iterator[None]:
 
 @contextlib.contextmanager
 def atomic_open(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[Any]]:
-    """Write a file that appears under its name only when complete and on disk.
+    """Open a file for writing that gets its name only when it is complete and on disk.
 
-    Temporary name `.NAME.XXXXXXXX.tmp` in the same folder, flush, fsync, rename, fsync of the folder. On any exception
-    the temporary file is removed and an older file of that name stays as it was. `mode`: 'wb', or 'w' for UTF-8 text.
-    Raises OSError carrying `path` when the disk refuses.
+    The steps: write `.NAME.XXXXXXXX.tmp` in the same folder, flush, fsync, rename, fsync the folder. On any exception
+    the temporary file is deleted, and an older file of that name stays as it was. `mode` is 'wb', or 'w' for UTF-8
+    text. Raises OSError with `path` as its file name when the disk refuses.
     """
     path = Path(path)
     temp = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
@@ -180,5 +186,7 @@ def atomic_open(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[A
             raise OSError(e.errno, e.strerror, str(path)) from e
         raise
     finally:
-        with contextlib.suppress(OSError):  # a disk that has become read-only: what it refused first is the news
+        with contextlib.suppress(
+            OSError
+        ):  # a read-only disk refuses this too, but its first error is the one to report
             temp.unlink(missing_ok=True)

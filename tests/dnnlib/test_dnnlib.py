@@ -128,6 +128,14 @@ def test_failures_are_one_line(args, exit_code, message):
     assert fails(exit_code, *args) == message
 
 
+def test_blame_puts_the_option_before_the_message():
+    with pytest.raises(dnnlib.UserError) as e, cli.blame("--cls"), cli.blame("--network"):
+        raise dnnlib.UserError("a.pkl: corrupt")
+    assert e.value.format_message() == "--cls: --network: a.pkl: corrupt" and e.value.exit_code == 1
+    with pytest.raises(click.UsageError, match="^no option"), cli.blame("--cls"):
+        raise click.UsageError("no option")
+
+
 def test_unknown_option_is_named():
     assert "--foo-bar" in fails(2, "--data=exit", "--foo-bar=1")
 
@@ -157,7 +165,7 @@ def test_called_from_a_program_errors_and_results_pass_through():
         command.main(["--data=user"], standalone_mode=False)
     with pytest.raises(click.Abort):
         command.main(["--data=ctrl-c"], standalone_mode=False)
-    assert run("--data=options").exit_code == 0  # whatever the callback returns
+    assert run("--data=options").exit_code == 0  # the callback's return value does not become the exit code
 
 
 def test_group():
@@ -190,7 +198,7 @@ def test_logger_tees_and_appends(tmp_path, capsys):
     log = tmp_path / "log.txt"
     with dnnlib.Logger(log):
         print("one")
-        assert log.read_text() == "one\n"  # a line is there at once
+        assert log.read_text() == "one\n"  # each line is written at once
     with dnnlib.Logger(log, mode="a") as logger:
         print("two", end="")
         assert logger.isatty() is False
@@ -203,7 +211,7 @@ def test_logger_tees_and_appends(tmp_path, capsys):
 
 @pytest.fixture
 def small_disk():
-    """Writes fail after 64 KiB a file."""
+    """Writes fail after 64 KiB per file."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, limits[1]))
     yield

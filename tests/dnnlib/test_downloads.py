@@ -1,4 +1,4 @@
-"""Downloads from a server that cuts off, lies, loops, stalls and changes its mind."""
+"""Downloads from a server that disconnects, lies, loops, stalls and changes its file."""
 
 import hashlib
 import http.server
@@ -22,11 +22,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         server = self.server
         server.asked.append((self.path, self.headers.get("Range"), self.headers.get("If-Range")))
-        server.behaviour(self, len(server.asked) - 1)
+        server.behavior(self, len(server.asked) - 1)
         self.close_connection = True
 
     def answer(self, status=200, body=b"", length=None, **headers):
-        """`length` None: what the body has; "": none is stated."""
+        """Send an answer. `length` None states the length of the body, "" states none."""
         self.send_response(status)
         if length != "":
             headers["Content-Length"] = len(body) if length is None else length
@@ -44,7 +44,7 @@ class Server(http.server.ThreadingHTTPServer):
     daemon_threads = True
 
     def handle_error(self, request, client_address):
-        """A client that hangs up is what these tests are about."""
+        """Ignore clients that disconnect: these tests make them do so."""
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ def server(monkeypatch):
 
 
 def versioned(tag='"v1"', data=DATA, cut=None, **changes):
-    """A well-behaved server of `data`, which closes the connection after `cut(number of the request)` bytes."""
+    """Return the behavior of a correct server of `data` that disconnects after `cut(number of the request)` bytes."""
 
     def behave(handler, number):
         start = 0
@@ -94,7 +94,7 @@ def fails(server, folder, match, path="/a.pkl", left=(), **kwargs):
 
 def test_cache_is_private_and_keyed_by_url(server, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("DNNLIB_CACHE_DIR", str(tmp_path / "deep" / "cache"))
-    server.behaviour = versioned()
+    server.behavior = versioned()
     for _ in range(2):
         assert fetch(server, None) == DATA
     assert len(server.asked) == 1
@@ -107,9 +107,9 @@ def test_cache_is_private_and_keyed_by_url(server, tmp_path, monkeypatch, capsys
 
 
 def test_cache_is_keyed_by_content_where_that_is_known(server, tmp_path, capsys):
-    server.behaviour = versioned()
+    server.behavior = versioned()
     assert fetch(server, tmp_path, sha256=SHA.upper()) == DATA
-    assert fetch(server, tmp_path, f"/mirror.pkl#sha256={SHA}") == DATA  # another address, the same content
+    assert fetch(server, tmp_path, f"/mirror.pkl#sha256={SHA}") == DATA  # another URL, the same content
     assert len(server.asked) == 1 and os.listdir(tmp_path) == [f"sha256-{SHA}"]
     (tmp_path / f"sha256-{SHA}").write_bytes(DATA[:-1] + b"x")
     assert fetch(server, tmp_path, sha256=SHA) == DATA and "damaged" in capsys.readouterr().out
@@ -117,50 +117,50 @@ def test_cache_is_keyed_by_content_where_that_is_known(server, tmp_path, capsys)
     fails(server, tmp_path, f"its SHA-256 is {SHA}, expected {wrong}", sha256=wrong, left=[SHA[-9:]])
     assert len(server.asked) == 3
     for text in ("abc", SHA + "0", "g" * 64, f"{SHA}\n"):
-        with pytest.raises(dnnlib.UserError, match="no SHA-256"):
+        with pytest.raises(dnnlib.UserError, match="not a SHA-256"):
             fetch(server, tmp_path, sha256=text)
     with pytest.raises(dnnlib.UserError, match="two different"):
         fetch(server, tmp_path, f"/a#sha256={wrong}", sha256=SHA)
 
 
-def test_a_broken_download_goes_on_where_it_broke(server, tmp_path):
-    server.behaviour = versioned(cut=lambda number: 30000 if number < 2 else None)
+def test_an_interrupted_download_continues_where_it_stopped(server, tmp_path):
+    server.behavior = versioned(cut=lambda number: 30000 if number < 2 else None)
     assert fetch(server, tmp_path) == DATA
     assert [asked[1:] for asked in server.asked] == [(None, None), ("bytes=30000-", '"v1"'), ("bytes=60000-", '"v1"')]
     assert [p.name[-6:] for p in tmp_path.iterdir()] == ["_a.pkl"]
 
 
-def test_another_run_goes_on_where_the_last_one_broke(server, tmp_path):
-    server.behaviour = versioned(cut=lambda number: 10000)
+def test_another_run_continues_where_the_last_one_stopped(server, tmp_path):
+    server.behavior = versioned(cut=lambda number: 10000)
     fails(server, tmp_path, "received|read", left=[".pkl.part", ".part.tag"])
     assert all(p.stat().st_mode & 0o777 == 0o600 for p in tmp_path.iterdir())
-    server.behaviour = versioned()
+    server.behavior = versioned()
     assert fetch(server, tmp_path) == DATA and server.asked[-1] == ("/a.pkl", "bytes=30000-", '"v1"')
 
 
 def test_parts_of_two_versions_are_never_mixed(server, tmp_path):
-    server.behaviour = versioned(cut=lambda number: 10000)
+    server.behavior = versioned(cut=lambda number: 10000)
     fails(server, tmp_path, "received|read", left=[".pkl.part", ".part.tag"])
-    server.behaviour = versioned('"v2"', OTHER)
+    server.behavior = versioned('"v2"', OTHER)
     assert fetch(server, tmp_path) == OTHER
-    # A server that knows no If-Range, and another file by now: only the checksum can tell.
-    server.behaviour = versioned("", OTHER, cut=lambda number: 10000)
+    # The server ignores If-Range and has a different file now: only the checksum can tell.
+    server.behavior = versioned("", OTHER, cut=lambda number: 10000)
     fails(server, tmp_path / "b", "received|read", sha256=SHA, left=[f"{SHA}.part"[-9:]])
-    server.behaviour = versioned("")
+    server.behavior = versioned("")
     assert fetch(server, tmp_path / "b", sha256=SHA) == DATA
     assert server.asked[-2][1] == "bytes=30000-" and server.asked[-1][1] is None
 
 
 @pytest.mark.parametrize("tag", ["", 'W/"v1"'])
 def test_what_cannot_be_continued_is_not_kept(server, tmp_path, tag):
-    server.behaviour = versioned(tag, cut=lambda number: 10000)
+    server.behavior = versioned(tag, cut=lambda number: 10000)
     fails(server, tmp_path, "received|read")
     assert [wanted for _, wanted, _ in server.asked] == [None] * 3
 
 
 def test_last_modified_serves_as_version(server, tmp_path):
     day = "Wed, 21 Oct 2015 07:28:00 GMT"
-    server.behaviour = versioned(None, cut=lambda number: 10000 if not number else None, Last_Modified=day)
+    server.behavior = versioned(None, cut=lambda number: 10000 if not number else None, Last_Modified=day)
     assert fetch(server, tmp_path) == DATA and server.asked[1] == ("/a.pkl", "bytes=10000-", day)
 
 
@@ -175,7 +175,7 @@ def test_last_modified_serves_as_version(server, tmp_path):
 )
 def test_servers_that_continue_wrongly(server, tmp_path, second):
     good = versioned(cut=lambda number: None if number else 10000)
-    server.behaviour = lambda h, number: second(h) if number == 1 else good(h, number)
+    server.behavior = lambda h, number: second(h) if number == 1 else good(h, number)
     assert fetch(server, tmp_path) == DATA
     assert server.asked[-1][1] is None or len(server.asked) == 2
 
@@ -224,32 +224,32 @@ def drip(handler, _number):
     ],
 )
 def test_failed_downloads_leave_nothing(server, tmp_path, behave, reason, requests):
-    server.behaviour = behave
+    server.behavior = behave
     start = time.monotonic()
     fails(server, tmp_path, reason)
     assert time.monotonic() - start < 10 and len(server.asked) == requests
 
 
 def test_a_length_that_is_too_small_shows_in_the_checksum(server, tmp_path):
-    server.behaviour = lambda h, n: h.answer(200, DATA, len(DATA) - 5)
+    server.behavior = lambda h, n: h.answer(200, DATA, len(DATA) - 5)
     fails(server, tmp_path, "its SHA-256 is", sha256=SHA)
 
 
 def test_other_lengths_are_fine(server, tmp_path):
-    server.behaviour = lambda h, n: chunked(h, [DATA[:100], DATA[100:]])
+    server.behavior = lambda h, n: chunked(h, [DATA[:100], DATA[100:]])
     assert fetch(server, tmp_path, "/chunked") == DATA
-    server.behaviour = lambda h, n: h.answer(200, DATA, "")
+    server.behavior = lambda h, n: h.answer(200, DATA, "")
     assert fetch(server, tmp_path, "/none") == DATA
-    server.behaviour = lambda h, n: h.answer(200, b"")
+    server.behavior = lambda h, n: h.answer(200, b"")
     assert fetch(server, tmp_path, "/empty") == b""
-    server.behaviour = lambda h, n: h.answer(302, Location="/y") if h.path == "/x" else h.answer(200, DATA)
+    server.behavior = lambda h, n: h.answer(302, Location="/y") if h.path == "/x" else h.answer(200, DATA)
     assert fetch(server, tmp_path, "/x") == DATA
 
 
 def test_endless_downloads_end(server, tmp_path, monkeypatch):
     monkeypatch.setattr(downloads, "_MAX_FILE", 1 << 16)
     monkeypatch.setattr(downloads, "_CHUNK", 1 << 10)
-    server.behaviour = lambda h, n: h.answer(200, DATA, "")
+    server.behavior = lambda h, n: h.answer(200, DATA, "")
     fails(server, tmp_path, "more than the limit")
 
 
@@ -262,7 +262,7 @@ def test_plain_http_is_refused_unless_allowed(server, tmp_path):
 
 
 def test_folders_and_names_that_others_may_have_prepared(server, tmp_path):
-    server.behaviour = versioned()
+    server.behavior = versioned()
     (tmp_path / "open").mkdir()
     (tmp_path / "open").chmod(0o777)
     fails(server, tmp_path / "open", "everybody may write")
@@ -283,7 +283,7 @@ def test_processes_that_download_the_same_file_at_once(server, tmp_path):
             meet.wait()
         good(handler, number)
 
-    server.behaviour = behave
+    server.behavior = behave
     found = []
     threads = [threading.Thread(target=lambda: found.append(fetch(server, tmp_path))) for _ in range(3)]
     for thread in threads:
