@@ -1,5 +1,7 @@
-"""Print one table of what our code takes against the plain form, measured alternately in one run, and how near that is
-to what this machine allows.
+"""Measure how fast this code runs, and print a table.
+
+Each row compares our code with a plain form of the same work. The two take turns, so other programs slow both. The row
+also says how near our code comes to the limit of this machine. docs/performance.md explains the columns.
 
 \b
   python -m benchmarks
@@ -24,7 +26,7 @@ from benchmarks import table
 from benchmarks.roofline import measure_peaks
 from benchmarks.table import RESULTS
 
-# A topic is a module here called TOPIC_rows: `rows(repeats)` yields its Rows, SECONDS is about what it takes.
+# Each module here named TOPIC_rows is a topic. Its `rows(repeats)` yields Rows, its SECONDS says how long that takes.
 TOPICS = {
     info.name.removesuffix("_rows"): importlib.import_module(f"benchmarks.{info.name}")
     for info in pkgutil.iter_modules(benchmarks.__path__)
@@ -34,7 +36,7 @@ REPEATS, USUAL_SECONDS = 9, 60
 
 
 class Topics(click.ParamType):
-    """'tdsm,training' -> list of topics."""
+    """Option type: 'tdsm,training' becomes a list of topics in the order of the table."""
 
     name = "LIST"
 
@@ -48,7 +50,7 @@ class Topics(click.ParamType):
 
 
 def dated_file(device: torch.device) -> str:
-    """`results/DATE-DEVICE.json`, with a number where that is taken."""
+    """Return the path `results/DATE-DEVICE.json`, with a number at the end if that file exists."""
     start = os.path.join(RESULTS, f"{datetime.date.today()}-{device.type}")
     names = [f"{start}.json", *(f"{start}-{i}.json" for i in range(2, 1000))]
     return next(name for name in names if not os.path.exists(name))
@@ -61,21 +63,21 @@ def dated_file(device: torch.device) -> str:
     metavar="INT",
     type=click.IntRange(min=5),
     default=REPEATS,
-    help="Turns each form takes; the median counts",
+    help="How many times to measure each form; the table shows the median",
 )
 @click.option(
-    "--threads", metavar="INT", type=click.IntRange(min=1), help="Threads of PyTorch  [default: its own choice]"
+    "--threads", metavar="INT", type=click.IntRange(min=1), help="Threads that PyTorch uses  [default: its own choice]"
 )
 @click.option(
     "--out",
     metavar="JSON",
     callback=dnnlib.cli.output_file,
-    help="Where to save the table and the machine  [default: benchmarks/results/DATE-DEVICE.json]",
+    help="Where to save the table  [default: benchmarks/results/DATE-DEVICE.json]",
 )
 def main(only: list[str], repeats: int, threads: int | None, out: str | None) -> None:
     if threads is not None:
         torch.set_num_threads(threads)
-        os.environ["OMP_NUM_THREADS"] = str(threads)  # of the processes that forms get
+        os.environ["OMP_NUM_THREADS"] = str(threads)  # for the processes of the forms
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     peaks = measure_peaks(device)
     machine = table.machine(device, peaks)

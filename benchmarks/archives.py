@@ -1,4 +1,4 @@
-"""Archives of random images, and building one in a process of its own: without PyTorch, as `dataset_tool.py` is."""
+"""Archives of random images. As a program, this module builds archives in a process without PyTorch, for data_rows."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ __all__ = ["random_pixels", "write_archive"]
 
 
 def random_pixels(n: int, channels: int, resolution: int) -> np.ndarray:
-    """uint8 [n,resolution,resolution,channels], always the same."""
+    """Return random pixels, uint8 [n,resolution,resolution,channels], the same in every call."""
     return np.random.RandomState(0).randint(256, size=[n, resolution, resolution, channels]).astype(np.uint8)
 
 
 def write_archive(path: str, n: int, channels: int, resolution: int, classes: int) -> str:
-    """An archive of `n` random images with labels 0, 1, ... in turn; returns its path."""
+    """Write an archive of `n` random images with the labels 0, 1, ... in turn, and return its path."""
     pixels = random_pixels(n, channels, resolution)
     source = Source("random", n, pixels.__getitem__, np.arange(n) % classes)
-    build_archive(source, path, make_transform(None, None), None, None, 1)
+    build_archive(source, path, make_transform(None, None), workers=1)
     return path
 
 
 def main() -> None:
-    """Serve one form: `images` random ones of CIFAR-10's shape, from `archive` or memory, by so many `workers`."""
+    """Serve one form: write `images` images of CIFAR-10's shape, from `archive` or memory, with `workers` processes."""
     turns, wanted = Turns(), json.loads(sys.argv[1])
     pixels = random_pixels(0 if wanted["archive"] else wanted["images"], 3, 32)
 

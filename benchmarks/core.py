@@ -1,4 +1,4 @@
-"""A row of the table and how its times are taken: forms that take turns, here or each in a process of its own."""
+"""Rows of the table and how they are timed: forms take turns, in this process or each in a process of its own."""
 
 from __future__ import annotations
 
@@ -21,31 +21,28 @@ import dnnlib
 __all__ = ["Form", "FormProcess", "Row", "Turns", "compare", "processes"]
 
 Form = Callable[[], float | None]
-PATIENCE = 10  # seconds that a process gets to end by itself
+PATIENCE = 10  # seconds that a process has to end by itself
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: ours against its plain form, both in seconds for the same work.
-
-    `plain_seconds` None: there is no plain form. `flops`, `bytes`: what the work needs at least (roofline.py), None:
-    not counted. `images`: how many the work handles. `precision`: whose matrix-product peak bounds it.
-    """
+    """One line of the table: our form and the plain form of the same work."""
 
     name: str
     ours_seconds: float
-    plain_seconds: float | None = None
-    flops: float | None = None
-    bytes: float | None = None
+    plain_seconds: float | None = None  # None: there is no plain form
+    flops: float | None = None  # least number that the work needs (roofline.py); None: not counted
+    bytes: float | None = None  # least number that the work must move; None: not counted
     note: str = ""
-    images: int | None = None
-    precision: str = "fp32"
+    images: int | None = None  # images that the work handles
+    precision: str = "fp32"  # the peak of matrix products in this precision limits the work
 
 
 def compare(forms: dict[str, Form], repeats: int, text: str = "") -> dict[str, float]:
-    """Median seconds of each form over `repeats` rounds, the forms taking turns so that a busy machine slows them all.
+    """Return the median seconds of each form over `repeats` rounds, after one round that does not count.
 
-    One round before that does not count. A form that returns a number has taken its own time, in seconds.
+    The forms take turns in each round, so a busy machine slows all of them. A form that returns a number has measured
+    its own seconds.
     """
     times: dict[str, list[float]] = {name: [] for name in forms}
     with tqdm(total=(1 + repeats) * len(forms), desc=text, unit="turn", leave=False, disable=None) as bar:
@@ -59,14 +56,14 @@ def compare(forms: dict[str, Form], repeats: int, text: str = "") -> dict[str, f
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Forms in processes of their own: allocator and backend settings are a process's.
+# Forms in processes of their own, because the settings of memory allocator and backends hold for a whole process
 
 
 class FormProcess:
     """A form in a process of its own, which lives until `close` and computes only when it is called.
 
-    `module` is run as `python -m module ARGUMENTS` and answers through `Turns`. `facts`: what it said about its work
-    when it was ready. UserError: it ended before it was told to.
+    The process runs `python -m module ARGUMENTS` and answers through `Turns`. `facts` is its first answer, a
+    description of its work. Raises UserError if the process ends too early.
     """
 
     def __init__(self, module: str, arguments: dict[str, Any]):
@@ -86,20 +83,20 @@ class FormProcess:
         if not line:
             self._process.wait()
             self._errors.seek(0)
-            last = ([line.strip() for line in self._errors if line.strip()] or ["it does not say why"])[-1]
+            last = ([line.strip() for line in self._errors if line.strip()] or ["it did not say why"])[-1]
             self.close()
             raise dnnlib.UserError(f"{self._name} ended with code {self._process.returncode}: {last}")
         return json.loads(line)
 
     def __call__(self) -> float:
-        """One turn: the seconds that the process took for it."""
-        with contextlib.suppress(BrokenPipeError):  # it has ended: reading will say so
+        """Let the process take one turn, and return the seconds it took."""
+        with contextlib.suppress(BrokenPipeError):  # The process has ended; `_read` reports it.
             self._process.stdin.write("go\n")
             self._process.stdin.flush()
         return self._read()
 
     def close(self) -> None:
-        """End the process, which has nothing to save."""
+        """End the process. It has nothing to save."""
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()
         try:
@@ -113,15 +110,15 @@ class FormProcess:
 
 @contextlib.contextmanager
 def processes(**forms: tuple) -> Iterator[dict[str, FormProcess]]:
-    """Named FormProcesses from their arguments, for `compare`; started one after the other, ended with the block."""
+    """Start a FormProcess for each pair (module, arguments), by name, for `compare`. End them with the block."""
     with contextlib.ExitStack() as stack:
         yield {name: stack.enter_context(contextlib.closing(FormProcess(*form))) for name, form in forms.items()}
 
 
 class Turns:
-    """The other end, in the form's process: `wait` for the next turn, or `serve` all of them.
+    """The form's end of the conversation with a FormProcess: `serve` all turns, or `wait` for each one.
 
-    Made before anything is printed: the answers take over stdout.
+    Create it before the process prints anything. Answers go to the original stdout, everything else to nowhere.
     """
 
     def __init__(self):
@@ -130,13 +127,13 @@ class Turns:
             os.dup2(nowhere.fileno(), 1)
 
     def wait(self, answer: Any) -> bool:
-        """Say `answer`, the facts the first time and then the seconds of the last turn; whether there is a next one."""
+        """Send `answer`, first the facts and later the seconds of each turn. Return whether another turn follows."""
         self._answers.write(json.dumps(answer) + "\n")
         self._answers.flush()
         return sys.stdin.readline() != ""
 
     def serve(self, form: Form, facts: Any = None) -> None:
-        """Take turns until told to stop. `form` is as in `compare`."""
+        """Call `form` once per turn until there are no more; it is a form as in `compare`."""
         going = self.wait(facts)
         while going:
             start = time.perf_counter()

@@ -1,13 +1,16 @@
-"""What a training run costs, from first principles, and a simulation of its steps on many processes.
+"""Model of what a training run costs, from first principles, with a simulation of its steps on many processes.
 
-Units: bytes, seconds, FLOPs (a multiplication and an addition are two). P is the number of weights, n of processes.
-Every figure about hardware is an assumption, in `Hardware`; nothing here measures anything.
+Units are bytes, seconds and FLOPs, where a multiplication and an addition count as two. P is the number of weights, n
+the number of processes. `Hardware` holds all assumptions about hardware; this file measures nothing. docs/scaling.md
+shows the results.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,27 +35,32 @@ __all__ = [
 ]
 
 WEIGHT = 4  # bytes of a float32
-BUCKET = (1 << 20, 25 << 20)  # DDP's first bucket of gradients and the others, at most
-STATE = 4 * WEIGHT  # a weight in a state: itself, its average, Adam's two moments
-DDP = 5 * WEIGHT  # the same on a GPU, and its gradient
-NAME = len("00000/img00000000.png")
+BUCKET = (1 << 20, 25 << 20)  # largest size of DDP's first bucket of gradients, and of the other buckets
+STATE = 4 * WEIGHT  # bytes per weight in a state: weight, average, Adam's two moments
+DDP = 5 * WEIGHT  # bytes per weight on a GPU: the same, and the gradient
+NAME = len("00000/img00000000.png")  # length of a file name in an archive
+
+
+def _assumption(default: float, text: str) -> Any:
+    # `text` is also the help text of the option in `python -m benchmarks.scaling`.
+    return dataclasses.field(default=default, metadata=dict(help=text))
 
 
 @dataclass(frozen=True)
 class Hardware:
-    """A cluster; the defaults are the published figures of H200 machines with a network port of 400 Gbit/s a GPU."""
+    """A cluster. The defaults are published figures of H200 machines with one 400 Gbit/s network port per GPU."""
 
-    peak: float = 989e12  # FLOP/s of a GPU, dense bfloat16
-    utilisation: float = 0.3  # share of it that training reaches
-    memory: float = 141e9  # of a GPU
-    machine: int = 8  # GPUs a machine
-    link: float = 450e9  # bytes/s one way between the GPUs of a machine
-    network: float = 50e9  # bytes/s one way between machines, a GPU
-    latency: float = 1e-5  # of a message
-    jitter: float = 0.01  # mean of the random share by which a process's step is late
-    disk: float = 4e8  # bytes/s at which a state is written, hashed twice and read back
-    gpu_mtbf: float = 50_000 * 3600  # mean time between failures of a run on one GPU
-    restart: float = 600.0  # from a failure to the first step after it
+    peak: float = _assumption(989e12, "FLOP/s of a GPU, dense bfloat16")
+    utilization: float = _assumption(0.3, "Share of the peak that training reaches")
+    memory: float = _assumption(141e9, "Bytes of memory of a GPU")
+    machine: int = _assumption(8, "GPUs per machine")
+    link: float = _assumption(450e9, "Bytes/s, one way, between the GPUs of a machine")
+    network: float = _assumption(50e9, "Bytes/s per GPU, one way, between machines")
+    latency: float = _assumption(1e-5, "Seconds that a message takes besides its bytes")
+    jitter: float = _assumption(0.01, "Mean delay of a process in a step, as a share of the step")
+    disk: float = _assumption(4e8, "Bytes/s at which a state is written, hashed twice and read back")
+    gpu_mtbf: float = _assumption(50_000 * 3600, "Mean seconds between failures of a run on one GPU")
+    restart: float = _assumption(600.0, "Seconds from a failure to the first step after it")
 
 
 @dataclass(frozen=True)
@@ -60,31 +68,34 @@ class Workload:
     """A data set and a recipe."""
 
     name: str
-    images: int  # in the data set
+    images: int  # images in the data set
     resolution: int
     channels: int
     classes: int
     arch: str
-    batch: int  # of the recipe
-    total: float  # images seen
-    tick: float = 50e3  # images a tick
-    snap: int = 50  # ticks a snapshot
+    batch: int  # images per step in the recipe
+    total: float  # images that the run sees
+    tick: float = 50e3  # images per tick
+    snap: int = 50  # ticks per snapshot
 
 
 @dataclass(frozen=True)
 class Counts:
-    """A network in numbers, all for one image. `layers`: (weights, forward FLOPs) in the order of the forward pass."""
+    """The costs of a network, FLOPs and bytes for one image."""
 
-    params: int
-    forward: float
-    train: float  # forward and backward
-    activations: float  # bytes kept for backward, float32
-    largest: int  # weights of the largest unit that FSDP gathers at a time
-    layers: tuple[tuple[int, float], ...]
+    params: int  # number of weights
+    forward: float  # FLOPs of the forward pass
+    train: float  # FLOPs of forward and backward pass
+    activations: float  # bytes kept for the backward pass, float32
+    largest: int  # weights of the largest unit that FSDP gathers
+    layers: tuple[tuple[int, float], ...]  # (weights, FLOPs of the forward pass) in the order of the forward pass
 
 
 def count(net: torch.nn.Module, args: tuple, units: tuple[type, ...] = ()) -> Counts:
-    """Count a network on meta tensors, so that nothing is computed; `args`: its arguments for one image."""
+    """Count the costs of a network without computing anything, on meta tensors.
+
+    `args` are its arguments for one image, `units` the classes of modules that FSDP gathers as one.
+    """
     net = net.to("meta")
     args = tuple(a.to("meta") if isinstance(a, torch.Tensor) else a for a in args)
     owned = {p.untyped_storage()._cdata for p in net.parameters()}
@@ -102,7 +113,7 @@ def count(net: torch.nn.Module, args: tuple, units: tuple[type, ...] = ()) -> Co
         forward = counter.get_total_flops()
         by_module = {name: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
         output.sum().backward()
-    # Order of registration is that of the forward pass in our networks, but for the embedding, which is small.
+    # Our networks register their modules in the order of the forward pass, except for the embedding, which is small.
     layers = tuple(
         (sum(p.numel() for p in module.parameters()), by_module.get(f"{type(net).__name__}.{name}", 0))
         for name, module in net.named_modules()
@@ -121,30 +132,30 @@ def count(net: torch.nn.Module, args: tuple, units: tuple[type, ...] = ()) -> Co
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Bytes and seconds on the network.
+# Bytes and seconds on the network
 
 
 def ddp_bytes(params: int, n: int) -> float:
-    """Bytes that a process sends a step: the all-reduce, 2 (n-1)/n of the gradients, in a ring or level by level."""
+    """Return the bytes that a process sends per step with DDP, an all-reduce: 2 (n-1)/n of the gradients."""
     return 2 * (n - 1) / n * WEIGHT * params
 
 
 def fsdp_bytes(params: int, n: int, machine: int, scatter: int = 1) -> tuple[float, float]:
-    """Bytes that a process sends a step with --shard, (within the machine, between machines).
+    """Return the bytes that a process sends per step with FSDP, (within the machine, between machines).
 
-    Within: weights gathered before forward and again before backward, gradients scattered, each (s-1)/s of all bytes,
-    s processes a machine. Between: the all-reduce of a slice over the machines. `scatter`: 2 for gloo, which scatters
-    by an all-reduce.
+    Let s be the number of processes per machine. Within the machine, weights are gathered before the forward and again
+    before the backward pass, and gradients are scattered; each sends (s-1)/s of all bytes. Between machines, a slice of
+    the gradients is all-reduced. `scatter` is 2 for gloo, which scatters by an all-reduce.
     """
     s = min(n, machine)
     return (2 + scatter) * (s - 1) / s * WEIGHT * params, ddp_bytes(params, n // s) / s
 
 
 def all_reduce_seconds(size: float, n: int, hw: Hardware) -> float:
-    """An all-reduce of `size` bytes: within each machine, and of a GPU's share of them between machines.
+    """Return the seconds of an all-reduce of `size` bytes, within each machine and then between machines.
 
-    At either level the better of a ring, 2(n-1) messages of size/n in turn, and a double tree, 2 log2(n) messages and
-    all bytes twice.
+    Each level takes the faster of two ways: a ring sends 2(n-1) messages of size/n one after the other, a double tree
+    sends 2 log2(n) messages and all bytes twice. Between machines a GPU sends only its share of the bytes.
     """
 
     def level(size: float, n: int, bandwidth: float) -> float:
@@ -159,43 +170,50 @@ def all_reduce_seconds(size: float, n: int, hw: Hardware) -> float:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Memory and storage.
+# Memory and storage
 
 
 def ddp_memory(counts: Counts) -> float:
-    """Bytes on a GPU beside activations: 20 a weight (itself, its gradient, its average, Adam's two moments)."""
+    """Return the bytes on a GPU besides activations: 20 per weight (weight, gradient, average, Adam's two moments)."""
     return DDP * counts.params
 
 
 def fsdp_memory(counts: Counts, shards: int) -> float:
-    """The same with --shard: 24 a weight of the slice (its gradient twice), two largest units with their gradients."""
+    """Return the same with FSDP: 24 per weight of a slice (its gradient is there twice), 16 per weight of the largest
+    unit."""
     return (DDP + WEIGHT) * counts.params / shards + 4 * WEIGHT * counts.largest
 
 
 def images_at_a_time(counts: Counts, weights: float, hw: Hardware) -> int:
-    """--batch-gpu at most: activations, in bfloat16 half as many bytes, in 0.9 of the memory less `weights` bytes."""
+    """Return how many images fit on a GPU at a time, next to `weights` bytes, in 0.9 of its memory.
+
+    Activations are bfloat16, which takes half of the counted bytes.
+    """
     return max(int((0.9 * hw.memory - weights) / (counts.activations / 2)), 0)
 
 
 def archive_bytes(images: int, resolution: int, channels: int) -> int:
-    """Bytes of an archive: uncompressed PNGs, stored in a ZIP, without its `dataset.json`."""
+    """Return the bytes of an archive, a ZIP of uncompressed PNGs, without its `dataset.json`."""
     raw = resolution * (resolution * channels + 1)
-    png = 8 + 25 + 12 + 12 + 2 + 5 * math.ceil(raw / 65535) + raw + 4  # signature, IHDR, IDAT, IEND, zlib's own
+    png = 8 + 25 + 12 + 12 + 2 + 5 * math.ceil(raw / 65535) + raw + 4  # signature, IHDR, IDAT, IEND, zlib, pixels
     return images * (png + 30 + 46 + 2 * NAME)
 
 
 def checkpointing(write: float, mtbf: float, restart: float) -> tuple[float, float]:
-    """(interval between states that loses least, share of the time lost with it); Young (1974): sqrt(2 write mtbf)."""
+    """Return the best interval between states, sqrt(2 write mtbf) (Young 1974), and the share of time lost with it."""
     interval = math.sqrt(2 * write * mtbf)
     return interval, write / interval + (interval / 2 + restart) / mtbf
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# A step on n processes.
+# A step on n processes
 
 
 def buckets(layers: tuple[tuple[int, float], ...], limits: tuple[int, int] = BUCKET) -> list[tuple[float, float]]:
-    """DDP's buckets, (bytes, share of backward after which the bucket is full), the last layers' first."""
+    """Return DDP's buckets, those of the last layers first.
+
+    A bucket is (bytes, share of the backward pass after which it is full).
+    """
     total, done, size, found = max(sum(flops for _, flops in layers), 1e-9), 0.0, 0, []
     for params, flops in reversed(layers):
         if size and size + WEIGHT * params > limits[min(len(found), 1)]:
@@ -209,11 +227,12 @@ def buckets(layers: tuple[tuple[int, float], ...], limits: tuple[int, int] = BUC
 def simulate_steps(
     layers: tuple[tuple[int, float], ...], compute: float, n: int, hw: Hardware, steps: int = 2000, seed: int = 0
 ) -> dict[str, float]:
-    """Mean seconds of a DDP step whose buckets travel while backward goes on: `step`, `exposed` network, `waiting`.
+    """Simulate DDP steps and return mean seconds: `step`, `waiting` for the slowest process, `exposed` network time.
 
-    A process's step takes compute (1 + jitter E), E exponential, anew every step; a third is forward. A bucket leaves
-    when the slowest process has filled it and the bucket before it has arrived; the optimizer waits for the last.
-    The slowest of n is late by jitter (1 + 1/2 + ... + 1/n) in the mean: waiting grows like the logarithm of n.
+    In each step the computation of a process takes compute (1 + jitter E), where E is exponential, and a third of it is
+    the forward pass. Buckets are sent during the backward pass. A bucket leaves when the slowest process has filled it
+    and the bucket before it has arrived. The optimizer waits for the last one. The slowest of n processes is late by
+    jitter (1 + 1/2 + ... + 1/n) on average, so waiting grows like the logarithm of n.
     """
     rng = np.random.default_rng(seed)
     slowest = np.array([rng.exponential(hw.jitter, n).max() for _ in range(steps)])
@@ -226,14 +245,15 @@ def simulate_steps(
 
 
 def cost(work: Workload, counts: Counts, n: int, hw: Hardware, extra: float = 0.0) -> dict[str, float]:
-    """A run on n GPUs with DDP: one row of the table. `extra`: FLOPs an image beside the training pass (TDSM's).
+    """Return the costs of a run on n GPUs with DDP, one row of the tables.
 
-    The batch is the recipe's, rounded up so that every GPU gets as many images.
+    `extra` is the FLOPs per image besides forward and backward pass, which TDSM needs. The batch of the recipe is
+    rounded up, so that every GPU gets equally many images.
     """
     per_gpu = math.ceil(work.batch / n)
     batch, flops = per_gpu * n, counts.train + extra
     steps = math.ceil(work.total / batch)
-    compute = per_gpu * flops / (hw.peak * hw.utilisation)
+    compute = per_gpu * flops / (hw.peak * hw.utilization)
     step = simulate_steps(counts.layers, compute, n, hw)
     seconds, images_per_second = steps * step["step"], batch / step["step"]
     write = STATE * counts.params / hw.disk

@@ -1,4 +1,4 @@
-"""Images into an archive and out of it: all cores over one, and over Pillow and zipfile."""
+"""Rows about archives: writing and reading them on all cores, on one core, and with Pillow and zipfile."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ PHOTOS, RAW, CIFAR = 64, 5000, 50_000
 
 
 def rows(repeats: int) -> Iterator[Row]:
-    """What is built, then what is read."""
+    """Measure small archives, then archives of CIFAR-10's size."""
     yield from building_rows(repeats)
     yield from cifar_rows(repeats)
 
 
 def building_rows(repeats: int) -> Iterator[Row]:
-    """Photographs, and raw images against other writers."""
+    """Measure writing: photographs with one and all cores, and raw images against Pillow and zipfile."""
     images = random_pixels(RAW, 3, 32)
     photo = load_sample_images().images[0]
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
@@ -43,7 +43,7 @@ def building_rows(repeats: int) -> Iterator[Row]:
 
         def build(workers: int) -> None:
             source = open_source(os.path.join(folder, "photos"))
-            build_archive(source, dest, make_transform("center-crop", (64, 64)), None, None, workers)
+            build_archive(source, dest, make_transform("center-crop", (64, 64)), workers=workers)
 
         def plain() -> None:
             with zipfile.ZipFile(dest, "w") as file:
@@ -53,7 +53,7 @@ def building_rows(repeats: int) -> Iterator[Row]:
                     file.writestr(f"{i}.png", data.getvalue())
 
         def ours() -> None:
-            build_archive(Source("random", RAW, images.__getitem__), dest, make_transform(None, None), None, None, 1)
+            build_archive(Source("random", RAW, images.__getitem__), dest, make_transform(None, None), workers=1)
 
         t = compare(dict(all=lambda: build(os.cpu_count() or 1), one=lambda: build(1), ours=ours, plain=plain), repeats)
     yield Row("photographs to a 64x64 archive, all cores; plain: one core", t["all"], t["one"], images=PHOTOS)
@@ -61,7 +61,7 @@ def building_rows(repeats: int) -> Iterator[Row]:
 
 
 def cifar_rows(repeats: int) -> Iterator[Row]:
-    """As many images as CIFAR-10 has, of its shape: out of memory or an archive into another, and in shuffled order."""
+    """Measure archives of CIFAR-10's size: writing from memory and from an archive, and reading in shuffled order."""
     cores = os.cpu_count() or 1
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
         archive = write_archive(os.path.join(folder, "in.zip"), CIFAR, 3, 32, 10)

@@ -1,4 +1,4 @@
-"""CIFAR-10's shape on a CUDA device: steps of training, TDSM and discriminator, and sampling, by precision."""
+"""Rows about a CUDA device: training steps, TDSM, discriminator and sampling at CIFAR-10's shape, in each precision."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ __all__ = ["prepare", "rows", "sampling_rows", "step_rows"]
 
 SECONDS = 1200
 RESOLUTION, CHANNELS, CLASSES, IMAGES = 32, 3, 10, 2048
-BATCH, BATCH_GPU = 512, 128  # as much at a time as float32 leaves room for in two processes on 80 GB
-# Name of a form: (options of the script, whose peak bounds it). How tensors are laid out is the script's affair.
+BATCH, BATCH_GPU = 512, 128  # 128 images at a time fit in float32 for two processes on 80 GB.
+# Name of a form: (options of the script, precision whose peak limits it). The script chooses the memory format.
 FORMS = {
     "tf32": (["--precision=tf32"], "tf32"),
     "bf16": (["--precision=bf16"], "bf16"),
@@ -38,15 +38,15 @@ FORMS = {
 }
 STEPS = {
     "train": "training step",
-    "train_noise": "TDSM step, 1 pair an image",
+    "train_noise": "TDSM step, 1 pair per image",
     "train_discriminator": "discriminator step",
 }
 
 
 def prepare(folder: str, images: int = IMAGES) -> dict[str, list[str]]:
-    """Write what the scripts need into `folder`; returns the options of each, without device and batch."""
+    """Write the files that the scripts need into `folder`. Return the options of each, without device and batch."""
     data = write_archive(os.path.join(folder, "data.zip"), images, CHANNELS, RESOLUTION, CLASSES)
-    # A classifier that knows nothing: with noise of type pair every image keeps its own label and the one other.
+    # The classifier is untrained. With `pair` noise, each image then has two possible classes: one pair per image.
     classifier = Classifier(RESOLUTION, CHANNELS, CLASSES, **resnet_kwargs("ddpmpp", RESOLUTION, CHANNELS, CLASSES))
     save_snapshot(os.path.join(folder, "classifier.pkl"), dict(ema=classifier, info=dict(posterior="clean")))
     np.savez(os.path.join(folder, "labels.npz"), np.random.RandomState(0).rand(images) < 0.6)
@@ -59,7 +59,10 @@ def prepare(folder: str, images: int = IMAGES) -> dict[str, list[str]]:
 
 
 def step_rows(script: str, args: list[str], batch: int, repeats: int) -> Iterator[Row]:
-    """Eager float32, then every other form over it. Two processes at a time, so that both fit on the device."""
+    """Measure a step in eager float32, and in every other form against it.
+
+    Only two processes live at a time, so that both fit on the device.
+    """
     for i, (form, (options, precision)) in enumerate(FORMS.items()):
         row = step_row(
             f"{STEPS[script]}, {form}", script, [*args, *options], args, batch, repeats, steps=2, precision=precision
@@ -72,9 +75,9 @@ def step_rows(script: str, args: list[str], batch: int, repeats: int) -> Iterato
 def sampling_rows(
     device: torch.device, repeats: int, *, batch: int = BATCH, steps: int = 18, **network: object
 ) -> Iterator[Row]:
-    """EDM's sampler with the network in each precision: eager float32, then every other form over it.
+    """Measure EDM's sampler in eager float32, and in every other form against it.
 
-    `network`: keyword arguments of the preconditioner beside those of ddpmpp.
+    `network`: keyword arguments of the preconditioner that replace those of ddpmpp.
     """
     net = EDMPrecond(RESOLUTION, CHANNELS, CLASSES, **network_kwargs("ddpmpp") | network).eval().requires_grad_(False)
     net.to(device)
@@ -87,7 +90,7 @@ def sampling_rows(
             half = torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
             with layers(), precision_of(precision), half:
                 for _ in generate_images(net, range(batch), device=device, batch=batch, sampler=sampler):
-                    pass  # they are arrays on the CPU: the device has finished
+                    pass  # The images are arrays on the CPU, so the device has finished.
 
         return generate
 
@@ -108,9 +111,9 @@ def sampling_rows(
 
 
 def rows(repeats: int) -> Iterator[Row]:
-    """All of them, with the defaults of `ddpmpp`; none without a CUDA device."""
+    """Measure everything with `ddpmpp`. Without a CUDA device there are no rows, and a line says so."""
     if not torch.cuda.is_available():
-        click.echo("gpu: no CUDA device here, its rows are left out")
+        click.echo("gpu: no CUDA device here, so these rows are left out")
         return
     with tempfile.TemporaryDirectory() as folder:
         for script, args in prepare(folder).items():

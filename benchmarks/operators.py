@@ -1,4 +1,4 @@
-"""Where a training step's time goes, operator by operator, as torch.profiler sees it.
+"""Profile training steps and print how much time each group of operators takes.
 
 \b
   python -m benchmarks.operators
@@ -25,7 +25,7 @@ from benchmarks.training_rows import NETWORKS, SIZES
 
 __all__ = ["GROUPS", "shares"]
 
-# The first group whose words an operator's name contains gets its time.
+# An operator belongs to the first group that has a word of its name.
 GROUPS = {
     "convolution": ("conv",),
     "matrix product, attention": ("mm", "attention", "einsum", "linear"),
@@ -39,7 +39,7 @@ GROUPS = {
 
 
 def shares(times: dict[str, float]) -> dict[str, float]:
-    """Each group's share of the operators' own times {name: time}."""
+    """Return the share of each group in the operators' own times {name: time}."""
     found = dict.fromkeys(GROUPS, 0.0)
     for name, time in times.items():
         found[next(group for group, words in GROUPS.items() if any(word in name.lower() for word in words))] += time
@@ -48,11 +48,14 @@ def shares(times: dict[str, float]) -> dict[str, float]:
 
 
 def measure(form: str, args: list[str], count: int) -> dict[str, float]:
-    """Own time of each operator in a step of `train.py ARGS` or its plain form: median of `count` steps after two."""
+    """Return the own time of each operator in a step of `train.py ARGS` or of its plain form.
+
+    It is the median of `count` steps, after two that do not count.
+    """
     profilers: list[profile] = []
 
     def turn(_answer: Any = None) -> bool:
-        # Between two steps: what is profiled is all that happens from one to the next.
+        # This runs between two steps, so a profile covers everything from one step to the next.
         if profilers:
             profilers[-1].stop()
         profilers.append(profile(activities=[ProfilerActivity.CPU]))
@@ -76,10 +79,17 @@ def measure(form: str, args: list[str], count: int) -> dict[str, float]:
 
 
 @click.command(cls=dnnlib.cli.Command, help=__doc__)
-@click.option("--form", type=click.Choice(["ours", "plain"]), default="ours", help="train.py itself, or the plain form")
-@click.option("--steps", "count", metavar="INT", type=click.IntRange(min=1), default=5, help="Steps; the median counts")
+@click.option("--form", type=click.Choice(["ours", "plain"]), default="ours", help="train.py itself, or its plain form")
+@click.option(
+    "--steps",
+    "count",
+    metavar="INT",
+    type=click.IntRange(min=1),
+    default=5,
+    help="How many steps to profile; the table shows the median",
+)
 def main(form: str, count: int) -> None:
-    click.echo(f"Own time of operators, share of a step, {form}, {torch.get_num_threads()} threads\n")
+    click.echo(f"Share of a step that operators take ({form}, {torch.get_num_threads()} threads)\n")
     columns = {}
     with tempfile.TemporaryDirectory() as folder:
         for network, network_args in NETWORKS.items():
@@ -104,7 +114,7 @@ def main(form: str, count: int) -> None:
 
 
 def markdown(columns: dict[str, dict[str, float]]) -> list[str]:
-    """A line a group, a column a network and size."""
+    """Return a Markdown table with a line for each group and a column for each network and size."""
     head = ["| | " + " | ".join(columns) + " |", "|---|" + "---|" * len(columns)]
     return [
         *head,

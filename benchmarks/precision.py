@@ -1,4 +1,7 @@
-"""Do bfloat16 and float32 learn alike? Smoothed losses of the digits, two float32 seeds as the measure.
+"""Check that bfloat16 trains like float32, and draw the losses.
+
+Trains the digits three times: in float32 with two seeds, and in bfloat16 with the first seed. Fails if the smoothed
+losses of bfloat16 and float32 differ by more than 1.5 times the difference between the seeds.
 
 \b
   python -m benchmarks.precision
@@ -26,7 +29,7 @@ from benchmarks.table import RESULTS
 
 __all__ = ["gap", "smooth"]
 
-# How the three runs differ; everything else is the same, the random numbers of a seed included.
+# How the three runs differ. Everything else is the same, including the random numbers of a seed.
 RUNS = {
     "float32, seed 0": ["--precision=fp32", "--seed=0"],
     "float32, seed 1": ["--precision=fp32", "--seed=1"],
@@ -47,23 +50,23 @@ OPTIONS = [
     "--snap=1000000",
     "--dump=1000000",
     f"--tick={BATCH / 1000}",
-]  # a tick a step: every step's loss is on record
-ALLOWED = 1.5
-WINDOW = 25  # steps
+]  # Each step is a tick, so stats.jsonl has the loss of every step.
+ALLOWED = 1.5  # largest gap between the precisions, in multiples of the gap between the seeds
+WINDOW = 25  # steps over which losses are averaged
 
 
 def smooth(losses: np.ndarray, window: int = WINDOW) -> np.ndarray:
-    """Mean of each `window` losses in a row: [N] -> [N-window+1]."""
+    """Return the means of all `window` consecutive losses: [N] -> [N-window+1]."""
     return np.convolve(losses, np.full(window, 1 / window), mode="valid")
 
 
 def gap(a: np.ndarray, b: np.ndarray) -> float:
-    """Mean distance of two smoothed curves, relative to their mean height."""
+    """Return the mean distance of two smoothed curves, relative to their mean height."""
     return float(np.abs(a - b).mean() / ((a + b) / 2).mean())
 
 
 def losses_of(script_args: list[str], run_dir: str) -> np.ndarray:
-    """Train as `train.py` does; the loss of every step [steps]."""
+    """Run `train.py` with these options, and return the loss of every step [steps]."""
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
         train.main([*script_args, f"--outdir={run_dir}", "--nosubdir"], standalone_mode=False)
     with open(os.path.join(run_dir, "stats.jsonl")) as file:
@@ -71,7 +74,7 @@ def losses_of(script_args: list[str], run_dir: str) -> np.ndarray:
 
 
 def plot(curves: dict[str, np.ndarray], path: str) -> None:
-    """Draw smoothed losses by step, as PNG or SVG after the name's ending."""
+    """Draw smoothed losses by step, as PNG or SVG according to the ending of the name."""
     figure = Figure(figsize=(7, 4), layout="constrained")
     axis = figure.subplots()
     for (name, curve), style in zip(curves.items(), ("-", "-", "--"), strict=True):
@@ -85,6 +88,7 @@ def plot(curves: dict[str, np.ndarray], path: str) -> None:
 
 
 def picture(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    """Callback of an option: check that the file name is that of a PNG or SVG that can be written."""
     if value is not None and not value.endswith((".png", ".svg")):
         raise click.BadParameter(f"{value}: must end in .png or .svg", param=param)
     return dnnlib.cli.output_file(ctx, param, value)
@@ -114,13 +118,13 @@ def main(steps: int, path: str | None) -> None:
     first, second, half = curves.values()
     of_seeds, of_precision = gap(first, second), gap(first, half)
     click.echo(
-        f"gap of two float32 seeds {of_seeds:.4f}, of bf16 and float32 {of_precision:.4f}: "
-        f"{of_precision / of_seeds:.2f} times, at most {ALLOWED} is wanted\nDrawn in {path}."
+        f"Gap between two float32 seeds {of_seeds:.4f}, between bf16 and float32 {of_precision:.4f}: "
+        f"{of_precision / of_seeds:.2f} times (limit {ALLOWED})\nPlot: {path}"
     )
     if of_precision > ALLOWED * of_seeds:
         raise dnnlib.UserError(
-            f"bf16 trains otherwise than float32: the gap is {of_precision / of_seeds:.2f} times "
-            f"that of two seeds, more than {ALLOWED}"
+            f"bf16 trains differently from float32: the gap is {of_precision / of_seeds:.2f} times "
+            f"the gap between two float32 seeds, more than {ALLOWED}"
         )
 
 

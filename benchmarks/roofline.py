@@ -1,4 +1,4 @@
-"""The least time that a piece of work can take on this machine: FLOPs and bytes counted, peaks measured.
+"""The least time that a piece of work can take on this machine, from counted FLOPs and bytes and from measured peaks.
 
 bound = max(FLOPs / peak of the matrix product, bytes / memory bandwidth)   (Williams et al. 2009, the roofline)
 """
@@ -20,15 +20,16 @@ from benchmarks.core import Row
 
 __all__ = ["Peaks", "Work", "bound", "count", "measure_peaks", "precision_of"]
 
-ADAM_EMA_ACCESSES = 9  # of a parameter: Adam reads p, g, m, v, writes p, m, v; the EMA, fused with it, reads, writes
-SAMPLES = 30  # of each peak; the best counts, many and short ones because a busy machine has short gaps
-# Width of the matrices, and length of the arrays, which no cache holds.
+# Accesses per parameter: Adam reads p, g, m, v and writes p, m, v; the EMA reads and writes its average.
+ADAM_EMA_ACCESSES = 9
+SAMPLES = 30  # measurements of each peak, of which the best counts: short ones fit into the gaps of a busy machine
+# Width of the matrices, and length of the arrays, which are larger than any cache
 SIZES = {"cuda": (8192, 1 << 28), "cpu": (1024, 1 << 25)}
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a computation needs: floating-point operations of its products, and bytes moved at least."""
+    """What a computation needs at least: floating-point operations of its products, and bytes moved."""
 
     flops: float
     bytes: float
@@ -36,14 +37,14 @@ class Work:
 
 @dataclass(frozen=True)
 class Peaks:
-    """What the machine reached: FLOP/s of a matrix product for each precision, bytes/s of a + s b -> c."""
+    """The best that the machine reached: FLOP/s of a matrix product in each precision, bytes/s of a + s b -> c."""
 
     flops: dict[str, float]
     bandwidth: float
 
 
 class _Traffic(TorchDispatchMode):
-    """Bytes of inputs and outputs of every operation that has FLOPs."""
+    """Counter of the bytes that enter and leave every operation that has FLOPs."""
 
     def __init__(self):
         super().__init__()
@@ -57,11 +58,11 @@ class _Traffic(TorchDispatchMode):
 
 
 def count(work: Callable[[], object], parameters: int = 0) -> Work:
-    """FLOPs and bytes of `work()`, backward passes included, which it carries out once; eager code only.
+    """Call `work` once and return its FLOPs and bytes, backward passes included. It must be eager code.
 
-    FLOPs: matrix products, convolutions and attention, a multiply-add being two. Bytes: each of those reads its inputs
-    and writes its outputs once, as if all other operations were fused into them and no cache kept anything; and for
-    `parameters` float32 numbers, what Adam and the moving average read and write.
+    FLOPs are those of matrix products, convolutions and attention; a multiply-add counts as two. For the bytes, each of
+    these operations reads its inputs and writes its outputs once, as if all other operations were fused into it and
+    there were no cache. Adam and the moving average add their accesses to `parameters` float32 numbers.
     """
     with FlopCounterMode(display=False) as flops, _Traffic() as traffic:
         work()
@@ -69,7 +70,7 @@ def count(work: Callable[[], object], parameters: int = 0) -> Work:
 
 
 def bound(row: Row, peaks: Peaks) -> float | None:
-    """Seconds that the row's work takes at least; None where nothing was counted or its peak not measured."""
+    """Return the least seconds that the row's work can take, or None if its costs or its peak are unknown."""
     times = []
     if row.flops is not None and row.precision in peaks.flops:
         times.append(row.flops / peaks.flops[row.precision])
@@ -80,7 +81,7 @@ def bound(row: Row, peaks: Peaks) -> float | None:
 
 @contextlib.contextmanager
 def precision_of(name: str) -> Iterator[torch.dtype]:
-    """The dtype of 'fp32', 'tf32' or 'bf16'; inside, float32 products on CUDA are exact or TF32 accordingly."""
+    """Yield the dtype of 'fp32', 'tf32' or 'bf16', and let CUDA use TF32 in float32 products for 'tf32' only."""
     backends = (torch.backends.cuda.matmul, torch.backends.cudnn)
     before = [backend.allow_tf32 for backend in backends]
     try:
@@ -93,9 +94,9 @@ def precision_of(name: str) -> Iterator[torch.dtype]:
 
 
 def measure_peaks(device: torch.device, size: int | None = None, elements: int | None = None) -> Peaks:
-    """Peaks of `device`: products of [size,size] matrices, and c = a + s b on float32 arrays of `elements` numbers.
+    """Measure the peaks of `device`: products of [size,size] matrices, and c = a + s b on `elements` float32 numbers.
 
-    A machine that is doing something else reaches less; so does the work that is compared with it.
+    A busy machine reaches less, but so does the work that is compared with it.
     """
     size, elements = size or SIZES[device.type][0], elements or SIZES[device.type][1]
     flops = {}

@@ -1,7 +1,7 @@
-"""Images/s of sampling: what generate.py does against the plain form, and how far the images differ.
+"""Rows about sampling: generate.py's ways of running a network against the plain form, and how far the images differ.
 
-The plain form is the network as it stands: eager, float32, the layout and precision it was saved with, one call after
-the other. Every form has a process of its own, as settings of allocator and backends are a process's.
+The plain form runs the network as it was saved: eager, in float32, with its memory format. Every form has a process of
+its own, because the settings of memory allocator and backends hold for a whole process.
 """
 
 from __future__ import annotations
@@ -40,17 +40,17 @@ FORMS = {
 
 
 def random_denoiser(arch: str, cbase: int | None, channels: int, resolution: int) -> EDMPrecond:
-    """A class-conditional denoiser (10 classes) whose random layers all have a say, as those of a trained one do."""
+    """Return a denoiser of 10 classes with random weights, in which all layers matter, as in a trained one."""
     torch.manual_seed(0)
     net = EDMPrecond(resolution, channels, 10, **network_kwargs(arch, cbase)).eval().requires_grad_(False)
     for name, p in net.named_parameters():
         if name.endswith(("conv1.weight", "proj.weight", "aux_conv.weight")):
-            p *= 1e4  # They begin as nearly zero.
+            p *= 1e4  # The initial values are nearly zero.
     return net
 
 
 def images_of(net: torch.nn.Module, n: int, batch: int, steps: int) -> np.ndarray:
-    """uint8 [n,H,W,C] of seeds 0..n-1 by the Heun sampler with `steps` steps."""
+    """Return the images of seeds 0..n-1, uint8 [n,H,W,C], by `steps` steps of the Heun sampler."""
     parts = generate_images(
         net,
         range(n),
@@ -63,14 +63,14 @@ def images_of(net: torch.nn.Module, n: int, batch: int, steps: int) -> np.ndarra
 
 
 def plain_images(net: torch.nn.Module, latents: torch.Tensor, labels: torch.Tensor, steps: int = 18) -> torch.Tensor:
-    """The plain form: Heun's steps in float64 around the network as it stands; uint8 [N,H,W,C]."""
+    """Return the images of the plain form, uint8 [N,H,W,C]: float64 Heun steps around the unchanged network."""
     with torch.no_grad():
         images = heun_sampler(net, latents, labels, num_steps=steps)
     return (images * 127.5 + 128).clip(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
 
 
 def rows(repeats: int, forms: tuple[str, ...] = tuple(FORMS), steps: int = 18) -> Iterator[Row]:
-    """Every form against the plain one on one batch; notes say which share of pixels is within one grey level of it."""
+    """Measure every form against the plain one on a batch; notes give the share of pixels within one gray level."""
     for case in CASES:
         arch, cbase, _, resolution, n = case
         label = f"{arch}{f' --cbase={cbase}' if cbase else ''}, {resolution}x{resolution}"
@@ -93,14 +93,14 @@ def rows(repeats: int, forms: tuple[str, ...] = tuple(FORMS), steps: int = 18) -
                 seconds["plain"],
                 facts["flops"],
                 facts["bytes"],
-                f"batch {n}, {near:.3%} of pixels within a grey level",
+                f"batch {n}, {near:.3%} of pixels within a gray level",
                 n,
                 FORMS[form].get("precision", "fp32"),
             )
 
 
 def main() -> None:
-    """Serve one form: of the given `case`, with so many `steps`; `images` is where its images go."""
+    """Serve the form `form` of the given `case` with `steps` steps, and save its images in the file `images`."""
     turns, wanted = Turns(), json.loads(sys.argv[1])
     arch, cbase, channels, resolution, n = wanted["case"]
     net, steps = random_denoiser(arch, cbase, channels, resolution), wanted["steps"]
@@ -111,12 +111,12 @@ def main() -> None:
     if wanted["form"] == "plain":
         form = functools.partial(plain_images, net, latents, labels, steps)
     else:
-        misc.keep_freed_memory()  # as scripts do when they start
+        misc.keep_freed_memory()  # Scripts do this when they start.
         form = functools.partial(images_of, prepare(net, **FORMS[wanted["form"]]), n, n, steps)
     np.save(wanted["images"], np.asarray(form()))
 
     def turn() -> None:
-        form()  # the images are no time
+        form()  # Returns nothing: a form that returns something has measured its own time.
 
     turns.serve(turn, dict(flops=work.flops * (2 * steps - 1), bytes=work.bytes * (2 * steps - 1)))
 

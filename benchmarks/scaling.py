@@ -1,7 +1,10 @@
-"""What runs cost on 8 and on 1,000 GPUs, by `cost_model`, and how far the model is right about two processes here.
+"""Print what runs cost on many GPUs according to a model, and check the model on two processes of this machine.
 
-python -m benchmarks.scaling                 writes benchmarks/results/DATE-scaling.json and prints the tables
-python -m benchmarks.scaling --measure=0     the model alone, of other hardware, say: --peak=312e12 --memory=80e9
+\b
+  python -m benchmarks.scaling
+  python -m benchmarks.scaling --measure=0 --gpus=64 --peak=312e12 --memory=80e9
+
+docs/scaling.md explains the tables.
 """
 
 from __future__ import annotations
@@ -24,6 +27,8 @@ import torch
 import dnnlib.cli
 from benchmarks import cost_model, scaling_data
 from benchmarks.cost_model import Hardware, Workload
+from benchmarks.data import RandomImages, train_config
+from benchmarks.table import RESULTS
 from dnnlib.cli import BOOL, INT_LIST, FloatRange
 from torch_utils import checkpoint, distributed
 from torch_utils.training_stats import Stats
@@ -38,14 +43,14 @@ WORKLOADS = (
     Workload("ImageNet-64", 1_281_167, 64, 3, 1000, "adm", 4096, 2500e6),
     Workload("100M images", 100_000_000, 64, 3, 1000, "adm", 4096, 2500e6),
 )
-PAIRS = (1, 3, 10)  # --pairs=K, other classes that TDSM keeps an image
-AUGMENT = 9
-SIZES = [1 << k for k in range(10, 25, 2)]  # bytes of the all-reduces measured
-MEASURED = dict(arch="ddpmpp_tiny", resolution=16, batch=16)  # on each process
+PAIRS = (1, 3, 10)  # other classes that TDSM keeps per image (--pairs=K)
+AUGMENT = 9  # width of the augmentation label vector
+SIZES = [1 << k for k in range(10, 25, 2)]  # bytes of the all-reduces that are measured
+ARCH, RESOLUTION, BATCH, CLASSES = "ddpmpp_tiny", 16, 16, 10  # the step that is measured; BATCH images per process
 
 
 def counts_of(arch: str, resolution: int, channels: int, classes: int) -> cost_model.Counts:
-    """Of the denoiser of a preset."""
+    """Count the costs of the denoiser of a preset."""
     net = EDMPrecond(resolution, channels, classes, augment_dim=AUGMENT, **network_kwargs(arch))
     args = (
         torch.empty(1, channels, resolution, resolution),
@@ -58,7 +63,7 @@ def counts_of(arch: str, resolution: int, channels: int, classes: int) -> cost_m
 
 
 def classifier_flops(work: Workload) -> float:
-    """FLOPs of TDSM's classifier on an image."""
+    """Return the FLOPs of TDSM's classifier for one image."""
     kwargs = resnet_kwargs(work.arch, work.resolution, work.channels, work.classes)
     net = Classifier(work.resolution, work.channels, work.classes, **kwargs)
     args = (torch.empty(1, work.channels, work.resolution, work.resolution), torch.empty(1))
@@ -66,7 +71,7 @@ def classifier_flops(work: Workload) -> float:
 
 
 def model_rows(hw: Hardware, gpus: list[int]) -> list[dict]:
-    """A row a workload, number of GPUs and method."""
+    """Return a row for each workload, number of GPUs and method."""
     known: dict[tuple, cost_model.Counts] = {}
     rows = []
     for work in WORKLOADS:
@@ -89,39 +94,20 @@ def model_rows(hw: Hardware, gpus: list[int]) -> list[dict]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Two processes on this machine.
+# Two processes on this machine
 
 
-class Noise:
-    """The part of a data set that an objective reads."""
-
-    num_channels, label_dim, name, class_names, labels = 3, 10, "noise", None, None
-
-    def __init__(self, resolution: int):
-        self.resolution = resolution
-
-
-def make_objective(shard: bool) -> DSM:
-    """A step's worth of training, `MEASURED` in size."""
-    config = dict(
-        network=dict(arch=MEASURED["arch"], precond="edm", kwargs=network_kwargs(MEASURED["arch"])),
-        augment=None,
-        noise_levels=dict(precond="edm"),
-        optimizer=dict(name="adam", lr=1e-3),
-        ema_halflife_nimg=500_000,
-        lr_rampup_nimg=0,
-        batch_size=MEASURED["batch"] * distributed.get_world_size(),
-        batch_gpu=None,
-        precision="fp32",
-        loss_scaling=1.0,
-        compile=False,
-        shard=shard,
-        seed=0,
-    )
-    return DSM(config, Noise(MEASURED["resolution"]), torch.device("cpu"))
+def make_objective(data: RandomImages, shard: bool) -> DSM:
+    """Return the objective of `train.py` on `data`, for all processes together."""
+    batch = BATCH * distributed.get_world_size()
+    config = train_config(data, f"--arch={ARCH}", "--augment=0", f"--batch={batch}", f"--shard={int(shard)}")
+    objective = DSM(config, data, torch.device("cpu"))
+    objective.setup()
+    return objective
 
 
 def median_seconds(step: Callable[[], object], repeats: int) -> float:
+    """Return the median seconds of `repeats` calls, after one that does not count."""
     step()
     times = []
     for _ in range(repeats):
@@ -132,7 +118,10 @@ def median_seconds(step: Callable[[], object], repeats: int) -> float:
 
 
 def sent(step: Callable[[], object], repeats: int) -> float:
-    """Bytes that go over this machine's loopback in a call, all processes together; others' traffic is in it too."""
+    """Return the bytes that all processes send over this machine's loopback in a call.
+
+    The traffic of other programs is included.
+    """
     step()
     distributed.barrier()
     before = psutil.net_io_counters(pernic=True)["lo"].bytes_sent
@@ -143,15 +132,18 @@ def sent(step: Callable[[], object], repeats: int) -> float:
 
 
 def worker(rank: int, world: int, port: int, repeats: int, path: str) -> None:
-    """One of `world` processes: times of steps and, with others, bytes and times of what they send each other."""
+    """Measure steps as one of `world` processes, and with several also the bytes that they send and their all-reduces.
+
+    Rank 0 writes the results to `path`, as JSON.
+    """
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
     torch.set_num_threads(1)
     distributed.init("cpu")
     found: dict = dict(world=world)
-    images = torch.randint(256, [MEASURED["batch"], 3, *[MEASURED["resolution"]] * 2], dtype=torch.uint8)
-    labels = torch.eye(10)[torch.arange(len(images)) % 10]
+    data = RandomImages(BATCH, 3, RESOLUTION, CLASSES)
+    labels = data.onehot()
     reduced = []
     reduce_bucket = TrainedNetwork._reduce_bucket
 
@@ -161,10 +153,10 @@ def worker(rank: int, world: int, port: int, repeats: int, path: str) -> None:
 
     TrainedNetwork._reduce_bucket = counting
     for form in ("ddp", "shard") if world > 1 else ("ddp",):
-        objective, stats = make_objective(form == "shard"), Stats(torch.device("cpu"))
+        objective, stats = make_objective(data, form == "shard"), Stats(torch.device("cpu"))
 
         def step(objective=objective, stats=stats) -> None:
-            objective.step(images, labels, 10_000, stats)
+            objective.step(data.pixels, labels, 10_000, stats)
 
         found[form] = dict(seconds=median_seconds(step, repeats))
         if world > 1:
@@ -188,7 +180,7 @@ def worker(rank: int, world: int, port: int, repeats: int, path: str) -> None:
 
 
 def run_processes(world: int, repeats: int) -> dict:
-    """What `worker` found on `world` processes."""
+    """Return what `worker` measures on `world` processes."""
     with socket.socket() as s, tempfile.TemporaryDirectory() as folder:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -200,7 +192,10 @@ def run_processes(world: int, repeats: int) -> dict:
 
 
 def fit_line(times: dict[str, float]) -> tuple[float, float]:
-    """(latency, bandwidth) of 2 processes from seconds by size: t = 2 latency + size / bandwidth, relative errors."""
+    """Fit t = 2 latency + size / bandwidth to the seconds t of each size, and return (latency, bandwidth).
+
+    The fit minimizes relative errors.
+    """
     sizes, seconds = np.array([float(size) for size in times]), np.array(list(times.values()))
     design = np.stack([2 / seconds, sizes / seconds], axis=1)
     (latency, inverse), *_ = np.linalg.lstsq(design, np.ones(len(sizes)), rcond=None)
@@ -208,20 +203,20 @@ def fit_line(times: dict[str, float]) -> tuple[float, float]:
 
 
 def compare_processes(repeats: int) -> list[dict]:
-    """Rows (what, model, measured): steps on one and two processes, bytes, all-reduce."""
+    """Return rows (what, model, measured) about steps on one and two processes, bytes, and all-reduces."""
     one, two = run_processes(1, repeats), run_processes(2, repeats)
     params = one["params"]
     size = cost_model.WEIGHT * params
     latency, bandwidth = fit_line(two["all_reduce"])
-    counts = counts_of(MEASURED["arch"], MEASURED["resolution"], 3, 10)
+    counts = counts_of(ARCH, RESOLUTION, 3, CLASSES)
     here = Hardware(link=bandwidth, latency=latency, jitter=0.0)
     model = cost_model.simulate_steps(counts.layers, one["ddp"]["seconds"], 2, here, steps=1)
     middle = str(SIZES[len(SIZES) // 2])
     rows = [
-        ("bytes DDP reduces a step, a process (counted in its hook)", size, two["ddp"]["hook_bytes"]),
-        ("bytes sent a step with DDP, both processes", 2 * cost_model.ddp_bytes(params, 2), two["ddp"]["loopback"]),
+        ("bytes that DDP reduces per step and process (counted in its hook)", size, two["ddp"]["hook_bytes"]),
+        ("bytes sent per step with DDP, both processes", 2 * cost_model.ddp_bytes(params, 2), two["ddp"]["loopback"]),
         (
-            "bytes sent a step with --shard, both processes",
+            "bytes sent per step with --shard, both processes",
             2 * cost_model.fsdp_bytes(params, 2, 2, scatter=2)[0],
             two["shard"]["loopback"],
         ),
@@ -241,7 +236,7 @@ def compare_processes(repeats: int) -> list[dict]:
 
 
 def state_rate(size: int = 128 << 20) -> float:
-    """Bytes/s at which `checkpoint.save_state` writes, hashes and reads back a state."""
+    """Measure the bytes/s at which `checkpoint.save_state` writes, hashes and reads back a state."""
     with tempfile.TemporaryDirectory() as folder:
         state = dict(weights=torch.zeros(size // 4))
         seconds = median_seconds(lambda: checkpoint.save_state(os.path.join(folder, "s.pt"), state), 3)
@@ -249,17 +244,18 @@ def state_rate(size: int = 128 << 20) -> float:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Tables.
+# Tables
 
 
 def number(value: float | str | None) -> str:
+    """Return a cell of a table: numbers with three digits or more, texts as they are, None as nothing."""
     if value is None or isinstance(value, str):
         return value or ""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def table(rows: list[dict], columns: dict[str, tuple[str, float]]) -> str:
-    """Markdown: `columns` maps a heading to (key, unit to divide by)."""
+    """Return a Markdown table. `columns` maps a heading to (key of a row, unit to divide by)."""
     lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
     for row in rows:
         cells = (
@@ -274,10 +270,10 @@ COMPUTE = {
     "GPUs": ("n", 1),
     "method": ("method", 1),
     "batch": ("batch", 1),
-    "images a GPU": ("per_gpu", 1),
+    "images per GPU": ("per_gpu", 1),
     "steps": ("steps", 1),
-    "GFLOP an image": ("flops_image", 1e9),
-    "EFLOP a run": ("flops_run", 1e18),
+    "GFLOP per image": ("flops_image", 1e9),
+    "EFLOP per run": ("flops_run", 1e18),
     "step, ms": ("step", 1e-3),
     "waiting, ms": ("waiting", 1e-3),
     "network, ms": ("exposed", 1e-3),
@@ -288,12 +284,12 @@ BYTES = {
     "data": ("work", 1),
     "GPUs": ("n", 1),
     "M weights": ("params", 1e6),
-    "DDP sends, MB a step": ("ddp_bytes", 1e6),
+    "DDP sends, MB per step": ("ddp_bytes", 1e6),
     "--shard: in the machine": ("fsdp_within", 1e6),
-    "between": ("fsdp_between", 1e6),
+    "between machines": ("fsdp_between", 1e6),
     "weights and optimizer, GB": ("ddp_memory", 1e9),
     "--shard": ("fsdp_memory", 1e9),
-    "an image, MB": ("activations", 1e6),
+    "activations per image, MB": ("activations", 1e6),
     "images at a time": ("ddp_images", 1),
     "archive, GB": ("archive", 1e9),
     "read, MB/s": ("read", 1e6),
@@ -304,7 +300,7 @@ FAILURES = {
     "data": ("work", 1),
     "GPUs": ("n", 1),
     "state written in, s": ("write", 1),
-    "failures a run": ("failures", 1),
+    "failures per run": ("failures", 1),
     "a state every, min": ("dump_seconds", 60),
     "--dump at --tick=50": ("dump_ticks", 1),
     "time lost, %": ("lost", 1e-2),
@@ -312,8 +308,8 @@ FAILURES = {
 CHECKED = {"what": ("what", 1), "model": ("model", 1), "measured": ("measured", 1)}
 ORDER = {
     "images": ("images", 1),
-    "order of an epoch, CPU s": ("seconds", 1),
-    "MB a process": ("bytes", 1e6),
+    "CPU seconds per epoch": ("seconds", 1),
+    "MB per process": ("bytes", 1e6),
     "MB between two epochs": ("peak", 1e6),
 }
 OPENING = {
@@ -321,31 +317,39 @@ OPENING = {
     "labels": ("labels", 1),
     "directory, MB": ("directory", 1e6),
     "opened in, CPU s": ("seconds", 1),
-    "memory a process, MB": ("bytes", 1e6),
+    "memory per process, MB": ("bytes", 1e6),
 }
 
 
 def hardware_options(command: Callable) -> Callable:
+    """Decorate a command with one option for each assumption about hardware."""
     for field in reversed(dataclasses.fields(Hardware)):
         kind = click.IntRange(min=1) if field.name == "machine" else FloatRange(min=0, min_open=field.name != "jitter")
         command = click.option(
             f"--{field.name.replace('_', '-')}",
+            *(["--utilisation"] if field.name == "utilization" else []),  # its name in version 0.1
             field.name,
             metavar="NUMBER",
             type=kind,
             default=field.default,
-            help="See Hardware in benchmarks/cost_model.py",
+            help=field.metadata["help"],
         )(command)
     return command
 
 
 @click.command(cls=dnnlib.cli.Command, help=__doc__)
 @click.option("--gpus", metavar="LIST", type=INT_LIST, default="8,1000", help="Numbers of GPUs")
-@click.option("--measure", type=BOOL, default=True, help="Also measure on this machine, five minutes or so")
-@click.option("--repeats", metavar="INT", type=click.IntRange(min=3), default=15, help="Measurements")
-@click.option("--entries", metavar="LIST", type=INT_LIST, default="100000,1000000", help="Sizes of the synthetic ZIPs")
-@click.option("--orders", metavar="LIST", type=INT_LIST, default="1000000,10000000,100000000", help="Data set sizes")
-@click.option("--out", metavar="JSON", help="Write here  [default: benchmarks/results/DATE-scaling.json]")
+@click.option("--measure", type=BOOL, default=True, help="Also measure on this machine, which takes about five minutes")
+@click.option("--repeats", metavar="INT", type=click.IntRange(min=3), default=15, help="How many times to measure")
+@click.option("--entries", metavar="LIST", type=INT_LIST, default="100000,1000000", help="Images in the synthetic ZIPs")
+@click.option(
+    "--orders",
+    metavar="LIST",
+    type=INT_LIST,
+    default="1000000,10000000,100000000",
+    help="Sizes of the data sets whose order is measured",
+)
+@click.option("--out", metavar="JSON", help="Where to save the tables  [default: benchmarks/results/DATE-scaling.json]")
 @hardware_options
 def main(
     gpus: list[int], measure: bool, repeats: int, entries: list[int], orders: list[int], out: str | None, **hardware
@@ -374,12 +378,12 @@ def main(
     if measure:
         click.echo(
             f"States: {result['state_bytes_per_second'] / 1e6:,.0f} MB/s. 1,000 processes, 3 epochs: "
-            f"{'every image once an epoch' if result['every_image_once'] else 'IMAGES WERE LOST OR REPEATED'}."
+            f"{'every image once per epoch' if result['every_image_once'] else 'IMAGES WERE LOST OR REPEATED'}."
         )
-    out = out or os.path.join(os.path.dirname(__file__), "results", f"{datetime.date.today()}-scaling.json")
-    with checkpoint.atomic_open(out, "wt") as file:
+    out = out or os.path.join(RESULTS, f"{datetime.date.today()}-scaling.json")
+    with dnnlib.atomic_open(out, "w") as file:
         json.dump(result, file, indent=1)
-    click.echo(f"Written: {out}")
+    click.echo(f"Saved to {out}.")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Data at scale, measured: the order of an epoch, who reads which image, opening one archive of very many images."""
+"""Measurements of data at scale: the order of an epoch, which process reads which image, opening a large archive."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["each_image_once", "opening_cost", "order_cost", "synthetic_archive"]
 
 
 class Numbers:
-    """A data set of `n` images without any pixels."""
+    """A data set of `n` images without pixels."""
 
     path, cache = "numbers", False
 
@@ -39,7 +39,10 @@ class Numbers:
 
 
 def each_image_once(images: int, processes: int, batch: int, epochs: int = 3, seed: int = 0) -> bool:
-    """Whether the first `epochs` passes of all processes together, which never talk, hold every image once each."""
+    """Return whether all processes together read every image exactly once in each of the first `epochs` epochs.
+
+    The processes do not communicate.
+    """
     steps = -(-images * epochs // (batch * processes))
     order = np.empty([steps, processes, batch], dtype=np.int64)
     for rank in range(processes):
@@ -53,7 +56,10 @@ def each_image_once(images: int, processes: int, batch: int, epochs: int = 3, se
 
 
 def order_cost(images: int) -> dict[str, float]:
-    """Seconds and bytes of an epoch's order on every process, and bytes while a batch lies in two epochs."""
+    """Measure the seconds and bytes that the order of an epoch costs each process.
+
+    `peak` is the number of bytes while a batch lies in two epochs.
+    """
     stream = BatchStream(Numbers(images), 1)
     start = time.process_time()
     order = stream._order(0)
@@ -63,9 +69,10 @@ def order_cost(images: int) -> dict[str, float]:
 
 
 def synthetic_archive(path: str, images: int, labels: bool) -> int:
-    """A ZIP of `images` copies of a black 1x1 PNG, one stored entry each; returns the bytes of its directory.
+    """Write a ZIP of `images` copies of a black 1x1 PNG, one stored entry each. Return the bytes of its directory.
 
-    Written by hand, since zipfile needs a minute for a million. Without ZIP64's extra fields: offsets below 4 GiB.
+    This writes the bytes itself, because zipfile needs a minute for a million entries. It leaves out ZIP64's extra
+    fields, so offsets must stay below 4 GiB.
     """
 
     def chunk(kind: bytes, data: bytes) -> bytes:
@@ -99,7 +106,7 @@ def synthetic_archive(path: str, images: int, labels: bool) -> int:
 
 
 def opening_cost(images: int, labels: bool) -> dict[str, float]:
-    """Seconds and bytes of memory of opening a synthetic archive, in a process of its own."""
+    """Measure the seconds and bytes of memory that a new process needs to open a synthetic archive."""
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "many.zip")
         directory = synthetic_archive(path, images, labels)
@@ -110,6 +117,7 @@ def opening_cost(images: int, labels: bool) -> dict[str, float]:
 
 
 def main(path: str) -> None:
+    """Open an archive, and print the CPU seconds and bytes of memory that this took, as JSON."""
     before, start = psutil.Process().memory_info().rss, time.process_time()
     dataset = ImageDataset(path)
     seconds = time.process_time() - start

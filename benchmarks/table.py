@@ -1,4 +1,4 @@
-"""The table: rows as records of plain data, as lines of text, and as a dated JSON file."""
+"""The table of results: rows as plain data, as lines of text, and as a JSON file."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from benchmarks.roofline import Peaks, bound
 
 __all__ = ["HEAD", "RESULTS", "describe", "line", "machine", "record", "save"]
 
-RESULTS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "results")  # dated tables of real machines
+RESULTS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "results")  # tables from real machines, by date
 COLUMNS = {
     "": "<62",
     "ours": ">9",
@@ -31,7 +31,7 @@ HEAD = "  ".join(f"{name:{form}}" for name, form in COLUMNS.items())
 
 
 def machine(device: torch.device, peaks: Peaks) -> dict[str, Any]:
-    """What a table must say about where it is from; plain data."""
+    """Return a description of this machine, as plain data."""
     return dict(
         date=str(datetime.date.today()),
         device=device.type,
@@ -55,7 +55,7 @@ def _processor(device: torch.device) -> str:
 
 
 def describe(machine: dict[str, Any]) -> str:
-    """The machine in two lines."""
+    """Return the description of a machine as two lines of text."""
     peaks = ", ".join(f"{name} {value / 1e9:,.0f}" for name, value in machine["peak_flops"].items())
     return (
         f"{machine['processor']}, {machine['cpus']} CPUs, {machine['threads']} threads, load "
@@ -65,7 +65,7 @@ def describe(machine: dict[str, Any]) -> str:
 
 
 def record(topic: str, row: Row, peaks: Peaks) -> dict[str, Any]:
-    """A row with all that follows from it: `ratio`, `images_per_second`, `bound_seconds`, `reached` (None: unknown)."""
+    """Return a row as plain data, with `ratio`, `images_per_second`, `bound_seconds` and `reached` (None: unknown)."""
     limit = bound(row, peaks)
     return dict(
         topic=topic,
@@ -78,7 +78,7 @@ def record(topic: str, row: Row, peaks: Peaks) -> dict[str, Any]:
 
 
 def line(record: dict[str, Any]) -> str:
-    """A record as a line under HEAD, with its note below it."""
+    """Return a record as a line that fits under HEAD, with its note in the next line."""
     cells = [
         record["name"],
         _seconds(record["ours_seconds"]),
@@ -103,7 +103,7 @@ def _seconds(value: float | None) -> str:
 
 
 def save(path: str, machine: dict[str, Any], records: list[dict[str, Any]]) -> None:
-    """Write the table as JSON: {"machine": ..., "rows": [...]}; the file appears only when it is complete."""
+    """Write the table as JSON, {"machine": ..., "rows": [...]}. The file appears only when it is complete."""
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     with dnnlib.atomic_open(path, "w") as file:
         json.dump(dict(machine=machine, rows=records), file, indent=1, allow_nan=False)

@@ -1,4 +1,4 @@
-"""Training steps of `train.py` as it runs by default on this machine, over the plain form; each in its own process."""
+"""Rows about training: steps of `train.py` with its defaults against the plain form, each in a process of its own."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ __all__ = ["rows", "step_row"]
 
 SECONDS = 240
 NETWORKS = {"ddpmpp_tiny": ["--arch=ddpmpp_tiny"], "ddpmpp --cbase=32": ["--arch=ddpmpp", "--cbase=32"]}
-# Resolution: (images a step, steps a turn). As many as take about the same time.
+# Resolution: (images per step, steps per turn), chosen so that turns take about the same time
 SIZES = {8: (128, 5), 16: (64, 2), 32: (16, 2)}
 
 
 def turns_of(process: FormProcess, steps: int):
-    """A form that takes `steps` turns of the process for one: seconds a step."""
+    """Return a form whose turn is `steps` turns of the process; it measures the seconds per step."""
     return lambda: statistics.mean(process() for _ in range(steps))
 
 
@@ -35,7 +35,7 @@ def step_row(
     precision: str = "fp32",
     note: str = "",
 ) -> Row:
-    """`script` with `args` against its plain form with `plain_args`, `steps` steps of `batch` images a turn."""
+    """Measure `script` with `args` against its plain form with `plain_args`, in turns of `steps` steps."""
     with tempfile.TemporaryDirectory() as folder:
 
         def form(kind: str, args: list[str]) -> tuple:
@@ -57,13 +57,13 @@ def step_row(
 
 
 def rows(repeats: int) -> Iterator[Row]:
-    """Both networks at three sizes, without augmentation; otherwise with the defaults of train.py, and in bf16."""
+    """Measure both networks at three sizes, in float32 and bf16, without augmentation."""
     with tempfile.TemporaryDirectory() as folder:
         for network, network_args in NETWORKS.items():
             for resolution, (batch, steps) in SIZES.items():
                 data = write_archive(os.path.join(folder, f"{resolution}.zip"), batch, 3, resolution, 10)
                 args = [f"--data={data}", "--cond=1", f"--batch={batch}", "--augment=0", "--device=cpu", *network_args]
-                for precision in ("fp32", "bf16"):  # the plain form is float32 both times
+                for precision in ("fp32", "bf16"):  # The plain form is float32 in both rows.
                     name = f"training step, {network}, {resolution}x{resolution}"
                     yield step_row(
                         name if precision == "fp32" else f"{name}, --precision={precision}",

@@ -123,7 +123,7 @@ def test_network_hides_behind_backward_until_it_is_slower(monkeypatch):
 def test_a_run_is_its_steps(monkeypatch):
     work = Workload("w", 1000, 8, 3, 0, "x", batch=100, total=1e6)
     counts = Counts(params=10**6, forward=1e9, train=3e9, activations=1e6, largest=10, layers=LAYERS)
-    hw = Hardware(peak=1e12, utilisation=0.5, jitter=0.0, link=1e30, latency=0.0, gpu_mtbf=3600.0, disk=1e9)
+    hw = Hardware(peak=1e12, utilization=0.5, jitter=0.0, link=1e30, latency=0.0, gpu_mtbf=3600.0, disk=1e9)
     row = cost_model.cost(work, counts, 8, hw)
     assert (row["per_gpu"], row["batch"], row["steps"]) == (13, 104, 9616)
     assert row["step"] == pytest.approx(13 * 3e9 / 5e11) and row["hours"] == pytest.approx(9616 * row["step"] / 3600)
@@ -157,7 +157,7 @@ def test_a_line_is_fitted_through_times():
 def test_the_command_without_measuring(tmp_path, monkeypatch):
     monkeypatch.setattr(scaling, "WORKLOADS", (Workload("small", 1000, 8, 3, 10, "ddpmpp_tiny", 128, 1e6),))
     out = tmp_path / "r.json"
-    result = CliRunner().invoke(scaling.main, ["--measure=0", f"--out={out}", "--gpus=8,1000", "--utilisation=0.1"])
+    result = CliRunner().invoke(scaling.main, ["--measure=0", f"--out={out}", "--gpus=8,1000", "--utilization=0.1"])
     assert result.exit_code == 0, result.output
     rows = json.loads(out.read_text())["model"]
     assert [(row["n"], row["method"]) for row in rows[:2]] == [(8, "DSM"), (8, "TDSM --pairs=1")] and len(rows) == 8
