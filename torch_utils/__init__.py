@@ -1,1 +1,1 @@
-"""Processes, snapshots, training states and statistics: what needs torch and no network."""
+"""Processes, snapshots, training states and statistics. Nothing here knows a particular network or method."""

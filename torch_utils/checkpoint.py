@@ -1,4 +1,7 @@
-"""Training states: saved so that no interruption loses them, found again, loaded without trust."""
+"""Training states: save them so that no interruption loses one, find them, load them without trusting the file.
+
+See docs/reliability.md.
+"""
 
 from __future__ import annotations
 
@@ -32,15 +35,16 @@ __all__ = [
 ]
 
 _LEFTOVER = re.compile(r"\.(training-state|network-snapshot|samples|training_options|stats)\b.*\.[0-9a-f]{8}\.tmp")
-_DIGEST = 64  # hexadecimal digits of the SHA-256 that follows a state's ZIP container
-_END_RECORD = 22  # bytes of the record that ends a ZIP container without a comment
+_DIGEST = 64  # hexadecimal digits of the SHA-256, which follows a state's ZIP container
+_END_RECORD = 22  # bytes of the record at the end of a ZIP container without a comment
 
 
 def save_state(path: str | os.PathLike[str], state: dict[str, Any]) -> None:
-    """Write a state that appears under `path` only when complete, on disk and read back without an error.
+    """Write a state. It appears under `path` only when it is complete, on disk, and read back without an error.
 
-    `state`: nested dicts, lists and tuples of tensors, numbers, strings, None. Raises OSError naming `path` when the
-    disk refuses (an older file of that name stays valid), TypeError for anything that `load_state` would refuse.
+    `state` consists of nested dicts, lists and tuples of tensors, numbers, strings and None. Raises OSError that names
+    `path` when the disk refuses; an older file of that name then stays valid. Raises TypeError for anything that
+    `load_state` would refuse.
     """
     _check_plain(state, "state")
     require_space(path, size_of(state))
@@ -49,21 +53,21 @@ def save_state(path: str | os.PathLike[str], state: dict[str, Any]) -> None:
         try:
             torch.save(state, hashed)
         except RuntimeError as e:
-            # The ZIP writer trips over its own bookkeeping after a failed write and hides what happened.
+            # After a failed write, the ZIP writer fails again in its own bookkeeping and hides the first error.
             if isinstance(e.__context__, OSError):
                 raise e.__context__ from None
             raise
         file.write(hashed.sha256.hexdigest().encode())
         file.flush()
         os.fsync(file.fileno())
-        if hasattr(os, "posix_fadvise"):  # read from the disk, not from the memory that was to be written there
+        if hasattr(os, "posix_fadvise"):  # drop the cache, so that reading back reads the disk
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         if _damage(file.name) is not None:
             raise OSError(errno.EIO, "what was written reads back differently", str(path))
 
 
 class _HashedFile:
-    """What torch.save needs of a file, and the SHA-256 of what it wrote."""
+    """A file with the methods that torch.save needs, which also computes the SHA-256 of what is written."""
 
     def __init__(self, file: IO[bytes]):
         self._file, self.sha256 = file, hashlib.sha256()
@@ -75,7 +79,7 @@ class _HashedFile:
 
 
 def size_of(value: Any) -> int:
-    """Bytes on disk of a state or snapshot, slightly overestimated, from its tensors and those of its networks."""
+    """Return the size on disk of a state or snapshot in bytes, slightly overestimated, from all its tensors."""
     if isinstance(value, torch.nn.Module):
         value = value.state_dict()
     if isinstance(value, torch.Tensor):
@@ -88,7 +92,7 @@ def size_of(value: Any) -> int:
 
 
 def require_space(path: str | os.PathLike[str], size: int) -> None:
-    """Raise OSError naming `path` when the disk it lies on has fewer than `size` bytes to give."""
+    """Raise OSError that names `path` when its disk has fewer than `size` bytes free."""
     free = shutil.disk_usage(os.path.dirname(os.path.abspath(path))).free
     if free < size:
         raise OSError(
@@ -111,10 +115,10 @@ def _check_plain(value: Any, where: str) -> None:
 
 
 def _damage(path: str | os.PathLike[str]) -> str | None:
-    """What is wrong with the bytes of a state, None: nothing. Raises OSError when they cannot be read.
+    """Return what is wrong with the bytes of a state, or None. Raise OSError when they cannot be read.
 
-    The container's own checksums leave out most of its directory, from which sizes and places of tensors are taken;
-    torch.load does not compare even those. So a SHA-256 of the whole container follows it.
+    The checksums of a ZIP container do not cover most of its directory, which says where the tensors are and how large
+    they are, and torch.load compares no checksum at all. So a SHA-256 of the whole container follows it.
     """
     sha256, size = hashlib.sha256(), os.path.getsize(path)
     with open(path, "rb") as file:
@@ -127,18 +131,21 @@ def _damage(path: str | os.PathLike[str]) -> str | None:
         file.seek(max(size - _END_RECORD, 0))
         if not file.read().startswith(b"PK\5\6"):
             return "truncated, damaged or not a state (its checksum differs)"
-    try:  # a container that nothing follows: a state of an earlier version, or of another program
+    try:  # no SHA-256 follows the container: an earlier version or another program wrote it
         with zipfile.ZipFile(path) as archive:
             if any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()):
-                return "not a state (its parts are compressed)"  # and could unfold into any size
+                return "not a state (its parts are compressed)"  # and could unpack to any size
             bad = archive.testzip()
-    except Exception as e:  # whatever wrong bytes make of the reader
+    except Exception as e:  # wrong bytes can make the reader raise anything
         return f"truncated or not a state ({str(e).rstrip('.')})"
     return None if bad is None else f"damaged (checksum of its part {bad} differs)"
 
 
 def load_state(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read a state, tensors on the CPU. Raises UserError when it is missing, damaged or of another program."""
+    """Return the state in a file, with tensors on the CPU.
+
+    Raise UserError when the file is missing or damaged, or comes from another program.
+    """
     try:
         damage = _damage(path)
     except OSError as e:
@@ -150,8 +157,8 @@ def load_state(path: str | os.PathLike[str]) -> dict[str, Any]:
             state = safe_pickle.load_torch(file, str(path))
     except UserError as e:
         raise UserError(
-            f"{path}: not a training state of this program ({e.message.removeprefix(f'{path}: ')}); to go "
-            "on from a snapshot's weights, give the network-snapshot-*.pkl beside it to --transfer"
+            f"{path}: not a training state of this program ({e.message.removeprefix(f'{path}: ')}); a new run can "
+            "start from the weights of the snapshot beside it: train.py --transfer=network-snapshot-XXXXXX.pkl"
         ) from e
     if not isinstance(state, dict):
         raise UserError(f"{path}: not a training state, it holds a {type(state).__name__}")
@@ -159,7 +166,7 @@ def load_state(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def states(run_dir: str | os.PathLike[str]) -> list[Path]:
-    """Files in `run_dir` named as states, newest first."""
+    """Return the files in `run_dir` that are named like states, newest first."""
     found = []
     if os.path.isdir(run_dir):
         for path in Path(run_dir).iterdir():
@@ -170,11 +177,11 @@ def states(run_dir: str | os.PathLike[str]) -> list[Path]:
 
 
 def latest_state(run_dir: str | os.PathLike[str]) -> str | None:
-    """Path of the newest complete state in a run directory, None without one; says which newer ones are damaged."""
+    """Return the path of the newest undamaged state in a run directory, or None. Print which newer ones are damaged."""
     for path in states(run_dir):
         try:
             damage = _damage(path)
-        except OSError as e:  # a bad sector, say: the one before it may be readable
+        except OSError as e:  # for example a bad sector; the state before it may be readable
             damage = f"unreadable ({e.strerror or e})"
         if damage is None:
             return str(path)
@@ -183,7 +190,10 @@ def latest_state(run_dir: str | os.PathLike[str]) -> str | None:
 
 
 def latest_run(outdir: str | os.PathLike[str]) -> str | None:
-    """Newest run directory `NNNNN-...` under `outdir` with a complete state, else `outdir` if it is one, else None."""
+    """Return the newest run directory `NNNNN-...` under `outdir` that has an undamaged state.
+
+    Without one, return `outdir` if it has such a state itself, else None.
+    """
     runs = []
     if os.path.isdir(outdir):
         for path in Path(outdir).iterdir():
@@ -197,13 +207,13 @@ def latest_run(outdir: str | os.PathLike[str]) -> str | None:
 
 
 def prune_states(run_dir: str | os.PathLike[str], keep: int) -> None:
-    """Delete all but the newest `keep` (at least 1) states."""
+    """Delete all states in `run_dir` but the newest `keep`, or the newest one if `keep` is 0."""
     for path in states(run_dir)[max(keep, 1) :]:
         path.unlink(missing_ok=True)
 
 
 def remove_leftovers(run_dir: str | os.PathLike[str]) -> None:
-    """Delete the temporary files of saves that were killed. For a run that starts: no other may be writing there."""
+    """Delete the temporary files of saves that were killed. No other run may be writing to the folder."""
     for path in Path(run_dir).iterdir():
         if _LEFTOVER.fullmatch(path.name):
             path.unlink(missing_ok=True)

@@ -1,4 +1,8 @@
-"""One process or many, CUDA, CPU or MPS: found once by `init()`, asked for everywhere else."""
+"""One process or many, on CUDA, CPU or MPS: `init()` finds out once, and all other code asks here.
+
+The choice of a device belongs to the command line: every script has the option --device and passes its value on. So
+the errors of `init()` name this option and torchrun's --nproc_per_node. They are usage errors, with exit code 2.
+"""
 
 from __future__ import annotations
 
@@ -14,21 +18,18 @@ import click
 import psutil
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional  # noqa: F401  (loaded after init(), its default arguments would keep the group alive)
+import torch.distributed.nn.functional  # noqa: F401  (if it is first imported after init(), its default arguments keep the group alive)
 from tqdm import tqdm
 
 import dnnlib
 from torch_utils import misc
 
 __all__ = [
-    "LoneError",
     "all_gather_object",
     "all_reduce_max",
     "all_reduce_sum",
     "barrier",
     "broadcast_object",
-    "device",
-    "ended",
     "get_rank",
     "get_world_size",
     "guard",
@@ -43,11 +44,11 @@ __all__ = [
 
 _device: torch.device | None = None
 _processes: list[tuple[str, int]] = []  # machine and process id of every rank
-_PATIENCE = 3.0  # seconds in which a process whose connections are gone has ended
+_PATIENCE = 3.0  # seconds after which a process that has lost its connections has ended
 
 
-class LoneError(dnnlib.UserError):
-    """A mistake or misfortune that the other processes do not meet: the one that does reports it, whatever its rank."""
+class _LoneError(dnnlib.UserError):
+    """An error that only this process meets, so this process reports it, whatever its rank."""
 
     lone = True
 
@@ -57,8 +58,8 @@ def _env(name: str, default: int) -> int:
 
 
 def _choose_device(name: str, local_rank: int, processes: int) -> torch.device:
-    def refuse(found: str) -> None:
-        raise click.UsageError(f"--device={name}: {found}")
+    def refusal(found: str) -> click.UsageError:
+        return click.UsageError(f"--device={name}: {found}")
 
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -68,28 +69,27 @@ def _choose_device(name: str, local_rank: int, processes: int) -> torch.device:
         return torch.device("cpu")
     if name == "cuda":
         if not torch.cuda.is_available():
-            refuse("no CUDA device here; use --device=cpu or --device=auto")
+            raise refusal("there is no CUDA device on this machine; use --device=cpu or --device=auto")
         if local_rank >= torch.cuda.device_count():
-            refuse(
+            raise refusal(
                 f"process {local_rank} of this machine has no GPU, there are {torch.cuda.device_count()}; "
-                "lower --nproc_per_node"
+                "lower torchrun's --nproc_per_node"
             )
         return torch.device("cuda", local_rank)
     if name == "mps":
         if not torch.backends.mps.is_available():
-            refuse("no MPS device here; use --device=cpu or --device=auto")
+            raise refusal("there is no MPS device on this machine; use --device=cpu or --device=auto")
         if processes > 1:
-            refuse("MPS runs one process; use --device=cpu or start without torchrun")
+            raise refusal("MPS supports only one process; use --device=cpu or start without torchrun")
         return torch.device("mps")
-    refuse("choose auto, cpu, cuda or mps")
-    raise AssertionError
+    raise refusal("choose auto, cpu, cuda or mps")
 
 
 def _store() -> dist.Store:
-    """Where the processes find each other's addresses.
+    """Return the store in which the processes find each other's addresses.
 
-    torchrun keeps one store for all its restarts, in which a restarted process would find the addresses of dead ones.
-    Machines may disagree on the number of restarts, so it tells lives apart on a single machine only.
+    torchrun keeps one store for all its restarts, where a restarted process would find the addresses of dead ones. On
+    one machine a prefix per restart prevents that. Several machines may count restarts differently, so they get none.
     """
     store, _, _ = next(dist.rendezvous("env://"))
     if _env("LOCAL_WORLD_SIZE", 1) < get_world_size():
@@ -100,8 +100,9 @@ def _store() -> dist.Store:
 def init(device: str = "auto") -> torch.device:
     """Choose this process's device and, under torchrun, join the other processes (NCCL on GPUs, gloo on CPUs).
 
-    `device`: auto, cpu, cuda or mps. Reads RANK, WORLD_SIZE and LOCAL_RANK. Later calls return the first one's device.
-    Raises click.UsageError when there is no such device.
+    `device` is the value of the option --device: auto, cpu, cuda or mps. The environment says RANK, WORLD_SIZE and
+    LOCAL_RANK. Later calls return the device of the first call. Raises click.UsageError, which names the option, when
+    there is no such device.
     """
     global _device
     if _device is not None:
@@ -113,47 +114,40 @@ def init(device: str = "auto") -> torch.device:
     if chosen.type == "cpu":
         misc.keep_freed_memory()
     if world_size > 1 and not dist.is_initialized():
-        # Objects travel over gloo even beside NCCL, so that they cost no GPU memory and no GPU synchronisation.
+        # Objects travel over gloo even beside NCCL, so that they need no GPU memory and no GPU synchronization.
         backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=_store(), rank=get_rank(), world_size=world_size)
-        # A group that still stands when Python's finalisation begins aborts the process.
+        # If the group still exists when Python begins to shut down, the process aborts.
         atexit.register(shutdown)
         _processes[:] = all_gather_object((socket.gethostname(), os.getpid()))
     _device = chosen
     return chosen
 
 
-def device() -> torch.device:
-    """The device `init()` chose. Raises RuntimeError before that."""
-    if _device is None:
-        raise RuntimeError("torch_utils.distributed.init() has not been called")
-    return _device
-
-
 def get_rank() -> int:
-    """This process's number, 0 to world size - 1; known from the environment even before `init()`."""
+    """Return this process's number, 0 to world size - 1. The environment says it even before `init()`."""
     return _env("RANK", 0) if get_world_size() > 1 else 0
 
 
 def get_world_size() -> int:
-    """Number of processes; known from the environment even before `init()`."""
+    """Return the number of processes. The environment says it even before `init()`."""
     return _env("WORLD_SIZE", 1)
 
 
 def print0(*args: Any, **kwargs: Any) -> None:
-    """print() on rank 0, nothing elsewhere."""
+    """Print on rank 0 and do nothing elsewhere."""
     if get_rank() == 0:
         print(*args, **kwargs)
 
 
 def barrier() -> None:
-    """Wait until every process is here."""
+    """Wait until every process has called this."""
     if get_world_size() > 1:
-        all_gather_object(None)  # dist.barrier() under NCCL guesses a device and warns
+        all_gather_object(None)  # under NCCL, dist.barrier() guesses a device and warns
 
 
 def broadcast_object(obj: Any) -> Any:
-    """Rank 0's `obj`, on every process."""
+    """Return rank 0's `obj` on every process."""
     if get_world_size() == 1:
         return obj
     box = [obj]
@@ -162,7 +156,7 @@ def broadcast_object(obj: Any) -> Any:
 
 
 def all_gather_object(obj: Any) -> list[Any]:
-    """Every process's `obj`, in the order of ranks, on every process."""
+    """Return the `obj` of every process, in the order of ranks, on every process."""
     if get_world_size() == 1:
         return [obj]
     result: list[Any] = [None] * get_world_size()
@@ -171,7 +165,7 @@ def all_gather_object(obj: Any) -> list[Any]:
 
 
 def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
-    """Sum of `tensor` over processes, as a new tensor of the same shape (the same one for a single process)."""
+    """Return the sum of `tensor` over processes, as a new tensor. A single process gets its own tensor back."""
     if get_world_size() == 1:
         return tensor
     result = tensor.clone()
@@ -180,7 +174,7 @@ def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def all_reduce_max(tensor: torch.Tensor) -> torch.Tensor:
-    """Largest `tensor` over processes, by element, as `all_reduce_sum`."""
+    """Return the elementwise maximum of `tensor` over processes, like `all_reduce_sum`."""
     if get_world_size() == 1:
         return tensor
     result = tensor.clone()
@@ -189,10 +183,10 @@ def all_reduce_max(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def together(fn: Callable[[], Any], rank0_first: bool = False) -> Any:
-    """`fn()` of every process; when one fails, all raise. Collective.
+    """Call `fn()` on every process and return its result; when it fails on one, raise on all. Collective.
 
-    Otherwise the ones that succeeded would wait for the failed one, and an error off rank 0 would not be shown.
-    `rank0_first`: the others begin when rank 0 is done (it downloads, they find the file in the cache).
+    Otherwise the processes that succeeded would wait for the failed one, and nobody would see its error unless it is
+    rank 0. With `rank0_first`, the others begin when rank 0 is done: it downloads a file, they find it in the cache.
     """
     value = None
     for turn in ("first", "rest") if rank0_first else ("all",):
@@ -212,27 +206,28 @@ def together(fn: Callable[[], Any], rank0_first: bool = False) -> Any:
 
 
 def on_rank0(fn: Callable[[], Any]) -> None:
-    """Call `fn()` on rank 0 alone; when it fails, all processes raise. Collective."""
+    """Call `fn()` on rank 0 only; when it fails, raise on all processes. Collective."""
     together(fn if get_rank() == 0 else lambda: None)
 
 
 def progress_bar(**kwargs: Any) -> tqdm:
-    """Return a tqdm bar that rank 0 alone shows, and only on a terminal. `kwargs` as tqdm takes them."""
+    """Return a tqdm bar that only rank 0 shows, and only on a terminal. `kwargs` go to tqdm."""
     return tqdm(**dict(disable=None if get_rank() == 0 else True, leave=False) | kwargs)
 
 
 def shared(error: Exception) -> Exception:
-    """Mark an error that every process raises at this point; to be raised. `guard` leaves it as it is."""
+    """Mark an error that every process raises at this point, so that `guard` does not change it; return it."""
     error.shared = True
     return error
 
 
 @contextlib.contextmanager
 def guard(where: Callable[[], str], lone: bool = False) -> Iterator[None]:
-    """Inside it an error that comes of another process's end names that process and says `where()` the work was.
+    """Explain errors that are raised inside because another process has ended.
 
-    `lone`: mistakes in here are this process's own; it names itself. Processes that fail alone take the others down:
-    their collectives fail.
+    When a process ends, the collectives of the others fail with errors that do not say why. This replaces such an error
+    by one that names the ended process and says `where()` the work was. With `lone`, errors in the data or the files
+    concern this process only, so the message names this process.
     """
     try:
         yield
@@ -240,18 +235,18 @@ def guard(where: Callable[[], str], lone: bool = False) -> Iterator[None]:
         if get_world_size() == 1 or getattr(e, "shared", False):
             raise
         if lone and isinstance(e, (click.ClickException, OSError)):
-            raise shared(LoneError(f"process {get_rank()}, {where()}: {_describe(e)}")) from e
-        gone = ended() if isinstance(e, RuntimeError) else []  # so are the errors of collectives
+            raise shared(_LoneError(f"process {get_rank()}, {where()}: {_describe(e)}")) from e
+        gone = _ended() if isinstance(e, RuntimeError) else []  # failed collectives raise RuntimeError
         if not gone:
             raise
         names = " and ".join(f"process {rank} (id {_processes[rank][1]})" for rank in gone)
         first = next(rank for rank in range(get_world_size()) if rank not in gone)
-        kind = LoneError if get_rank() == first else dnnlib.UserError
+        kind = _LoneError if get_rank() == first else dnnlib.UserError
         raise shared(kind(f"{names} ended {where()}, so the other processes stop")) from e
 
 
-def ended() -> list[int]:
-    """Ranks on this machine whose process has ended, after waiting a moment for one that is ending."""
+def _ended() -> list[int]:
+    """Return the ranks on this machine whose process has ended. Wait a moment for one that is about to end."""
     deadline = time.monotonic() + _PATIENCE
     while True:
         gone = [rank for rank, (host, pid) in enumerate(_processes) if host == socket.gethostname() and not _alive(pid)]
@@ -276,7 +271,7 @@ def _describe(error: Exception) -> str:
 
 
 def shutdown() -> None:
-    """Leave the other processes and forget the device. Allowed at any time."""
+    """Leave the other processes and forget the device. This is allowed at any time."""
     global _device
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""Seeds of training steps, one-line descriptions of networks, and how the process treats freed memory."""
+"""Seeds of training steps, the size of networks, and what the process does with freed memory."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import platform
 
 import torch
 
-__all__ = ["count_parameters", "keep_freed_memory", "module_summary", "step_generator", "step_seed"]
+__all__ = ["count_parameters", "keep_freed_memory", "step_generator", "step_seed"]
 
 _MASK = (1 << 64) - 1
 
 
 def _mix(x: int) -> int:
-    # splitmix64 (Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators"): a bijection of 64 bits
-    # whose low half is as good as its high half, as generators that keep only 32 bits of a seed need.
+    # splitmix64 (Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators"): a bijection of 64 bits.
+    # Its low half is as random as its high half, which matters because some generators keep only 32 bits of a seed.
     x = (x + 0x9E3779B97F4A7C15) & _MASK
     x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
@@ -22,7 +22,7 @@ def _mix(x: int) -> int:
 
 
 def step_seed(seed: int, rank: int, nimg: int, stream: int = 0) -> int:
-    """Seed in [0, 2^63) of the training step at `nimg` images seen; different streams are independent."""
+    """Return the seed, in [0, 2^63), of the training step after `nimg` images. Different streams are independent."""
     state = 0
     for value in (seed, rank, nimg, stream):
         state = _mix(state ^ (value & _MASK))
@@ -30,29 +30,19 @@ def step_seed(seed: int, rank: int, nimg: int, stream: int = 0) -> int:
 
 
 def step_generator(seed: int, rank: int, nimg: int, device: torch.device | str, stream: int = 0) -> torch.Generator:
-    """Generator on `device` seeded with `step_seed(seed, rank, nimg, stream)`."""
+    """Return a generator on `device` that is seeded with `step_seed(seed, rank, nimg, stream)`."""
     return torch.Generator(device).manual_seed(step_seed(seed, rank, nimg, stream))
 
 
 def count_parameters(module: torch.nn.Module) -> int:
-    """Number of parameters; shared ones count once."""
+    """Return the number of parameters. A shared parameter counts once."""
     return sum(p.numel() for p in module.parameters())
 
 
-def module_summary(module: torch.nn.Module) -> str:
-    """One line: class, parameters, buffers, number of modules."""
-    buffers = sum(b.numel() for b in module.buffers())
-    modules = sum(1 for _ in module.modules())
-    return (
-        f"{type(module).__name__}: {count_parameters(module):,} parameters, {buffers:,} buffer values, "
-        f"{modules} modules"
-    )
-
-
 def keep_freed_memory() -> None:
-    """Ask the C library to reuse freed memory rather than return it: page faults cost small networks up to 8%.
+    """Make the C library keep freed memory for reuse, because page faults slow down small networks by up to 8%.
 
-    For the whole process, on glibc; elsewhere nothing happens.
+    The setting holds for the whole process. Without glibc, nothing happens.
     """
     M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # <malloc.h>
     if platform.libc_ver()[0] == "glibc":

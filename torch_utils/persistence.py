@@ -1,4 +1,11 @@
-"""Networks that remember how they were built, and snapshots of them in EDM's pickle layout, read without trust."""
+"""Networks that remember how they were built, and snapshots of them, which are pickles in EDM's layout.
+
+Reading a snapshot runs nothing in it, unless the caller asks for that. See docs/formats.md, section "Network snapshot",
+and docs/security.md.
+
+Every script that reads snapshots has the option --trust_pickle, the only way to run the code in a file, and passes it
+on as `trust_pickle`. So the messages of this module name that option.
+"""
 
 from __future__ import annotations
 
@@ -27,29 +34,30 @@ from torch_utils import distributed, safe_pickle
 __all__ = ["find_snapshot", "load_snapshot", "persistent_class", "save_snapshot"]
 
 _VERSION = 6
-_classes: dict[str, type] = {}  # persistent classes of this program, by name
-_sources: dict[str, str] = {}  # source of modules whose classes embed it, as it was when they were imported
-_executed: set[str] = set()  # modules made of source found in trusted snapshots; their classes are not ours
+_classes: dict[str, type] = {}  # the persistent classes of this program, by name
+_sources: dict[
+    str, str
+] = {}  # source code by module, for classes that embed it, as it was when the module was imported
+_executed: set[str] = set()  # modules made from the source code in trusted snapshots; their classes are not ours
 _OBJECT = "torch_utils.persistence._reconstruct_persistent_obj"
 _ALLOWED = safe_pickle.TENSORS | safe_pickle.CONTAINERS | {_OBJECT}
 
 
 def _module_source(module_name: str) -> str:
-    # Read when the class is defined, not when it is saved: the file may be edited while a training runs for days.
-    # One string object per module, so that a pickle stores it once.
+    # Read the source when the class is defined, not when it is saved: somebody may edit the file during a long run.
+    # There is one string object per module, so that a pickle stores it once.
     if module_name not in _sources:
         _sources[module_name] = inspect.getsource(sys.modules[module_name])
     return _sources[module_name]
 
 
 def persistent_class(cls: type | None = None, /, *, embed_source: bool = True) -> Any:
-    """Class decorator: objects record their constructor arguments and pickle in EDM's layout (formats.md).
+    """Decorate a class so that its objects record their constructor arguments and pickle in EDM's layout.
 
-    Objects gain `init_args` and `init_kwargs` (copies of what the constructor was given). The class is known to
-    `load_snapshot` by its name. With `embed_source` pickles carry the source of the defining module, so that other
-    programs can rebuild the object; without it (`@persistent_class(embed_source=False)`) they carry tensors and
-    constructor arguments only. Subclasses need the decorator too. Raises TypeError when another module's class has
-    the name.
+    Objects gain `init_args` and `init_kwargs`, copies of the constructor's arguments. `load_snapshot` finds the class
+    by its name. With `embed_source`, pickles carry the source code of the defining module, so that other programs can
+    rebuild the object. Without it (`@persistent_class(embed_source=False)`), they carry only tensors and constructor
+    arguments. Subclasses need the decorator too. Raises TypeError when a class of another module has the same name.
     """
     if cls is None:
         return functools.partial(persistent_class, embed_source=embed_source)
@@ -78,7 +86,7 @@ def _register(cls: type) -> None:
 def _recording(cls: type, init: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(init)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        if type(self) is cls:  # for a subclass the arguments that count are the subclass's
+        if type(self) is cls:  # an object of a subclass records the arguments of the subclass
             vars(self).update(_init_args=copy.deepcopy(args), _init_kwargs=copy.deepcopy(kwargs))
         init(self, *args, **kwargs)
 
@@ -110,7 +118,7 @@ def _reduce(self: Any) -> tuple[Callable[..., Any], tuple[dict[str, Any]]]:
         raise TypeError(f"{cls.__name__} is not decorated with @persistent_class, only a class it derives from is")
     state = _state(self)
     if not cls._persistent_source and isinstance(self, torch.nn.Module):
-        # Only we read it: flat tensors, so that the network may be made of any torch layers.
+        # Only this program reads such a pickle. Tensors by full name allow any torch layers inside.
         state = {
             "training": self.training,
             "_parameters": dict(self.state_dict()),
@@ -130,7 +138,7 @@ def _reduce(self: Any) -> tuple[Callable[..., Any], tuple[dict[str, Any]]]:
 
 
 def _reconstruct_persistent_obj(meta: dict[str, Any]) -> Any:
-    """Rebuild an object of one of our classes from its pickle, for pickles made by this very program."""
+    """Rebuild an object of one of our classes when pickle.load reads what this program has written."""
     cls = _classes.get(meta["class_name"])
     if cls is None:
         raise UserError(f"{meta['class_name']!r} is not a class of this program")
@@ -143,10 +151,11 @@ def _reconstruct_persistent_obj(meta: dict[str, Any]) -> Any:
 
 
 def save_snapshot(path: str | os.PathLike[str], data: dict[str, Any]) -> None:
-    """Write a snapshot: `data` holds networks (saved from the CPU, in eval mode) and plain data.
+    """Write a snapshot. `data` holds networks, which are saved on the CPU and in eval mode, and plain data.
 
-    NumPy numbers and arrays are stored as numbers and lists. The file appears under `path` only when complete, with its
-    SHA-256 after the last opcode. Raises OSError when the disk refuses, TypeError for data no reader would accept.
+    NumPy numbers and arrays are stored as numbers and lists. The file appears under `path` only when it is complete,
+    with its SHA-256 after the last opcode. Raises OSError when the disk refuses, and TypeError for data that
+    `load_snapshot` would refuse.
     """
     payload = pickle.dumps({key: _savable(value, key) for key, value in data.items()}, protocol=4)
     refused = safe_pickle.parse(payload, str(path), _ALLOWED)[1]
@@ -175,10 +184,11 @@ def _savable(value: Any, where: str) -> Any:
 
 
 def find_snapshot(pattern: str | os.PathLike[str]) -> str:
-    """Path of the snapshot meant by a file, a URL, a run directory or a glob such as `dir/network-snapshot-*.pkl`.
+    """Return the path of the snapshot that `pattern` means.
 
-    Shells leave a glob after `--network=` as it is, so it is expanded here; of several matches the one with the highest
-    kimg number counts. Raises UserError when nothing matches.
+    `pattern` is a file, a URL, a run directory, or a glob such as `dir/network-snapshot-*.pkl`, since shells do not
+    expand a glob inside an option. Of several files, the one with the highest kimg number is chosen. Raises UserError
+    when nothing matches.
     """
     pattern = os.fspath(pattern)
     if is_url(pattern) or os.path.isfile(pattern):
@@ -202,14 +212,14 @@ def _kimg(path: str) -> float:
 def load_snapshot(
     path_or_url: str | os.PathLike[str], trust_pickle: bool = False, kind: str | tuple[str, ...] | None = None
 ) -> dict[str, Any]:
-    """Read a snapshot of ours or of EDM's without running anything in it (formats.md, Network snapshot).
+    """Return the contents of a snapshot, ours or EDM's, without running anything in it.
 
-    Returns a dict: `ema`, our class of the recorded name in eval mode without gradients, on the CPU; `info`,
-    `dataset_kwargs` (dicts), `loss_fn`, `augment_pipe` (dicts with their `class_name`, or None).
-    `kind` (denoiser, classifier, discriminator, generator, or several): refuse networks of another kind.
-    `trust_pickle` runs the code inside the file instead, which may do anything, and says so.
-    Raises UserError naming the file and what is wrong: missing, truncated, corrupt, of another kind, asking for
-    anything a snapshot does not need.
+    The result is a dict. `ema` is an object of our class with the recorded name, in eval mode, without gradients, on
+    the CPU. `info` and `dataset_kwargs` are dicts. `loss_fn` and `augment_pipe` are dicts with a `class_name`, or None.
+    `kind` (denoiser, classifier, discriminator, generator, or several of them) refuses networks of any other kind.
+    `trust_pickle` instead runs the code in the file, which may do anything, and prints a warning.
+    Raises UserError that names the file and says what is wrong: it is missing, truncated or corrupt, holds a network of
+    another kind, or asks for something that no snapshot needs.
     """
     name, data = os.fspath(path_or_url), read_bytes(path_or_url)
     if trust_pickle:
@@ -217,20 +227,20 @@ def load_snapshot(
     else:
         tree, refused, end = safe_pickle.parse(data, name, _ALLOWED)
     if len(data) > end and data[end:] != hashlib.sha256(memoryview(data)[:end]).digest():
-        raise UserError(f"{name}: corrupt, its checksum differs")
+        raise UserError(f"{name}: corrupt, its checksum does not match")
     if trust_pickle:
         return _load_trusted(data, name, kind)
-    hint = "; --trust_pickle runs such a file, if you trust whoever made it"
+    hint = "; if you trust whoever made it, --trust_pickle runs the code in it"
     if not isinstance(tree, dict) or getattr(type(tree.get("ema")), "path", None) != _OBJECT:
         safe_pickle.refuse(refused, name, hint)
         raise UserError(f"{name}: not a network snapshot, it holds no network under 'ema'")
     reader = _Reader(name, len(data))
-    cls = reader.network_class(tree["ema"], kind)  # "a class we do not have" explains more than the names it asks for
+    cls = reader.network_class(tree["ema"], kind)  # this error explains more than the name of a refused global
     safe_pickle.refuse(refused, name, hint)
     info = reader.settings(tree.get("info")) or {}
     names = info.get("class_names")
     if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
-        raise reader.fail("its class_names are no list of strings")
+        raise reader.fail("its class_names are not a list of strings")
     return {
         "ema": reader.build(cls, tree["ema"]),
         "info": info,
@@ -250,7 +260,7 @@ def _check_kind(name: str, cls: type, kind: str | tuple[str, ...] | None) -> Non
 
 
 class _ValueLimit(TorchDispatchMode):
-    """Inside it no more than `limit` tensor values can be created by torch.empty, rand, zeros and their like."""
+    """Allows torch.empty, rand, zeros and similar functions to create at most `limit` tensor values inside."""
 
     def __init__(self, limit: int):
         super().__init__()
@@ -258,7 +268,7 @@ class _ValueLimit(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if args and isinstance(args[0], (list, torch.Size)):
-            # Each counts as 1000 more, since building very many small ones takes forever as well.
+            # Every tensor counts as 1000 values more, because building very many small ones takes forever too.
             self._left -= 1000 + math.prod(n for n in args[0] if isinstance(n, int))
             if self._left < 0:
                 raise ValueError("they ask for a far larger network than is stored")
@@ -266,10 +276,10 @@ class _ValueLimit(TorchDispatchMode):
 
 
 class _Reader(safe_pickle.Resolver):
-    """Persistent objects from the records of one snapshot."""
+    """Builds persistent objects from the records of one snapshot."""
 
     def _meta(self, record: Any) -> tuple[str, dict[str, Any]]:
-        # Class name and state of a persistent object.
+        # Return the class name and the state of a persistent object.
         try:
             if type(record).path != _OBJECT:
                 raise TypeError(type(record).path)
@@ -280,40 +290,40 @@ class _Reader(safe_pickle.Resolver):
             if not isinstance(class_name, str) or not isinstance(state, dict):
                 raise TypeError("class_name or state")
         except (AttributeError, KeyError, TypeError, ValueError) as e:
-            raise self.fail(f"holds no persistent object where one belongs ({type(e).__name__}: {e})") from e
+            raise self.fail(f"holds no persistent object where one is expected ({type(e).__name__}: {e})") from e
         return class_name, state
 
     def network_class(self, record: Any, kind: str | tuple[str, ...] | None) -> type:
-        """Our class of the recorded name."""
+        """Return our class with the recorded name. Raise UserError when there is none or its kind is wrong."""
         class_name = self._meta(record)[0]
         cls = _classes.get(class_name)
         if cls is None or not issubclass(cls, torch.nn.Module):
             raise self.fail(
-                f"holds a network of class {class_name[:100]!r}, which this program does not have; there "
-                f"are {', '.join(sorted(n for n, c in _classes.items() if hasattr(c, 'network_kind')))}"
+                f"holds a network of class {class_name[:100]!r}, which this program does not have; it has "
+                f"{', '.join(sorted(n for n, c in _classes.items() if hasattr(c, 'network_kind')))}"
             )
         _check_kind(self._name, cls, kind)
         return cls
 
     def build(self, cls: type, record: Any) -> torch.nn.Module:
-        """A network from its recorded constructor arguments and tensors."""
+        """Return a network that is built from its recorded constructor arguments and tensors."""
         state = self._meta(record)[1]
         args, kwargs = self.plain(state.get("_init_args", ())), self.plain(state.get("_init_kwargs"))
         if not isinstance(args, tuple) or not isinstance(kwargs, dict):
             raise self.fail(f"does not record how its {cls.__name__} was built")
-        inner = kwargs.get("model_type")  # the network inside a preconditioner, a string that EDM looks up in a module
+        inner = kwargs.get("model_type")  # the class of the network inside a preconditioner, by name
         if inner is not None and hasattr(_classes.get(str(inner), torch.nn.Module), "network_kind"):
             raise self.fail(f"names {inner!r} as the model inside its {cls.__name__}")
         if inner is not None and str(inner) not in _classes:
             raise self.fail(f"names a model of type {str(inner)[:100]!r}, which this program does not have")
         tensors: dict[str, torch.Tensor] = {}
-        buffers: set[str] = set()  # names of those that were no parameters
+        buffers: set[str] = set()  # names of the tensors that are buffers
         self._collect(record, "", tensors, buffers)
         try:
-            # A number in the arguments may ask for any size. Building takes a few times the values it ends with.
+            # A number in the arguments may ask for any size. Building creates a few times as many values as it keeps.
             with _ValueLimit(4_000_000 + 16 * sum(tensor.numel() for tensor in tensors.values())):
                 net = cls(*args, **kwargs).eval().requires_grad_(False)
-        except Exception as e:  # constructors check little; the arguments come from a stranger
+        except Exception as e:  # constructors check little, and the arguments come from a stranger
             raise self.fail(f"no {cls.__name__} can be built from the recorded arguments ({e})") from e
         _rename_buffers(net, tensors, buffers)
         self._load(net, tensors)
@@ -356,19 +366,22 @@ class _Reader(safe_pickle.Resolver):
         net.load_state_dict(tensors)
 
     def settings(self, value: Any) -> dict[str, Any] | None:
-        """Settings as a plain dict; those of an object (a loss, an augmentation) with its `class_name`."""
+        """Return settings as a plain dict. Those of an object, such as a loss, include its `class_name`."""
         class_name = None
         if getattr(type(value), "path", None) == _OBJECT:
             class_name, state = self._meta(value)
             value = state.get("_init_kwargs", {})
         value = self.plain(value)
         if not (value is None or isinstance(value, dict)):
-            raise self.fail(f"holds a {type(value).__name__} where settings belong")
+            raise self.fail(f"holds a {type(value).__name__} where settings are expected")
         return value if class_name is None else {"class_name": class_name, **(value or {})}
 
 
 def _rename_buffers(net: torch.nn.Module, tensors: dict[str, torch.Tensor], buffers: set[str]) -> None:
-    """Give buffers that other versions call otherwise our names, where a module has one such buffer and no doubt."""
+    """Rename buffers that other versions call by another name, if there is only one way to do so.
+
+    That is the case when a module lacks exactly one buffer and has exactly one unknown buffer of the same shape.
+    """
     expected = net.state_dict()
     ours = {name for name, _ in net.named_buffers() if name in expected and name not in tensors}
     theirs = buffers & (tensors.keys() - expected.keys())
@@ -384,7 +397,7 @@ class _TrustedUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if f"{module}.{name}" == _OBJECT:
             return _execute_source
-        if f"{module}.{name}" == "torch.storage._load_from_bytes":  # tensors saved from a GPU load anywhere
+        if f"{module}.{name}" == "torch.storage._load_from_bytes":  # load tensors of a GPU on any machine
             return lambda data: torch.load(io.BytesIO(data), map_location="cpu", weights_only=False)
         return super().find_class(module, name)
 
@@ -415,7 +428,7 @@ def _load_trusted(data: bytes, name: str, kind: str | tuple[str, ...] | None) ->
         tree = _TrustedUnpickler(io.BytesIO(data)).load()
         net = tree["ema"].eval().requires_grad_(False)
     except Exception as e:
-        raise UserError(f"{name}: its own code fails here ({type(e).__name__}: {e})") from e
+        raise UserError(f"{name}: the code in it fails here ({type(e).__name__}: {e})") from e
     _check_kind(name, type(net), kind)
 
     def settings(obj: Any) -> Any:

@@ -1,7 +1,7 @@
-"""Label, matrix and reference files (.json, .npy, .npz, .pt) and archive members, read without trust.
+"""Read label, matrix and reference files (.json, .npy, .npz, .pt) and archive members without trusting them.
 
-Each reader states what a file may grow to before it lets it grow: a ZIP of a kilobyte can claim a terabyte, a line of
-JSON can nest a million lists. Nothing here unpickles.
+A ZIP of a kilobyte can claim a terabyte, and a line of JSON can nest a million lists. So each reader checks how large
+the content would become before it reads it. Nothing here unpickles. See docs/security.md.
 """
 
 from __future__ import annotations
@@ -25,19 +25,22 @@ MAX_DEPTH = 64
 MAX_UNPACKED = 512 << 20
 _CHUNK = 1 << 20
 _QUOTE, _BACKSLASH, _OPEN, _CLOSE = b'"', b"\\", b"[{", b"]}"
-# What the parsers below raise for damaged bytes. MemoryError: a number in the file asked for too much.
+# What the parsers below raise for damaged bytes. MemoryError means that a number in the file asked for too much.
 _DAMAGED = (ArithmeticError, AttributeError, EOFError, LookupError, MemoryError, OSError, RuntimeError, SyntaxError,
             TypeError, ValueError, tokenize.TokenError, zipfile.BadZipFile)  # fmt: skip
 
 
 def unpacked_limit(size: int) -> int:
-    """Bytes that a compressed file of `size` bytes may become: 512 MiB, or ten times as much for larger ones."""
+    """Return how many bytes a compressed file of `size` bytes may unpack to: ten times `size`, at least 512 MiB."""
     return max(MAX_UNPACKED, 10 * size)
 
 
 def load_json(data: bytes, name: str) -> Any:
-    """The value of a JSON text in UTF-8. UserError naming `name`: no JSON, nested too deep, or too large when read."""
-    # Of CPython: a list takes 64 bytes and more, a dictionary 240, an item with its string or number about 60.
+    """Return the value of a JSON text in UTF-8.
+
+    Raise UserError that names `name` when it is not JSON, is nested too deeply, or would become too large.
+    """
+    # In CPython a list takes 64 bytes and more, a dictionary 240, an item with its string or number about 60.
     objects = 64 * (data.count(b"[") + data.count(b",")) + 240 * data.count(b"{")
     if objects + len(data) * (1 if data.isascii() else 4) > MAX_JSON:
         raise UserError(f"{name}: JSON of {len(data):,} bytes is too large to be read safely")
@@ -50,9 +53,9 @@ def load_json(data: bytes, name: str) -> Any:
 
 
 def _depth(data: bytes) -> int:
-    """How deep the brackets outside strings nest, without building anything."""
+    """Return how deep the brackets outside strings nest, without building anything."""
     if _BACKSLASH in data:
-        # Escaped characters matter to nobody here, and without them a quote is a quote.
+        # Escaped characters do not matter here, and without them every quote begins or ends a string.
         data = data.replace(rb"\\", b"__").replace(rb"\"", b"__")
     deepest = level = inside = 0
     for start in range(0, len(data), _CHUNK):
@@ -66,7 +69,10 @@ def _depth(data: bytes) -> int:
 
 
 def load_npy(data: bytes, name: str, hint: str = "") -> np.ndarray:
-    """The array of a `.npy` file: numbers, truth values or text. UserError naming `name` and ended by `hint` if not."""
+    """Return the array in a `.npy` file: numbers, truth values or text.
+
+    Otherwise raise UserError that begins with `name` and ends with `hint`.
+    """
     try:
         return _array(data)
     except _DAMAGED as e:
@@ -91,33 +97,36 @@ def _array(data: bytes) -> np.ndarray:
     if not count and math.prod(n for n in shape if n) > 1:
         raise ValueError(f"shape {list(shape)} is empty")
     if dtype.kind == "U" and np.frombuffer(content, dtype.byteorder + "u4").max(initial=0) > 0x10FFFF:
-        raise ValueError("text that is no text")
+        raise ValueError("its text holds impossible characters")
     return np.frombuffer(content, dtype).reshape(shape, order="F" if fortran else "C").copy()
 
 
 def load_npz(data: bytes, name: str, hint: str = "") -> dict[str, np.ndarray]:
-    """The arrays of a `.npz` file by name, like `load_npy`. UserError also when they would unfold beyond reason."""
+    """Return the arrays in a `.npz` file by name. Raise UserError like `load_npy`, and when they would be too large."""
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             members = archive.infolist()
             if len({member.filename for member in members}) < len(members):
-                raise ValueError("a name is there twice")
+                raise ValueError("a name occurs twice")
             if not all(member.filename.endswith(".npy") for member in members):
-                raise ValueError("holds other files than arrays")
+                raise ValueError("holds files other than arrays")
             if sum(member.file_size for member in members) > unpacked_limit(len(data)):
-                raise ValueError(f"{len(data):,} bytes that would become too many")
+                raise ValueError(f"its {len(data):,} bytes would unpack to too many")
             return {m.filename.removesuffix(".npy"): _array(read_member(archive, m, m.file_size)) for m in members}
     except _DAMAGED as e:
         raise UserError(f"{name}: not a readable .npz file ({_reason(e)}){hint}") from None
 
 
 def read_npz(path_or_url: str, expected: str) -> dict[str, np.ndarray]:
-    """The arrays of an `.npz` file or URL. UserError that says what was `expected`."""
+    """Return the arrays in an `.npz` file or URL. Raise UserError that ends with what was `expected`."""
     return load_npz(read_bytes(path_or_url), path_or_url, f"; {expected}")
 
 
 def load_pt(data: bytes, name: str) -> Any:
-    """Tensors, arrays and plain data of a file of torch.save. UserError naming `name` for anything else."""
+    """Return the tensors, arrays and plain data in a file of torch.save.
+
+    Raise UserError that names `name` when the file holds anything else.
+    """
     try:
         return safe_pickle.load_torch(io.BytesIO(data), name, safe_pickle.ARRAYS)
     except UserError as e:
@@ -125,11 +134,14 @@ def load_pt(data: bytes, name: str) -> Any:
 
 
 def read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, limit: int) -> bytes:
-    """The bytes of a ZIP's member. BadZipFile: it is longer than `limit` or than it says, damaged, or encrypted."""
+    """Return the bytes of a member of a ZIP.
+
+    Raise BadZipFile when it is damaged or encrypted, or longer than `limit` or than the ZIP says.
+    """
     if member.flag_bits & 1 or member.file_size > limit:
         raise zipfile.BadZipFile(f"{member.file_size:,} bytes, or encrypted")
     with archive.open(member) as file:
-        # In small steps: of each, zipfile unpacks all that it holds.
+        # For other methods zipfile unpacks all that a step of compressed bytes holds, so the steps are small.
         step = member.file_size + 1 if member.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) else 1 << 12
         parts = list(iter(lambda: file.read(step), b""))
     data = b"".join(parts)

@@ -1,11 +1,11 @@
-"""Reading pickles without trust: a list of allowed names, each standing for an inert record made for one load.
+"""Read pickles without trusting them (docs/security.md).
 
-Nothing a pickle names is imported, nothing it calls exists: every allowed global becomes a fresh class whose instances
-only hold their arguments, so that no opcode (REDUCE, BUILD, NEWOBJ, ...) reaches a real function or class. What the
-records mean is worked out afterwards, from a pickle that was read to its end.
+Nothing that a pickle names is imported. Every global becomes a new, inert class, whose instances only remember their
+arguments. So no opcode (REDUCE, BUILD, NEWOBJ, ...) reaches a real function or class, and names that are not on a list
+are refused. A `Resolver` turns these records into values after the whole pickle has been read.
 
-Files of torch.save are read here as well. torch.load(weights_only=True) runs nothing either, but calls what is on its
-list: bytearray(10**12) in a file of a kilobyte takes the machine's memory.
+This module also reads the files of torch.save. torch.load(weights_only=True) does not run the code in a file either,
+but it calls what is on its list, and bytearray(10**12) in a file of a kilobyte takes all memory of the machine.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import numpy as np
 
 from dnnlib import UserError
 
-if TYPE_CHECKING:  # imported where there are tensors to read: others should not wait for it
+if TYPE_CHECKING:  # imported where there are tensors to read, so that other programs do not wait for it
     import torch
 
 __all__ = [
@@ -40,34 +40,36 @@ __all__ = [
     "refuse",
 ]
 
-# What the published network snapshots ask for, beside their persistent objects and plain data.
+# The names that published network snapshots need, besides persistent objects and plain data.
 TENSORS = frozenset(
     {"torch._utils._rebuild_parameter", "torch._utils._rebuild_tensor_v2", "torch.storage._load_from_bytes"}
 )
 CONTAINERS = frozenset(f"torch.nn.modules.container.{name}" for name in ("ModuleDict", "ModuleList", "Sequential"))
 _SCALARS = frozenset({"numpy.dtype", "numpy.core.multiarray.scalar"})
 _DICTS = frozenset({"collections.OrderedDict", "dnnlib.util.EasyDict"})
-# What CIFAR's archives, written by Python 2 and NumPy 1 or any later ones, ask for.
+# The names that arrays in CIFAR's archives need, whichever versions of Python and NumPy wrote them.
 ARRAYS = frozenset(
     {"numpy.core.multiarray._reconstruct", "numpy.core.numeric._frombuffer", "numpy.ndarray", "_codecs.encode"}
 )
 
-# Storages in files of torch.save, by the name of the class that stood for the kind: the names of their dtypes.
+# Files of torch.save name a class for each kind of storage. These are the corresponding dtypes.
 _KINDS = {f"torch.{name}Storage": dtype for name, dtype in dict(
     Double="float64", Float="float32", Half="float16", BFloat16="bfloat16", Long="int64", Int="int32", Short="int16",
     Char="int8", Byte="uint8", Bool="bool", ComplexDouble="complex128", ComplexFloat="complex64").items()}  # fmt: skip
 
 MAX_DEPTH = 200
 MAX_OPERATIONS = 4_000_000  # the largest published file (CIFAR-100) has half a million
-_LEGACY_MAGIC, _LEGACY_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # how torch.save begins where it writes no ZIP
-_ReadStorage = Callable[[Any, memoryview], int]  # fills the memory from the storage of a key, returns how much it had
-# What reading a record raises when its arguments are not of the kind they should be.
+_LEGACY_MAGIC, _LEGACY_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # how files of torch.save begin that are not ZIPs
+_ReadStorage = Callable[
+    [Any, memoryview], int
+]  # fills the memory from the storage with this key; returns the number of bytes
+# What reading a record raises when its arguments have wrong types or values.
 _MALFORMED = (ArithmeticError, AttributeError, EOFError, LookupError, MemoryError, OSError, RuntimeError, TypeError,
               ValueError, zipfile.BadZipFile)  # fmt: skip
 
 
 class Record:
-    """What a pickle said about one object: `args` it was called with, `state` it was given. `path` names its class."""
+    """What a pickle says about one object: the arguments `args` of its class, called `path`, and its `state`."""
 
     __slots__ = ("args", "state")
     path = ""
@@ -86,18 +88,18 @@ class Record:
     def _ignore(self, *args: Any) -> None:
         pass
 
-    __setitem__ = append = extend = add = _ignore  # of containers that are refused in the end, by name
+    __setitem__ = append = extend = add = _ignore  # opcodes that fill a container; `refuse` refuses it later, by name
 
 
 class _RecordDict(dict):
     __slots__ = ()
 
     def __setstate__(self, state: Any) -> None:
-        pass  # attributes of a dict, such as a state dict's version numbers
+        pass  # attributes of a dict, such as the version numbers of a state dict, are not needed
 
 
 class _Stored(Record):
-    """A storage outside the pickle, as torch.save refers to it: args are its kind, its key, its number of values."""
+    """A storage outside the pickle, as torch.save refers to it. `args` are its kind, key and number of values."""
 
     __slots__ = ()
     path = "a storage"
@@ -109,13 +111,13 @@ class _Unpickler(pickle.Unpickler):
         self._allowed = allowed
         self._classes: dict[str, type] = {}
         self.refused: list[str] = []
-        self.stored: dict[Any, _Stored] = {}  # storages outside the pickle by key
+        self.stored: dict[Any, _Stored] = {}  # storages outside the pickle, by key
 
     def find_class(self, module: str, name: str) -> type:
         path = re.sub(r"^numpy\._core\.", "numpy.core.", f"{module}.{name}")
         if path not in self._classes:
             if path not in self._allowed:
-                # Read on with a record: the caller may have a better explanation than the first strange name.
+                # Continue with a record: the caller may have a better explanation than the first forbidden name.
                 self.refused.append(f"{module}.{name}")
             base = _RecordDict if path in _DICTS else Record
             self._classes[path] = type("Inert", (base,), {"__slots__": (), "path": path})
@@ -129,32 +131,35 @@ class _Unpickler(pickle.Unpickler):
 
 
 def end_of_pickle(data: bytes | IO[bytes], name: str) -> int:
-    """Offset after a pickle's last opcode, found without reading it. Raises UserError when it is cut off or none."""
+    """Return the offset after a pickle's last opcode, without loading the pickle.
+
+    Raise UserError when the data is cut off or not a pickle.
+    """
     count, end = 0, 0
     try:
         for opcode, arg, pos in pickletools.genops(data):
             count += 1
-            # The C reader allocates its memo up to the largest index before it looks further.
+            # pickle allocates its memo up to the largest index at once.
             if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and arg > count:
                 raise ValueError(f"memo index {arg} in operation {count}")
             if opcode.name in ("EXT1", "EXT2", "EXT4"):
-                # Those of a program's registered extensions do not go through find_class once they have been used.
+                # pickle caches registered extensions, so after the first use they bypass find_class.
                 raise ValueError("it asks for a registered extension")
             if count > MAX_OPERATIONS:
                 raise ValueError(f"more than {MAX_OPERATIONS:,} operations")
             end = pos + 1
-    except Exception as e:  # pickletools raises a dozen kinds; all of them mean this
+    except Exception as e:  # pickletools raises a dozen kinds of errors; all of them mean this
         why = str(e) or type(e).__name__
         raise UserError(f"{name}: {'truncated or corrupt' if count else 'not a'} pickle ({why[:200]})") from e
     return end
 
 
 def parse(data: bytes, name: str, extra: Iterable[str] = (), encoding: str = "ASCII") -> tuple[Any, list[str], int]:
-    """Read a pickle into plain containers and `Record`s. Nothing in it runs and nothing it names is built.
+    """Read a pickle into plain containers and `Record`s. Nothing in it runs, and nothing that it names is built.
 
-    `extra`: dotted names allowed beside plain data, NumPy scalars and dictionaries. Returns the object, the names that
-    are not allowed (the caller refuses, or explains better), and the offset after the last opcode.
-    Raises UserError naming the file `name` when it is truncated or corrupt.
+    `extra`: dotted names that are allowed besides plain data, NumPy scalars and dictionaries. Returns the object, the
+    forbidden names in it, which the caller must `refuse` or explain better, and the offset after the last opcode.
+    Raises UserError that names the file `name` when it is truncated or corrupt.
     """
     stream = io.BytesIO(data)
     tree, reader = _parse(stream, name, extra, encoding)
@@ -162,13 +167,13 @@ def parse(data: bytes, name: str, extra: Iterable[str] = (), encoding: str = "AS
 
 
 def _parse(stream: IO[bytes], name: str, extra: Iterable[str] = (), encoding: str = "ASCII") -> tuple[Any, _Unpickler]:
-    # The pickle at the stream's position; leaves the stream behind it.
+    # Read the pickle at the stream's position, and leave the stream after it.
     start, end = stream.tell(), end_of_pickle(stream, name)
     stream.seek(start)
     reader = _Unpickler(stream, _SCALARS | _DICTS | frozenset(extra), encoding)
     try:
         tree = reader.load()
-    except Exception as e:  # any misuse of an inert record ends here: TypeError, AttributeError, KeyError, ...
+    except Exception as e:  # misuse of an inert record raises TypeError, AttributeError, KeyError, ...
         refuse(reader.refused, name)
         raise UserError(f"{name}: corrupt pickle ({str(e)[:200]})") from e
     stream.seek(end)
@@ -176,15 +181,16 @@ def _parse(stream: IO[bytes], name: str, extra: Iterable[str] = (), encoding: st
 
 
 def refuse(refused: list[str], name: str, hint: str = "") -> None:
-    """Raise UserError when `refused` names any global."""
+    """Raise UserError that ends with `hint`, unless the list `refused` of forbidden names is empty."""
     if refused:
         raise UserError(f"{name}: refused, it asks for '{refused[0][:100]}', which no such file needs{hint}")
 
 
 def load(data: bytes, name: str, extra: Iterable[str] = (), encoding: str = "ASCII") -> Any:
-    """The plain data in a pickle (containers, numbers, text, NumPy scalars; with `extra` ARRAYS or TENSORS those too).
+    """Return the plain data in a pickle: containers, numbers, text, NumPy scalars.
 
-    Raises UserError naming the file `name` and what is wrong with it.
+    With `extra` ARRAYS or TENSORS, these are allowed too. Raises UserError that names the file `name` and says what is
+    wrong with it.
     """
     tree, refused, _ = parse(data, name, extra, encoding)
     refuse(refused, name)
@@ -192,10 +198,10 @@ def load(data: bytes, name: str, extra: Iterable[str] = (), encoding: str = "ASC
 
 
 def load_torch(file: IO[bytes], name: str, extra: Iterable[str] = ()) -> Any:
-    """The plain data and tensors (on the CPU) of a file written by torch.save, in its ZIP or its older form.
+    """Return the plain data and tensors (on the CPU) in a file of torch.save, in its ZIP form or its older form.
 
-    `extra`: names allowed beside those, such as ARRAYS. Raises UserError naming the file `name` when it is truncated
-    or corrupt, or asks for anything else.
+    `extra`: names that are allowed besides, such as ARRAYS. Raises UserError that names the file `name` when it is
+    truncated or corrupt, or asks for anything else.
     """
     extra = frozenset(extra) | TENSORS | _KINDS.keys()
     size = file.seek(0, io.SEEK_END)
@@ -215,7 +221,7 @@ def _open_zip(file: IO[bytes], name: str, extra: Iterable[str]) -> tuple[Any, li
         archive = zipfile.ZipFile(file)
         entries = {info.filename: info for info in archive.infolist()}
         pickles = [entry for entry in entries if entry.endswith("/data.pkl")]
-        # torch.save stores its entries as they are: nothing here can unfold into more than the file's size.
+        # torch.save does not compress its entries, so they cannot become larger than the file.
         if (
             len(pickles) != 1
             or len(entries) != len(archive.infolist())
@@ -229,14 +235,14 @@ def _open_zip(file: IO[bytes], name: str, extra: Iterable[str]) -> tuple[Any, li
         if prefix + "byteorder" in entries and archive.read(prefix + "byteorder") != b"little":
             raise ValueError("not little-endian")
         data = archive.read(pickles[0])
-    except Exception as e:  # zipfile raises a dozen kinds; all of them mean this
+    except Exception as e:  # zipfile raises a dozen kinds of errors; all of them mean this
         raise UserError(f"{name}: truncated or corrupt ({str(e)[:200]})") from e
     tree, refused, _ = parse(data, name, extra)
 
     def read(key: Any, memory: memoryview) -> int:
         with archive.open(entries[f"{prefix}data/{key}"]) as source:
             filled = source.readinto(memory)
-            if source.read(1):  # also lets it compare the checksum
+            if source.read(1):  # at the end, zipfile also compares the checksum
                 raise ValueError(f"storage {key} is larger")
             return filled
 
@@ -248,12 +254,12 @@ def _open_legacy(file: IO[bytes], name: str, extra: Iterable[str]) -> tuple[Any,
     if (magic, protocol) != (_LEGACY_MAGIC, _LEGACY_PROTOCOL) or not (
         isinstance(system, dict) and system.get("little_endian") is True
     ):
-        raise UserError(f"{name}: not a file of torch.save, or not a little-endian one")
+        raise UserError(f"{name}: not a file of torch.save, or not little-endian")
     tree, reader = _parse(file, name, extra)
     keys = _parse(file, name)[0]
     if not isinstance(keys, list) or len(keys) != len(reader.stored) or set(keys) != reader.stored.keys():
-        raise UserError(f"{name}: corrupt, it lists other storages than it uses")
-    # Behind the pickles: of each storage the number of values and the values.
+        raise UserError(f"{name}: corrupt, it does not list the storages that it uses")
+    # After the pickles, each storage follows: the number of values and the values.
     places, end = {}, file.tell()
     for key in keys:
         kind, _, count = reader.stored[key].args
@@ -270,33 +276,33 @@ def _open_legacy(file: IO[bytes], name: str, extra: Iterable[str]) -> tuple[Any,
 
 
 class Resolver:
-    """Turns the records of a file of `size` bytes into values. Every method raises UserError naming the file.
+    """Turns the records of a file of `size` bytes into values. Its methods raise UserError that names the file.
 
-    `read`: where the storages outside the pickle come from.
+    `read` reads the storages outside the pickle.
     """
 
     def __init__(self, name: str, size: int, read: _ReadStorage | None = None):
         self._name, self._size, self._read = name, size, read
-        # Shared references let a small file unfold into a huge object. An honest one has a few bytes for each value.
+        # Shared references let a small file become a huge object. An honest file has a few bytes for each value.
         self._left = size + 1000
         self._storages: dict[int, tuple[Record, torch.dtype, torch.UntypedStorage]] = {}
 
     def fail(self, why: str) -> UserError:
-        """The error to raise."""
+        """Return the error to raise."""
         return UserError(f"{self._name}: {why}")
 
     def plain(self, value: Any) -> Any:
-        """`value` with dict kinds as dict, NumPy scalars as Python numbers, arrays and tensors as such."""
+        """Return `value` without records. Dictionaries of any kind become dicts, NumPy scalars become numbers."""
         try:
             return self._plain(value, 0)
         except TypeError as e:  # a value that cannot be a key
             raise self.fail(f"malformed ({e})") from e
 
     def spend(self, depth: int, nbytes: int = 1) -> None:
-        """Count one value of `nbytes` met at `depth`; refuse the file when there is more than its size explains."""
+        """Count one value of `nbytes` at `depth`. Refuse the file when it has more values than its size can explain."""
         self._left -= nbytes
         if self._left < 0 or depth > MAX_DEPTH:
-            raise self.fail("refused, its contents repeat themselves or are nested beyond reason")
+            raise self.fail("refused, its contents repeat themselves or are nested too deeply")
 
     def _plain(self, value: Any, depth: int) -> Any:
         self.spend(depth)
@@ -308,7 +314,7 @@ class Resolver:
             return self._value(value, depth)
         if isinstance(value, type):
             raise self.fail(f"holds the bare name '{value.path}'")
-        return value  # None, bool, int, float, complex, str, bytes, bytearray: pickle makes nothing else by itself
+        return value  # None, bool, int, float, complex, str, bytes or bytearray: pickle itself makes nothing else
 
     def _value(self, record: Record, depth: int) -> Any:
         reader = {
@@ -320,7 +326,7 @@ class Resolver:
             "torch._utils._rebuild_parameter": self.tensor,
         }.get(type(record).path)
         if reader is None:
-            raise self.fail(f"holds a '{type(record).path}' where plain data belongs")
+            raise self.fail(f"holds a '{type(record).path}' where plain data is expected")
         try:
             return reader(record)
         except _MALFORMED as e:
@@ -328,7 +334,7 @@ class Resolver:
 
     def _dtype(self, record: Any) -> np.dtype:
         if not (isinstance(record, Record) and type(record).path == "numpy.dtype"):
-            raise ValueError("no dtype")
+            raise ValueError("not a dtype")
         code = record.args[0]
         code = code.decode("ascii") if isinstance(code, bytes) else code
         if not re.fullmatch(r"[<>|=]?(b1|[iu][1248]|f[248]|c8|c16)", code):
@@ -358,14 +364,14 @@ class Resolver:
         return np.frombuffer(bytearray(data), dtype).reshape(shape, order=order)
 
     def _encoded(self, record: Record) -> bytes:
-        # How Python 3 writes bytes in the older pickle protocols.
+        # Python 3 writes bytes like this in the older pickle protocols.
         text, encoding = record.args
         if type(record).path != "_codecs.encode" or encoding not in ("latin1", "latin-1"):
             raise ValueError("unknown encoding")
         return text.encode("latin1")
 
     def tensor(self, record: Any) -> torch.Tensor:
-        """The tensor of a parameter or tensor record, on the CPU, sharing memory within this file as it did."""
+        """Return the tensor of a parameter or tensor record, on the CPU. Tensors share memory as in the file."""
         try:
             if type(record).path == "torch._utils._rebuild_parameter":
                 record = record.args[0]
@@ -377,7 +383,7 @@ class Resolver:
                 raise ValueError(f"offset {offset}, size {size}, stride {stride}")
             last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
             room = memory.nbytes() // dtype.itemsize
-            # set_() would enlarge the storage, and strides of 0 would make much out of little.
+            # Otherwise set_() would enlarge the storage, and strides of 0 would make a huge tensor of a few bytes.
             if math.prod(size) > room or (0 not in size and last >= room):
                 raise ValueError(f"offset {offset}, size {size}, stride {stride} in a storage of {room}")
             import torch
@@ -388,14 +394,14 @@ class Resolver:
 
     def _storage(self, record: Any) -> tuple[torch.dtype, torch.UntypedStorage]:
         if id(record) not in self._storages:
-            # The record is kept, so that no other one can get its id.
+            # Keep the record, so that no other record can get its id.
             self._storages[id(record)] = (record, *self._load_storage(record))
         return self._storages[id(record)][1:]
 
     def _load_storage(self, record: Any) -> tuple[torch.dtype, torch.UntypedStorage]:
         read = self._read
         if isinstance(record, Record) and type(record).path == "torch.storage._load_from_bytes":
-            # A file of torch.save inside the pickle, which holds one storage and nothing else.
+            # This is a file of torch.save inside the pickle. It holds one storage and nothing else.
             (blob,) = record.args
             self.spend(0, len(blob))
             try:
@@ -404,7 +410,7 @@ class Resolver:
             except UserError as e:
                 raise ValueError(e.message) from e
         if not isinstance(record, _Stored):
-            raise ValueError("no storage")
+            raise ValueError("not a storage")
         kind, key, count = record.args
         dtype = _dtype(kind)
         if type(count) is not int or not 0 <= count * dtype.itemsize <= self._size:
@@ -427,10 +433,10 @@ def _dtype(kind: str) -> torch.dtype:
 
 
 def load_cifar_batch(data: bytes, name: str) -> dict[str, Any]:
-    """A batch or meta file of the CIFAR-10 / CIFAR-100 archives (their Python version) as a dict with text keys.
+    """Return a batch or meta file of CIFAR-10 or CIFAR-100 (the archives for Python) as a dict with text keys.
 
-    `data` [N,3072] uint8 in batches; lists of labels are lists of int, file and class names lists of str. Accepts the
-    original files (Python 2) and ones written again by Python 3. Raises UserError naming the file `name`.
+    In batches, `data` is uint8 [N,3072]. Labels are lists of int; names of files and classes are lists of str. Accepts
+    the original files of Python 2 and files that Python 3 has written again. Raises UserError that names the file.
     """
     batch = load(data, name, ARRAYS, encoding="latin1")
     if not isinstance(batch, dict):

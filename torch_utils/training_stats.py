@@ -1,4 +1,4 @@
-"""Statistics of a training, gathered where they arise and reduced over all processes once a tick."""
+"""Statistics of a run, collected where they arise and combined over all processes once per tick."""
 
 from __future__ import annotations
 
@@ -11,11 +11,14 @@ from torch_utils import distributed
 
 __all__ = ["Stats"]
 
-_ROWS = 64  # reduced tables are padded to a multiple of this: differing names then fail the check, not the collective
+_ROWS = 64  # tables are padded to a multiple of this, so that different names fail our check and not the collective
 
 
 class Stats:
-    """Count, mean and standard deviation of named values; every process must report the same names within a tick."""
+    """Count, mean and standard deviation of named values.
+
+    Within a tick, every process must report the same names.
+    """
 
     def __init__(self, device: torch.device | str):
         self._device = torch.device(device)
@@ -23,9 +26,9 @@ class Stats:
         self._sums: dict[str, torch.Tensor] = {}  # name: count, sum, sum of squares
 
     def add(self, name: str, value: torch.Tensor | float, mask: torch.Tensor | None = None) -> None:
-        """Count every element of `value` (any shape) under `name`, without waiting for the device.
+        """Count every element of `value` (any shape) under `name`. This does not wait for the device.
 
-        `mask` (bool, same shape): count those elements only.
+        With `mask` (bool, same shape), only the elements where it is true count.
         """
         if not isinstance(value, torch.Tensor):
             value = torch.tensor(value, dtype=self._dtype)
@@ -42,13 +45,13 @@ class Stats:
         total[2].add_(value.square().sum())
 
     def reduce(self) -> Mapping[str, dict[str, float]]:
-        """Statistics since the last call, over all processes, as {name: {num, mean, std}}; then starts again.
+        """Return the statistics since the last call, over all processes, as {name: {num, mean, std}}; then start again.
 
-        One collective. Raises RuntimeError when the processes report different names.
+        This is one collective. Raises RuntimeError when the processes report different names.
         """
         names = sorted(self._sums)
         table = torch.zeros(-(-(len(names) + 1) // _ROWS) * _ROWS, 3, dtype=self._dtype)
-        # First row: a checksum of the names, small enough for its square to stay exact in a float64.
+        # The first row is a checksum of the names, small enough that its square is exact in float64.
         check = zlib.crc32("\n".join(names).encode()) & 0xFFFF
         table[0, 1], table[0, 2] = check, check**2
         table = table.to(self._device)

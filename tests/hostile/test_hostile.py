@@ -141,7 +141,7 @@ def honest(tmp_path_factory):
 @contextlib.contextmanager
 def extensions():
     """Codes that a program may have registered, as the opcodes EXT1, EXT2 and EXT4 need."""
-    names = [("posix", "system"), ("os", "system"), ("hostile", "system")]
+    names = [("posix", "system"), ("os", "system"), ("tests.support.hostile", "system")]
     for (module, name), code in zip(names, hostile.EXTENSION_CODES, strict=True):
         copyreg.add_extension(module, name, code)
     yield

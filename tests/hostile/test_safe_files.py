@@ -1,4 +1,4 @@
-"""The readers of label, matrix and reference files: what is honest comes out, what grows or lies is refused."""
+"""The readers of label, matrix and reference files: honest files load, files that grow or lie are refused."""
 
 import collections
 import io
@@ -138,7 +138,7 @@ def header(shape, descr="'<f8'"):
         (header("(1,)", "'O'") + bytes(8), "object"),
         (header("(1,)", "'<M8[s]'") + bytes(8), "expected"),
         (header("(1,)", "[('a', '<f8')]") + bytes(8), "expected numbers"),
-        (header("(1,)", "'<U1'") + b"\xff" * 4, "no text"),
+        (header("(1,)", "'<U1'") + b"\xff" * 4, "impossible characters"),
         (header("(" * 200 + ")" * 200), "not a readable"),
         (npy(np.arange(5)).replace(b"NUMPY\1", b"NUMPY\3"), "version"),
     ],
@@ -159,10 +159,10 @@ def test_archives_of_arrays_that_are_refused():
     refuse(safe_files.load_npz, patched(zipped([("a.npy", one)], zipfile.ZIP_DEFLATED), size, b"\0\0\0\x40", 2), "too")
     with pytest.warns(UserWarning, match="Duplicate"):
         twice = zipped([("a.npy", one), ("a.npy", one)])
-    refuse(safe_files.load_npz, twice, "there twice")
-    refuse(safe_files.load_npz, zipped([("a.txt", one)]), "other files")
+    refuse(safe_files.load_npz, twice, "occurs twice")
+    refuse(safe_files.load_npz, zipped([("a.txt", one)]), "files other than arrays")
     for kind in (zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA):
-        lies = zipped([("a.npy", bytes(10**6))], kind)  # claims a thousandth of what it holds
+        lies = zipped([("a.npy", bytes(10**6))], kind)  # states a thousandth of its size
         lies = patched(lies, (10**6).to_bytes(4, "little"), (10**3).to_bytes(4, "little"), 2)
         refuse(safe_files.load_npz, lies, "not a readable")
     data = zipped([("a.npy", one)])
@@ -215,7 +215,7 @@ def test_torch_files_that_ask_for_more_are_refused(value, match, new):
 
 
 def rewritten(data, change):
-    """A ZIP with its members changed by `change(name, bytes)`, stored, with checksums that are right."""
+    """Return a ZIP whose members are changed by `change(name, bytes)`, stored, with correct checksums."""
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         return zipped([(name, change(name, archive.read(name))) for name in archive.namelist()])
 

@@ -1,4 +1,4 @@
-"""Training states: nothing half-written is ever taken for one."""
+"""Training states: an incomplete file is never mistaken for a state."""
 
 import errno
 import os
@@ -184,7 +184,7 @@ def test_latest_run(tmp_path):
     assert latest_run(tmp_path) == str(tmp_path / "00010-b")
     (tmp_path / "00010-b" / "training-state-000001.pt").write_bytes(b"")
     assert latest_run(tmp_path) == str(tmp_path / "00002-a")
-    assert latest_run(tmp_path / "other") == str(tmp_path / "other")  # a run without a folder of its own (--nosubdir)
+    assert latest_run(tmp_path / "other") == str(tmp_path / "other")  # a run that has no folder of its own (--nosubdir)
 
 
 def test_prune_states(tmp_path):

@@ -1,4 +1,4 @@
-"""Snapshots: EDM's layout both ways, and files that lie, break or attack."""
+"""Snapshots: EDM's layout both ways, and files that lie, are damaged or attack."""
 
 import collections
 import contextlib
@@ -19,6 +19,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import training.networks  # noqa: F401  (the class of the fixture)
 from dnnlib import EasyDict, UserError
 from tests.support.paths import FIXTURES
 from tests.support.pickles import TOY, Raw, import_source, module_state, persistent, published, write
@@ -167,7 +168,7 @@ def test_networks_only_we_read_may_be_made_of_any_layers(tmp_path):
     refuse(tmp_path / "a.pkl", "holds a classifier (ToyJudge), not a denoiser", kind="denoiser")
 
 
-def test_what_cannot_be_read_again_is_not_written(toy, tmp_path):
+def test_data_that_cannot_be_read_again_is_not_written(toy, tmp_path):
     @persistent_class
     class ToyWrong(torch.nn.Module):
         def __init__(self):
@@ -202,7 +203,7 @@ def test_a_full_disk_leaves_the_previous_snapshot(toy, snapshot):
     assert snapshot.read_bytes() == before and os.listdir(snapshot.parent) == [snapshot.name]
 
 
-# ---- what published files hold
+# ---- published files
 
 
 @pytest.mark.parametrize("numpy_name", ["numpy.core.multiarray", "numpy._core.multiarray"])
@@ -234,7 +235,7 @@ def test_published_layout(net, tmp_path, monkeypatch, numpy_name):
             loss_fn=loss,
             augment_pipe=None,
             more=1,
-            dataset_kwargs=EasyDict(class_name="archives.dataset.X", resolution=8),
+            dataset_kwargs=EasyDict(class_name="training.dataset.X", resolution=8),
         ),
     )
     data = load_snapshot(path)
@@ -244,13 +245,13 @@ def test_published_layout(net, tmp_path, monkeypatch, numpy_name):
         "loss_fn": {"class_name": "EDMLoss", "P_mean": -1.2},
         "augment_pipe": None,
         "info": {},
-        "dataset_kwargs": {"class_name": "archives.dataset.X", "resolution": 8},
+        "dataset_kwargs": {"class_name": "training.dataset.X", "resolution": 8},
     }
     assert type(data["loss_fn"]["P_mean"]) is float and type(data["dataset_kwargs"]) is dict
 
 
 def test_published_fixture(capsys):
-    path = os.path.join(FIXTURES, "edm_snapshot.pkl")  # its embedded source raises when it is run
+    path = os.path.join(FIXTURES, "edm_snapshot.pkl")  # the source code in it raises when somebody runs it
     data = load_snapshot(path, kind="denoiser")
     with np.load(os.path.join(FIXTURES, "edm_snapshot_expected.npz")) as f:
         expected = f["denoised"]
@@ -258,7 +259,7 @@ def test_published_fixture(capsys):
     assert np.abs(data["ema"](*inputs).numpy() - expected).max() < 1e-4 * np.abs(expected).max()
     assert data["ema"].init_kwargs["img_resolution"] == 8 and data["ema"].sigma_max == float("inf")
     assert data["loss_fn"] == {"class_name": "EDMLoss"} and data["augment_pipe"]["p"] == 0.12
-    assert data["dataset_kwargs"]["class_name"] == "archives.dataset.ImageFolderDataset"
+    assert data["dataset_kwargs"]["class_name"] == "training.dataset.ImageFolderDataset"
     assert capsys.readouterr().out == ""
     refuse(path, "RuntimeError: source code embedded in a snapshot was executed", trust_pickle=True)
 
@@ -279,7 +280,7 @@ def test_published_fixture(capsys):
         (lambda s: s.pop("_init_kwargs"), "does not record how its ToyPrecond was built"),
         (lambda s: s.update(_init_args=5), "does not record"),
         (lambda s: s.update(_modules=5), "malformed module ''"),
-        (lambda s: s.update(_modules={"model": 5}), "no persistent object where one belongs"),
+        (lambda s: s.update(_modules={"model": 5}), "no persistent object where one is expected"),
         (lambda s: s.update(_parameters={"w": "text"}), "malformed tensor"),
         (lambda s: s.update(_parameters={5: torch.ones(2)}), "malformed module"),
     ],
@@ -302,10 +303,10 @@ def test_other_files_are_explained(net, snapshot, tmp_path):
     write(path, {"ema": persistent("ToyLayer", {})})
     refuse(path, "holds a network of another kind (ToyLayer)", kind="denoiser")
     write(path, {"ema": persistent("Discriminator2", {}), "x": subprocess.run})
-    message = refuse(path, "class 'Discriminator2'")  # says more than the first strange name it asks for
+    message = refuse(path, "class 'Discriminator2'")  # this says more than the first forbidden name
     assert "ToyPrecond" in message
-    refuse(write(path, published(net, info=[1])), "holds a list where settings belong")
-    refuse(write(path, published(net, loss_fn=persistent("L", {"_init_kwargs": 1}))), "where settings belong")
+    refuse(write(path, published(net, info=[1])), "holds a list where settings are expected")
+    refuse(write(path, published(net, loss_fn=persistent("L", {"_init_kwargs": 1}))), "where settings are expected")
     refuse(write(path, published(net, info=collections.Counter("a"))), "refused, it asks for 'collections.Counter'")
     refuse(write(path, published(net, info=collections.deque("a"))), "refused, it asks for 'collections.deque'")
 
@@ -366,13 +367,13 @@ class Key(Raw):
 
 
 def legacy_storage(description):
-    """A storage's bytes as torch writes them inside pickles, with `description` where its own belongs."""
+    """Return the bytes of a storage as torch writes them inside pickles, with `description` in place of its own."""
     parts = [pickle.dumps(part, 2) for part in (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True})]
     return b"".join([*parts, description, pickle.dumps([], 2)])
 
 
 def gadgets(marker):
-    """Pickles that make the file `marker` when pickle.load reads them."""
+    """Yield pickles that create the file `marker` when pickle.load reads them."""
     touch = f"touch {marker}"
     call = Raw(os.system, touch)
     system, text = b"cposix\nsystem\n", f"S'{touch}'\n".encode()
@@ -425,7 +426,7 @@ def test_gadgets_do_nothing(toy, tmp_path, name):
     gadget = dict(gadgets(marker))[name]
     with contextlib.suppress(Exception):
         pickle.loads(gadget)
-    assert marker.exists(), "no gadget: pickle.load survives it"
+    assert marker.exists(), "not a gadget: pickle.load does not run it"
     marker.unlink()
     for data in (gadget, gadget + hashlib.sha256(gadget).digest()):
         refuse(write(tmp_path / "a.pkl", data), "malformed tensor" if name == "storage" else "refused, it asks for '")
@@ -456,7 +457,7 @@ def test_embedded_source_runs_only_on_request(toy, net, tmp_path, capsys):
 def test_real_functions_stay_as_they_are(tmp_path):
     build = b"ctorch._utils\n_rebuild_tensor_v2\n}S'hacked'\nI1\nsb."
     pickle.loads(build)
-    assert vars(torch._utils._rebuild_tensor_v2).pop("hacked") == 1  # what pickle.load allows
+    assert vars(torch._utils._rebuild_tensor_v2).pop("hacked") == 1  # pickle.load allows this
     refuse(write(tmp_path / "a.pkl", build), "corrupt pickle")
     assert not hasattr(torch._utils._rebuild_tensor_v2, "hacked") and not hasattr(safe_pickle.Record, "hacked")
 

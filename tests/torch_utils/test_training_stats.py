@@ -1,4 +1,4 @@
-"""Statistics and seeds of a training (two processes: test_distributed.py)."""
+"""Statistics and seeds of a run. Two processes: test_distributed.py."""
 
 import math
 
@@ -60,11 +60,10 @@ def test_step_seeds_of_a_long_run_collide_as_rarely_as_random_ones():
     assert len(seeds) >= 40000 - 5  # expected: 0.2 collisions
 
 
-def test_step_generator_and_summary():
+def test_step_generator_and_count_of_parameters():
     a, b = (torch.rand(3, generator=misc.step_generator(1, 0, n, "cpu")) for n in (512, 1024))
     assert torch.equal(a, torch.rand(3, generator=misc.step_generator(1, 0, 512, torch.device("cpu"))))
     assert not torch.equal(a, b)
     net = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(3))
     net.tied = net[0]
     assert misc.count_parameters(net) == 15
-    assert misc.module_summary(net) == "Sequential: 15 parameters, 7 buffer values, 3 modules"
