@@ -1,4 +1,9 @@
-"""Building an archive: source -> transform, outliers, label noise -> PNGs and `dataset.json`."""
+"""Build an archive from a source: PNGs of its images, and `dataset.json` with their labels.
+
+This file is in the order of the work. First the source gets other labels (`replace_labels`, `clean_source`), then label
+noise and outliers are planned (`plan_noise`, `plan_outliers`), then all is written (`build_archive`). Planning finds
+mistakes before the work begins.
+"""
 
 from __future__ import annotations
 
@@ -27,52 +32,58 @@ from archives.writer import (
     with_channels,
 )
 
-__all__ = ["Noise", "Outliers", "Summary", "build_archive", "clean_source", "replace_labels"]
+__all__ = ["Noise", "Outliers", "Summary", "build_archive", "clean_source", "plan_noise", "plan_outliers",
+           "replace_labels"]  # fmt: skip
 
 
 @dataclass
 class Noise:
-    """Label noise to add. `type`: sym, asym, pair, instance or matrix; `rate` in [0, 1], or `matrix` a file."""
+    """Label noise to add, from `plan_noise`."""
 
-    type: str
-    rate: float | None
-    matrix: str | None
-    seed: int
+    type: str  # sym, asym, pair, instance or matrix
+    rate: float | None  # probability of a wrong label, 0 to 1; None for a matrix, which has its own
+    seed: int  # of the random numbers that choose the wrong labels
+    T: np.ndarray | None  # float64 [C, C], T[clean, observed]; None for instance noise, which depends on the image
 
 
 @dataclass
 class Outliers:
-    """Images of another source to put in place of some: `path` as `open_source` takes it, `percent` of the images."""
+    """Images of another source that replace some of the images, from `plan_outliers`."""
 
-    path: str
-    percent: float
-    seed: int
+    path: str  # the other source
+    percent: float  # how many images are replaced, 0 to 100
+    seed: int  # of the random numbers that choose which images are replaced, and by which
+    images: dict[int, Callable[[], np.ndarray]]  # for each replaced index a function that reads the other image
 
 
 @dataclass
 class Summary:
-    """What was written. `realised_rate`: share of labels that differ from the clean ones, None when unknown.
+    """What was written."""
 
-    `outliers`: how many images are on record as put in, None without a record.
-    """
+    path: str  # of the archive
+    images: int  # in the archive
+    left_out: int  # images that the transform left out
+    classes: int  # 0 without labels
+    shape: tuple[int, ...]  # [H, W, C] of every image
+    realized_rate: float | None  # share of labels that differ from the clean ones; None when unknown
+    outliers: int | None  # images on record as outliers; None without a record
 
-    path: str
-    images: int
-    left_out: int
-    classes: int
-    shape: tuple[int, ...]
-    realised_rate: float | None
-    outliers: int | None
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Other labels for a source.
 
 
 def replace_labels(source: Source, path: str, key: str | None = None) -> None:
-    """Gives a source the labels of a file (`--labels`); those it had become its clean labels unless it has these."""
+    """Give a source the labels of a file (see `load_labels`). Its old labels become its clean labels, if it has none.
+
+    UserError: the file does not fit the source, or a label exceeds the number of class names.
+    """
     own_names = [source.names] if source.names is not None else []
     archive_names = image_names(0, source.length)
     labels = load_labels(path, [*own_names, archive_names], source.length, key)
     if source.class_names is not None and labels.ndim == 1 and labels.max() >= len(source.class_names):
         raise dnnlib.UserError(
-            f"--labels: {path}: label {labels.max()} is too large, the source has {len(source.class_names)} classes"
+            f"{path}: label {labels.max()} is too large, the source has {len(source.class_names)} classes"
         )
     if source.clean_labels is None:
         source.clean_labels = source.labels
@@ -83,82 +94,82 @@ def replace_labels(source: Source, path: str, key: str | None = None) -> None:
 
 
 def clean_source(source: Source, file: LabelFile, classes: int, fix: str) -> None:
-    """Corrects a source's labels: `fix` is 'relabel' (wrong ones become the suggested) or 'drop' (left out).
+    """Correct the labels of a source. `fix`: 'relabel' replaces wrong labels by the suggested ones, 'drop' leaves
+    these images out.
 
-    What was recorded of the noise no longer describes the labels: it moves to `corruption["cleaned"]["before"]`.
-    UserError when no image would be left.
+    The old record of the noise no longer describes the labels, so it moves to `corruption["cleaned"]["before"]`.
+    UserError: no image would be left.
     """
     before = {k: v for k, v in source.corruption.items() if k != "family"}
     cleaned = dict(fix=fix, images=int(np.sum(~file.is_clean)), before=before)
     source.corruption = dict(family=source.corruption.get("family"), cleaned=cleaned)
-    if source.class_names is None:  # the labels alone may no longer show how many classes there are
+    if source.class_names is None:  # the corrected labels may not show how many classes there are
         source.class_names = [str(i) for i in range(classes)]
     if fix == "relabel":
         source.labels = np.where(file.is_clean, file.labels, file.suggested)
         return
     rows, image = np.flatnonzero(file.is_clean), source.image
     if not len(rows):
-        raise dnnlib.UserError(f"--fix=drop: all {source.length} labels are believed wrong, no image would be left")
+        raise dnnlib.UserError(
+            f"{source.path}: all {source.length} labels are believed wrong, so no image would be left"
+        )
     source.image, source.length, source.labels = lambda index: image(rows[index]), len(rows), file.labels[rows]
     source.clean_labels = None if source.clean_labels is None else source.clean_labels[rows]
     source.names = [source.names[i] for i in rows]
 
 
-def build_archive(
-    source: Source,
-    dest: str,
-    transform: Transform,
-    noise: Noise | None = None,
-    max_images: int | None = None,
-    workers: int = 0,
-    channels: int | None = None,
-    outliers: Outliers | None = None,
-) -> Summary:
-    """Writes `source` as an archive to `dest`, a .zip or a folder; see `ArchiveWriter` for what makes it atomic.
+# ---------------------------------------------------------------------------------------------------------------------
+# Plans.
 
-    `workers` processes (0: one a core) decode, transform, encode and write, see `work_in_order`; they change no byte.
-    The first `max_images` images are used. `channels` 1 or 3 converts all of them; None keeps the first image's kind.
-    An outlier takes the size, the channels and the labels of the image it replaces.
-    UserError on images that do not fit together or are not square with a power of two as side.
+
+def plan_noise(source: Source, noise_type: str, rate: float | None, matrix: str | None, seed: int) -> Noise:
+    """Return label noise for a source. `matrix` is a file with T, for the type 'matrix'; the other types have a `rate`.
+
+    UserError: the source has no labels, label vectors or clean labels on record, or the type does not fit its classes.
     """
-    check_destination(dest)
-    count = source.length if max_images is None else min(max_images, source.length)
+    if source.labels is None:
+        raise dnnlib.UserError("the source has no labels (add them with dataset_tool.py --labels=FILE)")
+    if source.labels.ndim != 1:
+        raise dnnlib.UserError("the labels are vectors, expected class numbers")
+    if source.clean_labels is not None:
+        raise dnnlib.UserError(
+            "the source's labels are noisy already (it has clean labels on record): start from the clean source"
+        )
+    if noise_type == "instance":
+        return Noise(noise_type, label_noise.check_rate(rate), seed, None)
     classes = count_classes(source)
-    T = prepare_noise(source, noise, classes)  # its errors come before the work
-    foreign = prepare_outliers(source, outliers, count)
-    encoder = Encoder(source, transform, noise is not None and noise.type == "instance", channels, foreign)
-    with ArchiveWriter(dest) as archive:
-        kept = encoder.run(archive, count, workers or available_cores())
-        if not len(kept):
-            raise dnnlib.UserError(f"--resolution: all {count} images are smaller than that, none is left")
-        labels = None if source.labels is None else source.labels[kept]
-        clean = None if source.clean_labels is None else source.clean_labels[kept]
-        corruption = dict(source.corruption)
-        record = None if source.outliers is None else source.outliers[kept]
-        if outliers is not None:
-            record = np.isin(kept, list(foreign))
-            rate = outliers.percent / 100
-            corruption.update(outlier_source=outliers.path, outlier_rate=rate, outlier_seed=outliers.seed)
-            if corruption.get("seed") is None:  # the source's own labels may have noise of another seed
-                corruption["seed"] = outliers.seed
-        if noise is not None:
-            clean = labels
-            if T is not None:
-                labels = label_noise.corrupt_labels(clean, T, noise.seed)
-            else:
-                labels = label_noise.instance_noise(np.stack(encoder.images), clean, noise.rate, classes, noise.seed)
-            corruption.update(noise_type=noise.type, noise_rate=noise.rate, seed=noise.seed)
-            corruption["T"] = None if T is None else T.tolist()
-        rate = realised_rate(labels, clean)
-        corruption["realised_rate"] = rate
-        with dnnlib.no_garbage():
-            archive.add_metadata(make_metadata(source, encoder.names, labels, clean, corruption, record))
-    outlier_count = None if record is None else int(record.sum())
-    return Summary(dest, len(kept), count - len(kept), classes, encoder.shape, rate, outlier_count)
+    given = None if matrix is None else label_noise.load_matrix(matrix, classes)
+    T = label_noise.transition_matrix(noise_type, rate, classes, source.corruption.get("family"), given)
+    return Noise(noise_type, rate, seed, T)
+
+
+def plan_outliers(source: Source, path: str, percent: float, seed: int, max_images: int | None = None) -> Outliers:
+    """Choose images of another source, `path` (see `open_source`), and which of the first `max_images` they replace.
+
+    Exactly round(count * percent / 100) images are replaced. They are drawn without replacement, and so are the
+    outliers, unless their source has fewer: then each is used once before any is used again.
+    UserError: the other source cannot be read, or `source` has outliers on record.
+    """
+    if source.outliers is not None:
+        raise dnnlib.UserError(f"{source.path} has outliers on record already: start from the clean source")
+    count = count_images(source, max_images)
+    number = round(count * percent / 100)
+    other = open_source(path, number=max(number, 1), seed=seed)
+    rng = np.random.default_rng([seed, 1])  # independent of the crops of `photos`, which use `seed`
+    places = rng.permutation(count)[:number]
+    rounds = [rng.permutation(other.length) for _ in range(0, number, other.length)]
+    chosen = np.concatenate([np.zeros(0, np.int64), *rounds])[:number]
+    images = {int(i): functools.partial(other.image, int(j)) for i, j in zip(places, chosen, strict=True)}
+    return Outliers(path, percent, seed, images)
+
+
+def count_images(source: Source, max_images: int | None) -> int:
+    """Return how many images of a source are used."""
+    return source.length if max_images is None else min(max_images, source.length)
 
 
 def count_classes(source: Source) -> int:
-    """Number of classes of a source, 0 without labels. UserError when there are more labels than class names."""
+    """Return the number of classes of a source, 0 without labels. UserError: a label exceeds the class names."""
     if source.labels is None:
         return 0
     if source.labels.ndim == 2:
@@ -174,108 +185,101 @@ def count_classes(source: Source) -> int:
     return len(source.class_names)
 
 
-def prepare_noise(source: Source, noise: Noise | None, classes: int) -> np.ndarray | None:
-    """T for the noise, None for none and for instance noise. UserError when the source cannot take it."""
-    if noise is None:
-        return None
-    if source.labels is None:
-        raise dnnlib.UserError(f"--noise_type={noise.type}: the source has no labels (add them with --labels)")
-    if source.labels.ndim != 1:
-        raise dnnlib.UserError(f"--noise_type={noise.type}: the labels are vectors, expected class numbers")
-    if source.clean_labels is not None:
-        raise dnnlib.UserError(
-            f"--noise_type={noise.type}: the source's labels are noisy already (clean ones are recorded beside them): "
-            "start from the clean source"
-        )
-    if noise.type == "instance":
-        label_noise.check_rate(noise.rate)
-        return None
-    matrix = None if noise.matrix is None else label_noise.load_matrix(noise.matrix, classes)
-    return label_noise.transition_matrix(noise.type, noise.rate, classes, source.corruption.get("family"), matrix)
+# ---------------------------------------------------------------------------------------------------------------------
+# The archive.
 
 
-def prepare_outliers(source: Source, outliers: Outliers | None, count: int) -> dict[int, Callable[[], np.ndarray]]:
-    """{index of an image to replace: what reads the image to put there}, for the first `count` images.
+def build_archive(
+    source: Source,
+    dest: str,
+    transform: Transform,
+    *,
+    noise: Noise | None = None,
+    outliers: Outliers | None = None,
+    max_images: int | None = None,
+    channels: int | None = None,
+    workers: int = 0,
+) -> Summary:
+    """Write `source` as an archive to `dest`, a .zip or a folder, complete or not at all (see `ArchiveWriter`).
 
-    Exactly round(count * percent / 100) of them, drawn without replacement; so are the outliers, going through their
-    source again only when it has fewer. UserError when it cannot be read or `source` records outliers already.
+    noise, outliers  from `plan_noise`, and from `plan_outliers` with the same `max_images`; an outlier takes the size,
+                     the channels and the label of the image it replaces
+    max_images       use only the first images of the source
+    channels         1 or 3: convert all images to gray or RGB; None: the first image decides
+    workers          processes that decode, transform, encode and write (see `work_in_order`), 0 for one per core; their
+                     number changes no byte of the archive
+
+    UserError: an image cannot be read, differs in size from the others, or is not square with a power of two as side.
     """
-    if outliers is None:
-        return {}
-    if source.outliers is not None:
-        raise dnnlib.UserError(f"--outliers: {source.path} has outliers on record already: start from the clean source")
-    number = round(count * outliers.percent / 100)
-    other = open_source(outliers.path, number=max(number, 1), seed=outliers.seed, option="--outliers")
-    rng = np.random.default_rng([outliers.seed, 1])  # other random numbers than the crops of `photos`
-    places = rng.permutation(count)[:number]
-    rounds = [rng.permutation(other.length) for _ in range(0, number, other.length)]
-    chosen = np.concatenate([np.zeros(0, np.int64), *rounds])[:number]
-    return {int(i): functools.partial(other.image, int(j)) for i, j in zip(places, chosen, strict=True)}
+    check_destination(dest)
+    count = count_images(source, max_images)
+    classes = count_classes(source)
+    foreign = {} if outliers is None else outliers.images
+    encoder = Encoder(source, transform, channels, foreign, keep=noise is not None and noise.type == "instance")
+    with ArchiveWriter(dest) as archive:
+        kept = encoder.run(archive, count, workers or available_cores())
+        if not len(kept):
+            raise dnnlib.UserError(
+                f"all {count} images are smaller than the resolution, none is left: "
+                "choose a lower one with dataset_tool.py --resolution=WxH"
+            )
+        record = make_record(source, kept)
+        if outliers is not None:
+            record_outliers(record, outliers, kept)
+        if noise is not None:
+            add_noise(record, noise, classes, encoder.images)
+        rate = record.corruption["realised_rate"] = realized_rate(record.labels, record.clean_labels)
+        with dnnlib.no_garbage():
+            archive.add_metadata(make_metadata(record, encoder.names, source.class_names))
+    outlier_count = None if record.outliers is None else int(record.outliers.sum())
+    return Summary(dest, len(kept), count - len(kept), classes, encoder.shape, rate, outlier_count)
 
 
-def realised_rate(labels: np.ndarray | None, clean: np.ndarray | None) -> float | None:
-    """Share of labels that differ from the clean ones; None when either is unknown or they are of two kinds."""
-    if labels is None or clean is None or labels.shape != clean.shape:
-        return None
-    return float(np.mean((labels != clean).reshape(len(labels), -1).any(axis=1)))
-
-
-def make_metadata(
-    source: Source, names: list[str], labels: np.ndarray | None, clean: np.ndarray | None,
-    corruption: dict[str, Any], outliers: np.ndarray | None = None,
-) -> dict[str, Any]:  # fmt: skip
-    """The content of `dataset.json`; `labels` is null for an archive without labels."""
-
-    def pairs(values: np.ndarray) -> list[tuple[str, Any]]:
-        return list(zip(names, values.tolist(), strict=True))
-
-    metadata: dict[str, Any] = dict(labels=None if labels is None else pairs(labels))
-    if clean is not None:
-        metadata["clean_labels"] = pairs(clean)
-    if outliers is not None:
-        metadata["outliers"] = [names[i] for i in np.flatnonzero(outliers)]
-    if source.class_names is not None:
-        metadata["class_names"] = source.class_names
-    empty = dict(family=None, noise_type=None, noise_rate=None, T=None, seed=None)
-    metadata["corruption"] = {**empty, **corruption, "version": dnnlib.__version__}
-    return metadata
+def available_cores() -> int:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Encoded(NamedTuple):
-    """What the first process hears of a part of the images, which stay where they were encoded."""
+    """What the first process learns about a part of the images. The PNGs stay in the process that encoded them."""
 
-    kept: np.ndarray  # int64: indices of those that the transform does not leave out
+    kept: np.ndarray  # int64, indices of the images that the transform did not leave out
     shapes: dict[tuple[int, ...], int]  # their shapes, each with the first index that has it
     size: int  # bytes of the PNGs
-    images: list[np.ndarray]  # their pixels, when wanted
+    images: list[np.ndarray]  # their pixels, if wanted
 
 
 class Encoder:
-    """Writes the images of a source as PNGs on several processes, in order, and checks that they fit together.
+    """Write the images of a source as PNGs, on several processes and in order, and check that they fit together.
 
-    `shape` [H, W, C] of the written images, `names` theirs; `images` holds them when `keep` is set (instance noise
-    looks at pixels). `channels` and `foreign` as `build_archive` and `prepare_outliers` have them.
+    source     where the images come from
+    transform  from `make_transform`
+    channels   1 or 3 converts all images; None keeps the kind of the first
+    foreign    {index of a replaced image: a function that reads the image to put there}
+    keep       keep the pixels that are written, in `images`
+
+    After `run`, `shape` is [H, W, C] of the images that were written, and `names` are their names.
     """
 
     def __init__(
-        self, source: Source, transform: Transform, keep: bool, channels: int | None,
-        foreign: dict[int, Callable[[], np.ndarray]],
+        self, source: Source, transform: Transform, channels: int | None,
+        foreign: dict[int, Callable[[], np.ndarray]], keep: bool,
     ) -> None:  # fmt: skip
-        self._source, self._transform, self._keep, self._foreign = source, transform, keep, foreign
+        self._source, self._transform, self._foreign, self._keep = source, transform, foreign, keep
         first = source.image(0)
         self._convert, self._channels = channels is not None, channels or first.shape[2]
-        self._step = max(1, (1 << 20) // first.size)  # about a megabyte of pixels a task
+        self._step = max(1, (1 << 20) // first.size)  # images per task, about a megabyte of pixels
         self.shape: tuple[int, ...] = ()
         self.names: list[str] = []
         self.images: list[np.ndarray] = []
 
     def run(self, archive: ArchiveWriter, count: int, workers: int) -> np.ndarray:
-        """Writes images 0 .. count - 1; returns the indices of those that the transform does not leave out."""
+        """Write images 0 .. count - 1. Return the indices of those that the transform did not leave out, int64."""
         kept = [np.zeros(0, dtype=np.int64)]
 
         def place(part: range, found: Encoded) -> tuple[int, int]:
             for shape, index in found.shapes.items():
-                self._check(shape, index)
+                self._check_shape(shape, index)
             self.images += found.images
             kept.append(found.kept)
             first = len(self.names)
@@ -310,19 +314,19 @@ class Encoder:
         return Encoded(np.array(kept, dtype=np.int64), shapes, sum(map(len, pngs)), images), pngs
 
     def _same_channels(self, image: np.ndarray, index: int) -> np.ndarray:
-        """Grey images among RGB ones become RGB; the reverse would lose something, so one must ask for it."""
+        """Return an image with the common number of channels. RGB becomes gray only when asked for: it loses color."""
         if image.shape[2] > self._channels and not self._convert:
             raise dnnlib.UserError(
-                f"{self._source.name(index)}: is an RGB image, but {self._source.name(0)} is grey: "
-                "give --channels=1 or --channels=3"
+                f"{self._source.name(index)}: is an RGB image, but {self._source.name(0)} is gray: "
+                "convert all with dataset_tool.py --channels=1 or --channels=3"
             )
         return with_channels(image, self._channels)
 
-    def _check(self, shape: tuple[int, ...], index: int) -> None:
+    def _check_shape(self, shape: tuple[int, ...], index: int) -> None:
         if shape == self.shape:
             return
         name, size = self._source.name(index), f"{shape[1]}x{shape[0]}"
-        hint = "give --transform=center-crop --resolution=WxH"
+        hint = "convert all with dataset_tool.py --transform=center-crop --resolution=WxH"
         if self.shape:
             raise dnnlib.UserError(f"{name}: is {size}, images before it are {self.shape[1]}x{self.shape[0]}: {hint}")
         if shape[0] != shape[1]:
@@ -332,6 +336,69 @@ class Encoder:
         self.shape = shape
 
 
-def available_cores() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+# ---------------------------------------------------------------------------------------------------------------------
+# `dataset.json` (docs/formats.md).
+
+
+@dataclass
+class Record:
+    """What `dataset.json` says about the N images that were written."""
+
+    labels: np.ndarray | None  # int64 [N] or float32 [N, D], as observed
+    clean_labels: np.ndarray | None  # the labels before noise, where they are known
+    outliers: np.ndarray | None  # bool [N], which images came from another source; None without a record
+    corruption: dict[str, Any]  # family of the images; how labels and images were changed
+
+
+def make_record(source: Source, kept: np.ndarray) -> Record:
+    """Return what the source says about its images number `kept`, int64 [N]."""
+    labels, clean, outliers = (
+        None if values is None else values[kept] for values in (source.labels, source.clean_labels, source.outliers)
+    )
+    return Record(labels, clean, outliers, dict(source.corruption))
+
+
+def record_outliers(record: Record, outliers: Outliers, kept: np.ndarray) -> None:
+    """Record which of the images number `kept` are outliers, and where they come from."""
+    record.outliers = np.isin(kept, list(outliers.images))
+    record.corruption.update(
+        outlier_source=outliers.path, outlier_rate=outliers.percent / 100, outlier_seed=outliers.seed
+    )
+    if record.corruption.get("seed") is None:  # keep the seed of label noise that the source has already
+        record.corruption["seed"] = outliers.seed
+
+
+def add_noise(record: Record, noise: Noise, classes: int, images: list[np.ndarray]) -> None:
+    """Make the labels noisy, and record how. `images` are needed for instance noise only."""
+    record.clean_labels = clean = record.labels
+    if noise.T is not None:
+        record.labels = label_noise.corrupt_labels(clean, noise.T, noise.seed)
+    else:
+        record.labels = label_noise.instance_noise(np.stack(images), clean, noise.rate, classes, noise.seed)
+    record.corruption.update(noise_type=noise.type, noise_rate=noise.rate, seed=noise.seed)
+    record.corruption["T"] = None if noise.T is None else noise.T.tolist()
+
+
+def realized_rate(labels: np.ndarray | None, clean: np.ndarray | None) -> float | None:
+    """Return the share of labels that differ from the clean ones, None if it is unknown or their shapes differ."""
+    if labels is None or clean is None or labels.shape != clean.shape:
+        return None
+    return float(np.mean((labels != clean).reshape(len(labels), -1).any(axis=1)))
+
+
+def make_metadata(record: Record, names: list[str], class_names: list[str] | None) -> dict[str, Any]:
+    """Return the content of `dataset.json`. `names` are the names of the images, [N]."""
+
+    def pairs(values: np.ndarray) -> list[tuple[str, Any]]:
+        return list(zip(names, values.tolist(), strict=True))
+
+    metadata: dict[str, Any] = dict(labels=None if record.labels is None else pairs(record.labels))
+    if record.clean_labels is not None:
+        metadata["clean_labels"] = pairs(record.clean_labels)
+    if record.outliers is not None:
+        metadata["outliers"] = [names[i] for i in np.flatnonzero(record.outliers)]
+    if class_names is not None:
+        metadata["class_names"] = class_names
+    empty = dict(family=None, noise_type=None, noise_rate=None, T=None, seed=None)
+    metadata["corruption"] = {**empty, **record.corruption, "version": dnnlib.__version__}
+    return metadata

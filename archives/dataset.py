@@ -1,4 +1,4 @@
-"""Archives -> batches: a labelled image set, and an endless, exactly resumable stream of batches from it."""
+"""From archives to batches: a labeled image set, and an endless stream of batches that can start at any image."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ import numpy as np
 import torch
 
 import dnnlib
-from archives.reader import ArchiveReader, image_shape, ordered_map
+from archives.reader import ArchiveReader, image_shape
+from archives.workers import ordered_map
 
 __all__ = ["MEMORY_LIMIT", "BatchStream", "ImageDataset", "to_float"]
 
-MEMORY_LIMIT = 4 << 30  # bytes of decoded images that are held in memory rather than decoded again and again
+MEMORY_LIMIT = 4 << 30  # bytes of decoded images up to which they stay in memory instead of being decoded again
 
 
 def to_float(images: torch.Tensor) -> torch.Tensor:
@@ -28,15 +29,15 @@ class ImageDataset:
     """The images and labels of an archive (ZIP or folder). Opening reads the names, the labels and one image header.
 
     path        ZIP or folder as written by the dataset tools of this project, EDM, StyleGAN or TDSM
-    use_labels  False: an unlabelled set, whatever the archive holds
-    resolution  expected side in pixels; None accepts what is there
+    use_labels  False ignores the labels of the archive
+    resolution  expected side in pixels; None accepts any
     max_size    use a random subset of this many images, chosen by `seed`
-    xflip       appends the mirrored images: twice the length
-    cache       whether a `BatchStream` may hold the decoded images in memory, where they fit
-    square      refuse sides that are unequal or no power of two, which the U-Nets cannot take
+    xflip       append the mirrored images, which doubles the length
+    cache       whether a `BatchStream` may keep the decoded images in memory if they fit
+    square      refuse images that are not square with a power of two as side, which the U-Nets cannot take
 
-    Every array below has one entry per item, mirrored ones included. `label_dim` counts the classes of the whole
-    archive, also those that a subset lacks. UserError on every archive that cannot be used.
+    An item is an image or a mirrored copy of one, and every array below has one entry per item. `label_dim` counts the
+    classes of the whole archive, also those without images in a subset. UserError: the archive cannot be used.
     """
 
     def __init__(
@@ -85,7 +86,7 @@ class ImageDataset:
             if clean is not None and clean.ndim == 2:
                 clean = _from_onehot(clean)
 
-        # Random subset first, mirrored copies second: both copies of an image are in or both are out.
+        # The subset is drawn before images are mirrored, so it holds both copies of an image or none.
         self._raw = np.arange(len(reader))
         if max_size is not None and max_size < len(reader):
             if max_size < 1:
@@ -95,7 +96,7 @@ class ImageDataset:
         self._copies = 2 if xflip else 1
         self.labels = self._select(labels)
         self.clean_labels = self._select(clean)
-        self.outliers = self._select(reader.outliers())  # bool: put in from another source; None without a record
+        self.outliers = self._select(reader.outliers())  # bool, which came from another source; None without a record
         self._vectors = self._select(self._vectors)
         self._pixels: torch.Tensor | None = None
         self._held: torch.Tensor | None = None
@@ -124,34 +125,34 @@ class ImageDataset:
 
     @property
     def file_names(self) -> list[str]:
-        """Image names in the archive, one per item."""
+        """The image names in the archive, one per item."""
         return [self._reader.names[i] for i in self._raw] * self._copies
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all decoded images (mirrored copies are made on the fly)."""
+        """The bytes of all decoded images. Mirrored copies take no memory, since they are made when needed."""
         return self.num_raw * int(np.prod(self.image_shape))
 
     def kwargs(self) -> dict[str, Any]:
-        """The constructor's arguments as plain data, for snapshots and option files."""
+        """Return the constructor's arguments as plain data, for snapshots and option files."""
         return dict(self._kwargs)
 
     def image(self, index: int) -> np.ndarray:
-        """One image, uint8 array [C, H, W]."""
+        """Return one image, uint8 array [C, H, W]."""
         index = range(len(self))[index]  # negative indices, IndexError
         raw = index % self.num_raw
         pixels = self._pixels[raw].numpy() if self._pixels is not None else self._decode(raw)
         return pixels[:, :, ::-1].copy() if index >= self.num_raw else pixels
 
     def images(self, indices: Sequence[int] | np.ndarray | torch.Tensor) -> torch.Tensor:
-        """A batch of images, uint8 tensor [B, C, H, W] on the CPU."""
+        """Return a batch of images, uint8 tensor [B, C, H, W] on the CPU."""
         indices = np.asarray(indices, dtype=np.int64).reshape(-1)
         if self._pixels is not None:
             return _take(self._pixels, torch.from_numpy(indices), self._copies)
         return torch.from_numpy(np.stack([self.image(i) for i in indices])) if len(indices) else self._empty(0)
 
     def onehot(self, indices: Sequence[int] | np.ndarray | torch.Tensor) -> torch.Tensor:
-        """Labels as the networks take them, float32 [B, label_dim]; label vectors pass through unchanged."""
+        """Return labels as the networks take them, float32 [B, label_dim]; label vectors stay unchanged."""
         indices = np.asarray(indices, dtype=np.int64).reshape(-1)
         if self._vectors is not None:
             return torch.from_numpy(self._vectors[indices])
@@ -160,11 +161,11 @@ class ImageDataset:
         return _onehot(torch.from_numpy(self.labels[indices]), self.label_dim)
 
     def load(self, workers: int = 1) -> torch.Tensor:
-        """Decodes every image once, on `workers` threads, and keeps it: uint8 [num_raw, C, H, W], without mirrors."""
+        """Decode all images on `workers` threads and keep them: uint8 [num_raw, C, H, W], without mirrored copies."""
         if self._pixels is None:
             pixels = self._empty(self.num_raw)
             table = pixels.numpy()
-            step = max(1, (1 << 20) // int(np.prod(self.image_shape)))  # about 1 MiB a task
+            step = max(1, (1 << 20) // int(np.prod(self.image_shape)))  # about 1 MiB per task
 
             def decode(start: int) -> None:
                 for raw in range(start, min(start + step, self.num_raw)):
@@ -176,7 +177,7 @@ class ImageDataset:
         return self._pixels
 
     def hold(self, device: torch.device | str, workers: int = 1, limit: int = MEMORY_LIMIT) -> bool:
-        """Decode all images once and keep them on `device`; False where `limit` bytes or `cache` do not allow it."""
+        """Decode all images and keep them on `device`. Return False if `limit` (bytes) or `cache` forbids it."""
         if not self.cache or self.nbytes > limit:
             return False
         if self._held is None:
@@ -184,7 +185,7 @@ class ImageDataset:
         return True
 
     def images_on(self, device: torch.device | str, items: torch.Tensor) -> torch.Tensor:
-        """A batch of images, uint8 [B, C, H, W] on `device`; indexed there if they are held there (see `hold`)."""
+        """Return a batch of images, uint8 [B, C, H, W] on `device`; after `hold` nothing but `items` moves there."""
         if self._held is not None:
             return _take(self._held, items.to(device, non_blocking=True), self._copies)
         return self.images(items.cpu()).to(device, non_blocking=True)
@@ -204,15 +205,19 @@ class ImageDataset:
 
 
 class BatchStream:
-    """Endless iterator of (images uint8 [b, C, H, W], labels float32 [b, label_dim]), both on `device`.
+    """Endless iterator over (images uint8 [b, C, H, W], labels float32 [b, label_dim]), both on `device`.
 
-    Epoch e visits the data set in a permutation that depends on (seed, e) only. The global batch of B = world_size *
-    batch_per_rank images that starts at image number nimg covers positions nimg .. nimg + B - 1 of the endless order,
-    and a rank takes its contiguous share: the stream can start anywhere, and neither `workers` nor the way the data
-    are held changes it. Data up to `memory_limit` bytes (none when the data set says `cache=False`) are decoded once
-    and indexed on the device; larger ones are decoded ahead of time by `workers` threads. `indices`: the items to use.
-    `items` [b] says which items of the data set the batch returned last consists of: on the device when the data are
-    held there, since nothing travels to it then but an epoch's order, else on the CPU.
+    Epoch e visits the data set in a permutation that depends on (seed, e) only. Chained, these permutations are one
+    endless order of items. A global batch that starts at image number nimg covers positions nimg .. nimg + B - 1 of
+    that order, B = world_size * batch_per_rank, and each rank takes its contiguous share. So the stream can start
+    anywhere, and neither `workers` nor the place where images are kept changes it.
+
+    Data of up to `memory_limit` bytes are decoded once and indexed on the device, unless the data set says
+    `cache=False`. Larger data are decoded ahead of time by `workers` threads. `indices` restricts the stream to some
+    items of the data set.
+
+    The attribute `items` [b] holds the items of the latest batch: on the device if the images are kept there (then only
+    the order of each epoch travels to it), else on the CPU.
     """
 
     def __init__(
@@ -261,12 +266,12 @@ class BatchStream:
         return images.to(self._device, non_blocking=True), labels.to(self._device, non_blocking=True)
 
     def close(self) -> None:
-        """Stops reading ahead."""
+        """Stop reading ahead."""
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
 
     def _next_indices(self) -> torch.Tensor:
-        """Items at positions position .. position + batch - 1; a batch may touch several epochs."""
+        """Return the items at the next `batch` positions, which may belong to several epochs."""
         start, stop, n = self._position, self._position + self._batch, len(self._items)
         self._position += self._stride
         touched = range(start // n, (stop - 1) // n + 1)
@@ -285,13 +290,13 @@ class BatchStream:
 
     def _fetch(self, indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         batch = self._dataset.images(indices), self._dataset.onehot(indices)
-        if self._device.type == "cuda":  # pinned memory lets the copy overlap with the previous step
+        if self._device.type == "cuda":  # from pinned memory, the copy overlaps with the previous step
             return batch[0].pin_memory(), batch[1].pin_memory()
         return batch
 
 
 def _take(pixels: torch.Tensor, indices: torch.Tensor, copies: int) -> torch.Tensor:
-    """Items of a set that is `pixels` [N, C, H, W], with copies = 2 followed by its mirror images."""
+    """Return items of the set `pixels` [N, C, H, W], which continues with its mirror images if copies = 2."""
     if copies == 1:
         return pixels[indices]
     images = pixels[indices % len(pixels)]
@@ -304,6 +309,6 @@ def _onehot(labels: torch.Tensor, label_dim: int) -> torch.Tensor:
 
 
 def _from_onehot(vectors: np.ndarray) -> np.ndarray | None:
-    """Class numbers of vectors that are one-hot, None for any others."""
+    """Return the class numbers of one-hot vectors, or None for other vectors."""
     exact = ((vectors == 0) | (vectors == 1)).all() and (vectors.sum(axis=1) == 1).all()
     return vectors.argmax(axis=1).astype(np.int64) if exact else None

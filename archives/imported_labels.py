@@ -1,4 +1,4 @@
-"""Label files from elsewhere: `.json` of an archive, `.npy`, `.npz`, `.pt` (TDSM's label files, CIFAR-N)."""
+"""Read labels from files of other programs: an archive's `.json`, `.npy`, `.npz`, `.pt` (TDSM's files, CIFAR-N)."""
 
 from __future__ import annotations
 
@@ -22,22 +22,24 @@ _READERS = {
 
 
 def load_labels(path: str, names: list[list[str]], count: int, key: str | None = None) -> np.ndarray:
-    """Labels for `count` images from a label file: int64 [N], or float32 [N, D] from a `.json` of vectors.
+    """Return the labels of `count` images from a file: int64 [N], or float32 [N, D] from a `.json` of vectors.
 
-    `names`: the lists of names that a `.json` may use for the images. `key`: which entry of a `.json` (default
-    "labels"), `.npz` or `.pt` dictionary; needed when there are several.
-    UserError: unreadable or hostile file, no such key, length mismatch (with both lengths), labels that are no labels.
+    names  lists of image names, one of which a `.json` must use
+    key    which entry of a `.json` (default "labels"), `.npz` or `.pt` dictionary; required when there are several
+
+    UserError: the file is unreadable or hostile, has no such entry, has another number of labels than there are images
+    (the message gives both numbers), or holds something else than labels.
     """
     suffix = os.path.splitext(path)[1].lower()
     if suffix not in _READERS:
-        raise dnnlib.UserError(f"--labels: {path}: expected a .json, .npy, .npz or .pt file")
-    found = _READERS[suffix](dnnlib.read_bytes(path), f"--labels: {path}")
+        raise dnnlib.UserError(f"{path}: expected a .json, .npy, .npz or .pt file")
+    found = _READERS[suffix](dnnlib.read_bytes(path), path)
     if suffix == ".json":
         if not isinstance(found, dict):
-            raise dnnlib.UserError(f'--labels: {path}: must hold {{"labels": [[file name, label], ...]}}')
+            raise dnnlib.UserError(f'{path}: must hold {{"labels": [[file name, label], ...]}}')
         key = key or "labels"
     values = _choose(found, key, path)
-    where = f"--labels: {path}" + (f": '{key}'" if key else "")
+    where = f"{path}: '{key}'" if key else path
     if suffix == ".json":
         if not isinstance(values, list):
             raise dnnlib.UserError(f"{where}: must be a list of [file name, label] pairs")
@@ -52,19 +54,22 @@ def load_labels(path: str, names: list[list[str]], count: int, key: str | None =
     return plain_labels(array.tolist(), where)
 
 
-def _check_length(found: int, expected: int, where: str) -> None:
-    if found != expected:
-        raise dnnlib.UserError(f"{where}: has {found} labels, but the source has {expected} images")
-
-
 def _choose(found: Any, key: str | None, path: str) -> Any:
+    """Return the entry of a file that `key` names, or the only one that it has."""
     if not isinstance(found, dict):
         if key is not None:
-            raise dnnlib.UserError(f"--label_key: {path} holds one array, leave the option out")
+            raise dnnlib.UserError(f"{path}: holds one array without a name, so it has no entry '{key}'")
         return found
     if key is None and len(found) == 1:
         return next(iter(found.values()))
     if key is None or key not in found:
-        problem = f"no entry '{key}' in {path}" if key else f"{path} has several entries, choose one"
-        raise dnnlib.UserError(f"--label_key: {problem} (there are: {', '.join(map(str, found)) or 'none'})")
+        problem = (
+            f"has no entry '{key}'" if key else "has several entries, choose one: dataset_tool.py --label_key=NAME"
+        )
+        raise dnnlib.UserError(f"{path}: {problem} (there are: {', '.join(map(str, found)) or 'none'})")
     return found[key]
+
+
+def _check_length(found: int, expected: int, where: str) -> None:
+    if found != expected:
+        raise dnnlib.UserError(f"{where}: has {found} labels, but the source has {expected} images")

@@ -1,6 +1,7 @@
-"""Label files: for each image of an archive whether its label is believed right, how surely, and what it should be.
+"""Label files: for each image of an archive, whether its label is believed right, how surely, and what else it may be.
 
-`detect_noise.py` writes them, `train_discriminator.py` reads them and the layouts of published label files.
+`detect_noise.py` writes them. `train_discriminator.py` reads them, and published label files in two other layouts
+(docs/formats.md, "Label file").
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from archives.label_noise import check_matrix
 from archives.reader import plain_labels
 from torch_utils import safe_files
 
-if TYPE_CHECKING:  # it needs PyTorch, which dataset_tool.py does without
+if TYPE_CHECKING:  # needs PyTorch, which dataset_tool.py avoids because it loads slowly
     from archives.dataset import ImageDataset
 
 __all__ = ["LabelFile", "class_noise_rates", "load_label_file", "save_label_file"]
@@ -30,22 +31,23 @@ EXPECTED = (
 
 @dataclass
 class LabelFile:
-    """What is known of the labels of N images of C classes."""
+    """What is known about the labels of N images of C classes."""
 
     names: list[str]  # [N] image names in the archive
-    labels: np.ndarray  # [N] int64, observed
-    is_clean: np.ndarray  # [N] bool, the label is believed right
+    labels: np.ndarray  # [N] int64, the observed labels
+    is_clean: np.ndarray  # [N] bool, whether the label is believed right
     score: np.ndarray  # [N] float32, probability that the label is right
-    suggested: np.ndarray  # [N] int64, the class the image probably has
-    noise_rate: float  # share of wrong labels
-    per_class_noise_rate: np.ndarray  # [C] float32, that share among images observed as each class; 0 without images
-    transition: np.ndarray | None = None  # [C,C] float64, estimated T[clean, observed], where there is one
+    suggested: np.ndarray  # [N] int64, the class that the image probably has
+    noise_rate: float  # share of labels believed wrong
+    per_class_noise_rate: np.ndarray  # [C] float32, that share among the images observed as each class, or 0
+    transition: np.ndarray | None = None  # [C,C] float64, estimate of T[clean, observed], where one exists
 
 
 def class_noise_rates(labels: np.ndarray, is_clean: np.ndarray, num_classes: int) -> np.ndarray:
-    """Share of wrong labels among the images observed as each class, float32 [C]; 0 for a class without images.
+    """Return the share of wrong labels among the images observed as each class, float32 [C]; 0 without images.
 
-    eta_o = P(clean != o | observed = o) of sbdc.md, not 1 - T[o,o]: those differ unless all classes are equally common.
+    This is eta_o = P(clean != o | observed = o) of docs/methods/sbdc.md. It differs from 1 - T[o,o] unless all classes
+    are equally common.
     """
     count = np.bincount(labels, minlength=num_classes)
     wrong = np.bincount(labels[~is_clean], minlength=num_classes)
@@ -53,7 +55,7 @@ def class_noise_rates(labels: np.ndarray, is_clean: np.ndarray, num_classes: int
 
 
 def save_label_file(path: str | os.PathLike[str], file: LabelFile) -> None:
-    """Writes `.npz`, complete or not at all; `transition` only where it is known. No pickled objects."""
+    """Write a label file, complete or not at all. `transition` is left out where it is unknown. Nothing is pickled."""
     arrays = {name: np.asarray(getattr(file, name)) for name in FIELDS}
     if file.transition is not None:
         arrays["transition"] = file.transition
@@ -62,17 +64,20 @@ def save_label_file(path: str | os.PathLike[str], file: LabelFile) -> None:
 
 
 def load_label_file(path: str | os.PathLike[str], dataset: ImageDataset) -> LabelFile:
-    """A label file for the items of `dataset`, in their order; mirrored copies (xflip) repeat what is known of one.
+    """Load a label file for the items of `dataset`, in their order. Mirrored copies (xflip) repeat their original.
 
-    Ours is matched by name and may know more images than the data set. Published layouts are matched by position:
-    `arr_0` flags; or `arr_0` labels (or images), `arr_1` classes (or labels), `arr_2` flags, of which either may be the
-    observed labels, as numbers or one-hot. They say neither a score nor another class: the score is the flag and the
-    suggested label the observed one; the noise rates are counted.
-    UserError: no such file or layout, pickled objects, another length, flags that are not 0 or 1, missing names, labels
-    that are not those of the archive.
+    Our own files are matched by name and may know more images than the data set. Published files are matched by
+    position: `arr_0` flags; or `arr_0` labels (or images), `arr_1` classes (or labels), `arr_2` flags. One of the two
+    must be the observed labels, as numbers or one-hot. These files hold neither scores nor other classes, so the score
+    is the flag and the suggested label is the observed one; the noise rates are counted.
+
+    UserError: the file is missing, has no known layout, holds pickled objects, another number of images or flags other
+    than 0 and 1, lacks names, or its labels are not those of the archive.
     """
     if dataset.labels is None:
-        raise dnnlib.UserError(f"{path}: is of no use for {dataset.path}, which has no labels of one class an image")
+        raise dnnlib.UserError(
+            f"{path}: cannot be used with {dataset.path}, which has no labels with one class per image"
+        )
     arrays = safe_files.read_npz(path, EXPECTED)
     if "names" in arrays:
         return _load_ours(str(path), arrays, dataset)
@@ -153,11 +158,11 @@ def _load_published(path: str, arrays: dict[str, np.ndarray], dataset: ImageData
 
 
 def _flags(values: np.ndarray, where: str) -> np.ndarray:
-    """bool [N] from 0 and 1 of any kind, [N] or [N,1]."""
+    """Return bool [N] from numbers 0 and 1 of any type, [N] or [N,1]."""
     if values.ndim == 2 and values.shape[1] == 1:
         values = values[:, 0]
     if values.ndim != 1 or values.dtype.kind not in "biuf":
-        raise dnnlib.UserError(f"{where} is {values.dtype} {list(values.shape)}, expected flags 0 or 1, one an image")
+        raise dnnlib.UserError(f"{where} is {values.dtype} {list(values.shape)}, expected flags 0 or 1, one per image")
     bad = values[(values != 0) & (values != 1)]
     if len(bad):
         raise dnnlib.UserError(f"{where} holds {bad[0]:g}, expected flags: 1 (label believed right) or 0")
@@ -165,21 +170,21 @@ def _flags(values: np.ndarray, where: str) -> np.ndarray:
 
 
 def _classes(values: np.ndarray, where: str) -> np.ndarray:
-    """int64 [N] from class numbers [N] or [N,1], or one-hot vectors [N,C]."""
+    """Return int64 [N] from class numbers [N] or [N,1], or from one-hot vectors [N,C]."""
     if values.ndim == 2 and values.shape[1] == 1:
         values = values[:, 0]
     if values.ndim == 2:
         if not (((values == 0) | (values == 1)).all() and (values.sum(axis=1) == 1).all()):
-            raise dnnlib.UserError(f"{where}: vectors of labels must be one-hot")
+            raise dnnlib.UserError(f"{where}: label vectors must be one-hot")
         return values.argmax(axis=1).astype(np.int64)
     if values.ndim != 1:
-        raise dnnlib.UserError(f"{where} is {list(values.shape)}, expected one label an image")
+        raise dnnlib.UserError(f"{where} is {list(values.shape)}, expected one label per image")
     whole = values.astype(np.int64) if values.dtype.kind == "f" and (values % 1 == 0).all() else values
     return plain_labels(whole.tolist(), where)
 
 
 def _check_labels(labels: np.ndarray, dataset: ImageDataset, path: str) -> np.ndarray:
-    """The labels, when they are the archive's; else UserError: how many are not, and the first."""
+    """Return the labels if they are the archive's, else raise UserError with their number and the first one."""
     differ = np.flatnonzero(labels != dataset.labels)
     if len(differ):
         i = differ[0]

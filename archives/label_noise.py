@@ -1,7 +1,7 @@
-"""Label-transition matrices: T[i, j] = P(observed = j | clean = i), rows sum to 1.
+"""Transition matrices of labels, T[i, j] = P(observed = j | clean = i), whose rows sum to 1; and noise drawn from them.
 
-The one place that knows them: `dataset_tool.py` samples wrong labels from T, the losses correct with the same T.
-Source: Na et al., "Label-Noise Robust Diffusion Models", ICLR 2024; instance-dependent noise: Xia et al.,
+`dataset_tool.py` draws wrong labels from T, and the losses correct for noise with the same T (docs/methods/tdsm.md).
+Source: Na et al., "Label-Noise Robust Diffusion Models", ICLR 2024. Noise that depends on the image: Xia et al.,
 "Part-dependent Label Noise", NeurIPS 2020.
 """
 
@@ -28,10 +28,10 @@ __all__ = [
     "transition_matrix",
 ]
 
-NOISE_TYPES = ("sym", "asym", "pair", "matrix")  # those that have a T; instance noise depends on the image
-MAX_CONDITION = 1e6  # of a T that is to be inverted
+NOISE_TYPES = ("sym", "asym", "pair", "matrix")  # the types that have a T; instance noise depends on the image
+MAX_CONDITION = 1e6  # the largest condition number of a T that may be inverted
 
-# CIFAR-100: the five fine classes of each of the 20 superclasses, as the data set's authors publish them.
+# CIFAR-100: the five fine classes in each of the 20 superclasses, as published by the authors of the data set.
 CIFAR100_SUPERCLASSES = (
     (4, 30, 55, 72, 95), (1, 32, 67, 73, 91), (54, 62, 70, 82, 92), (9, 10, 16, 28, 61), (0, 51, 53, 57, 83),
     (22, 39, 40, 86, 87), (5, 20, 25, 84, 94), (6, 7, 14, 18, 24), (3, 42, 43, 88, 97), (12, 17, 37, 68, 76),
@@ -56,14 +56,15 @@ FAMILIES = {  # family -> number of classes, {class: the class it is mistaken fo
 def transition_matrix(
     noise_type: str, rate: float | None, num_classes: int, family: str | None = None, matrix: np.ndarray | None = None
 ) -> np.ndarray:
-    """T of a noise type at a rate, float64 [C, C].
+    """Return T of a noise type at a rate, float64 [C, C].
 
-    `family` is needed by `asym` only, `matrix` by `matrix` only (which has no rate).
-    UserError: rate outside [0, 1], fewer than 2 classes, unknown family, a matrix that is not C x C row-stochastic.
+    Only the type `asym` needs `family`. Only the type `matrix` needs `matrix`, and it has no rate.
+    UserError: the rate is outside [0, 1], there are fewer than 2 classes, the family is unknown, or the matrix is not
+    C x C and row-stochastic.
     """
     if noise_type == "matrix":
         if matrix is None:
-            raise dnnlib.UserError("noise type 'matrix' needs a matrix: give --noise_matrix=FILE")
+            raise dnnlib.UserError("noise type 'matrix' needs a matrix")
         return check_matrix(matrix, num_classes)
     if noise_type not in NOISE_TYPES:
         raise dnnlib.UserError(f"unknown noise type '{noise_type}': expected one of {', '.join(NOISE_TYPES)}")
@@ -84,34 +85,34 @@ def transition_matrix(
 
 
 def asym_targets(family: str | None, num_classes: int) -> np.ndarray:
-    """The class that each class is mistaken for under `asym`, int64 [C]; its own number where it is not.
+    """Return the class that each class is mistaken for under `asym`, int64 [C]; some classes keep their own number.
 
-    UserError when the family has no such map, or the archive another number of classes than the family.
+    UserError: the family defines no such classes, or has another number of classes than the labels.
     """
     if family not in FAMILIES:
         found = f"the family '{family}'" if family else "an archive that records no family"
         raise dnnlib.UserError(
             f"noise type 'asym' is not defined for {found} (known: {', '.join(FAMILIES)}): "
-            "give --noise_type=matrix --noise_matrix=FILE instead"
+            "use noise type 'matrix' with your own matrix"
         )
     expected, flips = FAMILIES[family]
     if num_classes != expected:
         raise dnnlib.UserError(
             f"noise type 'asym': the family '{family}' has {expected} classes, the labels have {num_classes}: "
-            "give --noise_type=matrix --noise_matrix=FILE instead"
+            "use noise type 'matrix' with your own matrix"
         )
     return np.array([flips.get(i, i) for i in range(num_classes)], dtype=np.int64)
 
 
 def check_rate(rate: float | None) -> float:
-    """The rate as a float. UserError unless it is a number in [0, 1]."""
+    """Return the rate as a float. UserError unless it is a number in [0, 1]."""
     if rate is None or not 0 <= rate <= 1:
         raise dnnlib.UserError(f"noise rate must be a number in [0, 1], found {rate}")
     return float(rate)
 
 
 def check_matrix(matrix: np.ndarray, num_classes: int | None = None, name: str = "transition matrix") -> np.ndarray:
-    """A matrix as float64 [C, C] with rows that sum to 1 exactly. UserError unless square and row-stochastic."""
+    """Return a matrix as float64 [C, C] whose rows sum to exactly 1. UserError unless square and row-stochastic."""
     try:
         T = np.asarray(matrix, dtype=np.float64)
     except (TypeError, ValueError):
@@ -125,16 +126,16 @@ def check_matrix(matrix: np.ndarray, num_classes: int | None = None, name: str =
     if len(bad):
         raise dnnlib.UserError(f"{name}: row {bad[0]} has an entry that is negative or not finite")
     sums = T.sum(axis=1)
-    bad = np.flatnonzero(np.abs(sums - 1) > 1e-4)  # room for values typed with five digits
+    bad = np.flatnonzero(np.abs(sums - 1) > 1e-4)  # accepts values that were typed with five digits
     if len(bad):
         raise dnnlib.UserError(f"{name}: not row-stochastic, row {bad[0]} sums to {sums[bad[0]]:.6g}, expected 1")
     return T / sums[:, None]
 
 
 def load_matrix(path: str, num_classes: int | None = None) -> np.ndarray:
-    """Row-stochastic float64 [C, C]: `.npy`, `.json` (a list of rows), or `.npz` (the `transition` of a label file).
+    """Load T, float64 [C, C], from a `.npy`, a `.json` (a list of rows) or a label file (`.npz`, its `transition`).
 
-    UserError names the file.
+    UserError names the file when it is unreadable or its matrix is not row-stochastic.
     """
     if path.lower().endswith(".npz"):
         arrays = safe_files.read_npz(path, "expected a label file of detect_noise.py")
@@ -153,9 +154,9 @@ def load_matrix(path: str, num_classes: int | None = None) -> np.ndarray:
 
 
 def corrupt_labels(labels: np.ndarray, T: np.ndarray, seed: int) -> np.ndarray:
-    """Draws an observed label from row T[y] for each clean label y. int64 [N] -> int64 [N].
+    """Draw an observed label from row T[y] for each clean label y, int64 [N] -> int64 [N].
 
-    Label k depends on (seed, k, y, T) only. UserError when a label is outside the matrix.
+    Label k depends on (seed, k, y, T) only. UserError: a label is outside the matrix.
     """
     labels, num_classes = np.asarray(labels, dtype=np.int64), len(T)
     _check_labels(labels, num_classes)
@@ -163,10 +164,11 @@ def corrupt_labels(labels: np.ndarray, T: np.ndarray, seed: int) -> np.ndarray:
 
 
 def instance_noise(images: np.ndarray, labels: np.ndarray, rate: float, num_classes: int, seed: int) -> np.ndarray:
-    """Instance-dependent noise (Xia et al. 2020, Algorithm 2). uint8 [N, ...], int64 [N] -> int64 [N].
+    """Draw labels with noise that depends on the image, uint8 [N, ...] and int64 [N] -> int64 [N].
 
-    Image k flips with probability q_k ~ N(rate, 0.1^2) truncated to [0, 1]; the wrong class is drawn from
-    softmax over c != y of (x W_y)_c, with W_y of standard normals [pixels, C] for each true class y and x in [0, 1].
+    Image k gets a wrong label with probability q_k ~ N(rate, 0.1^2), truncated to [0, 1]. The wrong class c != y is
+    drawn from softmax_c((x W_y)_c), where x are the pixels in [0, 1] and W_y [pixels, C] are standard normal numbers,
+    one matrix for each true class y. Source: Xia et al. 2020, Algorithm 2. UserError: a label is outside the classes.
     """
     rate = check_rate(rate)
     labels = np.asarray(labels, dtype=np.int64)
@@ -178,7 +180,7 @@ def instance_noise(images: np.ndarray, labels: np.ndarray, rate: float, num_clas
     uniform = rng.random(len(labels))
     pixels = np.asarray(images).reshape(len(labels), -1)
     observed = np.empty_like(labels)
-    order = np.argsort(labels, kind="stable")  # one projection in memory at a time, one product per group of images
+    order = np.argsort(labels, kind="stable")  # class by class, so that only one W_y is in memory
     groups = np.split(order, np.cumsum(np.bincount(labels, minlength=num_classes))[:-1])
     for y, group in enumerate(groups):
         projection = np.random.default_rng([seed, y]).standard_normal([pixels.shape[1], num_classes], dtype=np.float32)
@@ -201,16 +203,16 @@ def _check_labels(labels: np.ndarray, num_classes: int) -> None:
 
 
 def _draw_columns(P: np.ndarray, rows: np.ndarray, uniform: np.ndarray) -> np.ndarray:
-    """One column of P [R, C] per (row, uniform number in [0, 1)), by inverting each row's cumulative sum."""
+    """Return one column of P [R, C] per row number and uniform number in [0, 1), from each row's cumulative sum."""
     cumulative = np.cumsum(P, axis=1)
-    cumulative /= cumulative[:, -1:]  # ends at exactly 1, also before trailing zeros: these are never drawn
+    cumulative /= cumulative[:, -1:]  # is exactly 1 at the last nonzero entry, so zeros after it are never drawn
     shifted = (cumulative + np.arange(len(P))[:, None]).ravel()  # row i covers [i, i + 1): one search for all rows
     x = np.minimum(rows + uniform, np.nextafter(rows + 1.0, 0))
     return (np.searchsorted(shifted, x, side="right") - rows * P.shape[1]).astype(np.int64)
 
 
 def _truncated_normal(rng: np.random.Generator, mean: float, std: float, n: int) -> np.ndarray:
-    """n draws of N(mean, std^2) conditioned on [0, 1]; `mean` in [0, 1], so at least 0.49 of the draws pass."""
+    """Return n draws of N(mean, std^2) within [0, 1]. With `mean` in [0, 1] at least 49% of the draws pass."""
     values = rng.normal(mean, std, n)
     while len(bad := np.flatnonzero((values < 0) | (values > 1))):
         values[bad] = rng.normal(mean, std, len(bad))
@@ -222,7 +224,7 @@ def _truncated_normal(rng: np.random.Generator, mean: float, std: float, n: int)
 
 
 def check_observed(T: np.ndarray, labels: np.ndarray) -> None:
-    """UserError when T says that some label of the data cannot occur (all-zero column). For the start of a run."""
+    """Raise UserError if some label of the data cannot occur under T (an all-zero column). Call it before training."""
     columns = np.asarray(T).sum(axis=0)
     for label in np.unique(np.asarray(labels)):
         if columns[label] == 0:
@@ -230,15 +232,15 @@ def check_observed(T: np.ndarray, labels: np.ndarray) -> None:
 
 
 def impossible_label(label: int) -> dnnlib.UserError:
-    """What to raise for a label that no class turns into."""
+    """Return the error for a label that no class turns into."""
     return dnnlib.UserError(
         f"label {label} occurs in the data, but column {label} of the transition matrix is all zero: "
-        "no class turns into it. Give the matrix that made these labels"
+        "no class turns into it. Use the matrix that made these labels"
     )
 
 
 def inverse_transition(T: np.ndarray) -> np.ndarray:
-    """T^-1 in float64. UserError when the condition number is over 1e6 (the inverse would only amplify noise)."""
+    """Return T^-1 in float64. UserError above a condition number of 1e6: the inverse would mostly amplify noise."""
     T = np.asarray(T, dtype=np.float64)
     condition = float(np.linalg.cond(T))
     if not condition <= MAX_CONDITION:

@@ -1,6 +1,7 @@
-"""Reading image archives (ZIP or folder) by index, from any number of threads, and decoding images.
+"""Read image archives (a ZIP or a folder) from any number of threads: names, labels, decoded images.
 
-Accepts what EDM's, StyleGAN's and TDSM's tools write, folders named by class, and plain folders of images.
+The reader accepts what the tools of EDM, StyleGAN and TDSM write, folders with one subfolder per class, and plain
+folders of images.
 """
 
 from __future__ import annotations
@@ -12,51 +13,60 @@ import os
 import re
 import stat
 import struct
-import warnings
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import PIL.Image
+import PIL.ImageFile
 
 import dnnlib
 from torch_utils.safe_files import load_json, read_member, unpacked_limit
 
 try:
     import pyspng
-except ImportError:  # Pillow decodes as well, only slower
+except ImportError:  # Pillow decodes PNGs as well, only slower
     pyspng = None
 
-__all__ = ["ArchiveReader", "check_name", "decode_image", "image_shape", "match_labels", "ordered_map", "plain_labels"]
+__all__ = ["EXTENSIONS", "METADATA", "ArchiveReader", "check_name", "decode_image", "image_shape", "match_labels",
+           "plain_labels"]  # fmt: skip
 
-PIL.Image.init()
-# Pillow goes by content, not by name, and hands some of the formats it knows (EPS) to other programs that run them.
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-EXTENSIONS = frozenset(ext.lower() for ext, kind in PIL.Image.EXTENSION.items() if kind in FORMATS)
+# The formats that are decoded, by Pillow's names, and the file names under which they are found. Pillow goes by
+# content, not by name, and knows more formats. Some of them (EPS) it hands to other programs, which run what they hold.
+FORMATS = {
+    "PNG": (".png", ".apng"),
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
+    "WEBP": (".webp",),
+    "BMP": (".bmp",),
+    "GIF": (".gif",),
+    "TIFF": (".tif", ".tiff"),
+    "PPM": (".ppm", ".pgm", ".pbm", ".pnm", ".pfm"),
+}
+EXTENSIONS = frozenset(extension for extensions in FORMATS.values() for extension in extensions)
 METADATA = "dataset.json"
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-SHARD = re.compile(r"\d{5,6}")  # the numbered folders of this project's and EDM's archives: no class names
-
-# Pillow warns at its limit and raises at twice the limit; one limit, always an error, is what a reader can rely on.
-warnings.filterwarnings("error", category=PIL.Image.DecompressionBombWarning)
-# What a member that is no ZIP entry, or whose bytes changed, makes of the readers.
+SHARD = re.compile(r"\d{5,6}")  # the numbered folders in archives of this project and of EDM are not classes
+# What the readers of a ZIP raise for a member that is not where the directory says, or whose bytes changed.
 DAMAGED = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, OSError, RuntimeError, EOFError, ValueError,
            ArithmeticError)  # fmt: skip
-MEMBER_LIMIT = unpacked_limit(0)  # bytes of one member of a ZIP
+# What Pillow raises for damaged images.
+DAMAGED_IMAGE = (*DAMAGED, SyntaxError, MemoryError, LookupError, TypeError, AttributeError)
+MEMBER_LIMIT = unpacked_limit(0)  # the most bytes that one member of a ZIP may have
 
 
 class ArchiveReader:
-    """The images of a ZIP or a folder, in sorted order, and its `dataset.json`; opening reads no image.
+    """The images of a ZIP or a folder, in sorted order, and its `dataset.json`. Opening an archive reads no image.
 
-    `names`: image names relative to the root, '/' between folders. `metadata`: the parsed `dataset.json` or None.
-    UserError: missing or unreadable, not a ZIP, no images, `dataset.json` that is not a JSON object with `labels`,
-    members that lead out of the archive, lie over each other, or are links or devices.
+    names     image names relative to the root, with '/' between folders
+    metadata  the parsed `dataset.json`, or None without one
+
+    UserError: the file is missing, unreadable or not a ZIP; it holds no images; `dataset.json` is not a JSON object
+    with `labels`; members lead out of the archive, overlap, or are links or devices.
     """
 
-    @dnnlib.no_garbage()  # an entry of the ZIP and a label for each image, and nothing to throw away
+    @dnnlib.no_garbage()  # makes a ZIP entry and a label for each image, and throws nothing away
     def __init__(self, path: str) -> None:
         self.path = path
         self._file = None
@@ -88,13 +98,13 @@ class ArchiveReader:
         self._owner = os.getpid()
 
     def _strip_root(self, files: list[str]) -> list[str]:
-        """A ZIP of a folder holds everything under that folder's name: treat it as the root."""
+        """Return the files below the folder that holds `dataset.json`: a zipped folder may hold everything in one."""
         found = [name for name in files if name.split("/")[-1] == METADATA]
         self._root = found[0][: -len(METADATA)] if len(found) == 1 else ""
         return [name[len(self._root) :] for name in files if name.startswith(self._root)]
 
     def close(self) -> None:
-        """Closes the ZIP; a folder has nothing to close."""
+        """Close the ZIP. A folder has nothing to close."""
         if self._file is not None:
             self._file.close()
 
@@ -102,11 +112,11 @@ class ArchiveReader:
         return len(self.names)
 
     def where(self, name: str) -> str:
-        """How error messages call a member: 'archive.zip: 00000/img00000000.png'."""
+        """Return the name of a member for error messages: 'archive.zip: 00000/img00000000.png'."""
         return f"{self.path}: {name}"
 
     def read(self, name: str) -> bytes:
-        """The bytes of a member. Thread-safe without a lock. UserError names the member when it is damaged."""
+        """Return the bytes of a member. Threads need no lock. UserError names a member that is damaged."""
         if self._file is None:
             try:
                 with open(os.path.join(self.path, name), "rb") as f:
@@ -119,7 +129,7 @@ class ArchiveReader:
             raise dnnlib.UserError(f"{self.where(name)}: damaged (or encrypted) in the ZIP") from None
 
     def _read_zip(self, info: zipfile.ZipInfo) -> bytes:
-        """Positional reads of the one open file: no seek to share, so no lock and no handle per thread."""
+        """Read at given positions of the one open file: threads share no position, so they need no lock."""
         if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or info.flag_bits & 1:
             return self._read_rare(info)
         if max(info.file_size, info.compress_size) > MEMBER_LIMIT:
@@ -137,13 +147,14 @@ class ArchiveReader:
         return data
 
     def _read_rare(self, info: zipfile.ZipInfo) -> bytes:
-        """zipfile's own reader, which locks; forked processes share the file's position, so each opens it anew."""
+        """Read an unusual compression with `zipfile`, which locks. Forked processes each open the file again, because
+        they would share its position."""
         if self._owner != os.getpid():
             self._zip, self._owner = zipfile.ZipFile(self.path), os.getpid()
         return read_member(self._zip, info, MEMBER_LIMIT)
 
     def image(self, name: str) -> np.ndarray:
-        """A decoded image, uint8 [H, W, C], C = 1 or 3."""
+        """Return a decoded image, uint8 [H, W, C] with C = 1 or 3."""
         return decode_image(self.read(name), self.where(name))
 
     def _parse_metadata(self) -> dict[str, Any]:
@@ -154,9 +165,9 @@ class ArchiveReader:
         return metadata
 
     def labels(self, key: str = "labels") -> np.ndarray | None:
-        """Labels in the order of `names`: int64 [N], float32 [N, D], or None when the archive has none.
+        """Return the labels in the order of `names`: int64 [N], float32 [N, D], or None when the archive has none.
 
-        Without a `dataset.json`, images in two or more sub-folders are labelled by folder (`class_names`).
+        Without a `dataset.json`, images in two or more subfolders are labeled by folder (`class_names`).
         """
         if self.metadata is None:
             return self._folder_labels()[0] if key == "labels" else None
@@ -165,7 +176,7 @@ class ArchiveReader:
         return match_labels(self.metadata[key], self.names, f'{self.where(METADATA)}: "{key}"')
 
     def class_names(self) -> list[str] | None:
-        """Names of the classes: from the metadata, else those of the sub-folders, else None."""
+        """Return the names of the classes: those in the metadata, else those of the subfolders, else None."""
         if self.metadata is None:
             return self._folder_labels()[1]
         names = self.metadata.get("class_names")
@@ -176,7 +187,7 @@ class ArchiveReader:
         return list(names)
 
     def outliers(self) -> np.ndarray | None:
-        """Which images were put in from another source, bool [N] in the order of `names`; None without a record."""
+        """Return which images came from another source, bool [N] in the order of `names`; None without a record."""
         listed = (self.metadata or {}).get("outliers")
         if listed is None:
             return None
@@ -188,15 +199,15 @@ class ArchiveReader:
         return np.isin(self.names, listed)
 
     def corruption(self) -> dict[str, Any]:
-        """What the archive records about its own label noise and outliers; an empty dict when it records nothing."""
+        """Return what the archive records about its label noise and outliers, an empty dict without a record."""
         found = (self.metadata or {}).get("corruption")
         return dict(found) if isinstance(found, dict) else {}
 
     def _folder_labels(self) -> tuple[np.ndarray | None, list[str] | None]:
         parts = [name.split("/")[:-1] for name in self.names]
-        common = os.path.commonprefix(parts)  # component-wise, since these are lists
+        common = os.path.commonprefix(parts)  # compares whole folder names, since these are lists
         if any(len(part) == len(common) for part in parts):
-            return None, None  # some images lie beside the sub-folders, or all in one folder
+            return None, None  # some images lie next to the subfolders, or all lie in one folder
         folders = [part[len(common)] for part in parts]
         classes = sorted(set(folders))
         if all(SHARD.fullmatch(name) for name in classes):
@@ -220,39 +231,39 @@ def _walk(path: str) -> Iterator[str]:
 
 
 def _check_file(path: str, root: str, where: str) -> None:
-    """UserError for what is no file (a device never ends, a pipe waits) and for links that leave the folder."""
+    """Raise UserError for what is not a file (a device never ends, a pipe waits) and for links out of the folder."""
     try:
         mode = os.lstat(path).st_mode
         if stat.S_ISLNK(mode):
             if os.path.commonpath([root, os.path.realpath(path)]) != root:
-                raise dnnlib.UserError(f"{where}: is a link to a file outside the folder; put a copy in its place")
+                raise dnnlib.UserError(f"{where}: is a link to a file outside the folder; replace it by a copy")
             mode = os.stat(path).st_mode
     except (OSError, ValueError) as err:
         raise dnnlib.UserError(f"{where}: cannot be read ({getattr(err, 'strerror', None) or err})") from None
     if not stat.S_ISREG(mode):
-        raise dnnlib.UserError(f"{where}: is no regular file")
+        raise dnnlib.UserError(f"{where}: is not a regular file")
 
 
 def _check_members(members: list[zipfile.ZipInfo], path: str) -> None:
-    """UserError for members that lead out of the archive, are there twice, are links, or lie over each other."""
+    """Raise UserError for members that lead out of the archive, occur twice, are links, or overlap."""
     seen: set[str] = set()
     end = 0
     for info in sorted(members, key=lambda info: info.header_offset):
         where = f"{path}: {info.filename}"
         check_name(info.filename, where)
         if info.filename in seen:
-            raise dnnlib.UserError(f"{where}: is there twice")
+            raise dnnlib.UserError(f"{where}: occurs twice in the ZIP")
         seen.add(info.filename)
         kind = stat.S_IFMT(info.external_attr >> 16)
         if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
             raise dnnlib.UserError(f"{where}: is a {'link' if kind == stat.S_IFLNK else 'special file'}, not an image")
-        if info.header_offset < end:  # how a few bytes are made to unfold into very many images
-            raise dnnlib.UserError(f"{where}: lies over the member before it")
+        if info.header_offset < end:  # a few bytes could unfold into very many images
+            raise dnnlib.UserError(f"{where}: overlaps the member before it")
         end = info.header_offset + 30 + len(info.filename) + info.compress_size
 
 
 def check_name(name: str, where: str) -> None:
-    """UserError for names of members that would lead out of the folder into which they are unpacked."""
+    """Raise UserError for a name that would lead out of the folder into which the member is unpacked."""
     if re.match(r"[/\\]|[A-Za-z]:", name) or ".." in re.split(r"[/\\]", name):
         raise dnnlib.UserError(f"{where}: the name leads out of the archive")
 
@@ -268,9 +279,9 @@ def _is_image(name: str) -> bool:
 
 
 def plain_labels(values: Any, where: str) -> np.ndarray:
-    """Checks a list of labels: int64 [N], or float32 [N, D] when each is a vector of numbers.
+    """Check a list of labels and return it as int64 [N], or as float32 [N, D] when each label is a vector.
 
-    UserError names the first label that is negative, no whole number, or of another length than the others.
+    UserError names the first label that is negative or not an integer, and says when vectors differ in length.
     """
     kinds = set(map(type, values))
     if kinds & {list, tuple}:
@@ -283,7 +294,7 @@ def plain_labels(values: Any, where: str) -> np.ndarray:
         if array.ndim != 2 or not array.size or not np.isfinite(array).all():
             raise dnnlib.UserError(f"{where}: label vectors must hold finite numbers")
         return array
-    if kinds != {int}:  # bool is another type, so true and false are refused too
+    if kinds != {int}:  # bool is a type of its own, so true and false are refused too
         bad = [v for v in values if type(v) is not int and not (type(v) is float and v.is_integer())]
         if bad:
             raise dnnlib.UserError(f"{where}: label {json.dumps(bad[0], default=str)} is not an integer")
@@ -294,9 +305,9 @@ def plain_labels(values: Any, where: str) -> np.ndarray:
 
 
 def match_labels(pairs: Any, names: list[str], where: str) -> np.ndarray:
-    """Labels from [[name, label], ...] in any order, arranged as `names`: int64 [N] or float32 [N, D].
+    """Return labels given as [[name, label], ...] in the order of `names`: int64 [N] or float32 [N, D].
 
-    UserError when an entry is no pair, names a file that is not there, is there twice, or an image has none.
+    UserError: an entry is not a pair, names an unknown file or occurs twice, or an image has no label.
     """
     if not isinstance(pairs, list) or not all(
         isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str) for pair in pairs
@@ -320,17 +331,17 @@ def match_labels(pairs: Any, names: list[str], where: str) -> np.ndarray:
 
 
 def decode_image(data: bytes, where: str) -> np.ndarray:
-    """uint8 [H, W, C] with C = 1 (grey) or 3 (RGB) from the bytes of an image file.
+    """Decode an image file into uint8 [H, W, C] with C = 1 (gray) or 3 (RGB).
 
-    Palettes become RGB, 1-bit becomes grey, CMYK JPEG becomes RGB. UserError names the file (`where`) when it is
-    truncated or damaged, has an alpha channel, more than 8 bits a channel, or more pixels than Pillow's limit.
+    Palettes and CMYK become RGB, 1-bit images become gray. UserError names the file (`where`) when it is truncated or
+    damaged, has an alpha channel, more than 8 bits per channel, or more pixels than `PIL.Image.MAX_IMAGE_PIXELS`.
     """
     kind = _png_kind(data)
     if kind is not None:
         width, height = kind[:2]
         _check_pixels(width, height, where)
         if kind[2] == 16:
-            raise dnnlib.UserError(f"{where}: has 16 bits a channel, expected 8-bit grey or RGB")
+            raise dnnlib.UserError(f"{where}: has 16 bits per channel, expected 8-bit gray or RGB")
         if pyspng is not None and kind[2:] in ((8, 0), (8, 2)):
             try:
                 _check_chunks(data)  # pyspng ignores checksums
@@ -339,32 +350,19 @@ def decode_image(data: bytes, where: str) -> np.ndarray:
                 raise dnnlib.UserError(f"{where}: truncated or damaged image") from None
             return image.reshape(height, width, -1)
     try:
-        with PIL.Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        with _open_image(data) as image:
             _check_pixels(*image.size, where)
             _check_mode(image, where)
             mode = image.mode if image.mode in ("L", "RGB") else "L" if image.mode == "1" else "RGB"
             return np.asarray(image.convert(mode)).reshape(image.height, image.width, -1)
     except (PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning):
         raise dnnlib.UserError(f"{where}: more pixels than the limit of {PIL.Image.MAX_IMAGE_PIXELS:,}") from None
-    except (
-        OSError,
-        SyntaxError,
-        ValueError,
-        EOFError,
-        struct.error,
-        zlib.error,
-        MemoryError,
-        LookupError,
-        TypeError,
-        AttributeError,
-        ArithmeticError,
-        RuntimeError,
-    ):  # what Pillow raises on bad files
+    except DAMAGED_IMAGE:
         raise dnnlib.UserError(f"{where}: truncated or damaged image") from None
 
 
 def image_shape(data: bytes, where: str) -> tuple[int, int, int]:
-    """(height, width, channels) of an image file: from the header for common PNGs, else by decoding it."""
+    """Return (height, width, channels) of an image file: from the header of common PNGs, else by decoding it."""
     kind = _png_kind(data)
     if kind is not None and kind[2:] in ((8, 0), (8, 2)):
         _check_pixels(*kind[:2], where)
@@ -372,15 +370,30 @@ def image_shape(data: bytes, where: str) -> tuple[int, int, int]:
     return decode_image(data, where).shape
 
 
+def _open_image(data: bytes) -> PIL.ImageFile.ImageFile:
+    """Read the header of an image in one of `FORMATS`. ValueError for other formats.
+
+    `PIL.Image.open` does the same, but warns of sizes above its limit and raises only at twice the limit. Warnings are
+    settings of the whole process, so we open the image without that check: `_check_pixels` has one limit.
+    """
+    if not FORMATS.keys() <= PIL.Image.OPEN.keys():
+        PIL.Image.init()  # imports Pillow's decoders
+    for kind in FORMATS:
+        factory, accept = PIL.Image.OPEN[kind]
+        if accept(data[:16]) is True:  # a text says that this Pillow was built without the decoder
+            return factory(io.BytesIO(data), "")
+    raise ValueError
+
+
 def _png_kind(data: bytes) -> tuple[int, int, int, int] | None:
-    """(width, height, bits a channel, color type) of a PNG; None for other formats."""
+    """Return (width, height, bits per channel, color type) of a PNG; None for other formats."""
     if len(data) < 26 or data[:8] != PNG_SIGNATURE or data[12:16] != b"IHDR":
         return None
     return struct.unpack(">IIBB", data[16:26])
 
 
 def _check_chunks(data: bytes) -> None:
-    """ValueError unless the chunks of a PNG have their checksums and end with IEND."""
+    """Raise ValueError unless all chunks of a PNG match their checksums and the last one is IEND."""
     view, start, kind = memoryview(data), 8, b""
     while kind != b"IEND":
         if start + 12 > len(data):
@@ -402,29 +415,6 @@ def _check_mode(image: PIL.Image.Image, where: str) -> None:
     mode = image.mode
     if mode in ("LA", "La", "PA", "RGBA", "RGBa", "RGBX"):
         channels = len(image.getbands())
-        raise dnnlib.UserError(f"{where}: has {channels} channels ({mode}), expected 1 (grey) or 3 (RGB)")
+        raise dnnlib.UserError(f"{where}: has {channels} channels ({mode}), expected 1 (gray) or 3 (RGB)")
     if mode not in ("1", "L", "P", "RGB", "CMYK", "YCbCr", "LAB", "HSV"):
-        raise dnnlib.UserError(f"{where}: pixel format {mode} is not supported, expected 8-bit grey or RGB")
-
-
-def ordered_map(
-    function: Callable[[Any], Any], items: Iterable[Any], workers: int, window: int | None = None
-) -> Iterator[Any]:
-    """`map` on `workers` threads: results in order, at most `window` of them ahead of the consumer.
-
-    Threads, because the decoders and encoders used here release the interpreter lock where there is work to share.
-    """
-    if workers <= 1:
-        yield from map(function, items)
-        return
-    pool = ThreadPoolExecutor(workers)
-    pending = []
-    try:
-        for item in items:
-            pending.append(pool.submit(function, item))
-            if len(pending) >= (window or 2 * workers):
-                yield pending.pop(0).result()
-        while pending:
-            yield pending.pop(0).result()
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        raise dnnlib.UserError(f"{where}: pixel format {mode} is not supported, expected 8-bit gray or RGB")

@@ -1,4 +1,4 @@
-"""What `dataset_tool.py` reads: each kind of source becomes the same small `Source`."""
+"""Open what `dataset_tool.py` reads: every kind of source becomes the same small `Source`."""
 
 from __future__ import annotations
 
@@ -26,52 +26,45 @@ from archives.reader import ArchiveReader, decode_image, plain_labels
 from torch_utils import safe_pickle
 from torch_utils.safe_files import unpacked_limit
 
-__all__ = ["Source", "open_source"]
+__all__ = ["PHOTO_CROPS", "Source", "open_source"]
 
-PHOTO_CROPS = 2000  # images of `photos` unless told otherwise
-CROP_SIDES = (64, 256)  # pixels of a 640 x 427 photograph: smaller windows are mostly flat, larger ones much the same
+BUILT_IN = ("digits", "photos")
+PHOTO_CROPS = 2000  # images of `photos` where no number is given
+CROP_SIDES = (64, 256)  # pixels of a 640 x 427 photograph: smaller crops are mostly flat, larger ones all look alike
 # What damaged .gz and .tar files raise.
 DAMAGED = (OSError, EOFError, ValueError, OverflowError, zlib.error, lzma.LZMAError, struct.error, tarfile.TarError)
 
 
 @dataclass
 class Source:
-    """Images and labels, by index. `image` maps 0 .. length - 1 to uint8 [H, W, C]; it is called from threads
-    and from forked processes.
+    """N images with their labels, by index."""
 
-    Labels are int64 [N] or float32 [N, D]. `names` are the images' names where the source has names. `corruption` is
-    what the source records about its own label noise and outliers, with the data set's family; `outliers` (bool [N])
-    which images it says were put in.
-    """
-
-    path: str
-    length: int
-    image: Callable[[int], np.ndarray]
-    labels: np.ndarray | None = None
-    clean_labels: np.ndarray | None = None
+    path: str  # what messages call it
+    length: int  # N
+    image: Callable[[int], np.ndarray]  # 0 .. N - 1 -> uint8 [H, W, C]; called from threads and from forked processes
+    labels: np.ndarray | None = None  # int64 [N] or float32 [N, D], as observed
+    clean_labels: np.ndarray | None = None  # the labels before noise, where they are known
     class_names: list[str] | None = None
-    names: list[str] | None = None
-    outliers: np.ndarray | None = None
-    corruption: dict[str, Any] = field(default_factory=dict)
+    names: list[str] | None = None  # [N], where the images have names
+    outliers: np.ndarray | None = None  # bool [N], which images came from another source; None without a record
+    corruption: dict[str, Any] = field(default_factory=dict)  # family of the images; how labels and images were changed
 
     def name(self, index: int) -> str:
-        """How error messages call an image."""
+        """Return the name of an image for error messages."""
         return f"{self.path}: {self.names[index] if self.names is not None else f'image {index}'}"
 
 
-def open_source(
-    path: str, test: bool = False, number: int = PHOTO_CROPS, seed: int = 0, option: str = "--source"
-) -> Source:
-    """Opens `digits`, `photos`, a folder, a ZIP, CIFAR-10/100 (.tar.gz), (Fashion-)MNIST (idx files) or an LSUN LMDB.
+def open_source(path: str, test: bool = False, number: int = PHOTO_CROPS, seed: int = 0) -> Source:
+    """Open `digits`, `photos`, a folder, a ZIP, CIFAR-10/100 (.tar.gz), (Fashion-)MNIST (idx files) or an LSUN LMDB.
 
-    `test` chooses the test part of CIFAR and MNIST; `number` and `seed` are for `photos`, which has as many images as
-    one wants. UserError when the source is missing (naming `option`), unreadable or of no known kind, or has no test
-    part.
+    `test` chooses the test part of CIFAR and MNIST. `number` and `seed` belong to `photos`, which can have any number
+    of images. UserError: the source is missing, unreadable, of an unknown kind, or has no test part.
     """
-    if path not in ("digits", "photos") and not os.path.exists(path):
-        raise dnnlib.UserError(f"{option}: {path}: no such file or folder (the built-in sources: digits, photos)")
-    if path not in ("digits", "photos") and not os.path.isdir(path):
-        dnnlib.open_file(path).close()  # UserError for devices and pipes, before anything reads them
+    if path not in BUILT_IN:
+        if not os.path.exists(path):
+            raise dnnlib.UserError(f"{path}: no such file or folder (built-in sources: {', '.join(BUILT_IN)})")
+        if not os.path.isdir(path):
+            dnnlib.open_file(path).close()  # UserError for devices and pipes, before they are read
     if os.path.isfile(path) and IDX_NAME.fullmatch(os.path.basename(path)):
         part = IDX_NAME.fullmatch(os.path.basename(path))[1]
         return _open_mnist(os.path.dirname(path), "t10k" if test else part, path)
@@ -80,7 +73,7 @@ def open_source(
     if os.path.isfile(path) and not path.lower().endswith(".zip") and _is_tar(path):
         return _open_cifar(path, test)
     if test:
-        raise dnnlib.UserError(f"--eval: {path} has no test part (CIFAR and MNIST archives have)")
+        raise dnnlib.UserError(f"{path} has no test part (CIFAR and MNIST archives have one)")
     if path == "digits":
         return _open_digits()
     if path == "photos":
@@ -106,22 +99,22 @@ def _in_memory(path: str, images: np.ndarray, labels: np.ndarray, family: str, c
 
 
 def _open_digits() -> Source:
-    from sklearn.datasets import load_digits  # here: it takes a second to import
+    from sklearn.datasets import load_digits  # imported here because it takes a second
 
     digits = load_digits()
-    images = np.rint(digits.images * (255 / 16)).astype(np.uint8)[..., None]  # 17 grey levels: 0..16
+    images = np.rint(digits.images * (255 / 16)).astype(np.uint8)[..., None]  # 17 gray levels: 0..16
     return _in_memory("digits", images, digits.target.astype(np.int64), "digits", [str(i) for i in range(10)])
 
 
 def _open_photos(number: int, seed: int) -> Source:
-    """Square windows of scikit-learn's two photographs, RGB, of random place and size; the class is the photograph.
+    """Cut random squares out of scikit-learn's two RGB photographs; the class is the photograph.
 
-    The same `seed` gives the same windows at every resolution, and more of them begin with the fewer.
+    The same `seed` gives the same squares at every resolution, and a larger `number` only adds squares.
     """
-    from sklearn.datasets import load_sample_images  # here: it takes a second to import
+    from sklearn.datasets import load_sample_images  # imported here because it takes a second
 
     bundle = load_sample_images()
-    draws = np.random.default_rng(seed).random([number, 4])  # one row an image
+    draws = np.random.default_rng(seed).random([number, 4])  # one row per image
     classes = (draws[:, 0] * len(bundle.images)).astype(np.int64)
     low, high = CROP_SIDES
     sides = (low + draws[:, 1] * (high + 1 - low)).astype(np.int64)
@@ -136,7 +129,7 @@ def _open_photos(number: int, seed: int) -> Source:
 
 
 def _open_images(path: str) -> Source:
-    """A folder or ZIP in the layout of this project, EDM, StyleGAN or TDSM, or with a sub-folder per class."""
+    """Open a folder or ZIP in the layout of this project, EDM, StyleGAN or TDSM, or with one subfolder per class."""
     reader = ArchiveReader(path)
     return Source(
         path=path,
@@ -158,7 +151,10 @@ BATCH_NAME = re.compile(r"(?:(data_batch_\d+|train)|(test_batch|test)|(batches\.
 
 
 class _Unpacked:
-    """What `tarfile` may read of a packed file: no more than the limit in all, however much a header asks for."""
+    """A file, unpacked if it is compressed, of which `tarfile` can read a limited number of bytes in all.
+
+    The limit holds whatever sizes the headers in the file claim.
+    """
 
     def __init__(self, path: str):
         with open(path, "rb") as file:
@@ -176,7 +172,7 @@ class _Unpacked:
         return data
 
     def seek(self, position: int) -> int:
-        # Going forward in a packed file unpacks what is passed over.
+        # Moving forward in a compressed file unpacks what is skipped, so it counts.
         ahead = position - self._file.tell()
         if ahead < 0:
             return self._file.seek(position)
@@ -197,7 +193,7 @@ def _open_cifar(path: str, test: bool) -> Source:
     batches, class_names, family = {}, None, None
     try:
         with contextlib.closing(_Unpacked(path)) as file, tarfile.open(fileobj=file, mode="r:") as tar:
-            for member in tar:  # in file order: seeking back in a .gz would unpack it again
+            for member in tar:  # in the order of the file: moving back in a .gz would unpack it again
                 name = os.path.basename(member.name)
                 match = BATCH_NAME.fullmatch(name)
                 if match is None or not member.isfile() or member.issparse() or match[1 if test else 2]:
@@ -242,15 +238,15 @@ def _open_mnist(folder: str, part: str, path: str) -> Source:
     if not images.size:
         raise dnnlib.UserError(f"{path}: holds no images")
     if images.shape[1:] == (28, 28):
-        images = np.pad(images, [(0, 0), (2, 2), (2, 2)])  # 32 x 32: a side the U-Nets can halve
-    # Both data sets use the same file names; only the path tells them apart.
+        images = np.pad(images, [(0, 0), (2, 2), (2, 2)])  # 32 x 32: the U-Nets halve the side several times
+    # Both data sets use the same file names, so only the path tells them apart.
     fashion = "fashion" in path.lower()
     family, names = ("fashion-mnist", FASHION) if fashion else ("mnist", [str(i) for i in range(10)])
     return _in_memory(path, images[..., None], labels, family, names)
 
 
 def _read_idx(path: str, ndim: int) -> np.ndarray:
-    """An idx file of unsigned bytes: magic number 0x800 + ndim, the sizes, the values; big-endian."""
+    """Read an idx file of unsigned bytes: the magic number 0x800 + ndim, the sizes, the values; big-endian."""
     zipped = os.path.exists(path + ".gz")
     path = path + ".gz" if zipped else path
     data = dnnlib.read_bytes(path)
@@ -285,7 +281,7 @@ def _open_lmdb(path: str) -> Source:
         raise dnnlib.UserError(f"{path}: not a readable LMDB ({err})") from None
     if not keys:
         raise dnnlib.UserError(f"{path}: LMDB without images")
-    local = threading.local()  # a read transaction belongs to one thread, an environment to one process
+    local = threading.local()  # a transaction belongs to one thread, and an environment to one process
 
     def image(index: int) -> np.ndarray:
         if getattr(local, "process", None) != os.getpid():

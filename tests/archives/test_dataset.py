@@ -1,11 +1,9 @@
-"""Reading archives, and the stream of batches."""
+"""ImageDataset and BatchStream: what is read, in which order, and which archives are refused."""
 
-import io
 import json
 import zipfile
 
 import numpy as np
-import PIL.Image
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -19,7 +17,7 @@ from tests.support import synth
 
 @pytest.fixture(scope="module")
 def archive(tmp_path_factory):
-    """(path, images, labels) of 11 RGB images in 3 classes."""
+    """Return (path, images, labels) of 11 RGB images in 3 classes."""
     images, labels = synth.pictures(11), [2, 0, 1, 1, 0, 2, 2, 1, 0, 0, 1]
     return synth.make_archive(tmp_path_factory.mktemp("data") / "rgb.zip", images, labels), images, np.array(labels)
 
@@ -69,7 +67,7 @@ def test_own_metadata(tmp_path):
     np.testing.assert_array_equal(data.clean_labels, [0, 1, 2, 0])
 
 
-def test_unlabelled(archive, tmp_path):
+def test_unlabeled(archive, tmp_path):
     plain = synth.make_archive(tmp_path / "plain.zip", synth.pictures(3))
     for data in (ImageDataset(str(plain)), ImageDataset(str(archive[0]), use_labels=False)):
         assert not data.has_labels and data.label_dim == 0 and data.labels is None
@@ -123,7 +121,7 @@ def test_folders_named_by_class(tmp_path, kind):
     np.testing.assert_array_equal(all_images(data), chw(images))
 
 
-def test_shards_and_flat_folders_are_no_classes(tmp_path):
+def test_shards_and_flat_folders_are_not_classes(tmp_path):
     members = {f"0000{i}/img0000000{i}.png": synth.png(image) for i, image in enumerate(synth.pictures(3))}
     assert not ImageDataset(str(synth.make_zip(tmp_path / "a.zip", members))).has_labels
     (tmp_path / "flat").mkdir()
@@ -138,27 +136,6 @@ def test_zipped_folder_and_rare_compression(tmp_path):
     data = ImageDataset(str(synth.make_zip(tmp_path / "a.zip", members, zipfile.ZIP_BZIP2)))
     np.testing.assert_array_equal(data.labels, [0, 1])
     np.testing.assert_array_equal(all_images(data), chw(synth.pictures(2)))
-
-
-@pytest.mark.parametrize("fast", [True, False])
-def test_image_formats(monkeypatch, fast):
-    if not fast:
-        monkeypatch.setattr(reader, "pyspng", None)
-    rgb, grey = synth.pictures(1)[0], synth.pictures(1, channels=1)[0]
-    np.testing.assert_array_equal(reader.decode_image(synth.png(rgb), ""), rgb)
-    np.testing.assert_array_equal(reader.decode_image(synth.png(grey[..., 0]), ""), grey)
-    palette = PIL.Image.fromarray(rgb).convert("P")
-    buffer = io.BytesIO()
-    palette.save(buffer, "png")
-    np.testing.assert_array_equal(reader.decode_image(buffer.getvalue(), ""), palette.convert("RGB"))
-    bits = reader.decode_image(synth.png(grey[..., 0], "1"), "")
-    assert bits.shape == (8, 8, 1) and set(bits.ravel()) <= {0, 255}
-    buffer = io.BytesIO()
-    PIL.Image.fromarray(rgb).convert("CMYK").save(buffer, "jpeg")
-    assert reader.decode_image(buffer.getvalue(), "").shape == (8, 8, 3)
-    for bad in (synth.png(rgb)[:-40], b"\x89PNG\r\n\x1a\n", b"", b"hello", synth.png(rgb)[:60] + bytes(200)):
-        with pytest.raises(dnnlib.UserError, match="x.png: truncated or damaged"):
-            reader.decode_image(bad, "x.png")
 
 
 def test_subset_and_mirrors(archive):
@@ -206,7 +183,7 @@ def same(a, b):
 
 
 @pytest.mark.parametrize("xflip", [False, True])
-def test_stream_visits_all_once_an_epoch(archive, xflip):
+def test_stream_visits_all_once_per_epoch(archive, xflip):
     data = ImageDataset(str(archive[0]), xflip=xflip)
     n = len(data)
     images, labels = take(BatchStream(data, 1, seed=5), 3 * n)
@@ -236,7 +213,7 @@ def test_stream_is_independent_of_everything_but_seed_and_position(
     data = ImageDataset(str(archive[0]), xflip=xflip, cache=cache)
     streams = [BatchStream(data, batch, rank, world, seed, start, "cpu", workers, limit) for rank in range(world)]
     steps = [[(*next(stream), stream.items) for stream in streams] for _ in range(3)]
-    for step in steps:  # `items` says which ones they are, and they can be had again where they are held
+    for step in steps:  # `items` names the items of a batch, whether the images are kept or not
         assert all(same((images, labels), (data.images_on("cpu", i), data.onehot(i))) for images, labels, i in step)
     for stream in streams:
         stream.close()
@@ -264,7 +241,7 @@ def test_stream_reports_a_damaged_image(archive, tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What is refused. The message names the file, and where one image is at fault, the image.
+# What is refused. The message names the file, and the image if one image is at fault.
 
 NAMES = ["00000/img00000000.png", "00000/img00000001.png"]
 
@@ -308,7 +285,7 @@ BAD = {
     "size": (two_images(img1=synth.png(synth.pictures(1, 16)[0])), f"{NAMES[1]}: image is 16x16 with 3 channels"),
     "channels": (two_images(img1=synth.png(synth.pictures(1)[0], "L")), f"{NAMES[1]}: image is 8x8 with 1 channels"),
     "alpha": (two_images(img1=synth.png(synth.pictures(1)[0], "RGBA")), f"{NAMES[1]}: has 4 channels"),
-    "grey alpha": (two_images(img1=synth.png(synth.pictures(1)[0], "LA")), f"{NAMES[1]}: has 2 channels"),
+    "gray alpha": (two_images(img1=synth.png(synth.pictures(1)[0], "LA")), f"{NAMES[1]}: has 2 channels"),
     "16 bits": (two_images(img1=synth.png(synth.pictures(1)[0], "I;16")), f"{NAMES[1]}: has 16 bits"),
     "truncated": (two_images(img1=synth.png(synth.pictures(1)[0])[:100]), f"{NAMES[1]}: truncated"),
     "empty": (two_images(img1=b""), f"{NAMES[1]}: truncated"),
@@ -344,7 +321,7 @@ def test_bad_paths(tmp_path, archive):
 
 
 def test_nothing_travels_to_a_device_that_holds_the_data(archive, monkeypatch):
-    """`meta` stands for a device: between epochs no tensor is moved there."""
+    """The device `meta` stands for any device. Between epochs no tensor is moved there."""
     data = ImageDataset(str(archive[0]))
     stream = BatchStream(data, 3, seed=1, device="meta")
     next(stream)

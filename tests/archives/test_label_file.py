@@ -1,4 +1,4 @@
-"""Label files: ours and the published layouts, matched to archives, and what bad ones get."""
+"""Label files: our layout and the published ones, how they are matched to archives, and errors for bad files."""
 
 import numpy as np
 import pytest
@@ -61,7 +61,7 @@ def test_round_trip(dataset, tmp_path, transition):
     loaded = load_label_file(tmp_path / "labels.npz", dataset)
     assert_same(loaded, file)
     assert (loaded.is_clean.dtype, loaded.score.dtype, loaded.labels.dtype) == (bool, np.float32, np.int64)
-    with np.load(tmp_path / "labels.npz") as arrays:  # formats.md: readable by anyone, without unpickling
+    with np.load(tmp_path / "labels.npz") as arrays:  # docs/formats.md: readable without unpickling
         assert set(arrays) == {k for k, v in vars(file).items() if v is not None}
 
 

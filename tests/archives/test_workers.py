@@ -1,4 +1,4 @@
-"""Several processes that write one archive: order, errors, interruptions, and what ends with what."""
+"""Several processes write one archive: order, errors, interruptions, and which processes end with which."""
 
 import errno
 import io
@@ -27,7 +27,7 @@ PLAIN = make_transform(None, None)
 
 
 def collect(parts, make, workers, finish=lambda data, decision: None):
-    """(part, summary) as they were decided."""
+    """Return the pairs (part, summary) in the order of the decisions, and what `finish` returned."""
     seen = []
 
     def decide(part, summary):
@@ -72,7 +72,9 @@ def test_errors_come_in_their_turn(workers, place):
         decided.append(part)
         return part
 
-    turn = r"\d+" if place == "finish" and workers > 1 else "3"  # which process tells first is chance then
+    turn = (
+        r"\d+" if place == "finish" and workers > 1 else "3"
+    )  # with several processes, chance decides which one reports first
     with pytest.raises(dnnlib.UserError, match=f"^part {turn} in {place}$"):
         work_in_order(
             range(60),
@@ -81,13 +83,13 @@ def test_errors_come_in_their_turn(workers, place):
             lambda data, decision: fail("finish", data),
             workers,
         )
-    late = workers * (AHEAD + 2) if place == "finish" else 0  # what is decided before the error is known
+    late = workers * (AHEAD + 2) if place == "finish" else 0  # parts that are decided before the error is known
     assert decided[:3] == [0, 1, 2] and len(decided) <= 4 + late
     assert not psutil.Process().children()
 
 
 def test_a_process_that_is_gone_is_reported():
-    with pytest.raises(dnnlib.UserError, match="--workers: a process was ended"):
+    with pytest.raises(dnnlib.UserError, match="a worker process was ended .*fewer workers"):
         collect(range(4), lambda part: os.kill(os.getpid(), signal.SIGKILL) if part == 3 else (part, part), 2)
 
 
@@ -115,8 +117,8 @@ def test_zip_is_what_zipfile_writes(monkeypatch):
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_what_the_disk_refuses_on_the_way_is_no_archive(tmp_path, monkeypatch, workers):
-    refusals = iter([OSError(errno.EIO, "Input/output error")])  # it is told once, then all is well again
+def test_an_error_of_the_disk_during_the_work_leaves_no_archive(tmp_path, monkeypatch, workers):
+    refusals = iter([OSError(errno.EIO, "Input/output error")])  # the system reports it once, and later calls succeed
 
     def refuse(fd):
         for error in refusals:
@@ -132,7 +134,7 @@ def test_what_the_disk_refuses_on_the_way_is_no_archive(tmp_path, monkeypatch, w
 
 @pytest.mark.parametrize("dest", ["a.zip", "folder"])
 def test_left_out_images_close_the_ranks(tmp_path, dest):
-    """Numbers and places of images depend on which ones before them were left out, in whatever process."""
+    """The number and place of an image depend on how many before it were left out, in any process."""
     images = synth.pictures(40, 64)
     source = lambda: Source("x", 40, images.__getitem__, np.arange(40))  # noqa: E731
 
@@ -151,7 +153,7 @@ def test_left_out_images_close_the_ranks(tmp_path, dest):
 
 
 def test_rare_compression_is_read_by_every_process(tmp_path):
-    """zipfile's reader moves the position of its file, which forked processes have in common."""
+    """zipfile's reader moves the position of its file, which forked processes share."""
     plain = synth.make_archive(tmp_path / "plain.zip", synth.pictures(60, 64))
     with zipfile.ZipFile(plain) as file, zipfile.ZipFile(tmp_path / "rare.zip", "w", zipfile.ZIP_LZMA) as rare:
         for name in file.namelist():
@@ -164,7 +166,7 @@ def test_rare_compression_is_read_by_every_process(tmp_path):
 
 
 def test_interrupted_workers_end_too(tmp_path):
-    """A Ctrl-C, as a terminal sends it, and a kill of the first process only."""
+    """A Ctrl-C reaches all processes, as from a terminal; a kill reaches only the first process."""
     script = (
         "import os, time, dataset_tool\n"
         "from archives import build\n"

@@ -1,7 +1,8 @@
-"""dataset_tool.py as a user runs it: every source, the noise it records, and what bad input gets."""
+"""dataset_tool.py as a user runs it: all sources, labels and noise, transforms, the bytes it writes, its help."""
 
 import io
 import json
+import shlex
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import PIL.Image
 import pytest
 import torch
 
+import dataset_tool
 from archives import label_noise, writer
 from archives.dataset import ImageDataset
 from tests.support import synth
@@ -20,7 +22,7 @@ from tests.support.synth import run_dataset_tool as run
 
 
 def build(source, dest, *args):
-    """Runs the tool, which must succeed; the archive it made, with images [N, C, H, W] as `pixels`."""
+    """Run the tool, which must succeed. Return the archive, with images [N, C, H, W] as `pixels`, output as `out`."""
     code, out, err = run(f"--source={source}", f"--dest={dest}", *args)
     assert code == 0, err
     data = ImageDataset(str(dest))
@@ -125,7 +127,7 @@ def test_folder_of_classes_with_mixed_formats(tmp_path):
     np.testing.assert_array_equal(data.clean_labels, [0, 0, 1])
     np.testing.assert_array_equal(data.labels, [1, 1, 0])
     np.testing.assert_array_equal(data.pixels[:2], chw(images[:2]))
-    assert (data.pixels[2, 0] == data.pixels[2, 1]).all()  # grey among RGB becomes RGB
+    assert (data.pixels[2, 0] == data.pixels[2, 1]).all()  # gray among RGB becomes RGB
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["00000", "dataset.json"]
     assert (tmp_path / "out/00000/img00000002.png").exists()
 
@@ -258,7 +260,7 @@ def test_bytes_do_not_depend_on_workers(tmp_path):
 
 
 def test_kill_in_the_middle_leaves_nothing(tmp_path):
-    """The process is killed while it writes: the archive that was there stays, and no new name appears."""
+    """The process is killed while it writes: the old archive stays, and no new archive appears."""
     script = (
         "import time, dataset_tool\n"
         "from archives.build import ArchiveWriter\n"
@@ -292,3 +294,17 @@ def test_help_names_every_option():
     for option in ("--source", "--dest", "--eval", "--max-images", "--transform", "--resolution", "--labels",
                    "--label_key", "--noise_type", "--noise_rate", "--noise_matrix", "--seed", "--workers"):  # fmt: skip
         assert option in out
+
+
+def test_examples_of_the_help_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    synth.make_cifar10(tmp_path / "downloads/cifar10/cifar-10-python.tar.gz", per_batch=4)
+    for name in ("cat", "dog"):
+        (tmp_path / "my_images" / name).mkdir(parents=True)
+        PIL.Image.fromarray(synth.pictures(1, 80)[0]).save(tmp_path / "my_images" / name / "a.png")
+    lines = (dataset_tool.__doc__ + dataset_tool.EPILOG).replace("\\\n", " ").splitlines()
+    commands = {line.strip() for line in lines if line.strip().startswith("python dataset_tool.py")}
+    assert len(commands) >= 6
+    for command in commands:
+        code, _, err = run(*shlex.split(command)[2:])
+        assert code == 0, f"{command}: {err}"

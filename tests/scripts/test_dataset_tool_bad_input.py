@@ -1,4 +1,4 @@
-"""What bad input to dataset_tool.py gets: one line, the right exit code, nothing left behind."""
+"""Bad input to dataset_tool.py: one line that names the option, the right exit code, nothing left behind."""
 
 import gzip
 import io
@@ -34,7 +34,7 @@ def zipped(members):
     return {"in.zip": buffer.getvalue()}
 
 
-def labelled(labels):
+def labeled(labels):
     return zipped({"a.png": PNG, "b.png": PNG, "dataset.json": json.dumps({"labels": labels}).encode()})
 
 
@@ -108,8 +108,8 @@ BAD = {
     "max images": ({}, [DIGITS, "--max-images=0"], 2, "--max-images"),
     "workers": ({}, [DIGITS, "--workers=-1"], 2, "--workers"),
     # sources
-    "missing": ({}, ["--source={d}/nothing"], 1, "nothing: no such file"),
-    "kind": (files(in_txt=b"hello"), ["--source={d}/in.txt"], 1, "in.txt: not a folder, a ZIP"),
+    "missing": ({}, ["--source={d}/nothing"], 1, "--source: {d}/nothing: no such file"),
+    "kind": (files(in_txt=b"hello"), ["--source={d}/in.txt"], 1, "--source: {d}/in.txt: not a folder, a ZIP"),
     "not a zip": (files(in_zip=b"hello"), [ZIP], 1, "in.zip: not a ZIP"),
     "empty zip": (zipped({}), [ZIP], 1, "in.zip: ZIP without images"),
     "empty folder": (files(in__a_txt=b""), [TREE], 1, "in: folder without images"),
@@ -117,18 +117,20 @@ BAD = {
     "truncated later": (tree(*[PNG] * 40, PNG[:90]), [TREE, "--workers=2"], 1, "in: 40.png: truncated"),
     "json": (zipped({"a.png": PNG, "dataset.json": b"{"}), [ZIP], 1, "dataset.json: not valid JSON"),
     "json labels": (zipped({"a.png": PNG, "dataset.json": b"{}"}), [ZIP], 1, 'lacks "labels"'),
-    "json absent": (labelled([*PAIR, ["c.png", 1]]), [ZIP], 1, "names 'c.png'"),
-    "json misses": (labelled(PAIR[:1]), [ZIP], 1, "none for 'b.png'"),
-    "negative": (labelled([["a.png", 0], ["b.png", -1]]), [ZIP], 1, "label -1 is negative"),
-    "not integer": (labelled([["a.png", 0.5], ["b.png", 1]]), [ZIP], 1, "label 0.5 is not an integer"),
-    "ragged": (labelled([["a.png", [1]], ["b.png", [0, 1]]]), [ZIP], 1, "ragged"),
+    "json absent": (labeled([*PAIR, ["c.png", 1]]), [ZIP], 1, "names 'c.png'"),
+    "json misses": (labeled(PAIR[:1]), [ZIP], 1, "none for 'b.png'"),
+    "negative": (labeled([["a.png", 0], ["b.png", -1]]), [ZIP], 1, "label -1 is negative"),
+    "not integer": (labeled([["a.png", 0.5], ["b.png", 1]]), [ZIP], 1, "label 0.5 is not an integer"),
+    "ragged": (labeled([["a.png", [1]], ["b.png", [0, 1]]]), [ZIP], 1, "ragged"),
     "mixed sizes": (tree(PNG, PNG, synth.png(synth.pictures(1, 16)[0])), [TREE], 1, "2.png: is 16x16, images before"),
     "not square": (tree(synth.png(RGB[0][:4])), [TREE], 1, "0.png: is 8x4 after the transform, images must be square"),
     "power of two": (tree(synth.png(synth.pictures(1, 12)[0])), [TREE], 1, "0.png: is 12x12, the side must be"),
     "alpha": (tree(PNG, synth.png(RGB[0], "RGBA")), [TREE], 1, "1.png: has 4 channels (RGBA)"),
-    "grey alpha": (tree(PNG, synth.png(RGB[0], "LA")), [TREE], 1, "1.png: has 2 channels (LA)"),
-    "rgb among grey": (tree(synth.png(RGB[0], "L"), PNG), [TREE], 1, "1.png: is an RGB image, but"),
-    "all too small": (tree(PNG), [TREE, "--transform=center-crop-wide", "--resolution=16x8"], 1, "none is left"),
+    "gray alpha": (tree(PNG, synth.png(RGB[0], "LA")), [TREE], 1, "1.png: has 2 channels (LA)"),
+    "rgb among gray": (tree(synth.png(RGB[0], "L"), PNG), [TREE], 1,
+                      "1.png: is an RGB image, but {d}/in: 0.png is gray: convert all with dataset_tool.py --channels"),
+    "all too small": (tree(PNG), [TREE, "--transform=center-crop-wide", "--resolution=16x8"], 1,
+                      "none is left: choose a lower one with dataset_tool.py --resolution"),
     "bomb": (tree(PNG[:16] + (50000).to_bytes(4, "big") * 2 + PNG[24:]), [TREE], 1, "50000x50000 is more than"),
     "eval": ({}, [DIGITS, "--eval"], 1, "--eval: digits has no test part"),
     "tar cut": (cifar_files(cut=-2000), [CIFAR], 1, "c.tar.gz: damaged or incomplete"),
@@ -148,22 +150,23 @@ BAD = {
         "6 images, but 2 labels"),
     "lmdb": (files(in__data_mdb=b"x" * 9000), [TREE], 1, "lmdb"),
     # noise
-    "asym unknown": (labelled(PAIR), [ZIP, "--noise_type=asym", "--noise_rate=0.4"], 1, "--noise_type=matrix"),
-    "no labels": (tree(PNG), [TREE, *NOISE], 1, "the source has no labels"),
-    "vector labels": (labelled([["a.png", [0.5]], ["b.png", [1]]]), [ZIP, *NOISE], 1, "labels are vectors"),
-    "one class": (labelled([["a.png", 0], ["b.png", 0]]), [ZIP, *NOISE], 1, "at least 2 classes"),
+    "asym unknown": (labeled(PAIR), [ZIP, "--noise_type=asym", "--noise_rate=0.4"], 1,
+                     "--noise_type=asym: noise type 'asym' is not defined"),
+    "no labels": (tree(PNG), [TREE, *NOISE], 1, "--noise_type=sym: the source has no labels"),
+    "vector labels": (labeled([["a.png", [0.5]], ["b.png", [1]]]), [ZIP, *NOISE], 1, "labels are vectors"),
+    "one class": (labeled([["a.png", 0], ["b.png", 0]]), [ZIP, *NOISE], 1, "at least 2 classes"),
     "noisy already": (zipped({"a.png": PNG, "dataset.json": json.dumps({"labels": [["a.png", 1]], "clean_labels": [
         ["a.png", 0]]}).encode()}), [ZIP, *NOISE], 1, "noisy already"),
     "matrix size": (files(T_npy=npy(np.eye(9))), [DIGITS, "--noise_type=matrix", "--noise_matrix={d}/T.npy"], 1,
-                    "T.npy: is 9x9, but there are 10"),
+                    "--noise_type=matrix: {d}/T.npy: is 9x9, but there are 10"),
     "matrix shape": (files(T_npy=npy(np.ones([10, 9]))), [DIGITS, "--noise_type=matrix", "--noise_matrix={d}/T.npy"],
                      1, "T.npy: must be square"),
     "matrix rows": (files(T_npy=npy(np.ones([10, 10]))), [DIGITS, "--noise_type=matrix", "--noise_matrix={d}/T.npy"],
                     1, "T.npy: not row-stochastic, row 0 sums to 10"),
     "matrix missing": ({}, [DIGITS, "--noise_type=matrix", "--noise_matrix={d}/T.npy"], 1, "T.npy"),
     # --labels
-    "labels missing": ({}, [DIGITS, "--labels={d}/l.npy"], 1, "l.npy"),
-    "labels kind": (files(l_txt=b""), [DIGITS, "--labels={d}/l.txt"], 1, "expected a .json, .npy, .npz or .pt"),
+    "labels missing": ({}, [DIGITS, "--labels={d}/l.npy"], 1, "--labels: {d}/l.npy"),
+    "labels kind": (files(l_txt=b""), [DIGITS, "--labels={d}/l.txt"], 1, "--labels: {d}/l.txt: expected a .json"),
     "labels length": (files(l_npy=npy(np.arange(5))), [DIGITS, "--labels={d}/l.npy"], 1,
                       "5 labels, but the source has 1797"),
     "labels negative": (files(l_npy=npy(np.arange(1797) * 0 - 1)), [DIGITS, "--labels={d}/l.npy"], 1, "label -1"),
@@ -174,13 +177,15 @@ BAD = {
     "npz garbage": (files(l_npz=b"garbage"), [DIGITS, "--labels={d}/l.npz"], 1, "not a readable .npz"),
     "pt garbage": (files(l_pt=b"garbage"), [DIGITS, "--labels={d}/l.pt"], 1, "not a readable .pt"),
     "pt hostile": (files(l_pt=torch_file({"a": Hostile()})), [DIGITS, "--labels={d}/l.pt"], 1, "not a readable .pt"),
-    "label keys": (files(l_npz=npz(a=np.arange(3), b=np.arange(3))), [DIGITS, "--labels={d}/l.npz"], 1, "a, b"),
-    "label key": (files(l_npz=npz(a=np.arange(3))), [DIGITS, "--labels={d}/l.npz", "--label_key=c"], 1, "'c'"),
+    "label keys": (files(l_npz=npz(a=np.arange(3), b=np.arange(3))), [DIGITS, "--labels={d}/l.npz"], 1,
+                   "several entries, choose one: dataset_tool.py --label_key=NAME (there are: a, b)"),
+    "label key": (files(l_npz=npz(a=np.arange(3))), [DIGITS, "--labels={d}/l.npz", "--label_key=c"], 1,
+                  "--labels: {d}/l.npz: has no entry 'c'"),
     "label key of npy": (files(l_npy=npy(np.arange(3))), [DIGITS, "--labels={d}/l.npy", "--label_key=c"], 1, "one arr"),
     "json list": (files(l_json=b"[1, 2]"), [DIGITS, "--labels={d}/l.json"], 1, "must hold"),
     "json length": (files(l_json=json.dumps(dict(labels=PAIR)).encode()), [DIGITS, "--labels={d}/l.json"], 1,
                     "2 labels, but the source has 1797"),
-    "json names": (labelled(PAIR) | files(l_json=json.dumps(dict(labels=[["a.png", 0], ["x.png", 1]])).encode()),
+    "json names": (labeled(PAIR) | files(l_json=json.dumps(dict(labels=[["a.png", 0], ["x.png", 1]])).encode()),
                    [ZIP, "--labels={d}/l.json"], 1, "names 'x.png'"),
 }  # fmt: skip
 
@@ -201,7 +206,7 @@ def test_bad_input(tmp_path, monkeypatch, name):
     for dest in ("new.zip", "new"):
         code, out, err = run(*[a.format(d=tmp_path) for a in args], f"--dest={tmp_path}/{dest}")
         assert (code, out) == (expected, ""), err
-        assert err.startswith("Error: ") and err.count("\n") == 1 and message in err, err
+        assert err.startswith("Error: ") and err.count("\n") == 1 and message.replace("{d}", str(tmp_path)) in err, err
         assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -210,10 +215,11 @@ def test_bad_destinations(tmp_path):
     (tmp_path / "full/note.txt").write_text("mine")
     (tmp_path / "dir.zip").mkdir()
     (tmp_path / "file").write_text("mine")
-    for name, message in [("full", "not empty"), ("dir.zip", "is a folder"), ("file", "no folder"),
+    for name, message in [("full", "not empty"), ("dir.zip", "is a folder"), ("file", "not a folder"),
                           ("file/a.zip", "file")]:  # fmt: skip
         code, _, err = run(DIGITS, f"--dest={tmp_path / name}")
         assert code == 1 and err.startswith("Error: ") and err.count("\n") == 1 and message in err, err
+        assert name == "file/a.zip" or err.startswith(f"Error: --dest: {tmp_path / name}: ")
     assert (tmp_path / "full/note.txt").read_text() == (tmp_path / "file").read_text() == "mine"
     (tmp_path / "empty").mkdir()
     assert run(DIGITS, f"--dest={tmp_path}/empty", "--max-images=3")[0] == 0

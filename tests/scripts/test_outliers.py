@@ -1,4 +1,4 @@
-"""Foreign images in an archive: how they get in, what is recorded, the source `photos`, the outlier ratio."""
+"""Outliers in an archive: how they are put in and recorded, the source `photos`, their cost, the outlier ratio."""
 
 import json
 import math
@@ -22,7 +22,7 @@ from training.transport_cost import TransportCost, cost_by_origin
 
 
 def build(source, dest, *args):
-    """Runs the tool, which must succeed; the archive it made, with images [N, H, W, C] as `pixels`."""
+    """Run the tool, which must succeed. Return the archive, with images [N, H, W, C] as `pixels`, output as `out`."""
     code, out, err = run(f"--source={source}", f"--dest={dest}", *args)
     assert code == 0, err
     data = ImageDataset(str(dest))
@@ -40,7 +40,7 @@ def clean(tmp_path):
     return synth.make_archive(tmp_path / "clean.zip", synth.pictures(40), (np.arange(40) % 4).tolist())
 
 
-def grey_archive(path, images):
+def gray_archive(path, images):
     return synth.make_archive(path, images.mean(3, keepdims=True).astype(np.uint8))
 
 
@@ -73,22 +73,22 @@ def test_outliers_take_the_size_and_channels_of_what_they_replace(tmp_path, clea
     wide[:, 8:24] = 30, 100, 200  # the central square; luma 90
     (tmp_path / "wide").mkdir()
     PIL.Image.fromarray(wide).save(tmp_path / "wide/a.png")
-    grey = grey_archive(tmp_path / "grey.zip", synth.pictures(10))
-    data = build(grey, tmp_path / "a.zip", f"--outliers={tmp_path / 'wide'}", "--perturb_percent=30")
-    assert data.outliers.sum() == 3  # the one image there is, three times
+    gray = gray_archive(tmp_path / "gray.zip", synth.pictures(10))
+    data = build(gray, tmp_path / "a.zip", f"--outliers={tmp_path / 'wide'}", "--perturb_percent=30")
+    assert data.outliers.sum() == 3  # the only image, three times
     np.testing.assert_array_equal(data.pixels[data.outliers], 90)
-    few = grey_archive(tmp_path / "few.zip", synth.pictures(4, 4, seed=2))
+    few = gray_archive(tmp_path / "few.zip", synth.pictures(4, 4, seed=2))
     data = build(clean, tmp_path / "b.zip", f"--outliers={few}", "--perturb_percent=25", "--resolution=16x16")
     outliers = data.pixels[data.outliers]
     assert outliers.shape == (10, 16, 16, 3) and (outliers == outliers[..., :1]).all()
     times = [sum(image.tobytes() == row for image in outliers) for row in rows(outliers)]
-    assert sorted(times) == [2, 2, 3, 3]  # each before any again
+    assert sorted(times) == [2, 2, 3, 3]  # all are used before any is used again
 
 
 def test_channels(tmp_path, clean):
-    grey = build(clean, tmp_path / "grey.zip", "--channels=1")
+    gray = build(clean, tmp_path / "gray.zip", "--channels=1")
     luma = synth.pictures(40) @ [0.299, 0.587, 0.114]
-    np.testing.assert_allclose(grey.pixels[..., 0], luma, atol=1)
+    np.testing.assert_allclose(gray.pixels[..., 0], luma, atol=1)
     rgb = build("digits", tmp_path / "rgb.zip", "--channels=3", "--max-images=5")
     assert rgb.image_shape == (3, 8, 8) and (rgb.pixels == rgb.pixels[..., :1]).all()
     (tmp_path / "mixed").mkdir()
@@ -133,7 +133,7 @@ def test_images_that_are_left_out_do_not_shift_the_record(tmp_path):
 
 
 def test_photos_are_square_windows_of_the_two_photographs(tmp_path, monkeypatch):
-    """On photographs whose pixels say where they are: red the row, green the column, blue which photograph."""
+    """The pixels of these photographs tell their place: red is the row, green the column, blue the photograph."""
     y, x = np.mgrid[:427, :640]
     photos = [np.stack([y / 2, x / 3, np.full_like(y, 255 * i)], axis=2).astype(np.uint8) for i in range(2)]
     bundle = SimpleNamespace(images=photos, filenames=["/a/one.jpg", "/a/two.jpg"])
@@ -146,7 +146,7 @@ def test_photos_are_square_windows_of_the_two_photographs(tmp_path, monkeypatch)
     tall, wide = ((v[:, -1] - v[:, 0]) * step * 32 / 31 for v, step in ((red, 2), (green, 3)))
     np.testing.assert_allclose(tall, wide, atol=8)  # square
     assert 60 <= tall.min() < 80 and 240 < tall.max() <= 262
-    assert red.min() < 8 and red.max() > 205 and green.min() < 8 and green.max() > 205  # out to every edge
+    assert red.min() < 8 and red.max() > 205 and green.min() < 8 and green.max() > 205  # up to every edge
 
 
 def test_photos_at_every_resolution(tmp_path):
@@ -154,16 +154,16 @@ def test_photos_at_every_resolution(tmp_path):
     assert large.image_shape == (3, 32, 32) and large.class_names == ["china", "flower"]
     small = build("photos", tmp_path / "b.zip", "--resolution=8x8", "--channels=1", "--max-images=8")
     luma = large.pixels[:8].reshape(8, 8, 4, 8, 4, 3).mean((2, 4)) @ [0.299, 0.587, 0.114]
-    assert np.abs(small.pixels[..., 0] - luma).mean() < 4  # the same views, and more of them begin with the fewer
+    assert np.abs(small.pixels[..., 0] - luma).mean() < 4  # the same squares, of which fewer are the first ones
     other = build("photos", tmp_path / "c.zip", "--max-images=20", "--seed=1")
     assert not rows(other.pixels) & rows(large.pixels) and len(rows(large.pixels)) == 20
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What they cost.
+# Their transport cost.
 
 
-def test_digits_among_photos_and_photos_among_digits_are_dear_by_the_robust_cost(tmp_path):
+def test_digits_among_photos_and_photos_among_digits_are_expensive_by_the_robust_cost(tmp_path):
     steps, cpu = DiffusionSteps(2), torch.device("cpu")
     ratios = []
     for i, (source, outliers) in enumerate([("photos", "digits"), ("digits", "photos")]):
@@ -176,11 +176,11 @@ def test_digits_among_photos_and_photos_among_digits_are_dear_by_the_robust_cost
             "--channels=1",
             "--max-images=1000",
         )
-        clean, dear = cost_by_origin(TransportCost("robust", data, steps, cpu), data, steps, cpu)
-        assert clean < 0.2 and dear > 5
+        clean, foreign = cost_by_origin(TransportCost("robust", data, steps, cpu), data, steps, cpu)
+        assert clean < 0.2 and foreign > 5
         a, b = cost_by_origin(TransportCost("pixels", data, steps, cpu), data, steps, cpu)
         ratios.append(b / a)
-    assert ratios[0] > 1.1 and ratios[1] < 0.9  # by the paper's cost only digits are
+    assert ratios[0] > 1.1 and ratios[1] < 0.9  # by the paper's cost only digits are expensive
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -189,7 +189,7 @@ def test_digits_among_photos_and_photos_among_digits_are_dear_by_the_robust_cost
 
 @pytest.fixture
 def shades(tmp_path):
-    """Dark images are clean, bright ones outliers: a data set of 60 with 12 of them, 50 made images with 15."""
+    """Dark images are clean, bright ones are outliers: 12 of the 60 real images, 15 of the 50 generated ones."""
     rng = np.random.default_rng(0)
 
     def draw(n, bright):
@@ -209,7 +209,7 @@ def shades(tmp_path):
 
 
 def evaluate(tmp_path, images, data, *args):
-    """Exit code, table and output of `fid.py evaluate` on pixels."""
+    """Return exit code, table and output of `fid.py evaluate` on pixels."""
     out = tmp_path / "table.json"
     args = [f"--images={images}", f"--data={data}", "--detector=pixels", "--device=cpu", f"--out={out}", *args]
     result = CliRunner().invoke(fid.main, ["evaluate", *map(str, args)])
@@ -258,7 +258,10 @@ def test_too_few_outliers_to_learn_from(tmp_path, shades):
 
 
 def test_a_rare_class_weighs_as_much():
-    """Two normal densities three standard deviations apart, one of them 5% of the data: Phi(1.5) of either."""
+    """For two normal densities at a distance of 3 standard deviations, each class has Phi(1.5) right answers.
+
+    One of them is 5% of the data.
+    """
     rng = np.random.default_rng(0)
     rare = np.arange(4000) % 20 == 0
     machine = label_accuracy.SvmJudge(rng.normal(size=[4000, 1]) + 3 * rare[:, None], rare, balanced=True)
@@ -267,13 +270,13 @@ def test_a_rare_class_weighs_as_much():
     for shift in (0, 3):
         right = machine.predict(rng.normal(size=[2000, 1]) + shift) == (shift > 0)
         assert right.mean() == pytest.approx(phi, abs=0.06)
-    # Features that say nothing: one class is all right and one all wrong, if both are among the held-out.
+    # Features without information: of the held-out images one class is all right, and the other all wrong.
     labels = np.repeat([True, False], [5, 495])
     blind = [label_accuracy.SvmJudge(np.zeros([500, 1]), labels, seed, balanced=True) for seed in range(8)]
     assert [machine.accuracy for machine in blind] == 8 * [0.5]
     few = label_accuracy.SvmJudge(np.zeros([500, 1]), labels, max_images=20, balanced=True)
     assert few.accuracy == 0.5 and few.fitted == 20
-    np.testing.assert_allclose(few._machine.class_weight_, [20 / 2 / 15, 20 / 2 / 5])  # all five are in
+    np.testing.assert_allclose(few._machine.class_weight_, [20 / 2 / 15, 20 / 2 / 5])  # all five are among them
 
 
 @pytest.mark.parametrize(
@@ -282,7 +285,7 @@ def test_a_rare_class_weighs_as_much():
         (dict(outlier="plain"), "--outlier_data: {d}/plain.zip records no outliers"),
         (
             dict(outlier="large"),
-            "--outlier_data: {d}/large.zip has 16x16 grey images, --data: {d}/data.zip has 8x8 grey",
+            "--outlier_data: {d}/large.zip has 16x16 gray images, but {d}/data.zip has 8x8 gray",
         ),
         (dict(data="all"), "--data: {d}/all.zip records 60 of its 60 images as outliers"),
         (dict(outlier="none"), "none.zip"),

@@ -1,4 +1,4 @@
-"""Small synthetic data sets in the layouts in which the real ones are published."""
+"""Small synthetic data sets in the layouts of the published ones, and a function that runs dataset_tool.py."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CIFAR10_NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog",
 
 
 def png(image: np.ndarray, mode: str | None = None) -> bytes:
-    """A PNG of uint8 [H, W] or [H, W, C], optionally converted to a Pillow mode."""
+    """Return a PNG of uint8 [H, W] or [H, W, C], converted to a Pillow mode if one is given."""
     picture = PIL.Image.fromarray(image)
     buffer = io.BytesIO()
     (picture.convert(mode) if mode else picture).save(buffer, "png")
@@ -29,7 +29,7 @@ def png(image: np.ndarray, mode: str | None = None) -> bytes:
 
 
 def pictures(n: int, size: int = 8, channels: int = 3, seed: int = 0) -> np.ndarray:
-    """Random images, uint8 [n, size, size, channels]."""
+    """Return random images, uint8 [n, size, size, channels]."""
     return np.random.default_rng(seed).integers(0, 256, [n, size, size, channels], dtype=np.uint8)
 
 
@@ -41,7 +41,7 @@ def make_zip(path: Path, members: dict[str, bytes], compression: int = zipfile.Z
 
 
 def make_archive(path: Path, images: np.ndarray, labels: object = None, **extra) -> Path:
-    """A ZIP as EDM's tool writes it; `labels` a list with one entry an image, or None. `extra` goes to dataset.json."""
+    """Write a ZIP as EDM's tool does. `labels` has one entry per image, or is None. `extra` goes to dataset.json."""
     names = [f"{i // 1000:05d}/img{i:08d}.png" for i in range(len(images))]
     members = {name: png(image.squeeze()) for name, image in zip(names, images, strict=True)}
     pairs = None if labels is None else [[name, label] for name, label in zip(names, labels, strict=True)]
@@ -50,7 +50,7 @@ def make_archive(path: Path, images: np.ndarray, labels: object = None, **extra)
 
 
 def _pickle(value: object) -> bytes:
-    # Protocol 2, text keys as bytes, and NumPy's old module name: how the originals look to Python 3.
+    # The original files use protocol 2 and NumPy's old module name.
     return pickle.dumps(value, protocol=2).replace(b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n")
 
 
@@ -65,12 +65,12 @@ def _tar(path: Path, members: dict[str, bytes]) -> Path:
 
 
 def make_cifar10(path: Path, per_batch: int = 20, seed: int = 0) -> tuple[Path, np.ndarray, np.ndarray]:
-    """`cifar-10-python.tar.gz` with five training batches and a test batch: (path, training images, labels)."""
+    """Write CIFAR-10 with five training batches and a test batch. Return (path, training images, labels)."""
     rng = np.random.default_rng(seed)
     data = rng.integers(0, 256, [6, per_batch, 3072], dtype=np.uint8)
     labels = np.arange(6 * per_batch).reshape(6, per_batch) % 10
     members = {"cifar-10-batches-py/batches.meta": _pickle({b"label_names": [s.encode() for s in CIFAR10_NAMES]})}
-    for i in (4, 1, 5, 2, 3, 6):  # not in order, as in the original
+    for i in (4, 1, 5, 2, 3, 6):  # out of order, as in the original
         name = "test_batch" if i == 6 else f"data_batch_{i}"
         members[f"cifar-10-batches-py/{name}"] = _pickle({b"data": data[i - 1], b"labels": labels[i - 1].tolist()})
     images = data[:5].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
@@ -78,7 +78,7 @@ def make_cifar10(path: Path, per_batch: int = 20, seed: int = 0) -> tuple[Path, 
 
 
 def make_cifar100(path: Path, n: int = 200, seed: int = 0) -> tuple[Path, np.ndarray, np.ndarray]:
-    """`cifar-100-python.tar.gz`: (path, training images, fine labels)."""
+    """Write CIFAR-100. Return (path, training images, fine labels)."""
     data = np.random.default_rng(seed).integers(0, 256, [n, 3072], dtype=np.uint8)
     fine = np.arange(n) % 100
     members = {
@@ -92,7 +92,7 @@ def make_cifar100(path: Path, n: int = 200, seed: int = 0) -> tuple[Path, np.nda
 
 
 def make_mnist(folder: Path, n: int = 30, seed: int = 0) -> tuple[Path, np.ndarray, np.ndarray]:
-    """The four files of MNIST or Fashion-MNIST, the test part a third as large: (folder, training images, labels)."""
+    """Write the four files of MNIST, with a test part a third as large. Return (folder, training images, labels)."""
     folder.mkdir(parents=True, exist_ok=True)
     images = np.random.default_rng(seed).integers(0, 256, [n, 28, 28], dtype=np.uint8)
     labels = (np.arange(n) % 10).astype(np.uint8)
@@ -106,7 +106,7 @@ def make_mnist(folder: Path, n: int = 30, seed: int = 0) -> tuple[Path, np.ndarr
 
 
 def make_lsun(folder: Path, images: list[np.ndarray]) -> Path:
-    """An LMDB of JPEG files under hash-like keys; needs the package lmdb."""
+    """Write an LMDB of JPEG files under keys like hashes. Needs the package lmdb."""
     import lmdb  # optional dependency
 
     env = lmdb.open(str(folder), map_size=1 << 26)
@@ -120,7 +120,7 @@ def make_lsun(folder: Path, images: list[np.ndarray]) -> Path:
 
 
 def run_dataset_tool(*args: object) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr of `dataset_tool.py`; an exception that is no error message is a bug and raised."""
+    """Run dataset_tool.py. Return exit code, stdout and stderr; raise any exception, as it is a bug."""
     result = CliRunner().invoke(dataset_tool.main, [str(a) for a in args])
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception

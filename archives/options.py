@@ -1,0 +1,82 @@
+"""The options of `dataset_tool.py` as one object, and the rules by which they need or exclude each other."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import click
+
+__all__ = ["NOISE_TYPES", "DatasetOptions", "Resolution", "check_usage"]
+
+NOISE_TYPES = ("sym", "asym", "pair", "instance", "matrix")
+
+
+@dataclass
+class DatasetOptions:
+    """What the user asked for. Every field has the name of its option."""
+
+    source: str  # digits, photos or a path
+    dest: str  # the archive to write, a .zip or a folder
+    eval: bool  # take the test part of the source
+    max_images: int | None  # use only the first images; None: all
+    transform: str | None  # how images are cropped; None: not at all
+    resolution: tuple[int, int] | None  # width and height in pixels; None: as in the source
+    channels: str | None  # "1" for gray, "3" for RGB; None: as in the source
+    outliers: str | None  # replace some images by images of this source
+    perturb_percent: float | None  # how many of them, 0 to 100
+    labels: str | None  # replace the labels by those in this file
+    label_key: str | None  # the entry of that file
+    noise_type: str | None  # label noise to add, one of NOISE_TYPES
+    noise_rate: float | None  # probability of a wrong label, 0 to 1
+    noise_matrix: str | None  # file with the transition matrix
+    seed: int  # of all random numbers
+    workers: int  # processes; 0: one per core
+
+
+class Resolution(click.ParamType):
+    """The type of an option that reads WxH and returns (width, height)."""
+
+    name = "WxH"
+
+    def convert(
+        self, value: str | tuple[int, int], param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, int]:
+        if isinstance(value, tuple):
+            return value
+        match = re.fullmatch(r"([1-9]\d{0,4})[xX]([1-9]\d{0,4})", value)
+        if match is None:
+            self.fail(f"'{value}' is not of the form WxH, such as 64x64", param, ctx)
+        return int(match[1]), int(match[2])
+
+
+def check_usage(o: DatasetOptions) -> None:
+    """Raise click.UsageError for options that need or exclude each other."""
+    if o.transform and o.resolution is None:
+        raise click.UsageError(f"--transform={o.transform} needs --resolution=WxH")
+    if o.resolution is not None:
+        width, height = o.resolution
+        if o.transform != "center-crop-wide" and width != height:
+            raise click.UsageError(f"--resolution={width}x{height}: must be square, e.g. 64x64")
+        if width & (width - 1):
+            raise click.UsageError(f"--resolution: the width {width} must be a power of two, e.g. 64x64")
+        if height > width:
+            raise click.UsageError("--transform=center-crop-wide: the height in --resolution must not exceed the width")
+    if o.label_key is not None and o.labels is None:
+        raise click.UsageError("--label_key needs --labels=FILE")
+    if o.outliers is not None and o.perturb_percent is None:
+        raise click.UsageError(f"--outliers={o.outliers} needs --perturb_percent=FLOAT, e.g. 5")
+    if o.perturb_percent is not None and o.outliers is None:
+        raise click.UsageError("--perturb_percent needs --outliers=PATH, or digits or photos")
+    if o.noise_type == "matrix":
+        if o.noise_matrix is None:
+            raise click.UsageError("--noise_type=matrix needs --noise_matrix=FILE (.npy, .json or .npz)")
+        if o.noise_rate is not None:
+            raise click.UsageError("--noise_rate: --noise_type=matrix takes its rates from the matrix, leave it out")
+        return
+    if o.noise_matrix is not None:
+        raise click.UsageError("--noise_matrix needs --noise_type=matrix")
+    if o.noise_type is not None and o.noise_rate is None:
+        raise click.UsageError(f"--noise_type={o.noise_type} needs --noise_rate=FLOAT, e.g. 0.4")
+    if o.noise_rate is not None and o.noise_type is None:
+        raise click.UsageError("--noise_rate needs --noise_type (sym, asym, pair or instance)")
