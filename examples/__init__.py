@@ -1,1 +1,1 @@
-"""Small programs that show what a method does."""
+"""Small programs that show how a method works."""

@@ -1,10 +1,10 @@
-"""RDUOT and DDGAN in the plane: four clean modes, and a fifth one that does not belong.
+"""Train RDUOT and DDGAN on points in the plane: four clean modes, and a fifth one that does not belong.
 
-Trains both on the same points with the losses and the diffusion of train_rduot.py and networks of three small layers.
-Prints each mode's share of the samples and draws samples and the potential's level sets.
+Both see the same points and use the losses and the diffusion of train_rduot.py, with networks of three small layers.
+Prints the share of the samples in each mode, and draws samples and level sets of the potential.
 
-Measured with the defaults, 5% outliers in the data, seeds 0, 1, 2: DDGAN makes 3.45, 3.44, 3.93% outliers, RDUOT 1.67,
-2.15, 1.87%; both give each clean mode 23 to 25%.
+With the defaults, 5% outliers in the data and seeds 0, 1, 2, DDGAN makes 3.45, 3.44 and 3.93% outliers, RDUOT 1.67,
+2.15 and 1.87%. Both give each clean mode 23 to 25%.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import os
 import time
 
 import click
-import matplotlib
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from tqdm import trange
 
 import dnnlib
@@ -26,9 +26,6 @@ from training.noise_levels import DiffusionSteps
 from training.objectives.rduot import CONJUGATES, TransportLosses, ema_halflife
 from training.trained_network import TrainedNetwork
 from training.transport_cost import squared_distance
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402  (the backend is chosen first: no display is needed)
 
 EXAMPLES = """
 Examples:
@@ -44,14 +41,14 @@ PHI = click.Choice(list(CONJUGATES))
 
 
 def points(n: int, share: float, generator: torch.Generator) -> torch.Tensor:
-    """Training data [n,2], `share` of them outliers."""
+    """Draw training data [n,2], of which the share `share` are outliers."""
     mode = torch.randint(len(CLEAN), [n], generator=generator)
     mode[torch.rand(n, generator=generator) < share] = len(CLEAN)
     return MODES[mode] + SPREAD * torch.randn([n, 2], generator=generator)
 
 
 class MLP(torch.nn.Module):
-    """Three layers; the time step enters one-hot."""
+    """Network of three layers that receives the time step as a one-hot vector."""
 
     def __init__(self, inputs: int, outputs: int, num_timesteps: int, width: int = 128):
         super().__init__()
@@ -70,14 +67,14 @@ class MLP(torch.nn.Module):
 
 
 class Potential(MLP):
-    """D(x_t, t, x_{t+1}) -> [N]."""
+    """Potential D(x_t, t, x_{t+1}) -> [N]."""
 
     def forward(self, a: torch.Tensor, t: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         return super().forward(a, t, b).flatten()
 
 
 def train(losses: TransportLosses, share: float, seed: int, num_steps: int) -> tuple[MLP, Potential]:
-    """The generator's moving average and the potential after `num_steps` steps."""
+    """Train for `num_steps` steps. Return the generator's moving average and the potential."""
     torch.manual_seed(seed)
     timesteps = losses.steps.num_timesteps
     settings = dict(lr=LR, betas=(0.5, 0.9))
@@ -98,7 +95,7 @@ def train(losses: TransportLosses, share: float, seed: int, num_steps: int) -> t
 
 @torch.no_grad()
 def sample(generator: MLP, steps: DiffusionSteps, n: int, seed: int = 0) -> torch.Tensor:
-    """n samples [n,2]."""
+    """Return n samples [n,2]."""
     rng = torch.Generator().manual_seed(seed)
     x = torch.randn([n, 2], generator=rng)
     for i in reversed(range(steps.num_timesteps)):
@@ -109,24 +106,25 @@ def sample(generator: MLP, steps: DiffusionSteps, n: int, seed: int = 0) -> torc
 
 
 def shares(x: torch.Tensor) -> list[float]:
-    """Share of the points nearest to each mode, the outliers' last."""
+    """Return the share of the points that lie nearest to each mode; the last share is that of the outliers."""
     nearest = torch.cdist(x, MODES).argmin(dim=1)
     return (nearest.bincount(minlength=len(MODES)) / len(x)).tolist()
 
 
 @torch.no_grad()
 def level_sets(potential: Potential, steps: DiffusionSteps, grid: torch.Tensor, draws: int = 32) -> torch.Tensor:
-    """D(x, t=0, x_1) at each x of grid [N,2], the mean over x_1 given x."""
+    """Return D(x, t=0, x_1) for each x of `grid` [N,2], averaged over `draws` draws of x_1 given x."""
     rng, t = torch.Generator().manual_seed(0), torch.zeros(len(grid), dtype=torch.int64)
     pairs = (steps.pair(grid, t, *torch.randn([2, len(grid), 2], generator=rng)) for _ in range(draws))
     return torch.stack([potential(x, t, x_next) for x, x_next in pairs]).mean(dim=0)
 
 
 def draw(path: str, results: dict, data: torch.Tensor, steps: DiffusionSteps) -> None:
-    """One panel a method: level sets of the potential, data (grey), samples."""
+    """Draw one panel per method: level sets of the potential, data in gray, samples in red."""
     side = torch.linspace(-2, 4, 101)
     grid = torch.cartesian_prod(side, side)
-    figure, axes = plt.subplots(1, len(results), figsize=(6 * len(results), 5.5), squeeze=False)
+    figure = Figure(figsize=(6 * len(results), 5.5))
+    axes = figure.subplots(1, len(results), squeeze=False)
     for ax, (name, (x, potential)) in zip(axes[0], results.items(), strict=True):
         values = level_sets(potential, steps, grid).reshape(len(side), len(side)).T
         filled = ax.contourf(side, side, values, levels=20, cmap="viridis", alpha=0.6)
@@ -143,13 +141,12 @@ def draw(path: str, results: dict, data: torch.Tensor, steps: DiffusionSteps) ->
     figure.tight_layout()
     with dnnlib.atomic_open(path) as file:
         figure.savefig(file, format="png", dpi=100)
-    plt.close(figure)
 
 
 @click.command(cls=Command, help=__doc__, epilog=EXAMPLES)
-@click.option("--outdir", metavar="DIR", required=True, help="Where toy2d.png and toy2d.json go")
+@click.option("--outdir", metavar="DIR", required=True, help="Where to write toy2d.png and toy2d.json")
 @click.option("--method", type=click.Choice(["both", "ddgan", "rduot"]), default="both", help="What to train")
-@click.option("--outliers", metavar="SHARE", type=FloatRange(min=0, max=1), default=0.05, help="Share of outliers")
+@click.option("--outliers", metavar="SHARE", type=FloatRange(min=0, max=1), default=0.05, help="Outliers in the data")
 @click.option("--tau", metavar="FLOAT", type=FloatRange(min=0), default=0.08, help="RDUOT: weight of the cost")
 @click.option("--phi1", type=PHI, default="softplus", help="RDUOT: conjugate on generated pairs")
 @click.option("--phi2", type=PHI, default="softplus", help="RDUOT: conjugate on real pairs")

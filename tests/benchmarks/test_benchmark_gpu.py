@@ -1,4 +1,4 @@
-"""The code of the GPU rows, at tiny size on the CPU."""
+"""Test the code of the rows about GPUs, on the CPU with tiny networks."""
 
 import pytest
 import torch
@@ -57,7 +57,7 @@ def test_step_rows_are_eager_and_each_form_over_it(monkeypatch):
         ("bf16", 1.0, 4.0),
     ]
     assert asked[2] == ("train", ["--batch=4", "--precision=bf16", "--compile=1"], ["--batch=4"])
-    # Each is held against the peak of its own precision.
+    # The peak of its own precision limits each row.
     peaks = Peaks(dict(fp32=1, tf32=2, bf16=4), 8)
     assert [bound(row, peaks) for row in found] == [8, 4, 2, 2]
 
@@ -87,7 +87,7 @@ def gpu_work(net):
     return flops.get_total_flops()
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without CUDA")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tests what happens without CUDA")
 def test_without_cuda_a_line_says_so(capsys):
     assert list(gpu_rows.rows(5)) == []
     assert "no CUDA device" in capsys.readouterr().out

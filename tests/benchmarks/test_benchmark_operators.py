@@ -1,4 +1,4 @@
-"""benchmarks.operators: the groups, and that both forms of a step are profiled."""
+"""Test benchmarks.operators: the groups of operators, and the profiles of both forms of a step."""
 
 import pytest
 from click.testing import CliRunner

@@ -1,4 +1,4 @@
-"""benchmarks.precision: the measure in closed form, and the command on a few steps."""
+"""Test benchmarks.precision: the gap in closed form, and the command on a few steps."""
 
 import numpy as np
 import pytest
@@ -43,7 +43,10 @@ def test_the_verdict_compares_the_gaps(monkeypatch, tmp_path):
             ["--precision=bf16", "--seed=0"],
         ]
         assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
-    assert "Error: bf16 trains differently from float32" in result.output and "the gap between two float32 seeds" in result.output
+    assert (
+        "Error: bf16 trains differently from float32" in result.output
+        and "the gap between two float32 seeds" in result.output
+    )
 
 
 def test_losses_are_those_of_the_script(tmp_path):

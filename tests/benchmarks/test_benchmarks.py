@@ -1,4 +1,7 @@
-"""The benchmarks' arithmetic, how forms take turns, and that the plain form computes the same. No times are tested."""
+"""Test the benchmarks: their arithmetic, how forms take turns, and that the plain form computes the same numbers.
+
+Nothing here depends on how long something takes.
+"""
 
 import json
 import math
@@ -25,7 +28,7 @@ TOY_SERVER = """
 import sys, time
 from benchmarks.core import Turns
 turns, log = Turns(), open(sys.argv[1].strip('"'), "a")
-print("this is no answer")
+print("this is not an answer")
 def form():
     for word in ("in", "out"):
         print(f"{__name__ and sys.argv[0]} {word}", file=log, flush=True)
@@ -37,7 +40,7 @@ turns.serve(form, dict(flops=7))
 
 @pytest.fixture
 def toy(tmp_path, monkeypatch):
-    """Modules toy_a and toy_b, whose turns are written into a common log; their form says it took half a second."""
+    """Write modules toy_a and toy_b, whose forms log their turns in a common file and claim to take half a second."""
     for name in ("toy_a", "toy_b"):
         (tmp_path / f"{name}.py").write_text(TOY_SERVER)
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{':'.join(filter(None, sys.path))}")
@@ -48,8 +51,8 @@ def test_flops_and_bytes_of_a_linear_layer():
     n, i, o = 5, 7, 11
     layer, x = torch.nn.Linear(i, o, bias=False), torch.randn(n, i, requires_grad=True)
     work = count(lambda: layer(x).sum().backward(), parameters=i * o)
-    assert work.flops == 3 * 2 * n * i * o  # the output, and the gradients of input and weight
-    # Each of the three products reads two of x, w, y and writes the third.
+    assert work.flops == 3 * 2 * n * i * o  # One product is for the output, two are for gradients.
+    # Each of the three products reads two of the matrices x, w, y and writes the third.
     assert work.bytes == 3 * 4 * (n * i + i * o + n * o) + 4 * 9 * i * o
 
 
@@ -131,7 +134,7 @@ def test_plain_layers_give_the_same_and_are_put_away(arch, resolution, monkeypat
     torch.manual_seed(0)
     net = EDMPrecond(resolution, 3, 4, **network_kwargs(arch, 16), dropout=0.5)
     for p in net.parameters():
-        p.data.copy_(torch.randn_like(p) * 0.3)  # so that attention is far from even
+        p.data.copy_(torch.randn_like(p) * 0.3)  # Attention is then far from uniform.
     x, y = torch.randn(2, 3, resolution, resolution), torch.eye(4)[:2]
     drops = []
     monkeypatch.setattr(plain.F, "dropout", lambda x, p, training: drops.append((p, training)) or x)
@@ -151,7 +154,7 @@ def test_plain_network_is_adam_and_an_average():
     trained = plain.PlainNetwork(net, torch.device("cpu"), lr=0.1)
     net.weight.grad, net.bias.grad = torch.tensor([[2.0, float("nan"), -5.0]]), torch.zeros(1)
     trained.update()
-    # The first step of Adam is lr times the sign of the gradient; NaN counts as zero.
+    # Adam's first step is lr times the sign of the gradient, and NaN counts as zero.
     assert torch.allclose(net.weight, torch.tensor([[0.9, 1.0, 1.1]]))
     assert torch.allclose(trained.ema.weight, 0.999 + 0.001 * net.weight, atol=1e-6)
 
@@ -211,7 +214,7 @@ def test_plain_takes_the_options_of_the_script(archive):
     assert any(not p.equal(q) for p, q in zip(trained.net.parameters(), before, strict=True))
     assert facts["parameters"] == sum(p.numel() for p in before)
     assert facts["flops"] > 0 and facts["bytes"] > 36 * facts["parameters"]
-    assert DSM.trained_network is not type(objective).trained_network  # and the method itself is as it was
+    assert DSM.trained_network is not type(objective).trained_network  # The method itself is unchanged.
 
 
 def test_plain_prdc_is_prdc():
@@ -221,11 +224,11 @@ def test_plain_prdc_is_prdc():
 
 
 def test_metrics_rows():
-    trace, neighbours = metrics_rows.rows(1, features=8, images=40, width=4)
-    assert int(trace.note.split()[-2]) >= 10  # ours and the general root are the same number
+    trace, neighbors = metrics_rows.rows(1, features=8, images=40, width=4)
+    assert int(trace.note.split()[-2]) >= 10  # Both ways to the root agree to so many digits.
     assert trace.plain_seconds > 0 and trace.flops is None
-    # Distances within each set and between the two: a multiply-add for each pair and feature, at least once.
-    assert neighbours.flops >= 3 * 2 * 40 * 40 * 4 and neighbours.images == 80
+    # Distances within each set and between the two sets need a multiply-add for each pair and feature, at least once.
+    assert neighbors.flops >= 3 * 2 * 40 * 40 * 4 and neighbors.images == 80
 
 
 class FakeTopic:

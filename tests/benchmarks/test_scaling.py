@@ -1,4 +1,4 @@
-"""The cost model against closed forms, its simulation's limits, and the order of data on many processes."""
+"""Test the cost model against closed forms, its simulation in extreme cases, and the order of data on many processes."""
 
 import json
 import os
@@ -34,7 +34,7 @@ def test_flops_weights_and_activations_of_layers_counted_by_hand():
 def test_counts_are_of_a_real_denoiser():
     counts = scaling.counts_of("ddpmpp_tiny", 8, 3, 10)
     assert sum(params for params, _ in counts.layers) == counts.params
-    assert sum(flops for _, flops in counts.layers) == pytest.approx(counts.forward, rel=0.01)  # the rest is attention
+    assert sum(flops for _, flops in counts.layers) == pytest.approx(counts.forward, rel=0.01)  # Attention is the rest.
     assert 2.9 < counts.train / counts.forward < 3.01
     blocks = [
         m for m in scaling.EDMPrecond(8, 3, 10, **network_kwargs("ddpmpp_tiny")).modules() if isinstance(m, UNetBlock)
@@ -46,7 +46,7 @@ def test_bytes_on_the_network():
     assert cost_model.ddp_bytes(1000, 1) == 0 and cost_model.ddp_bytes(1000, 2) == 4000
     assert cost_model.ddp_bytes(1000, 1000) == pytest.approx(7992)
     assert cost_model.fsdp_bytes(1000, 8, 8) == (pytest.approx(3 * 7 / 8 * 4000), 0)
-    assert cost_model.fsdp_bytes(1000, 16, 8) == (pytest.approx(10_500), pytest.approx(500))  # 2 machines: 4000 / 8
+    assert cost_model.fsdp_bytes(1000, 16, 8) == (pytest.approx(10_500), pytest.approx(500))  # 4000 / 8 for 2 machines
     assert cost_model.fsdp_bytes(1000, 2, 8, scatter=2)[0] == 8000
 
 
@@ -74,7 +74,7 @@ def test_memory_and_what_sharding_saves():
     assert cost_model.images_at_a_time(counts, 120e9, Hardware(memory=100e9)) == 0
 
 
-@pytest.mark.parametrize(("size", "channels"), [(8, 3), (16, 1), (256, 3)])  # the last takes several deflate blocks
+@pytest.mark.parametrize(("size", "channels"), [(8, 3), (16, 1), (256, 3)])  # The last needs several deflate blocks.
 def test_an_archive_has_the_bytes_that_the_model_says(tmp_path, size, channels):
     from_tool = tmp_path / "tool.zip"
     source = make_archive(tmp_path / "d.zip", pictures(5, size=size, channels=channels))
@@ -113,9 +113,9 @@ def test_a_step_without_network_waits_for_the_slowest_of_exponential_delays():
 def test_network_hides_behind_backward_until_it_is_slower(monkeypatch):
     monkeypatch.setattr(cost_model, "buckets", lambda layers: [(12e6, 0.2), (8e6, 0.5), (4e6, 1.0)])
     whole = [2 * 7 / 8 * size / 1e9 for size in (12e6, 8e6, 4e6)]
-    found = simulate(compute=30.0)  # only the last bucket shows
+    found = simulate(compute=30.0)  # Only the last bucket shows.
     assert found["step"] == pytest.approx(30 + whole[2]) and found["exposed"] == pytest.approx(whole[2])
-    found = simulate(compute=1e-9)  # nothing to hide behind
+    found = simulate(compute=1e-9)  # There is nothing to hide behind.
     assert found["step"] == pytest.approx(sum(whole), rel=1e-6)
     assert simulate(compute=30.0, n=1)["step"] == 30
 
@@ -142,7 +142,7 @@ def test_data_order_gives_every_image_once_to_one_of_the_processes(monkeypatch):
 
 @pytest.mark.parametrize("labels", [False, True])
 def test_synthetic_archives_are_read_like_any_others(tmp_path, labels):
-    size = scaling_data.synthetic_archive(tmp_path / "a.zip", 70_000, labels)  # more than 16 bits can count
+    size = scaling_data.synthetic_archive(tmp_path / "a.zip", 70_000, labels)  # Counting them takes more than 16 bits.
     dataset = ImageDataset(str(tmp_path / "a.zip"))
     assert len(dataset) == 70_000 and dataset.image(69_999).tolist() == [[[0]]] and dataset.has_labels == labels
     with zipfile.ZipFile(tmp_path / "a.zip") as file:

@@ -1,4 +1,4 @@
-"""The toy in the plane: that it runs and counts right; and, at length, that it shows what the method does."""
+"""Test the example in the plane: it runs and counts correctly, and with full training RDUOT leaves outliers out."""
 
 import json
 
@@ -28,7 +28,7 @@ def test_points_samples_and_shares():
     counted = toy2d.shares(toy2d.points(20_000, 0.05, rng))
     assert counted == pytest.approx([0.2375] * 4 + [0.05], abs=0.01)
 
-    def generator(x, t, z):  # one that has learned a single point
+    def generator(x, t, z):  # has learned a single point
         return toy2d.OUTLIER.expand(len(x), 2)
 
     x = toy2d.sample(generator, DiffusionSteps(4), 100)
@@ -37,7 +37,7 @@ def test_points_samples_and_shares():
 
 @pytest.mark.long
 def test_rduot_leaves_outliers_out(tmp_path):
-    """Three seeds, medians: DDGAN reproduces them, RDUOT makes at most 0.65 times as many; both keep every mode."""
+    """DDGAN reproduces the outliers, RDUOT makes at most 0.65 times as many, and both keep every mode (three seeds)."""
     tables = [run(tmp_path / str(seed), f"--seed={seed}") for seed in range(3)]
     median = {name: torch.tensor([table[name] for table in tables]).median(dim=0).values for name in ("DDGAN", "RDUOT")}
     assert median["DDGAN"][:4].min() > 0.15 and median["DDGAN"][4] >= 0.03

@@ -1,4 +1,4 @@
-"""Augmentation: published numbers, what each parameter does, and independence of how a batch is split."""
+"""Test augmentation: published numbers, the effect of each parameter, and independence of how a batch is split."""
 
 import math
 
@@ -20,7 +20,7 @@ def generator(seed=0):
 
 
 def params_of(kind):
-    """What was drawn, read back from the published label vectors."""
+    """Return the parameters that the published label vectors stand for."""
     labels = DATA[f"{kind}/labels"]
     names = dict(
         flips=["xflip", "yflip"],
@@ -42,7 +42,10 @@ def params_of(kind):
 
 
 def blobs(size, scale_x=1.0, scale_y=1.0):
-    """Two broad blobs off the centre, [1,1,size,size], in closed form at any scale; filters hardly change them."""
+    """Return two broad blobs off the center, [1,1,size,size], in closed form at any scale.
+
+    They are so smooth that filters hardly change them.
+    """
     x, y = torch.linspace(-1, 1, size)[None, :] / scale_x, torch.linspace(-1, 1, size)[:, None] / scale_y
     bright, dark = (x - 0.3) ** 2 + (y + 0.15) ** 2, (x + 0.2) ** 2 + (y - 0.3) ** 2
     return (torch.exp(-8 * bright) - 0.6 * torch.exp(-8 * dark))[None, None]
@@ -89,12 +92,12 @@ def test_flips_and_quarter_turns():
 
     assert torch.equal(apply(xflip=1), images.flip(3)) and torch.equal(apply(yflip=1), images.flip(2))
     for turns in (1, 2, 3):
-        turned = apply(rotate_frac=turns * math.pi / 2)  # Positive: counter-clockwise.
-        want = images.rot90(turns, [2, 3])  # But for the tenth of a pixel by which sym6 is not symmetric.
+        turned = apply(rotate_frac=turns * math.pi / 2)  # Positive angles turn counterclockwise.
+        want = images.rot90(turns, [2, 3])  # The tolerance is for sym6, whose asymmetry shifts by a tenth of a pixel.
         torch.testing.assert_close(turned[..., 2:-2, 2:-2], want[..., 2:-2, 2:-2], rtol=0, atol=0.025)
-    moved = apply(translate_frac=[2 / 32 / 0.125, 3 / 32 / 0.125])  # Positive: right and down.
+    moved = apply(translate_frac=[2 / 32 / 0.125, 3 / 32 / 0.125])  # Positive numbers shift right and down.
     torch.testing.assert_close(moved[..., 3:, 2:], images[..., :-3, :-2], rtol=0, atol=1e-4)
-    reflected = images[..., [3, 2, 1], :]  # What comes in from above, the border row not repeated.
+    reflected = images[..., [3, 2, 1], :]  # These rows come in from above. Reflection does not repeat the border.
     torch.testing.assert_close(moved[..., :3, 2:], reflected[..., :-2], rtol=0, atol=1e-4)
 
 
@@ -129,7 +132,7 @@ def test_probabilities_and_distributions():
     assert axis[axis != 0].std().item() == pytest.approx(math.pi / math.sqrt(3), rel=0.05)
 
 
-def test_draws_depend_on_the_generator_alone_and_settings_make_an_equal_pipe():
+def test_draws_depend_only_on_the_generator_and_settings_make_an_equal_pipe():
     pipe = default_augment(0.4)
     assert pipe.settings() == dict(p=0.4, xflip=1e8, yflip=1, scale=1, rotate_frac=1, aniso=1, translate_frac=1)
     a = pipe.draw(7, generator(1), CPU)

@@ -1,4 +1,4 @@
-"""U-Nets and preconditioners: published numbers, closed forms, and what users may pass."""
+"""Test U-Nets and preconditioners: published numbers, closed forms, and all that users may pass."""
 
 import ast
 import inspect
@@ -51,7 +51,7 @@ SMALL = dict(
 
 
 def small(cls=EDMPrecond, seed=0, **kwargs):
-    """A tiny network whose output depends on everything, unlike a freshly initialised one."""
+    """Return a tiny network whose output depends on all inputs, unlike that of a newly initialized one."""
     torch.manual_seed(seed)
     net = cls(**(SMALL | dict(label_dim=3) | kwargs))
     with torch.no_grad():
@@ -93,7 +93,7 @@ def test_all_published_networks_are_here():
 def test_the_levels_of_iddpm_are_the_published_floats():
     path = next(path for path in NETWORKS if "iddpm" in path.stem)
     built = iDDPMPrecond(**SMALL).u
-    np.testing.assert_allclose(built.numpy(), np.load(path)["state/u"], rtol=1e-6)  # sines differ in the last bit
+    np.testing.assert_allclose(built.numpy(), np.load(path)["state/u"], rtol=1e-6)  # Sines differ in the last bit.
 
 
 @settings(max_examples=20, deadline=None)
@@ -115,7 +115,7 @@ def test_any_architecture_resolution_and_width(arch, cls, resolution, channels, 
     denoised = net(x.double(), sigma.double(), labels)
     assert denoised.shape == x.shape and denoised.dtype == torch.float32 and denoised.isfinite().all()
     denoised.square().sum().backward()
-    assert all(p.grad is not None for p in net.parameters())  # DDP waits for gradients of all
+    assert all(p.grad is not None for p in net.parameters())  # DDP waits for the gradients of all parameters.
 
 
 def test_channels_that_do_not_divide_still_form_groups_and_heads():
@@ -153,7 +153,7 @@ def test_no_label_is_zeros():
 @torch.no_grad()
 def test_label_dropout_drops_whole_labels_in_training_only(model_type):
     x, sigma, _ = inputs()
-    labels = torch.rand(4, 3) + 0.5  # Vectors, to tell rows from numbers.
+    labels = torch.rand(4, 3) + 0.5  # Without zeros, a row that loses one number differs from a row that loses all.
     net = small(model_type=model_type, label_dropout=1)
     with_labels, without = net(x, sigma, labels), net(x, sigma)
     assert not torch.allclose(with_labels, without)
@@ -173,7 +173,7 @@ def test_label_dropout_drops_whole_labels_in_training_only(model_type):
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_dropout_drops_and_scales_as_it_should(shape, p, layout, dtype):
-    """Elements are zero with probability p, independently, and 1/(1-p) else; gradients follow the same mask."""
+    """Elements become 0 with probability p, independently, and 1/(1-p) otherwise. Gradients have the same mask."""
     torch.manual_seed(0)
     x = torch.ones(shape, dtype=dtype).contiguous(memory_format=layout).requires_grad_()
     y = _dropout(x, p, True)
@@ -183,7 +183,7 @@ def test_dropout_drops_and_scales_as_it_should(shape, p, layout, dtype):
     assert torch.allclose(y[kept].float(), torch.tensor(1 / (1 - p)), rtol=1e-2 if dtype == torch.bfloat16 else 1e-4)
     n = x.numel()
     assert abs(kept.float().mean() - (1 - p)) < 5 * (p * (1 - p) / n) ** 0.5
-    # Neighbours in memory share 64 random bits: pairs must be kept as often as independence says.
+    # Neighbors in memory share 64 random bits. Pairs must survive as often as if they were independent.
     flat = kept.permute(0, 2, 3, 1).flatten() if layout == torch.channels_last else kept.flatten()
     for lag in (1, 2, 3):
         both = (flat[:-lag] & flat[lag:]).float().mean()
@@ -194,7 +194,7 @@ def test_dropout_drops_and_scales_as_it_should(shape, p, layout, dtype):
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_attention_keeps_the_layout_of_its_input(layout):
-    """Else every later layer would run in the layout that the attention's output happens to have."""
+    """Otherwise all later layers would run in the layout that attention happens to return."""
     block = UNetBlock(8, 8, 4, attention=True, num_heads=1).eval()
     x = torch.randn(2, 8, 4, 4).contiguous(memory_format=layout)
     assert block._attend(x).is_contiguous(memory_format=layout)
@@ -216,7 +216,7 @@ def test_precision():
     assert got.dtype == torch.float32 and not torch.equal(got, want)
     torch.testing.assert_close(got, want, rtol=0.1, atol=0.1)
     assert torch.equal(forced, want)
-    assert torch.equal(small(use_fp16=True)(x, sigma, labels), want)  # float16 is for CUDA
+    assert torch.equal(small(use_fp16=True)(x, sigma, labels), want)  # float16 is for CUDA only.
 
 
 def test_half_precision_layers_follow_their_input():
@@ -234,7 +234,7 @@ def test_edm_coefficients_give_unit_variance():
     sigma = torch.tensor([0.002, 0.1, 0.5, 3.0, 80.0], dtype=torch.float64)
     c_skip, c_out, c_in, c_noise = edm_coefs(sigma, 0.5)
     torch.testing.assert_close(c_in**2 * (sigma**2 + 0.25), torch.ones_like(sigma))
-    # The target (y - c_skip (y + n)) / c_out, for data of deviation 0.5, has variance 1 (Eq. 116).
+    # For data of standard deviation 0.5 the target (y - c_skip (y + n)) / c_out has variance 1 (Eq. 116).
     torch.testing.assert_close(((1 - c_skip) ** 2 * 0.25 + c_skip**2 * sigma**2) / c_out**2, torch.ones_like(sigma))
     torch.testing.assert_close((4 * c_noise).exp(), sigma)
 
@@ -307,17 +307,10 @@ def test_unknown_names_are_errors():
 # Layers
 
 
-@pytest.mark.parametrize(
-    ("mode", "variance"),
-    [
-        ("xavier_uniform", 2 / 500),
-        ("xavier_normal", 2 / 500),
-        ("kaiming_uniform", 1 / 300),
-        ("kaiming_normal", 1 / 300),
-    ],
-)
-def test_initialisation(mode, variance):
+@pytest.mark.parametrize("mode", ["xavier_uniform", "xavier_normal", "kaiming_uniform", "kaiming_normal"])
+def test_initialization(mode):
     torch.manual_seed(0)
+    variance = 2 / 500 if mode.startswith("xavier") else 1 / 300
     layer = Linear(300, 200, init_mode=mode, init_weight=3, init_bias=0.5)
     assert layer.weight.var().item() == pytest.approx(9 * variance, rel=0.05)
     assert layer.bias.var().item() == pytest.approx(variance / 4, rel=0.3)
@@ -329,7 +322,7 @@ def test_initialisation(mode, variance):
 def test_initial_gains():
     torch.manual_seed(0)
 
-    def gain(p, fan_in, fan_out=None):  # Over variance 2/(fan_in + fan_out), or 1/fan_in.
+    def gain(p, fan_in, fan_out=None):  # relative to the variance 2/(fan_in + fan_out), or 1/fan_in
         return p.std().item() * ((fan_in + fan_out) / 2 if fan_out else fan_in) ** 0.5
 
     def near(value):
@@ -382,7 +375,7 @@ def test_fused_resampling_is_the_same_away_from_the_border(taps):
     x = torch.randn(2, 3, 16, 16)
     for direction in ("up", "down"):
         fused = Conv2d(3, 5, 3, **{direction: True}, resample_filter=taps, fused_resample=True, init_bias=1)
-        plain = F.conv2d(x, fused.weight, fused.bias, padding=1)  # Down: convolution first.
+        plain = F.conv2d(x, fused.weight, fused.bias, padding=1)  # `down` convolves first.
         if direction == "down":
             want = Conv2d(5, 5, 0, down=True, resample_filter=taps)(plain)
         else:
@@ -421,12 +414,12 @@ def test_skip_paths_add_up():
     want = plain(x, sigma, labels)
     torch.testing.assert_close(skip(x, sigma, labels), want)
     seen = []
-    for name in ("8x8", "4x4"):  # The second path of the input is the input at lower resolution.
+    for name in ("8x8", "4x4"):  # The second path carries the input at lower resolution.
         skip.model.enc[f"{name}_aux_skip"].register_forward_hook(lambda module, args, output: seen.append(args[0]))
     skip(x, sigma, labels)
     for image, factor in zip(seen, (2, 4), strict=True):
         torch.testing.assert_close(image, F.avg_pool2d(edm_coefs(sigma.reshape(-1, 1, 1, 1))[2] * x, factor))
-    for name, p in aux.items():  # Each path reaches the output; the coarse images as blocks of 2x2 or 4x4 pixels.
+    for name, p in aux.items():  # Each path reaches the output, coarse images as blocks of 2x2 or 4x4 pixels.
         p.copy_(saved[name])
         change = skip(x, sigma, labels) - want
         assert change.abs().max() > 1e-4, name

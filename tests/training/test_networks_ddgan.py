@@ -1,4 +1,4 @@
-"""Generator and potential of DDGAN: sizes, the latent's normalisation, the minibatch deviation, snapshots."""
+"""Test generator and potential of DDGAN: sizes, norms that depend on the latent, minibatch deviation, snapshots."""
 
 import itertools
 
@@ -17,7 +17,7 @@ SMALL = dict(model_channels=8, z_emb_dim=8, nz=6, n_mlp=1, channel_mult=[1, 2], 
 
 
 def shaken(net, seed=0):
-    """Away from the initial weights, where the last layers answer nearly nothing."""
+    """Move the weights away from their initial values, with which the last layers return nearly nothing."""
     rng = torch.Generator().manual_seed(seed)
     for p in net.parameters():
         p.data += 0.1 * torch.randn(p.shape, generator=rng)
@@ -61,13 +61,13 @@ def test_the_resolution_chooses_the_blocks():
         x, t, x_next, *_ = inputs(2, size)
         potential(x, t, x_next)
         assert seen == [(2, 4 * widths[-1] + 1, 4, 4)]
-    DDGANGenerator(8, 1, **SMALL | dict(channel_mult=[1, 1, 1, 1]))  # the published four levels fit 8x8
+    DDGANGenerator(8, 1, **SMALL | dict(channel_mult=[1, 1, 1, 1]))  # The four levels of the paper fit 8x8.
     with pytest.raises(ValueError, match="channel_mult.*8 pixels.*4 times"):
         DDGANGenerator(8, 1, **SMALL | dict(channel_mult=[1] * 5))
 
 
 def test_generator_is_the_u_net_with_other_norms():
-    """Where the latent has no say it is SongUNet; parameters are the U-Net's and the norms'."""
+    """Without the influence of the latent the generator computes what SongUNet does, with the same parameters."""
     generator = shaken(DDGANGenerator(8, 1, label_dim=3, **SMALL, attn_resolutions=[4]))
     for module in generator.modules():
         if isinstance(module, LatentGroupNorm):
@@ -96,7 +96,7 @@ def test_generator_is_the_u_net_with_other_norms():
 
 def test_latent_scales_and_shifts():
     norm = LatentGroupNorm(8, 5, eps=1e-6)
-    assert norm.affine.bias.tolist() == [1] * 8 + [0] * 8  # where training begins
+    assert norm.affine.bias.tolist() == [1] * 8 + [0] * 8  # before training
     shaken(norm)
     x, latent = torch.randn(3, 8, 4, 4), torch.randn(3, 5)
     p = latent @ norm.affine.weight.T + norm.affine.bias
@@ -106,7 +106,7 @@ def test_latent_scales_and_shifts():
     generator = shaken(DDGANGenerator(8, 1, label_dim=3, **SMALL))
     x, t, _, z, labels = inputs(4, labels=3)
     image = generator(x, t, z, labels)
-    torch.testing.assert_close(generator(x, t, 3 * z, labels), image)  # only the direction of z counts
+    torch.testing.assert_close(generator(x, t, 3 * z, labels), image)  # Only the direction of z matters.
     for other in (
         generator(x, t, z.flip(0), labels),
         generator(x, (t + 1) % 4, z, labels),

@@ -1,4 +1,4 @@
-"""Noise levels: moments in closed form, weights, determinism."""
+"""Test noise levels: moments in closed form, weights, determinism."""
 
 import math
 
@@ -17,7 +17,7 @@ def draw(levels, seed=0, n=N):
 
 
 def close(values, mean, std):
-    """Sample mean and deviation are within five standard errors."""
+    """Assert that sample mean and standard deviation lie within five standard errors."""
     values = values.double()
     assert values.mean().item() == pytest.approx(mean, abs=5 * std / math.sqrt(N))
     assert values.std().item() == pytest.approx(std, rel=5 / math.sqrt(N))
@@ -45,7 +45,7 @@ def test_vp_is_uniform_in_time():
 
 
 @pytest.mark.parametrize("precond", ["vp", "ve", "edm"])
-def test_draws_depend_on_the_generator_alone(precond):
+def test_draws_depend_only_on_the_generator(precond):
     levels = NoiseLevels(precond)
     a = draw(levels, seed=3, n=9)
     torch.manual_seed(8)
