@@ -1,4 +1,4 @@
-"""Test the cost model against closed forms, its simulation in extreme cases, and the order of data on many processes."""
+"""Test the cost model against closed forms, its simulation in extreme cases, and the data order on many processes."""
 
 import json
 import os
