@@ -1,10 +1,9 @@
-"""Detection of wrong labels: the sieve's formulas, what follows from a posterior, the script, cleaned archives."""
+"""detect_noise.py: what it writes and prints, cleaned archives, bad input."""
 
 import math
 import os
 import subprocess
 import sys
-import types
 
 import numpy as np
 import PIL.Image
@@ -21,176 +20,10 @@ from archives.label_file import load_label_file
 from archives.label_noise import load_matrix
 from archives.reader import ArchiveReader
 from detection import cores
-from sampling.grid import image_sheet
+from detection.quality import label_file, quality
 from tests.support.paths import ROOT
 from tests.support.synth import make_archive, pictures
 from torch_utils import persistence
-
-LN2 = math.log(2)
-P = torch.tensor([[0.5, 0.25, 0.25]] * 3).log()
-ALL = torch.arange(3)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Formulas.
-
-
-def test_loss_by_hand():
-    rho = torch.tensor([0.5, 0.25, 0.25])  # E_c CE = 1.5 ln 2
-    for beta, expected in ((0, [1, 2, 2]), (1, [-0.5, 0.5, 0.5]), (2, [-2, -1, -1])):
-        loss = cores.regularised_loss(P, ALL, rho, beta) / LN2
-        torch.testing.assert_close(loss, torch.tensor(expected, dtype=torch.float32))
-
-
-def test_loss_has_a_lower_bound_and_finite_gradients():
-    logits = torch.tensor([[300.0, 0.0, -300.0]], requires_grad=True)
-    loss = cores.regularised_loss(torch.log_softmax(logits, 1), torch.tensor([0]), torch.tensor([0, 0.5, 0.5]), 2.0)
-    loss.sum().backward()
-    assert loss.item() == pytest.approx(-2 * math.log(1e8), rel=1e-5) and logits.grad.isfinite().all()
-
-
-def test_rule_by_hand():
-    assert cores.keep(P, ALL).tolist() == [True, False, False]  # ln 2 {1, 2, 2} against a mean of ln 2 * 5/3
-    assert cores.keep(torch.tensor([[0.5, 0.5]]).log(), torch.tensor([1])).all()  # equal counts as fitting
-    second = torch.tensor([[0.6, 0.4, 1e-9]]).log()  # what the rule alone lets pass
-    assert cores.keep(second, torch.tensor([1])).all()
-
-
-def test_schedule():
-    assert [cores.schedule(e, 60) for e in (0, 9, 10, 25, 40, 59)] == [
-        (0, False),
-        (0, False),
-        (0, True),
-        (1, True),
-        (2, True),
-        (2, True),
-    ]
-    for e in range(60):  # a longer run stays longer at the end
-        assert cores.schedule(e, 600) == cores.schedule(e, 60)
-    assert cores.schedule(599, 600) == (2, True)
-    # A shorter one goes through the same phases.
-    assert [cores.schedule(e, 6) for e in range(6)] == [cores.schedule(10 * e, 60) for e in range(6)]
-
-
-class ScriptedTrainer:
-    """Stands in for `cores.Trainer`: its posterior follows a script, its epochs are written down."""
-
-    def __init__(self, dataset, device, settings):
-        self.labels = torch.from_numpy(dataset.labels)
-        self.trained = types.SimpleNamespace(close=lambda: None, ema="net")
-        self.epochs = []
-        ScriptedTrainer.last = self
-
-    def epoch(self, number, items, rho, beta, advance):
-        self.epochs.append((items.tolist(), rho.tolist(), beta))
-
-    def posterior(self):
-        number = len(self.epochs) - 1
-        right = torch.tensor([[0.9, 0.1], [0.9, 0.1], [0.1, 0.9], [0.8, 0.2]])
-        if number < 12:  # early on image 2 seems wrong and image 3 right
-            right = torch.tensor([[0.9, 0.1], [0.9, 0.1], [0.9, 0.1], [0.2, 0.8]])
-        if number == 59:
-            right[0] = torch.tensor([0.2, 0.8])
-        return right.log()
-
-
-@pytest.fixture
-def four(tmp_path):
-    return ImageDataset(str(make_archive(tmp_path / "four.zip", pictures(4), [0, 0, 1, 1])))
-
-
-def test_cores_trains_on_what_it_keeps_and_averages_the_late_posteriors(four, monkeypatch):
-    monkeypatch.setattr(cores, "Trainer", ScriptedTrainer)
-    found, net = cores.cores(four, torch.device("cpu"), cores.Settings())
-    epochs = ScriptedTrainer.last.epochs
-    assert [items for items, *_ in epochs] == [[0, 1, 2, 3]] * 10 + [[0, 1, 3]] * 3 + [[0, 1, 2]] * 47
-    np.testing.assert_allclose([rho for _, rho, _ in epochs], [[0.5, 0.5]] * 10 + [[2 / 3, 1 / 3]] * 50, rtol=1e-6)
-    assert [beta for *_, beta in epochs] == [cores.schedule(e, 60)[0] for e in range(60)]
-    # Epochs 25 to 59 count, in the last of which image 0 is doubted.
-    np.testing.assert_allclose(found.score, [(34 * 0.9 + 0.2) / 35, 0.9, 0.9, 0.2], rtol=1e-5)
-    assert found.is_clean.tolist() == [True, True, True, False] and found.suggested.tolist() == [0, 0, 1, 0]
-    assert net == "net" and found.noise_rate == 0.25 and found.per_class_noise_rate.tolist() == [0, 0.5]
-
-
-def test_label_file_of_a_posterior(tmp_path):
-    path = make_archive(tmp_path / "a.zip", pictures(5), [0, 0, 1, 1, 2], class_names=list("abcd"))
-    dataset = ImageDataset(str(path))
-    posterior = np.array([[0.7, 0.3, 0, 0], [0.2, 0.5, 0.3, 0], [0, 1, 0, 0], [0, 0.5, 0.5, 0], [0.4, 0.35, 0.25, 0]])
-    found = cores.label_file(dataset, posterior)
-    assert found.is_clean.tolist() == [True, False, True, True, False]  # a tie speaks for the label
-    assert found.suggested.tolist() == [0, 1, 1, 1, 0]
-    np.testing.assert_allclose(found.score, [0.7, 0.2, 1, 0.5, 0.25])
-    T = [[1 / 2, 0, 1 / 2, 0], [1 / 3, 2 / 3, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]
-    np.testing.assert_allclose(found.transition, T)
-    np.testing.assert_allclose(found.per_class_noise_rate, [0.5, 0, 1, 0])
-    # Flags from elsewhere: a wrong label's suggestion is another class even when the label is the most probable one.
-    found = cores.label_file(dataset, posterior, np.array([False, True, True, True, True]), np.eye(4))
-    assert found.suggested.tolist() == [1, 0, 1, 1, 2] and (found.transition == np.eye(4)).all()
-
-
-class BrightnessClassifier(torch.nn.Module):
-    """Knows the class of an image, its brightness / 50, and answers with that row of a matrix, as a posterior."""
-
-    def __init__(self, rows):
-        super().__init__()
-        self.rows = torch.tensor(rows).float()
-
-    def forward(self, x, sigma):
-        assert (sigma == 0.002).all() and sigma.shape == x.shape[:1]
-        return self.rows[((x.mean(dim=[1, 2, 3]) + 1) * 127.5 / 50).round().long()].log()
-
-
-def test_given_classifier(tmp_path):
-    T = np.array([[0.75, 0.25], [0.25, 0.75]])
-    classes, observed = np.repeat([0, 1], 8), np.tile([0, 0, 0, 1], 4)
-    observed[8:] = 1 - observed[8:]  # exactly T
-    images = np.broadcast_to(50 * classes[:, None, None, None], [16, 8, 8, 1]).astype(np.uint8)
-    dataset = ImageDataset(str(make_archive(tmp_path / "a.zip", images, observed.tolist())))
-    net = BrightnessClassifier(T)
-    for info in ({}, dict(posterior="noisy")):  # T^T p = q gives the certain clean posterior back
-        found = cores.from_classifier(net, info, dataset, torch.device("cpu"))
-        np.testing.assert_allclose(found.score, classes == observed, atol=1e-6)
-        np.testing.assert_allclose(found.transition, T)
-        assert (found.suggested == classes).all()
-    found = cores.from_classifier(net, dict(posterior="clean"), dataset, torch.device("cpu"))
-    np.testing.assert_allclose(found.score, np.where(classes == observed, 0.75, 0.25))
-
-
-def test_quality_by_hand():
-    labels, clean = np.array([0, 1, 2, 0, 1]), np.array([0, 1, 0, 1, 2])  # the last three are wrong
-    q = cores.quality(np.array([True, False, False, False, True]), labels, clean)
-    assert q == dict(precision=2 / 3, recall=2 / 3, f1=2 / 3)
-    assert cores.quality(np.ones(5, bool), labels, clean) == dict(precision=0, recall=0, f1=0)
-    assert cores.quality(labels == clean, labels, clean)["f1"] == 1
-
-
-def test_tables_of_many_classes_are_short(tmp_path):
-    path = make_archive(tmp_path / "a.zip", pictures(30), list(range(30)), class_names=[f"class{i}" for i in range(30)])
-    dataset = ImageDataset(str(path))
-    posterior = np.eye(30)
-    posterior[7] = posterior[8]
-    text = cores.describe(dataset, cores.label_file(dataset, posterior))
-    assert text.count(" images, ") == 20 and "class7 " in text and "transition" not in text and "truth" not in text
-    assert text.startswith("Noise rate:  3.3% of 30 labels")
-
-
-def test_captions_stand_below_their_images():
-    images = np.zeros([3, 8, 8, 1], np.uint8)
-    plain = image_sheet(images, columns=2)
-    two = image_sheet(images, columns=2, captions=["", "x\nyyyyyyyyyyyyyyyy", "z"])
-    extra = (two.height - plain.height) // 2
-    assert extra > 16 and two.width == plain.width
-    pixels, gap = np.asarray(two), 64 // 12
-    row = gap + 64 + extra
-    assert (pixels[gap : gap + 64, gap : gap + 64] == 0).all()  # the image itself
-    assert (pixels[row + gap : row + gap + 64, gap : gap + 64] == 0).all()
-    below = [pixels[64 + gap : row, left : left + 64 + gap] for left in (0, 64 + gap)]
-    assert (below[0] == 255).all() and (below[1] < 128).any() and (pixels[row + gap + 64 :, : 64 + gap] < 128).any()
-    assert (pixels[:, 2 * (64 + gap) + gap // 2 :] == 255).all()  # too long a line is cut off
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The script.
 
 
 def invoke(*args):
@@ -221,7 +54,7 @@ def make_noisy(source, path):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """120 noisy images of a bright bar in one of three places, 40% of the labels wrong."""
+    """120 noisy images of a bright bar in one of three places; 40% of the labels are wrong."""
     folder = tmp_path_factory.mktemp("data")
     images, labels = pictures(120, channels=1) // 4, np.arange(120) % 3
     for c in range(3):
@@ -235,7 +68,7 @@ TINY = ["--epochs=12", "--batch=16", "--device=cpu"]
 
 @pytest.fixture(scope="module")
 def detected(data, tmp_path_factory):
-    """Folder and output of a short run with everything it can write."""
+    """The folder and the output of a short run that writes everything it can."""
     folder = tmp_path_factory.mktemp("detected")
     output = succeed(f"--data={data}", f"--dest={folder}/new/labels.npz", f"--cleaned={folder}/clean.zip", *TINY)
     return folder, output
@@ -247,8 +80,8 @@ def test_what_is_written_and_printed(data, detected):
     dataset = ImageDataset(str(data))
     found = load_label_file(folder / "new" / "labels.npz", dataset)
     wrong = (~found.is_clean).sum()
-    q = cores.quality(found.is_clean, dataset.labels, dataset.clean_labels)
-    assert 0 < wrong < 120 and q["f1"] > 0.8  # 40% of wrong labels found at random would give 0.4
+    q = quality(found.is_clean, dataset.labels, dataset.clean_labels)
+    assert 0 < wrong < 120 and q["f1"] > 0.8  # guessing 40% of the images at random would give 0.4
     for text in (f"Noise rate:  {found.noise_rate:.1%} of 120", f"F1 {q['f1']:.4f}", "in truth 4", "transition"):
         assert text in output
     assert "epoch 12/12  beta 2.00  kept" in output and "left 0s" in output
@@ -353,9 +186,9 @@ def test_bad_input(data, detected, tmp_path):
     fail(1, f"--data={data}", dest, f"--cleaned={folder}", "not empty")
     fail(1, f"--data={data}", dest, f"--cls={data}", "d.zip")
     fail(1, f"--data={tmp_path}/none.zip", dest, "none.zip")
-    unlabelled = make_archive(tmp_path / "u.zip", pictures(4))
+    unlabeled = make_archive(tmp_path / "u.zip", pictures(4))
     one_class = make_archive(tmp_path / "o.zip", pictures(4), [0] * 4)
-    for path in (unlabelled, one_class):
+    for path in (unlabeled, one_class):
         fail(1, f"--data={path}", dest, "--data|labels|2 classes")
     other = make_archive(tmp_path / "rgb.zip", pictures(4), [0, 1, 0, 1])
     fail(1, f"--data={other}", dest, cls, "--cls|channels|1|3")
@@ -365,7 +198,7 @@ def test_bad_input(data, detected, tmp_path):
 def test_drop_that_leaves_nothing(tmp_path, monkeypatch):
     path = make_archive(tmp_path / "a.zip", pictures(4), [0, 1, 0, 1])
     wrong = np.array([[0, 1], [1, 0]] * 2, dtype=np.float32)
-    monkeypatch.setattr(cores, "cores", lambda dataset, *_: (cores.label_file(dataset, wrong), None))
+    monkeypatch.setattr(cores, "detect", lambda dataset, *_: (label_file(dataset, wrong), None))
     cleaned = f"--cleaned={tmp_path}/c.zip"
     fail(1, f"--data={path}", f"--dest={tmp_path}/l.npz", cleaned, "--fix=drop", "--fix=drop|all 4")
     assert not (tmp_path / "c.zip").exists()
@@ -384,7 +217,7 @@ def test_confident_learning(data, tmp_path):
     assert "epoch 40/40  fold 5/5" in output and not (tmp_path / "l-classifier.pkl").exists()
     dataset = ImageDataset(str(data))
     found = load_label_file(tmp_path / "l.npz", dataset)
-    assert cores.quality(found.is_clean, dataset.labels, dataset.clean_labels)["f1"] > 0.8
+    assert quality(found.is_clean, dataset.labels, dataset.clean_labels)["f1"] > 0.8
     assert np.trace(found.transition) > 1.2 and ((found.suggested == dataset.labels) == found.is_clean).all()
 
 
@@ -393,7 +226,7 @@ def test_confident_learning_with_a_class_that_has_no_images(tmp_path):
     pytest.importorskip("cleanlab", reason="needs the optional package cleanlab")
     path = make_archive(tmp_path / "a.zip", pictures(12), [0, 1] * 6, class_names=["a", "b", "never"])
     output = succeed(f"--data={path}", f"--dest={tmp_path}/l.npz", "--method=confident", "--epochs=1", "--batch=4")
-    assert "Warning: the scores" in output  # noise for images: the two other classes cannot be told apart either
+    assert "Warning: the scores" in output  # the images are noise, so the two other classes cannot be told apart either
     found = load_label_file(tmp_path / "l.npz", ImageDataset(str(path)))
     np.testing.assert_array_equal(found.transition[2], [0, 0, 1])
     assert found.per_class_noise_rate[2] == 0
@@ -409,7 +242,7 @@ def test_digits_with_40_percent_wrong_labels(tmp_path):
     succeed(f"--data={data}", f"--dest={tmp_path}/l.npz")
     dataset = ImageDataset(str(data))
     found = load_label_file(tmp_path / "l.npz", dataset)
-    assert cores.quality(found.is_clean, dataset.labels, dataset.clean_labels)["f1"] >= 0.93
+    assert quality(found.is_clean, dataset.labels, dataset.clean_labels)["f1"] >= 0.93
 
 
 @pytest.mark.long
@@ -430,6 +263,6 @@ def test_two_processes_agree_with_one(data, detected, tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Noise rate") == 1 and len(ArchiveReader(str(tmp_path / "c.zip")).names) == 120
     one, two = np.load(detected[0] / "new" / "labels.npz"), np.load(tmp_path / "l.npz")
-    # Dropout differs, the images and their order do not.
+    # Dropout differs; the images and their order do not.
     assert np.corrcoef(one["score"], two["score"])[0, 1] > 0.9 and (one["labels"] == two["labels"]).all()
     assert ImageDataset(str(tmp_path / "c.zip")).corruption["cleaned"]["fix"] == "relabel"

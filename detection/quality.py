@@ -1,0 +1,131 @@
+"""What a detector found: the label file that follows from a posterior, its noise rates, its quality, its picture."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from archives.dataset import ImageDataset
+from archives.label_file import LabelFile, class_noise_rates
+from sampling.grid import save_grid
+
+__all__ = ["confusion", "describe", "label_file", "quality", "row_stochastic", "save_picture"]
+
+TABLE = 20  # tables of up to so many classes are printed in full
+PICTURE = 64  # images in the picture
+CAPTION = 9  # letters that fit below a small image
+
+
+def row_stochastic(counts: np.ndarray) -> np.ndarray:
+    """Return the rows divided by their sums, float64 [C,C]; an empty row becomes the identity's."""
+    sums = counts.sum(axis=1, keepdims=True)
+    return np.where(sums > 0, counts / np.where(sums > 0, sums, 1), np.eye(len(counts)))
+
+
+def confusion(classes: np.ndarray, dataset: ImageDataset) -> np.ndarray:
+    """Return the share of the images of each class that are observed as each label, float64 [C,C].
+
+    When `classes` int64 [N] are the classes that the images probably have, this estimates the transition T.
+    """
+    c = dataset.label_dim
+    return row_stochastic(np.bincount(classes * c + dataset.labels, minlength=c * c).reshape(c, c))
+
+
+def label_file(
+    dataset: ImageDataset,
+    posterior: np.ndarray,
+    is_clean: np.ndarray | None = None,
+    transition: np.ndarray | None = None,
+) -> LabelFile:
+    """Return the label file that follows from a clean posterior [N,C].
+
+    By default a label `is_clean` when no class is more probable, and `transition` is the `confusion` of suggested
+    and observed labels. That estimate is too close to the identity when the detector misses wrong labels.
+    """
+    observed, rows = dataset.labels, np.arange(len(dataset))
+    score = posterior[rows, observed]
+    if is_clean is None:
+        is_clean = score >= posterior.max(axis=1)
+    others = posterior.copy()
+    others[rows, observed] = -1
+    suggested = np.where(is_clean, observed, others.argmax(axis=1))
+    if transition is None:
+        transition = confusion(suggested, dataset)
+    return LabelFile(
+        dataset.file_names,
+        observed,
+        is_clean,
+        np.clip(score, 0, 1).astype(np.float32),
+        suggested,
+        float(np.mean(~is_clean)),
+        class_noise_rates(observed, is_clean, dataset.label_dim),
+        transition,
+    )
+
+
+def quality(is_clean: np.ndarray, labels: np.ndarray, clean_labels: np.ndarray) -> dict[str, float]:
+    """Return precision, recall and F1 of the detection against the truth, where a wrong label counts as positive.
+
+    A score whose denominator is 0 is 0.
+    """
+    found, wrong = ~is_clean, labels != clean_labels
+    hits = float((found & wrong).sum())
+    return dict(
+        precision=hits / max(found.sum(), 1),
+        recall=hits / max(wrong.sum(), 1),
+        f1=2 * hits / max(found.sum() + wrong.sum(), 1),
+    )
+
+
+def _class_names(dataset: ImageDataset) -> list[str]:
+    return dataset.class_names or [str(i) for i in range(dataset.label_dim)]
+
+
+def describe(dataset: ImageDataset, found: LabelFile) -> str:
+    """Return a text with the noise rates and the estimated transition.
+
+    Where the archive knows the clean labels, the text also holds the true rates and the quality of the detection.
+    """
+    names = _class_names(dataset)
+    labels, truth, rates = dataset.labels, dataset.clean_labels, found.per_class_noise_rate
+
+    right = np.ones(len(labels), dtype=bool) if truth is None else labels == truth
+
+    def in_truth(rate: float) -> str:
+        return "" if truth is None else f" (in truth {rate:.1%})"
+
+    lines = [
+        f"Noise rate:  {found.noise_rate:.1%} of {len(labels):,} labels are believed wrong" + in_truth(np.mean(~right))
+    ]
+    if truth is not None:
+        q = quality(found.is_clean, labels, truth)
+        lines.append(
+            f"Detection:   precision {q['precision']:.4f}, recall {q['recall']:.4f}, F1 {q['f1']:.4f} "
+            "(positive: wrong label)"
+        )
+    counts, true_rates = np.bincount(labels, minlength=len(names)), class_noise_rates(labels, right, len(names))
+    chosen = range(len(names)) if len(names) <= TABLE else np.argsort(-rates, kind="stable")[:TABLE]
+    lines.append("Labeled as:" if len(names) <= TABLE else f"Labeled as (the {TABLE} with the most wrong labels):")
+    lines += [
+        f"  {names[c]:<16.16} {counts[c]:>8,} images, {rates[c]:6.1%} wrong" + in_truth(true_rates[c]) for c in chosen
+    ]
+    if len(names) <= TABLE:
+        lines += [
+            "Estimated transition, %: one row per class that images probably show, one column per label",
+            " " * 18 + " ".join(f"{name:>5.5}" for name in names),
+        ]
+        lines += [
+            f"  {name:<16.16}" + " ".join(f"{100 * p:5.1f}" for p in row)
+            for name, row in zip(names, found.transition, strict=True)
+        ]
+    return "\n".join(lines)
+
+
+def save_picture(path: str, dataset: ImageDataset, found: LabelFile) -> None:
+    """Write a PNG of the images whose labels are most surely wrong, with 'observed > suggested' below each."""
+    names = _class_names(dataset)
+    wrong = np.flatnonzero(~found.is_clean)
+    worst = wrong[np.argsort(found.score[wrong], kind="stable")][:PICTURE]
+    captions = [f"{names[found.labels[i]]} > {names[found.suggested[i]]}" for i in worst]
+    if max(map(len, captions)) > CAPTION:
+        captions = [text.replace(" > ", "\n> ") for text in captions]
+    save_grid(dataset.images(worst).permute(0, 2, 3, 1).numpy(), path, captions=captions)

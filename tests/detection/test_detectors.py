@@ -1,0 +1,175 @@
+"""Detectors: the formulas of the sieve, the label file that follows from a posterior, its description and picture."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from archives.dataset import ImageDataset
+from detection import classifier, cores
+from detection.quality import describe, label_file, quality
+from detection.trainer import Settings
+from sampling.grid import image_sheet
+from tests.support.synth import make_archive, pictures
+
+LN2 = math.log(2)
+P = torch.tensor([[0.5, 0.25, 0.25]] * 3).log()
+ALL = torch.arange(3)
+
+
+def test_loss_by_hand():
+    rho = torch.tensor([0.5, 0.25, 0.25])  # E_c CE = 1.5 ln 2
+    for beta, expected in ((0, [1, 2, 2]), (1, [-0.5, 0.5, 0.5]), (2, [-2, -1, -1])):
+        loss = cores.regularized_loss(P, ALL, rho, beta) / LN2
+        torch.testing.assert_close(loss, torch.tensor(expected, dtype=torch.float32))
+
+
+def test_loss_has_a_lower_bound_and_finite_gradients():
+    logits = torch.tensor([[300.0, 0.0, -300.0]], requires_grad=True)
+    loss = cores.regularized_loss(torch.log_softmax(logits, 1), torch.tensor([0]), torch.tensor([0, 0.5, 0.5]), 2.0)
+    loss.sum().backward()
+    assert loss.item() == pytest.approx(-2 * math.log(1e8), rel=1e-5) and logits.grad.isfinite().all()
+
+
+def test_rule_by_hand():
+    assert cores.keep(P, ALL).tolist() == [True, False, False]  # ln 2 {1, 2, 2} against a mean of ln 2 * 5/3
+    assert cores.keep(torch.tensor([[0.5, 0.5]]).log(), torch.tensor([1])).all()  # equality suffices
+    second = torch.tensor([[0.6, 0.4, 1e-9]]).log()  # the rule also accepts the second most probable class
+    assert cores.keep(second, torch.tensor([1])).all()
+
+
+def test_schedule():
+    assert [cores.schedule(e, 60) for e in (0, 9, 10, 25, 40, 59)] == [
+        (0, False),
+        (0, False),
+        (0, True),
+        (1, True),
+        (2, True),
+        (2, True),
+    ]
+    for e in range(60):  # a longer run stays longer at the end
+        assert cores.schedule(e, 600) == cores.schedule(e, 60)
+    assert cores.schedule(599, 600) == (2, True)
+    # A shorter run goes through the same phases.
+    assert [cores.schedule(e, 6) for e in range(6)] == [cores.schedule(10 * e, 60) for e in range(6)]
+
+
+class ScriptedTrainer:
+    """Stands in for `cores.Trainer`: its posterior follows a script, and it records its epochs."""
+
+    def __init__(self, dataset, device, settings):
+        self.labels = torch.from_numpy(dataset.labels)
+        self.ema = "net"
+        self.epochs = []
+        ScriptedTrainer.last = self
+
+    def close(self):
+        pass
+
+    def epoch(self, number, items, loss, advance):
+        assert loss.func is cores.regularized_loss
+        self.epochs.append((items.tolist(), loss.keywords["rho"].tolist(), loss.keywords["beta"]))
+
+    def posterior(self):
+        number = len(self.epochs) - 1
+        right = torch.tensor([[0.9, 0.1], [0.9, 0.1], [0.1, 0.9], [0.8, 0.2]])
+        if number < 12:  # early on, image 2 seems wrong and image 3 right
+            right = torch.tensor([[0.9, 0.1], [0.9, 0.1], [0.9, 0.1], [0.2, 0.8]])
+        if number == 59:
+            right[0] = torch.tensor([0.2, 0.8])
+        return right.log()
+
+
+@pytest.fixture
+def four(tmp_path):
+    return ImageDataset(str(make_archive(tmp_path / "four.zip", pictures(4), [0, 0, 1, 1])))
+
+
+def test_cores_trains_on_what_it_keeps_and_averages_the_late_posteriors(four, monkeypatch):
+    monkeypatch.setattr(cores, "Trainer", ScriptedTrainer)
+    found, net = cores.detect(four, torch.device("cpu"), Settings())
+    epochs = ScriptedTrainer.last.epochs
+    assert [items for items, *_ in epochs] == [[0, 1, 2, 3]] * 10 + [[0, 1, 3]] * 3 + [[0, 1, 2]] * 47
+    np.testing.assert_allclose([rho for _, rho, _ in epochs], [[0.5, 0.5]] * 10 + [[2 / 3, 1 / 3]] * 50, rtol=1e-6)
+    assert [beta for *_, beta in epochs] == [cores.schedule(e, 60)[0] for e in range(60)]
+    # Epochs 25 to 59 count, in the last of which image 0 is doubted.
+    np.testing.assert_allclose(found.score, [(34 * 0.9 + 0.2) / 35, 0.9, 0.9, 0.2], rtol=1e-5)
+    assert found.is_clean.tolist() == [True, True, True, False] and found.suggested.tolist() == [0, 0, 1, 0]
+    assert net == "net" and found.noise_rate == 0.25 and found.per_class_noise_rate.tolist() == [0, 0.5]
+
+
+def test_label_file_of_a_posterior(tmp_path):
+    path = make_archive(tmp_path / "a.zip", pictures(5), [0, 0, 1, 1, 2], class_names=list("abcd"))
+    dataset = ImageDataset(str(path))
+    posterior = np.array([[0.7, 0.3, 0, 0], [0.2, 0.5, 0.3, 0], [0, 1, 0, 0], [0, 0.5, 0.5, 0], [0.4, 0.35, 0.25, 0]])
+    found = label_file(dataset, posterior)
+    assert found.is_clean.tolist() == [True, False, True, True, False]  # a tie counts for the label
+    assert found.suggested.tolist() == [0, 1, 1, 1, 0]
+    np.testing.assert_allclose(found.score, [0.7, 0.2, 1, 0.5, 0.25])
+    T = [[1 / 2, 0, 1 / 2, 0], [1 / 3, 2 / 3, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]
+    np.testing.assert_allclose(found.transition, T)
+    np.testing.assert_allclose(found.per_class_noise_rate, [0.5, 0, 1, 0])
+    # With flags from elsewhere, a wrong label's suggestion is another class even when the label is most probable.
+    found = label_file(dataset, posterior, np.array([False, True, True, True, True]), np.eye(4))
+    assert found.suggested.tolist() == [1, 0, 1, 1, 2] and (found.transition == np.eye(4)).all()
+
+
+class BrightnessClassifier(torch.nn.Module):
+    """Answers with a row of a matrix as the posterior: the row of the image's class, which is its brightness / 50."""
+
+    def __init__(self, rows):
+        super().__init__()
+        self.rows = torch.tensor(rows).float()
+
+    def forward(self, x, sigma):
+        assert (sigma == 0.002).all() and sigma.shape == x.shape[:1]
+        return self.rows[((x.mean(dim=[1, 2, 3]) + 1) * 127.5 / 50).round().long()].log()
+
+
+def test_given_classifier(tmp_path):
+    T = np.array([[0.75, 0.25], [0.25, 0.75]])
+    classes, observed = np.repeat([0, 1], 8), np.tile([0, 0, 0, 1], 4)
+    observed[8:] = 1 - observed[8:]  # exactly T
+    images = np.broadcast_to(50 * classes[:, None, None, None], [16, 8, 8, 1]).astype(np.uint8)
+    dataset = ImageDataset(str(make_archive(tmp_path / "a.zip", images, observed.tolist())))
+    net = BrightnessClassifier(T)
+    found = classifier.detect(net, "noisy", dataset, torch.device("cpu"))
+    np.testing.assert_allclose(found.score, classes == observed, atol=1e-6)  # T^T p = q returns the certain posterior
+    np.testing.assert_allclose(found.transition, T)
+    assert (found.suggested == classes).all()
+    found = classifier.detect(net, "clean", dataset, torch.device("cpu"))
+    np.testing.assert_allclose(found.score, np.where(classes == observed, 0.75, 0.25))
+
+
+def test_quality_by_hand():
+    labels, clean = np.array([0, 1, 2, 0, 1]), np.array([0, 1, 0, 1, 2])  # the last three are wrong
+    q = quality(np.array([True, False, False, False, True]), labels, clean)
+    assert q == dict(precision=2 / 3, recall=2 / 3, f1=2 / 3)
+    assert quality(np.ones(5, bool), labels, clean) == dict(precision=0, recall=0, f1=0)
+    assert quality(labels == clean, labels, clean)["f1"] == 1
+
+
+def test_tables_of_many_classes_are_short(tmp_path):
+    path = make_archive(tmp_path / "a.zip", pictures(30), list(range(30)), class_names=[f"class{i}" for i in range(30)])
+    dataset = ImageDataset(str(path))
+    posterior = np.eye(30)
+    posterior[7] = posterior[8]
+    text = describe(dataset, label_file(dataset, posterior))
+    assert text.count(" images, ") == 20 and "class7 " in text and "transition" not in text and "truth" not in text
+    assert text.startswith("Noise rate:  3.3% of 30 labels")
+
+
+def test_captions_stand_below_their_images():
+    images = np.zeros([3, 8, 8, 1], np.uint8)
+    plain = image_sheet(images, columns=2)
+    two = image_sheet(images, columns=2, captions=["", "x\nyyyyyyyyyyyyyyyy", "z"])
+    extra = (two.height - plain.height) // 2
+    assert extra > 16 and two.width == plain.width
+    pixels, gap = np.asarray(two), 64 // 12
+    row = gap + 64 + extra
+    assert (pixels[gap : gap + 64, gap : gap + 64] == 0).all()  # the image itself
+    assert (pixels[row + gap : row + gap + 64, gap : gap + 64] == 0).all()
+    below = [pixels[64 + gap : row, left : left + 64 + gap] for left in (0, 64 + gap)]
+    assert (below[0] == 255).all() and (below[1] < 128).any() and (pixels[row + gap + 64 :, : 64 + gap] < 128).any()
+    assert (pixels[:, 2 * (64 + gap) + gap // 2 :] == 255).all()  # a line that is too long is cut off
