@@ -1,4 +1,4 @@
-"""Spoilt files and odd command lines: every case ends in success or in one `Error:` line, soon, in little memory."""
+"""Spoiled files and odd command lines: every case soon ends in success or in one `Error:` line, in little memory."""
 
 import collections
 import faulthandler
@@ -22,11 +22,11 @@ SLOWEST = collections.defaultdict(float)
 
 
 class HangError(BaseException):
-    """No script catches it."""
+    """A case takes too long. No script catches this."""
 
 
 def hang(*_args):
-    raise HangError(f"no end after {LONGEST} s")
+    raise HangError(f"still running after {LONGEST} s")
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def files(tmp_path_factory):
 
 @pytest.fixture(scope="module", autouse=True)
 def report(request):
-    """Prints what the cases came to, below the tests."""
+    """Print the outcomes of all cases after the tests."""
     yield
     lines = [
         f"  {name:<22} {sum(found.values()):>5} cases, slowest {SLOWEST[name]:.2f} s: "
@@ -59,7 +59,7 @@ def report(request):
 
 @pytest.fixture(autouse=True)
 def limits(monkeypatch, files):
-    """Little memory, no patience, no network."""
+    """Limit memory and time, and allow no network."""
     monkeypatch.setattr(downloads, "_PAUSE", 0)
     monkeypatch.setenv("DNNLIB_CACHE_DIR", str(files["root"] / "cache"))
     (files["root"] / "out").mkdir(exist_ok=True)
@@ -75,11 +75,11 @@ def limits(monkeypatch, files):
 
 
 def run(target, script, args, files):
-    """Runs one case and files its outcome; fails unless that is success or one line."""
+    """Run one case and record its outcome. Fail unless it is success or one line."""
     for name in os.listdir(files["root"] / "out"):
         path = files["root"] / "out" / name
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    faulthandler.dump_traceback_later(2 * LONGEST, exit=True)  # for what no signal interrupts
+    faulthandler.dump_traceback_later(2 * LONGEST, exit=True)  # for code that no signal interrupts
     signal.alarm(LONGEST)
     start = time.monotonic()
     try:
@@ -111,7 +111,7 @@ def cases(n):
     )
 
 
-def spoilt_files(name, n, files):
+def spoiled_files(name, n, files):
     target = files["targets"][name]
     path = files["root"] / target.file
 
@@ -148,8 +148,8 @@ def test_no_target_is_forgotten(files):
 
 
 @pytest.mark.parametrize("name", TARGETS)
-def test_spoilt_files(name, files):
-    spoilt_files(name, 8, files)
+def test_spoiled_files(name, files):
+    spoiled_files(name, 8, files)
 
 
 def test_odd_command_lines(files):
@@ -158,8 +158,8 @@ def test_odd_command_lines(files):
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", TARGETS)
-def test_many_spoilt_files(name, files):
-    spoilt_files(name, 90, files)
+def test_many_spoiled_files(name, files):
+    spoiled_files(name, 90, files)
 
 
 @pytest.mark.long

@@ -1,4 +1,4 @@
-"""The corpus of hostile files through every door: nothing runs, nothing is written, each gets one line."""
+"""Every script gets the corpus of hostile files: nothing runs, nothing is written, each file gets one line."""
 
 import contextlib
 import copyreg
@@ -34,8 +34,8 @@ from training.networks import EDMPrecond
 from training.networks_resnet import Classifier
 
 TINY = "--arch=ddpmpp_tiny --cbase=8 --batch=8 --duration=0.00001 --augment=0 --device=cpu"
-# How a file of each kind gets in; {file} is the hostile one, {new} a name to write to, {zip} and {pkl} honest ones.
-# The first door of each kind is in the default run with all files, the others are with one file in ten.
+# The doors: commands that read each kind of file. {file} is the hostile file, {new} a name to write to; all others are
+# honest files. The default run sends all files through the first door of each kind, and every tenth through another.
 DOORS = {
     "snapshot": [
         (generate, "--network={file} --outdir={new} --seeds=0 --device=cpu"),
@@ -84,7 +84,7 @@ DOORS = {
 
 
 def kinds(name, data):
-    """(kind of file, its name, its bytes): everything that a hostile pickle can be put into."""
+    """Yield (kind of file, name, bytes) for every kind of file that can hold the pickle `data`."""
     yield "snapshot", "a.pkl", data
     yield (
         "cifar",
@@ -111,7 +111,7 @@ PICKLES = [(name, i) for name in GADGETS for i in range(len(list(kinds(name, b""
 
 
 def careless(path, data):
-    """What reads the file when nobody thinks of strangers."""
+    """Read a file as programs do that trust it."""
     with contextlib.suppress(Exception), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if path.endswith(".tar.gz"):
@@ -140,7 +140,7 @@ def honest(tmp_path_factory):
 
 @contextlib.contextmanager
 def extensions():
-    """Codes that a program may have registered, as the opcodes EXT1, EXT2 and EXT4 need."""
+    """Register extension codes, as a program may have done, for the opcodes EXT1, EXT2 and EXT4."""
     names = [("posix", "system"), ("os", "system"), ("tests.support.hostile", "system")]
     for (module, name), code in zip(names, hostile.EXTENSION_CODES, strict=True):
         copyreg.add_extension(module, name, code)
@@ -154,7 +154,7 @@ def tree(folder):
 
 
 def refused(kind, door, path, honest, tmp_path):
-    """The one line that a script has for a file; fails when there is more, or when anything was written outside."""
+    """Return the line that a script prints for a file. Fail if it prints more, or if it writes anything outside."""
     script, args = DOORS[kind][door]
     before = tree(tmp_path.parent)
     names = {"file": path, "new": tmp_path / "new", **honest}
@@ -164,12 +164,14 @@ def refused(kind, door, path, honest, tmp_path):
     assert result.stderr.startswith("Error: ") and result.stderr.count("\n") == 1, result.stderr
     assert path.name in result.stderr and len(result.stderr) < 5000 and "\x1b" not in result.stderr
     assert tree(tmp_path.parent) == before
-    assert not list(tmp_path.glob("new*")) or script is train  # a run has its directory before it meets its images
+    assert (
+        not list(tmp_path.glob("new*")) or script is train
+    )  # train.py makes the run directory before it reads the images
     return result.stderr
 
 
 def try_doors(kind, path, honest, tmp_path, number, all_doors):
-    """The first door, and by turns one of the others, or all."""
+    """Try the first door and, for every tenth file, one of the others; or all doors."""
     doors = range(len(DOORS[kind]))
     for door in doors if all_doors else {0, *([number // 10 % len(doors)] if number % 10 == 0 else [])}:
         refused(kind, door, path, honest, tmp_path)
@@ -181,7 +183,7 @@ def attack(name, index, honest, tmp_path, all_doors, number):
     kind, file, content = list(kinds(name, data))[index]
     with extensions():
         careless(file, content)
-        assert marker.exists(), "no gadget: a careless reader survives it"
+        assert marker.exists(), "not a gadget: a careless reader does not run it"
         marker.unlink()
         (tmp_path / file).write_bytes(content)
         try_doors(kind, tmp_path / file, honest, tmp_path, number, all_doors)
@@ -190,7 +192,7 @@ def attack(name, index, honest, tmp_path, all_doors, number):
 
 @pytest.mark.parametrize("name", GADGETS)
 def test_pickles_do_nothing(name, honest, tmp_path):
-    """Each as a snapshot, and by turns in one of the files that hold a pickle."""
+    """Each pickle is tried as a snapshot and in one of the other kinds of file, which take turns."""
     number = GADGETS.index(name)
     for index in (0, 1 + number % (len(list(kinds(name, b""))) - 1)):
         attack(name, index, honest, tmp_path, False, number)
@@ -260,7 +262,7 @@ def test_torch_files_that_grow(kind, file, wrap, name, honest, tmp_path):
 
 @pytest.mark.parametrize("name", ["PostScript", "PostScript as PNG"])
 def test_no_interpreter_is_started(name, honest, tmp_path, monkeypatch):
-    """Pillow would hand PostScript to Ghostscript, where that is installed."""
+    """Pillow would pass PostScript to Ghostscript, if it is installed."""
     started = []
     monkeypatch.setattr(PIL.EpsImagePlugin, "Ghostscript", lambda *args, **kwargs: started.append(args))
     with contextlib.suppress(Exception):
@@ -296,35 +298,14 @@ def test_the_corpus_is_large_and_different():
         if name not in ("no STOP", "rubbish behind")
         for opcode, _, _ in pickletools.genops(data)
     }
-    assert opcodes >= {
-        "REDUCE",
-        "BUILD",
-        "INST",
-        "OBJ",
-        "NEWOBJ",
-        "NEWOBJ_EX",
-        "GLOBAL",
-        "STACK_GLOBAL",
-        "EXT1",
-        "EXT2",
-        "EXT4",
-        "PERSID",
-        "BINPERSID",
-        "APPEND",
-        "APPENDS",
-        "ADDITEMS",
-        "GET",
-        "BINGET",
-        "LONG_BINGET",
-        "MEMOIZE",
-        "DUP",
-        "POP_MARK",
-        "FRAME",
-    }
+    assert opcodes >= set(
+        "REDUCE BUILD INST OBJ NEWOBJ NEWOBJ_EX GLOBAL STACK_GLOBAL EXT1 EXT2 EXT4 PERSID "
+        "BINPERSID APPEND APPENDS ADDITEMS GET BINGET LONG_BINGET MEMOIZE DUP POP_MARK FRAME".split()
+    )
 
 
 def test_names_of_members_never_become_paths(tmp_path):
-    """Below the reader, which refuses such names, the writer does too."""
+    """The reader refuses such names, and the writer does too."""
     for path in (tmp_path / "a.zip", tmp_path / "a"):
         with pytest.raises(UserError, match="leads out"), ArchiveWriter(str(path)) as archive:
             archive.add("../b.png", b"")

@@ -1,4 +1,4 @@
-"""The allow-listed unpickler: plain data, tensors and arrays come out, nothing else does."""
+"""The unpickler with a list of allowed names: it returns plain data, tensors and arrays, and refuses all else."""
 
 import io
 import pickle

@@ -1,6 +1,6 @@
-"""The table of bad input, row by row, over every script that can meet it: one line, the right exit code, nothing lost.
+"""Bad input for every script that can get it: one line, the right exit code, nothing lost.
 
-The rows that belong to one script alone stand with that script's tests.
+Cases that concern only one script are among the tests of that script.
 """
 
 import json
@@ -42,7 +42,7 @@ def files(tmp_path_factory):
     return {**fuzz.honest(root), "root": root}
 
 
-# ---- archives: dataset_tool.py has these rows in test_dataset_tool_bad_input.py, the reader in test_dataset.py
+# ---- archives. For dataset_tool.py these cases are in test_dataset_tool_bad_input.py, for the reader in test_reader.py
 
 
 def labels(*values):
@@ -50,7 +50,7 @@ def labels(*values):
 
 
 def archive(**changes):
-    """Four images with labels; `img2` is the third image, `json` the metadata, None leaves one out."""
+    """Return four images with labels, by name. `img2` replaces the third image, `json` the metadata."""
     members = {**dict(zip(NAMES, PNG, strict=True)), "dataset.json": labels(0, 1, 0, 1)}
     for key, value in changes.items():
         name = "dataset.json" if key == "json" else NAMES[2]
@@ -69,7 +69,7 @@ ARCHIVES = {
     "not a ZIP": (b"no archive", ["not a ZIP"]),
     "without images": ({"readme.txt": b""}, ["ZIP without images"]),
     "truncated image": (archive(img2=PNG[2][:-30]), [NAMES[2], "truncated"]),
-    "no JSON": (archive(json=b"{"), ["dataset.json", "not valid JSON"]),
+    "not JSON": (archive(json=b"{"), ["dataset.json", "not valid JSON"]),
     "no labels in it": (archive(json=b"{}"), ["dataset.json", "lacks"]),
     "absent file": (archive(json=labels(0, 1, 0, 1).replace(b"3.png", b"9.png")), ["dataset.json", "img00000009.png"]),
     "label missing": (archive(json=labels(0, 1, 0)), ["dataset.json", NAMES[3]]),
@@ -80,7 +80,7 @@ ARCHIVES = {
     "4 channels": (archive(img2=synth.png(synth.pictures(1)[0], "RGBA")), [NAMES[2], "4 channels"]),
     "2 channels": (archive(img2=synth.png(synth.pictures(1)[0], "LA")), [NAMES[2], "2 channels"]),
     "not square": ({"a.png": synth.png(synth.pictures(1)[0][:4])}, ["8x4", "square"]),
-    "no power of two": (every(12), ["12x12", "power of two"]),
+    "not a power of two": (every(12), ["12x12", "power of two"]),
 }
 READERS = {
     "train": "--data={file} --outdir={new} --cond=1 " + TINY,
@@ -94,8 +94,8 @@ READERS = {
 @pytest.mark.parametrize("reader", READERS)
 def test_archives(reader, files, tmp_path):
     for name, (content, words) in ARCHIVES.items():
-        if reader.startswith("fid") and name in ("not square", "no power of two"):
-            continue  # metrics take images of any size
+        if reader.startswith("fid") and name in ("not square", "not a power of two"):
+            continue  # metrics accept images of any size
         path = tmp_path / f"{name.replace(' ', '_')}.zip"
         if isinstance(content, bytes):
             path.write_bytes(content)
@@ -106,7 +106,7 @@ def test_archives(reader, files, tmp_path):
         assert not new.exists() or not list(new.rglob("*.pkl")) + list(new.rglob("*.pt"))
 
 
-def test_labels_are_asked_for_but_not_there(files, tmp_path):
+def test_archives_without_labels_cannot_condition(files, tmp_path):
     path = synth.make_archive(tmp_path / "plain.zip", synth.pictures(4))
     for reader in ("train", "train_classifier", "train_noise"):
         fails(1, ["--cond=1", "plain.zip"], reader, READERS[reader], file=path, new=tmp_path / "new", **files)
@@ -131,7 +131,7 @@ def test_labels_are_asked_for_but_not_there(files, tmp_path):
         ("--noise_type=matrix --noise_matrix={root}/three.npy", 1, ["three.npy", "3x3", "2 classes"]),
         ("--noise_type=matrix --noise_matrix={root}/bad.json", 1, ["bad.json", "not valid JSON"]),
         ("--noise_type=matrix --noise_matrix={root}/text.npy", 1, ["text.npy", "not a readable .npy"]),
-        ("--noise_type=asym --noise_rate=0.4", 1, ["asym", "--noise_type=matrix"]),
+        ("--noise_type=asym --noise_rate=0.4", 1, ["--noise_type=asym: ", "'matrix'"]),
     ],
 )
 def test_noise(script, options, code, words, files, tmp_path):
@@ -223,7 +223,7 @@ def test_snapshots(door, files, tmp_path, monkeypatch):
         fails(1, [wrong.name, f"not a {kind}"], script, line, file=wrong, new=new, **files)
     (tmp_path / "folder").mkdir()
     fails(1, ["folder", "no network-snapshot-*.pkl"], script, line, file=tmp_path / "folder", new=new, **files)
-    # A URL that cannot be reached: the message names the place where a copy would serve instead.
+    # A URL that cannot be reached: the message names the path where a copy could be put instead.
     monkeypatch.setattr(downloads, "_PAUSE", 0)
     monkeypatch.setenv("DNNLIB_CACHE_DIR", str(tmp_path / "cache"))
     fails(
@@ -251,7 +251,7 @@ def test_networks_of_another_shape_have_nothing_to_transfer(files, tmp_path):
     assert "no parameter" in stderr and not (tmp_path / "new").exists()
 
 
-# ---- what is no file at all
+# ---- devices and pipes
 
 
 @pytest.mark.parametrize(
@@ -280,7 +280,7 @@ def test_numbers_beyond_all_range(files, tmp_path):
 
 
 @pytest.mark.parametrize("option", ["--duration", "--tick", "--ema", "--lr_rampup_kimg"])
-def test_lengths_that_are_no_number_of_images(option, files, tmp_path):
+def test_lengths_that_are_not_a_number_of_images(option, files, tmp_path):
     line = f"--data={{zip}} --outdir={tmp_path}/new {TINY}"
     for value in ("1e+308", "-1", "nan", "inf"):
         fails(2, [option, value], "train", f"{line} {option}={value}", **files)
@@ -290,7 +290,7 @@ def test_lengths_that_are_no_number_of_images(option, files, tmp_path):
 
 
 @pytest.mark.parametrize("script", ["train", "train_classifier", "train_noise"])
-def test_batches_are_dealt_to_processes(script, files, tmp_path, monkeypatch):
+def test_batches_must_be_divisible_by_processes(script, files, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     extra = " --cls={cls}" if script == "train_noise" else ""
     fails(2, ["--batch=8", "divisible", "3"], script, f"--data={{zip}} --outdir={tmp_path}/new{extra} {TINY}", **files)
@@ -328,7 +328,7 @@ def test_a_state_that_does_not_fit(files, tmp_path):
     state = checkpoint.load_state(files["state"])
     state["objective"]["net"]["net"].popitem()
     checkpoint.save_state(tmp_path / "less.pt", state)
-    # The options are those of the run, only the weights are not.
+    # The options are those of the run, but the weights are not.
     fails(
         1,
         ["--resume", "does not fit this run", "Missing key"],

@@ -1,4 +1,4 @@
-"""Snapshots both ways: ours in programs that only run embedded source, theirs of every age and habit in ours."""
+"""Snapshots in both directions: other programs run the source code in ours, and ours reads those of other programs."""
 
 import collections
 import copy
@@ -19,7 +19,7 @@ from torch_utils.persistence import load_snapshot, save_snapshot
 from training import networks
 from training.presets import network_kwargs
 
-# All that another program needs to have of its own: classes made of the source in the file.
+# All that another program needs: it makes classes from the source code in the file.
 STOCK = {
     "dnnlib/__init__.py": """
 class EasyDict(dict):
@@ -70,29 +70,15 @@ for path in sorted(folder.glob("*.pkl")):
     with torch.no_grad():
         torch.save((type(net).__name__, net(*arguments)), path.with_suffix(".out"))
 """
-# What torch and NumPy import, and nothing else of what is installed here.
+# Only the packages that torch and NumPy import.
 PACKAGES = [
-    "torch",
-    "torchgen",
-    "functorch",
-    "numpy",
-    "numpy.libs",
-    "typing_extensions",
-    "sympy",
-    "mpmath",
-    "networkx",
-    "jinja2",
-    "markupsafe",
-    "filelock",
-    "fsspec",
-    "nvidia",
-    "triton",
-    "setuptools",
-]
+    "torch", "torchgen", "functorch", "numpy", "numpy.libs", "typing_extensions", "sympy", "mpmath", "networkx",
+    "jinja2", "markupsafe", "filelock", "fsspec", "nvidia", "triton", "setuptools",
+]  # fmt: skip
 
 
 def bare_interpreter(root):
-    """A folder of links to the packages above, and one with the modules of STOCK."""
+    """Return a folder with the modules of STOCK and a folder of links to the packages above."""
     for name, text in STOCK.items():
         (root / "stock" / name).parent.mkdir(parents=True, exist_ok=True)
         (root / "stock" / name).write_text(text)
@@ -106,7 +92,7 @@ def bare_interpreter(root):
 
 
 def shaken(net):
-    """Random weights everywhere: layers that begin at zero would hide what is behind them."""
+    """Return the network with random weights, because layers that begin at zero would hide the layers before them."""
     generator = torch.Generator().manual_seed(0)
     for parameter in net.parameters():
         parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
@@ -114,7 +100,7 @@ def shaken(net):
 
 
 def our_networks():
-    """Every preconditioner, every kind of U-Net, with and without classes and augmentation labels."""
+    """Yield every preconditioner with every U-Net, some of them with classes and augmentation labels."""
     tiny = dict(channel_mult=[1, 2], num_blocks=1, attn_resolutions=[4])
     for i, arch in enumerate(("ddpmpp", "ncsnpp", "adm")):
         for j, name in enumerate(("VPPrecond", "VEPrecond", "iDDPMPrecond", "EDMPrecond")):
@@ -148,7 +134,7 @@ def test_programs_that_run_embedded_source_load_our_networks(tmp_path):
     assert len(expected) == 13 and importlib.util.find_spec("click") is not None
 
 
-# ---- theirs
+# ---- snapshots of other programs
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +154,7 @@ def same(a, b):
 
 
 def compat(net, change, **meta):
-    """The network as another program wrote it, every module's state changed by `change`."""
+    """Return the network as another program writes it, with the state of every module changed by `change`."""
 
     def state(module):
         found = module.__getstate__()
@@ -192,14 +178,14 @@ def test_older_versions(net, tmp_path, version):
 
 
 def minimal(state):
-    """Nothing but what every PyTorch has had: no hooks, no flags, no list of buffers that are not stored."""
+    """Keep only what every version of PyTorch has: no hooks, no flags, no list of buffers that are not stored."""
     for key in set(state) - {"_parameters", "_buffers", "_modules", "_init_kwargs", "_init_args"}:
         del state[key]
     state["_buffers"].pop("cache", None)
 
 
 def ordered(state):
-    """PyTorch before 2.5 kept ordered dictionaries, other programs keep attribute dictionaries."""
+    """Use ordered dictionaries, as PyTorch before 2.5 did, and attribute dictionaries, as other programs do."""
     for key in ("_parameters", "_buffers", "_modules"):
         state[key] = collections.OrderedDict(state[key])
     if "_init_kwargs" in state:
@@ -221,13 +207,13 @@ def halved(state):
 
 
 def with_more(state):
-    """Attributes that a later program added, and ones that are no plain data to us."""
+    """Add attributes that later programs have, among them some that are not plain data."""
     state.update(added_later={1}, _is_full_backward_hook=None, _compiled_call_impl=None, call_super_init=False)
 
 
 @pytest.mark.parametrize("change", [minimal, ordered, renamed, with_more])
 @pytest.mark.parametrize("protocol", [4, 5])
-def test_habits_of_other_programs(net, tmp_path, change, protocol):
+def test_layouts_of_other_programs(net, tmp_path, change, protocol):
     path = write(tmp_path / "a.pkl", compat(copy.deepcopy(net), change), protocol)
     assert same(load_snapshot(path)["ema"], net)
 
@@ -245,7 +231,7 @@ def test_half_precision(net, tmp_path):
         ({}, "lacks extra"),
     ],
 )
-def test_a_buffer_under_another_name_must_be_beyond_doubt(net, tmp_path, buffers, message):
+def test_a_buffer_under_another_name_must_be_unambiguous(net, tmp_path, buffers, message):
     state = module_state(net, _buffers=buffers)
     with pytest.raises(UserError, match=message):
         load_snapshot(write(tmp_path / "a.pkl", {"ema": persistent("CompatPrecond", state)}))
@@ -258,7 +244,7 @@ def test_a_buffer_under_another_name_must_be_beyond_doubt(net, tmp_path, buffers
 @pytest.mark.parametrize("dtype", ["f2", "<f4", ">f4", "f8", "i4", "<i8", "u1", "?"])
 def test_numbers_of_numpy_1_and_2(net, tmp_path, monkeypatch, module, dtype):
     def scalar():
-        """Stands for NumPy's function under either name."""
+        """Stand for NumPy's function under either name."""
 
     scalar.__module__, scalar.__qualname__ = module, "scalar"
     monkeypatch.setitem(sys.modules, module, type(sys)(module))

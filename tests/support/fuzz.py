@@ -1,6 +1,7 @@
-"""What the fuzz test feeds to the scripts: honest files and command lines, and ways to spoil them.
+"""What the fuzz test gives to the scripts: honest files and command lines, and ways to spoil them.
 
-A target is a way in. To add one, add an entry to `targets` (files) or a line to `COMMANDS` (command lines).
+A target is a kind of file and the commands that read it. To add one, add an entry to `targets`, or a line to `COMMANDS`
+for a command line.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ EDITS = st.lists(st.one_of(
 
 
 def spoil(data: bytes, edits) -> bytes:
-    """`data` after the edits; places are taken modulo its length."""
+    """Return `data` after the edits. Places are taken modulo its length."""
     data = bytearray(data)
     for kind, place, value in edits:
         i = place % (len(data) or 1)
@@ -90,7 +91,7 @@ def spoil(data: bytes, edits) -> bytes:
 
 
 def inside_zip(data: bytes, edits) -> bytes:
-    """A ZIP with one member spoilt and every checksum right."""
+    """Return a ZIP with one spoiled member and correct checksums."""
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         members = {name: archive.read(name) for name in archive.namelist()}
     name = list(members)[edits[0][1] % len(members)]
@@ -98,7 +99,7 @@ def inside_zip(data: bytes, edits) -> bytes:
 
 
 def repaired(data: bytes) -> bytes:
-    """A PNG whose chunks have their checksums again; other bytes as they are."""
+    """Return a PNG with correct checksums of its chunks. Other bytes stay as they are."""
     if data[:8] != b"\x89PNG\r\n\x1a\n":
         return data
     parts, start = [data[:8]], 8
@@ -116,7 +117,7 @@ def inside_gzip(data: bytes, edits) -> bytes:
 
 
 def inside_tar(data: bytes, edits) -> bytes:
-    """A CIFAR archive with one batch spoilt."""
+    """Return a CIFAR archive with one spoiled batch."""
     with tarfile.open(fileobj=io.BytesIO(data)) as tar:
         members = {member.name: tar.extractfile(member).read() for member in tar}
     name = list(members)[edits[0][1] % len(members)]
@@ -125,62 +126,28 @@ def inside_tar(data: bytes, edits) -> bytes:
 
 
 def without_checksum(data: bytes, edits) -> bytes:
-    """A snapshot as other programs write it: nothing tells that it was changed."""
+    """Return a spoiled snapshot as other programs write it, without a checksum that shows the change."""
     return spoil(data[:-32], edits)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Ways to spoil values.
 
-ODD = (
-    st.sampled_from(
-        [
-            None,
-            True,
-            False,
-            -1,
-            0,
-            1,
-            7,
-            2**31,
-            2**63,
-            10**30,
-            0.5,
-            -0.0,
-            1e308,
-            float("nan"),
-            float("inf"),
-            "",
-            "0",
-            "a",
-            "../../x",
-            "\x00",
-            "\x1b[2J",
-            "\ud800",
-            "é" * 300,
-            [],
-            [[]],
-            {},
-            [None],
-            ["a"],
-            [[0, 1]],
-            {"a": {}},
-            [[["a"]]],
-            [-1],
-            [1e99],
-        ]
-    )
-    | st.integers()
-    | st.floats()
-    | st.text(max_size=5)
-)
+ODD = st.one_of(
+    st.sampled_from([
+        None, True, False, -1, 0, 1, 7, 2**31, 2**63, 10**30, 0.5, -0.0, 1e308, float("nan"), float("inf"),
+        "", "0", "a", "../../x", "\x00", "\x1b[2J", "\ud800", "é" * 300,
+        [], [[]], {}, [None], ["a"], [[0, 1]], {"a": {}}, [[["a"]]], [-1], [1e99],
+    ]),
+    st.integers(), st.floats(), st.text(max_size=5),
+)  # fmt: skip
 CHANGES = st.lists(
     st.tuples(PLACE, st.sampled_from(["replace", "replace", "delete", "repeat"]), ODD), min_size=1, max_size=2
 )
 
 
 def change(value, changes):
-    """A nested value of dicts and lists with some of its nodes replaced, deleted or repeated."""
+    """Return a nested value of dicts and lists in which some nodes are replaced, deleted or repeated."""
     for place, kind, odd in changes:
         box = [value]
         nodes = []
@@ -215,7 +182,7 @@ def change(value, changes):
 
 @dataclasses.dataclass
 class Target:
-    """Honest bytes, how to spoil them, and the commands that read the file; {file} is where it is, {new} is free."""
+    """Honest bytes, ways to spoil them, and commands that read the file: {file} is the file, {new} a free name."""
 
     file: str
     data: bytes
@@ -244,7 +211,7 @@ def torch_bytes(value) -> bytes:
 
 
 def honest(root) -> dict[str, object]:
-    """Files that are right, by the names that commands use for them."""
+    """Return correct files, by the names that commands use for them."""
     torch.manual_seed(0)
     images = synth.pictures(8)
     zip_file = synth.make_archive(root / "ok.zip", images, [0, 1] * 4, class_names=["a", "b"])
@@ -277,7 +244,7 @@ def honest(root) -> dict[str, object]:
 
 
 def targets(root, files) -> dict[str, Target]:
-    """All targets by name."""
+    """Return all targets by name."""
     zipped, pictures = files["zip"].read_bytes(), files["images"]
     with zipfile.ZipFile(files["zip"]) as archive:
         members = {name: archive.read(name) for name in archive.namelist()}
@@ -354,52 +321,13 @@ COMMANDS = [
     ("detect_noise", [], "--data={zip} --dest={new}.npz --epochs=1 --device=cpu"),
 ]  # fmt: skip
 VALUES = [
-    "",
-    "0",
-    "1",
-    "-1",
-    "2",
-    "3",
-    "0.5",
-    "nan",
-    "inf",
-    "-inf",
-    "1e308",
-    "1e-320",
-    "1e30",
-    "99999999999999999999",
-    "4294967296",
-    "abc",
-    "a,b",
-    "0-3",
-    "5-1",
-    "0-99999999999",
-    "é",
-    "\x1b[2J",
-    "*",
-    "[",
-    "no such file",
-    ".",
-    "/dev/null",
-    "/dev/zero",
-    "http://127.0.0.1:1/x",
-    "https://127.0.0.1:1/x.pkl",
-    "https://",
-    "latest",
-    "{zip}",
-    "{pkl}",
-    "{cls}",
-    "{ref}",
-    "{state}",
-    "1x1",
-    "64x64",
-    "99999x99999",
-    "sym",
-    "matrix",
-    "true",
-]
+    "", "0", "1", "-1", "2", "3", "0.5", "nan", "inf", "-inf", "1e308", "1e-320", "1e30", "99999999999999999999",
+    "4294967296", "abc", "a,b", "0-3", "5-1", "0-99999999999", "é", "\x1b[2J", "*", "[", "no such file", ".",
+    "/dev/null", "/dev/zero", "http://127.0.0.1:1/x", "https://127.0.0.1:1/x.pkl", "https://", "latest", "{zip}",
+    "{pkl}", "{cls}", "{ref}", "{state}", "1x1", "64x64", "99999x99999", "sym", "matrix", "true",
+]  # fmt: skip
 WRITES = ["", "{new}", "{zip}", ".", "/dev/null", "/dev/null/x", "{new}/x", "{new}.zip", "{new}.png", "no\x1b[2J"]
-# --wandb and --tensorboard need other packages, --compile minutes.
+# --wandb and --tensorboard need other packages, --compile takes minutes.
 LEFT_OUT = {"--wandb", "--tensorboard", "--compile", "--help"}
 
 
@@ -412,7 +340,7 @@ def options(name: str, path: list[str]) -> list[click.Option]:
 
 @st.composite
 def command_lines(draw) -> tuple[str, str, list[str]]:
-    """A command that is right, and what is added to it: options with odd values, a few of them right."""
+    """Draw a correct command, and options to add to it. Most of their values are wrong."""
     name, path, base = draw(st.sampled_from(COMMANDS))
     added = []
     for _ in range(draw(st.integers(1, 3))):

@@ -1,6 +1,7 @@
-"""Files that attack whoever opens them: pickles that call, archives that lead outside, small files that become huge.
+"""Files that attack programs that open them: pickles that call functions, archives with names that lead outside, bombs.
 
-Every pickle's effect is harmless: it makes an empty file, the marker. To add a file, add a line to one of the lists.
+Every pickle does something harmless: it creates an empty file, the marker. To add a file, add a line to one of the
+lists.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import torch
 from tests.support import synth
 from tests.support.pickles import Raw, persistent
 
-EXTENSION_CODES = (201, 0x3201, 0x01003201)  # registered for the names of os.system as a program may: EXT1, EXT2, EXT4
+EXTENSION_CODES = (201, 0x3201, 0x01003201)  # of EXT1, EXT2 and EXT4, for three names of os.system
 system = os.system
 
 
@@ -32,19 +33,19 @@ def text(value):
 
 
 def named(path):
-    """GLOBAL."""
+    """Return the opcode GLOBAL for `path`, module:name."""
     module, name = path.split(":")
     return f"c{module}\n{name}\n".encode()
 
 
 def stacked(path):
-    """STACK_GLOBAL."""
+    """Return the opcode STACK_GLOBAL for `path`, module:name."""
     module, name = path.split(":")
     return text(module) + text(name) + b"\x93"
 
 
 def gadgets(marker):
-    """{name: a pickle that makes the file `marker` when pickle.load reads it}, through every opcode that calls."""
+    """Return {name: a pickle that creates the file `marker` when pickle.load reads it}, for every opcode that calls."""
     touch = f"touch {marker}"
     arg, path, system = text(touch), text(str(marker)), named("posix:system")
     args = b"(" + arg + b"t"
@@ -57,37 +58,26 @@ def gadgets(marker):
     namespace = named("types:SimpleNamespace") + b")R}"  # an object whose methods BUILD can choose
     raw = b"\x80\x02" + system + args + b"R."
     return {
-        # GLOBAL and REDUCE, and what else finds or calls a function
+        # GLOBAL, REDUCE and the other opcodes that find or call a function
         "REDUCE": system + args + b"R.",
         "REDUCE, protocol 0": b"cposix\nsystem\n(S'" + touch.encode() + b"'\ntR.",
         "REDUCE, protocol 5": pickle.dumps(Raw(os.system, touch), 5),
         "STACK_GLOBAL": b"\x80\x04" + stacked("posix:system") + arg + b"\x85R.",
         "STACK_GLOBAL, dotted": b"\x80\x04" + stacked("torch:os.system") + arg + b"\x85R.",
-        "STACK_GLOBAL, through sys.modules": b"\x80\x04"
-        + stacked("sys:modules")
-        + b"0"
-        + stacked("torch_utils.persistence:os.system")
-        + arg
-        + b"\x85R.",
+        "STACK_GLOBAL, through sys.modules": b"\x80\x04" + stacked("sys:modules") + b"0"
+                                             + stacked("torch_utils.persistence:os.system") + arg + b"\x85R.",
         "INST": b"(S'" + touch.encode() + b"'\niposix\nsystem\n.",
         "OBJ": b"(" + system + arg + b"o.",
         "NEWOBJ": b"\x80\x02" + memmap + b"(" + path + text("uint8") + text("w+") + b"K\0K\1t\x81.",
-        "NEWOBJ_EX": b"\x80\x04"
-        + memmap
-        + b")}("
-        + text("filename")
-        + path
-        + text("mode")
-        + text("w+")
-        + text("shape")
-        + b"K\1u\x92.",
+        "NEWOBJ_EX": b"\x80\x04" + memmap + b")}(" + text("filename") + path + text("mode") + text("w+")
+                     + text("shape") + b"K\1u\x92.",
         "NEWOBJ of map": b"cbuiltins\nlist\ncbuiltins\nmap\n(" + system + b"(" + arg + b"lt\x81\x85R.",
         "BUILD": named("functools:partial") + b"(cbuiltins\nprint\ntR(" + system + args + b"}Ntb(tR.",
         "BUILD, then APPEND": namespace + text("append") + system + b"sb" + arg + b"a.",
         "BUILD, then APPENDS": namespace + text("append") + system + b"sb(" + arg + b"e.",
         "BUILD, then ADDITEMS": b"\x80\x04" + namespace + text("add") + system + b"sb(" + arg + b"\x90.",
         **{f"EXT{n}": b"\x80\x02" + code + args + b"R." for n, code in zip((1, 2, 4), codes, strict=True)},
-        # things that plain pickle.load refuses only after the call
+        # pickles that plain pickle.load refuses, but only after the call
         "PERSID": system + args + b"R0Psecret\n.",
         "BINPERSID": system + args + b"RQ.",
         "no STOP": system + args + b"R",
@@ -101,44 +91,23 @@ def gadgets(marker):
         "DUP": system + b"2" + args + b"R.",
         "POP_MARK": system + b"(K\1K\0021" + args + b"R.",
         "FRAME": b"\x80\x04\x95" + struct.pack("<Q", len(raw) - 2) + raw[2:],
-        # names that reach a function by a detour
+        # names that reach a function indirectly
         "eval": pickle.dumps(Raw(eval, f"__import__('os').system({touch!r})")),
         "exec": pickle.dumps(Raw(exec, f"open({str(marker)!r}, 'w').close()")),
         "open": pickle.dumps(Raw(open, str(marker), "w")),
         "Python 2 name": b"c__builtin__\nopen\n(" + path + text("w") + b"tR.",
-        "getattr": named("builtins:getattr")
-        + b"("
-        + named("builtins:__import__")
-        + b"("
-        + text("os")
-        + b"tR"
-        + text("system")
-        + b"tR"
-        + args
-        + b"R.",
-        "methodcaller": named("operator:methodcaller")
-        + b"("
-        + text("system")
-        + arg
-        + b"tR("
-        + named("importlib:import_module")
-        + b"("
-        + text("os")
-        + b"tRtR.",
+        "getattr": named("builtins:getattr") + b"(" + named("builtins:__import__") + b"(" + text("os") + b"tR"
+                   + text("system") + b"tR" + args + b"R.",
+        "methodcaller": named("operator:methodcaller") + b"(" + text("system") + arg + b"tR("
+                        + named("importlib:import_module") + b"(" + text("os") + b"tRtR.",
         "partial": pickle.dumps(Raw(functools.partial(os.system, touch))),
         "subprocess": named("subprocess:check_call") + b"((" + text("touch") + path + b"ltR.",
-        "code object": named("builtins:exec")
-        + b"("
-        + named("builtins:compile")
-        + b"("
-        + text(f"open({str(marker)!r}, 'w')")
-        + text("x")
-        + text("exec")
-        + b"tRtR.",
+        "code object": named("builtins:exec") + b"(" + named("builtins:compile") + b"("
+                       + text(f"open({str(marker)!r}, 'w')") + text("x") + text("exec") + b"tRtR.",
         "pickle in a pickle": pickle.dumps(Raw(pickle.loads, raw)),
         "pickle in NumPy's load": pickle.dumps(Raw(np.load, io.BytesIO(npy_of_objects(raw)), None, True)),
         "torch.load": pickle.dumps(Raw(functools.partial(torch.load, weights_only=False), io.BytesIO(legacy(raw)))),
-        # where snapshots, states and batches keep their honest contents
+        # the places where snapshots, states and batches hold their contents
         "network": pickle.dumps({"ema": Raw(os.system, touch)}),
         "key": b"}" + system + args + b"RK\1s.",
         "settings": pickle.dumps({"ema": 1, "loss_fn": persistent("EDMLoss", {"a": Raw(os.system, touch)})}),
@@ -150,24 +119,24 @@ def gadgets(marker):
         "tensor's storage, legacy": storage(legacy(raw)),
         "tensor's storage, ZIP": storage(torch_zip(raw)),
         "tensor's size": tensor_with(b"(" + system + args + b"Rt"),
-    }
+    }  # fmt: skip
 
 
 def legacy(pickled):
-    """What torch.save writes without a ZIP, with `pickled` as the object."""
+    """Return what torch.save writes without a ZIP, with `pickled` as the object."""
     parts = [pickle.dumps(part, 2) for part in (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True})]
     return b"".join([*parts, pickled, pickle.dumps([], 2)])
 
 
 def legacy_of(value):
-    """What torch.save writes of `value` without a ZIP."""
+    """Return what torch.save writes for `value` without a ZIP."""
     buffer = io.BytesIO()
     torch.save(value, buffer, _use_new_zipfile_serialization=False)
     return buffer.getvalue()
 
 
 def torch_zip(pickled):
-    """What torch.save writes, with `pickled` as the object."""
+    """Return what torch.save writes, with `pickled` as the object."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
         for name, data in {"data.pkl": pickled, "byteorder": b"little", "version": b"3\n"}.items():
@@ -176,20 +145,20 @@ def torch_zip(pickled):
 
 
 def storage(blob):
-    """A pickled tensor whose storage is `blob`."""
+    """Return a pickled tensor whose storage is `blob`."""
     load = named("torch.storage:_load_from_bytes") + b"(B" + struct.pack("<I", len(blob)) + blob + b"tR"
     return b"\x80\x03" + named("torch._utils:_rebuild_tensor_v2") + b"(" + load + b"K\0(K\1t(K\1t\x89}tR."
 
 
 def tensor_with(size):
-    """A pickled tensor whose size is a pickle's piece."""
+    """Return a pickled tensor whose size is given by the opcodes `size`."""
     blob = legacy_of(torch.zeros(1)._typed_storage())
     load = named("torch.storage:_load_from_bytes") + b"(B" + struct.pack("<I", len(blob)) + blob + b"tR"
     return b"\x80\x03" + named("torch._utils:_rebuild_tensor_v2") + b"(" + load + b"K\0" + size + b"(K\1t\x89}tR."
 
 
 def npy_of_objects(pickled):
-    """A .npy whose array is the pickle `pickled`."""
+    """Return a .npy file whose array is the pickle `pickled`."""
     header = b"{'descr': '|O', 'fortran_order': False, 'shape': (1,)}"
     return b"\x93NUMPY\1\0" + struct.pack("<H", len(header)) + header + pickled
 
@@ -205,7 +174,7 @@ def npz_of_objects(pickled):
 
 
 def zip_of(members, compression=zipfile.ZIP_STORED, **info):
-    """A ZIP of {name: bytes} or [(name, bytes)]; `info` sets fields of every entry."""
+    """Return a ZIP of {name: bytes} or [(name, bytes)]. `info` sets fields of every entry."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", compression) as archive:
         for name, data in members.items() if isinstance(members, dict) else members:
@@ -218,19 +187,19 @@ def zip_of(members, compression=zipfile.ZIP_STORED, **info):
 
 
 def with_size(data, old, new):
-    """A ZIP whose entries claim another unpacked size."""
+    """Return a ZIP whose entries claim another unpacked size."""
     assert data.count(struct.pack("<I", old)) >= 2
     return data.replace(struct.pack("<I", old), struct.pack("<I", new))
 
 
 def central(data, offset, value):
-    """A ZIP with other bytes at an offset of its first entry in the directory."""
+    """Return a ZIP with `value` at an offset of its first entry in the directory."""
     start = data.index(b"PK\1\2") + offset
     return data[:start] + value + data[start + len(value) :]
 
 
 def overlapping(names, png):
-    """A ZIP with one image's bytes under many names."""
+    """Return a ZIP with the bytes of one image under many names."""
     data = zip_of({names[0]: png})
     end = data.rindex(b"PK\5\6")
     start = data.index(b"PK\1\2")
@@ -242,7 +211,7 @@ def overlapping(names, png):
 
 
 def renamed(data, old, new):
-    """A ZIP with another name of the same length, which zipfile itself would not have written."""
+    """Return a ZIP with another name of the same length, which zipfile itself would not write."""
     assert len(old) == len(new) and data.count(old.encode()) == 2
     return data.replace(old.encode(), new.encode())
 
@@ -252,7 +221,7 @@ def chunk(kind, data):
 
 
 def png_claiming(width, height, bits=8, color=0, data=None, *before):
-    """A PNG with right checksums that claims to be this large."""
+    """Return a PNG with correct checksums that claims to be this large."""
     data = zlib.compress(bytes(1000)) if data is None else data
     header = struct.pack(">IIBBBBB", width, height, bits, color, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + b"".join([chunk(b"IHDR", header), *before, chunk(b"IDAT", data), chunk(b"IEND", b"")])
@@ -271,13 +240,13 @@ def dataset(json_text):
 
 @functools.cache
 def archives():
-    """{name: ZIP} that dataset readers must refuse."""
+    """Return {name: ZIP} for ZIPs that dataset readers must refuse."""
     bomb = zip_of({"a.png": ZEROS}, zipfile.ZIP_DEFLATED)
     traversals = ["../a.png", "/tmp/a.png", "a/../../b.png", "C:/a.png", "..\\a.png", "\\\\host\\a.png", "./../a.png"]
     return {
         **{f"name {name}": renamed(zip_of({"x" * len(name): PNG, "b.png": PNG}), "x" * len(name), name)
            for name in traversals},
-        # their bytes are right, so that nothing but their kind gives them away
+        # their bytes are correct, so only the kind of the member shows what they are
         "link": zip_of({"a.png": PNG}, external_attr=LINK, create_system=3),
         "device": zip_of({"a.png": PNG}, external_attr=DEVICE, create_system=3),
         "link as dataset.json": zip_of({"dataset.json": b'{"labels": null}', "b.png": PNG}, external_attr=LINK),
@@ -315,7 +284,7 @@ def archives():
 
 
 def folders():
-    """{name: function that fills a folder}."""
+    """Return {name: function that makes a hostile folder}."""
 
     def fill(action):
         def make(folder):
@@ -338,7 +307,7 @@ def folders():
 
 
 def tar_of(*members, compress=gzip.compress):
-    """A CIFAR archive of (name, type, size stated, bytes, link)."""
+    """Return a CIFAR archive with members (name, type, stated size, bytes, link)."""
     buffer = io.BytesIO()
     for name, kind, size, data, link in members:
         info = tarfile.TarInfo(name)
@@ -349,7 +318,7 @@ def tar_of(*members, compress=gzip.compress):
 
 @functools.cache
 def tars():
-    """{name: .tar.gz} that the CIFAR reader must refuse."""
+    """Return {name: .tar.gz} for archives that the CIFAR reader must refuse."""
     regular = tarfile.REGTYPE
     return {
         "symbolic link": tar_of(("data_batch_1", tarfile.SYMTYPE, 0, b"", "/etc/passwd")),

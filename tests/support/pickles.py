@@ -61,7 +61,7 @@ def import_source(name, source, folder):
 
 
 class Raw:
-    """Pickles as a call of a global, as the objects of other programs do."""
+    """An object that pickles as a call of a function, like the objects of other programs."""
 
     def __init__(self, function, *args):
         self.function, self.args = function, args
@@ -85,7 +85,7 @@ def module_state(module, **changes):
 
 
 def published(net, state=None, **others):
-    """A snapshot as another program writes it: no checksum, no plain settings."""
+    """Return a snapshot as another program writes it: without a checksum and without plain settings."""
     return {"ema": persistent(type(net).__name__, {**module_state(net), **(state or {})}), **others}
 
 

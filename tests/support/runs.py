@@ -1,4 +1,4 @@
-"""Training runs: the options of small ones, and what they leave."""
+"""Training runs: the options of small ones, and checks of what they leave."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def final_weights(run_dir):
 
 
 def assert_same(a, b):
-    """Two nested states, bit for bit."""
+    """Assert that two nested states are the same, bit for bit."""
     if isinstance(a, torch.Tensor):
         assert torch.equal(a, b)
     elif isinstance(a, dict):
