@@ -181,7 +181,7 @@ def test_label_files(tmp_path):
         np.testing.assert_array_equal(data.clean_labels, source.labels)
         assert data.corruption["noise_type"] == "imported" and data.corruption["realised_rate"] == 1
         assert data.family == "digits"
-    # A second import keeps the clean labels that the archive has; labels for unlabelled images are just labels.
+    # A second import keeps the clean labels that the archive has; labels for unlabeled images are just labels.
     data = build(tmp_path / "out.zip", tmp_path / "again.zip", f"--labels={tmp_path / 'l.npz'}", "--label_key=first")
     np.testing.assert_array_equal(data.clean_labels, source.labels)
     plain = synth.make_archive(tmp_path / "plain.zip", synth.pictures(50))

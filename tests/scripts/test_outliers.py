@@ -116,6 +116,12 @@ def test_the_record_survives(tmp_path):
     assert subset.outliers.tolist() == [name in listed for name in subset.file_names] and subset.outliers.any()
 
 
+def test_outliers_keep_the_seed_of_the_label_noise(tmp_path):
+    build("digits", tmp_path / "a.zip", "--max-images=50", "--noise_type=sym", "--noise_rate=0.5", "--seed=7")
+    both = build(tmp_path / "a.zip", tmp_path / "b.zip", "--outliers=digits", "--perturb_percent=10", "--seed=3")
+    assert (both.corruption["seed"], both.corruption["outlier_seed"]) == (7, 3)
+
+
 def test_images_that_are_left_out_do_not_shift_the_record(tmp_path):
     for i in range(20):
         (tmp_path / f"in/{i:02d}").mkdir(parents=True)
