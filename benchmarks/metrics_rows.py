@@ -1,4 +1,4 @@
-"""The trace term of FID over a general matrix root, neighbours in blocks over N x N distances."""
+"""Time the trace term of FID against a general matrix root, and neighbors in blocks against N x N distances."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SECONDS = 240
 
 
 def prdc_plain(real: torch.Tensor, fake: torch.Tensor, k: int = 5) -> dict[str, float]:
-    """Precision, recall, density and coverage from whole matrices of distances (metrics.md), as they are defined."""
+    """Return precision, recall, density and coverage from whole distance matrices, as docs/metrics.md defines them."""
     near_real, near_fake = (torch.cdist(x, x).kthvalue(k + 1, dim=1).values for x in (real, fake))
     distances = torch.cdist(real, fake)
     inside = distances < near_real[:, None]
@@ -33,7 +33,7 @@ def prdc_plain(real: torch.Tensor, fake: torch.Tensor, k: int = 5) -> dict[str, 
 
 
 def rows(repeats: int, features: int = 2048, images: int = 8000, width: int = 256) -> Iterator[Row]:
-    """For `features` of FID, and two sets of `images` with `width` features each."""
+    """Yield a row for FID with `features` features, and one for two sets of `images` images with `width` features."""
     rng = np.random.default_rng(0)
     scales = np.geomspace(1, 1e-2, features)
     s1, s2 = (np.cov(rng.standard_normal((5 * features // 2, features)) * scales, rowvar=False) for _ in range(2))
@@ -64,4 +64,4 @@ def rows(repeats: int, features: int = 2048, images: int = 8000, width: int = 25
 
 
 def _drop(_value: object) -> None:
-    """`compare` takes a returned number for a time."""
+    """Return nothing, because `compare` would take a returned number for a time."""

@@ -1,7 +1,8 @@
-"""Bootstrap intervals of metrics (Efron 1979): how far a value would move with other images of the same model.
+"""Bootstrap intervals of metrics: how far a value would move with other images of the same model.
 
-The generated images are drawn again with replacement, counts [B,M] say how often each is in each draw, and the
-metrics are computed from features and counts: no image and no feature is copied. The reference stays as it is.
+Efron 1979, "Bootstrap methods: another look at the jackknife". The generated images are drawn again with replacement,
+B times. Counts [B,M] say how often each of the M images is in each draw. The metrics take features and counts, so no
+image and no feature is copied. The reference stays as it is.
 """
 
 from __future__ import annotations
@@ -10,13 +11,13 @@ import numpy as np
 
 __all__ = ["LEVEL", "interval", "resample"]
 
-LEVEL = 0.95
+LEVEL = 0.95  # share of the replicates inside an interval
 
 
 def resample(draws: int, count: int, labels: np.ndarray | None = None, seed: int = 0) -> np.ndarray:
-    """How often each of `count` images is in each of `draws` resampled sets, uint16 [draws,count].
+    """Return how often each of `count` images is in each of `draws` resampled sets, uint16 [draws,count].
 
-    With `labels` [count] each class keeps its number of images: the classes were asked for, not drawn.
+    With `labels` [count], each class keeps its number of images, because the user chose the classes.
     """
     rng = np.random.default_rng(seed)
     counts = np.zeros([draws, count], dtype=np.uint16)
@@ -28,10 +29,10 @@ def resample(draws: int, count: int, labels: np.ndarray | None = None, seed: int
 
 
 def interval(value: float, replicates: np.ndarray) -> list[float]:
-    """[low, high] around `value` that holds LEVEL of the replicates once their mean is moved to the value.
+    """Return [low, high], which contains LEVEL of the replicates [B] after their mean has been moved to `value`.
 
-    The move matters: a draw with replacement has fewer different images, which shifts FID up and coverage down. What
-    the replicates tell about is the spread.
+    The move matters: a draw with replacement has fewer different images, which shifts FID up and coverage down. Only
+    the spread of the replicates is meaningful.
     """
     moved = np.asarray(replicates) - np.mean(replicates) + value
     return np.quantile(moved, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]).tolist()

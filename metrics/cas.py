@@ -1,5 +1,8 @@
-"""Classification accuracy score (Ravuri and Vinyals 2019, "Classification accuracy score for conditional generative
-models"): train a classifier on generated images and the labels they were asked for, test it on real clean images."""
+"""CAS, the classification accuracy score: how well generated images serve as training data for a classifier.
+
+Ravuri and Vinyals 2019, "Classification accuracy score for conditional generative models". The classifier is trained on
+generated images and the labels that they were asked for, and tested on real images with clean labels.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from tqdm import tqdm
 import dnnlib
 from archives.dataset import BatchStream, to_float
 from metrics.features import WORKERS
-from metrics.images import ImageSource, describe_shape
+from metrics.images import ImageSource, best_labels, check_same_shape
 from metrics.label_accuracy import label_accuracy
 from torch_utils import misc
 from training.augment import draw_shifts, shift_images
@@ -21,13 +24,13 @@ from training.networks_resnet import DEPTHS, Classifier
 from training.noise_levels import LOWEST_SIGMA
 from training.trained_network import make_optimizer
 
-__all__ = ["CAS_ARCHS", "CAS_EPOCHS", "check_cas", "classification_accuracy_score"]
+__all__ = ["CAS_ARCHS", "CAS_EPOCHS", "check_arch", "check_test", "classification_accuracy_score"]
 
 CAS_ARCHS = ("resnet50", "resnet18", "small")
 CAS_EPOCHS = 100
 BATCH = 128
-LEARNING_RATE = 1e-3  # the highest, of AdamW, after a rise and before a cosine's fall
-SHIFT = 0.125  # random whole-pixel shifts up to this share of the side
+LEARNING_RATE = 1e-3  # of AdamW at its highest: it rises for a tenth of the steps, then falls along a cosine
+SHIFT = 0.125  # largest random shift, as a share of the side; shifts are whole pixels
 
 
 def classification_accuracy_score(
@@ -38,13 +41,15 @@ def classification_accuracy_score(
     seed: int = 0,
     epochs: int = CAS_EPOCHS,
 ) -> dict[str, Any]:
-    """Accuracy on `test` (its clean labels where it has them) of a classifier trained on `generated` and its labels.
+    """Train a classifier on `generated` images and their labels, and measure its accuracy on `test`.
 
-    `arch`: resnet50 of torchvision, or our resnet18 or small. All randomness comes from `seed`. Returns `accuracy`,
-    `accuracy_on_generated` (did it learn what it was shown?), `arch`, `epochs`, `num_generated`, `num_test`.
-    Raises UserError for sets that do not fit each other, and when torchvision is missing.
+    Test labels are the clean ones if the set has any. `arch` is one of CAS_ARCHS: torchvision's resnet50, or our
+    resnet18 or small. All randomness comes from `seed`. Return a dictionary with `accuracy`, `accuracy_on_generated`
+    (a low one means that the classifier did not learn what it was shown), `arch`, `epochs`, `num_generated` and
+    `num_test`. Raise UserError if the two sets do not fit each other, or if there is no such classifier for them.
     """
-    labels = check_cas(generated, test, arch)
+    check_test(generated, test)
+    labels = best_labels(test)
     device = torch.device(device)
     classes = int(max(labels.max(), generated.labels.max())) + 1
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -61,23 +66,22 @@ def classification_accuracy_score(
     )
 
 
-def check_cas(generated: ImageSource, test: ImageSource, arch: str) -> np.ndarray:
-    """The labels that count of `test`. UserError unless both sets have labels, images of one shape, and a network."""
-    labels = test.labels if test.clean_labels is None else test.clean_labels
-    if labels is None or generated.labels is None:
-        raise dnnlib.UserError(f"--test: {(test if labels is None else generated).path} has no labels")
-    if test.image_shape != generated.image_shape:
-        raise dnnlib.UserError(
-            f"--test: {test.path} has {describe_shape(test.image_shape)} images, "
-            f"{generated.path} has {describe_shape(generated.image_shape)}"
-        )
+def check_test(generated: ImageSource, test: ImageSource) -> None:
+    """Raise UserError unless both sets have labels and images of the same shape."""
+    for source, labels in ((test, best_labels(test)), (generated, generated.labels)):
+        if labels is None:
+            raise dnnlib.UserError(f"{source.path} has no labels")
+    check_same_shape(test, generated)
+
+
+def check_arch(arch: str, image_shape: tuple[int, int, int]) -> None:
+    """Raise UserError if there is no classifier `arch` for images [C,H,W] of this shape."""
     with torch.random.fork_rng([]):
-        _network(arch, generated.image_shape, 2)
-    return labels
+        _network(arch, image_shape, 2)
 
 
 class _AtLowestSigma(torch.nn.Module):
-    """A noise-level-conditional classifier as one of clean images."""
+    """Makes a classifier of noisy images one of clean images, by fixing the noise level at its lowest."""
 
     def __init__(self, net: Classifier):
         super().__init__()
@@ -88,7 +92,10 @@ class _AtLowestSigma(torch.nn.Module):
 
 
 def _network(arch: str, image_shape: tuple[int, int, int], classes: int) -> torch.nn.Module:
-    """[N,C,H,W] in [-1,1] -> logits [N,classes]. UserError when it cannot be had for such images."""
+    """Return a network that turns images [N,C,H,W] in [-1,1] into logits [N,classes].
+
+    Raise UserError if the network does not fit the images, or needs a package that is missing.
+    """
     channels, *sides = image_shape
     if arch != "resnet50":
         _, model_channels, channel_mult = DEPTHS[arch]
@@ -99,13 +106,12 @@ def _network(arch: str, image_shape: tuple[int, int, int], classes: int) -> torc
                 )
             )
         except ValueError as e:
-            raise dnnlib.UserError(f"--cas_arch={arch}: {e}; choose --cas_arch=small") from None
+            raise dnnlib.UserError(f"{arch}: {e}; choose small") from None
     try:
         from torchvision.models import resnet50  # optional dependency
-    except (ImportError, RuntimeError) as e:  # RuntimeError: a torchvision made for another torch
+    except (ImportError, RuntimeError) as e:  # RuntimeError: a torchvision that was built for another PyTorch
         raise dnnlib.UserError(
-            f"--cas_arch=resnet50 needs the package torchvision ({e}): pip install torchvision, or "
-            "choose --cas_arch=resnet18 or small"
+            f"resnet50 needs the package torchvision ({e}): pip install torchvision, or choose resnet18 or small"
         ) from None
     net = resnet50(weights=None, num_classes=classes)
     if channels != 3:

@@ -1,4 +1,4 @@
-"""Class-wise metrics: a metric on each class's real and generated images, their unweighted mean (TDSM paper)."""
+"""Class-wise metrics: a metric of each class's real and generated images, averaged over classes (TDSM paper)."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ __all__ = ["ClassWise", "class_wise"]
 
 @dataclass(frozen=True)
 class ClassWise:
-    """Result of `class_wise`: the means that published tables show, and what they are made of."""
+    """Result of `class_wise`: the means, which published tables show, and the values of each class."""
 
-    mean: dict[str, Any]  # metric -> mean over the classes that have a value; empty when none has
+    mean: dict[str, Any]  # metric -> mean over the classes that have a value; empty if no class has one
     per_class: dict[int, dict[str, Any]]  # class -> metric -> value
-    missing: list[int]  # classes with too few images on either side, not in the mean
+    missing: list[int]  # classes with too few images on one side; they are not in the mean
 
 
 def class_wise(
@@ -30,11 +30,12 @@ def class_wise(
     num_classes: int = 0,
     counts: np.ndarray | None = None,
 ) -> ClassWise:
-    """`metric(real of a class, fake of the class) -> {name: value}` for each class and the unweighted means.
+    """Return the metrics of each class, and their means over the classes with equal weights.
 
-    `real` [N,d], `fake` [M,d], labels [N] and [M] integers. A class with fewer than `minimum` images on either side has
-    no value and is listed. Classes are those that occur and 0 to `num_classes` - 1. With `counts` [B,M], the metric's
-    third argument is the class's part of them. Values may be arrays of any one shape.
+    `metric(real, fake)` receives the features of one class and returns name -> value. A value may be an array. `real`
+    is [N,d], `fake` [M,d], their labels are integers [N] and [M]. The classes are 0 to `num_classes` - 1 and all that
+    occur. A class with fewer than `minimum` images on one side has no value and is listed as missing. With `counts`
+    [B,M], the metric receives the columns of its class as a third argument.
     """
     real_labels, fake_labels = np.asarray(real_labels), np.asarray(fake_labels)
     per_class, missing = {}, []

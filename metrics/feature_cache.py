@@ -1,4 +1,4 @@
-"""Features kept in an `.npz`, so that other metrics of the same images need no second pass of the detector."""
+"""Keep features in an `.npz`, so that the detector need not see the same images again for other metrics."""
 
 from __future__ import annotations
 
@@ -24,12 +24,14 @@ PARTS = ("features", "probs", "judged")
 
 
 class FeatureCache:
-    """Features of any number of sets of images in the file `path` (None: nothing is kept).
+    """Features of any number of sets of images, kept in the file `path` (None: nothing is kept).
 
-    `sets`: JSON, a list of what each set is; then arrays `0.features`, `0.probs`, `0.judged`, `1.features`, ...
-    A set is used again when images, number, choice, detector (its precision too) and judge are the same, files by size
-    and time.
-    Rank 0 reads and writes; every process must make the calls. UserError when the file is something else.
+    The file holds `sets`, a JSON list that describes each set, and the arrays `0.features`, `0.probs`, `0.judged`,
+    `1.features`, and so on. A set is used again if the images, their number and choice, the detector, its precision,
+    and the judge are the same. Files are the same if their size and their time of change are.
+
+    Rank 0 reads and writes the file, but every process must call the methods. Raise UserError if the file holds
+    something else.
     """
 
     def __init__(self, path: str | None):
@@ -51,9 +53,7 @@ class FeatureCache:
                     raise ValueError
                 self._sets.append((what, parts))
         except (KeyError, TypeError, ValueError):
-            raise dnnlib.UserError(
-                f"--features: {self.path} holds {', '.join(arrays) or 'nothing'}; {expected}"
-            ) from None
+            raise dnnlib.UserError(f"{self.path} holds {', '.join(arrays) or 'nothing'}; {expected}") from None
 
     def get(
         self,
@@ -63,9 +63,10 @@ class FeatureCache:
         choice: Any,
         compute: Callable[[], Features],
     ) -> Features | None:
-        """The features of `source` from the file, on rank 0 only, or what `compute()` returns, from then on kept.
+        """Return the features of `source` from the file, or else what `compute()` returns, and keep that.
 
-        `choice`: what chose the images among those of the file, plain data.
+        Features from the file are returned on rank 0 only; the other processes receive None. `choice` is plain data
+        that says how the images were chosen among those of the source.
         """
         if self.path is None:
             return compute()
@@ -102,7 +103,7 @@ class FeatureCache:
         return found
 
     def save(self) -> None:
-        """Write the file, if there is anything new; it appears only when it is complete."""
+        """Write the file if there is anything new. It appears only when it is complete."""
 
         def work() -> None:
             os.makedirs(os.path.dirname(os.path.abspath(self.path)), exist_ok=True)
@@ -118,12 +119,12 @@ def _tensor(array: np.ndarray | None) -> torch.Tensor | None:
 
 
 def _named(extractor: Detector) -> list[Any]:
-    # Float32 goes without saying: files from before there was a choice stay valid.
+    # Float32 is not mentioned. So files from before there was a choice of precision stay valid.
     return [extractor.name, _version(extractor.name), *([] if extractor.precision == "fp32" else [extractor.precision])]
 
 
 def _version(path: str) -> list[int] | None:
-    """What changes when a file does: size and time of the last change. None for what is no file."""
+    """Return the size and the time of the last change of a file, or None if there is no such file."""
     if not os.path.exists(path):
         return None
     status = os.stat(path)

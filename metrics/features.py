@@ -1,4 +1,4 @@
-"""Images -> features: one pass on all processes."""
+"""Turn images into features, in one pass that all processes share."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 import dnnlib
-from archives.reader import ordered_map
+from archives.workers import ordered_map
 from metrics.detectors import ClassifierDetector, Detector
 from metrics.images import ImageSource
 from metrics.reference import RunningStatistics
@@ -19,24 +19,25 @@ from torch_utils import distributed
 
 __all__ = ["Features", "compute_features", "compute_statistics", "feature_width"]
 
-WORKERS = min(4, os.cpu_count() or 1)  # threads that decode ahead of the detector
+WORKERS = min(4, os.cpu_count() or 1)  # threads that decode the next images while the detector runs
 
 
 @dataclass(frozen=True)
 class Features:
-    """What metrics are computed from; on every process the whole of it."""
+    """What the metrics are computed from. Every process has the features of all images."""
 
     features: torch.Tensor  # [N,d] float32 on the CPU
-    probs: torch.Tensor | None  # [N,C] class probabilities of the detector, when it has any
-    judged: np.ndarray | None  # [N] classes the judge sees, when there was one
+    probs: torch.Tensor | None  # [N,C] class probabilities by the detector; None: it gives none
+    judged: np.ndarray | None  # [N] classes by the judge; None: there was no judge
 
 
 def _batches(
     source: ImageSource, extractor: Detector, batch: int, device: torch.device | str, text: str
 ) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
-    """This process's batches: (indices, uint8 images on the device), with a progress bar on rank 0.
+    """Yield the batches of this process as (indices, uint8 images on the device). Rank 0 shows a progress bar.
 
-    Batches go round the processes, so that each holds the images it would hold on one process: the same numbers.
+    The processes take turns with the batches. So each batch holds the same images as on a single process, which keeps
+    the numbers the same.
     """
     extractor.check(source)
     starts = range(0, len(source), batch)[distributed.get_rank() :: distributed.get_world_size()]
@@ -62,9 +63,10 @@ def compute_features(
     judge: ClassifierDetector | None = None,
     text: str = "features",
 ) -> Features:
-    """One pass over the images: features, class probabilities and the judge's classes, in the order of the source.
+    """Return features, class probabilities and the judge's classes of all images, in the order of the source.
 
-    Every process computes its share and receives the whole. Raises UserError for images that cannot be used.
+    Every process computes its share and receives the whole. `text` names the images in the progress bar. Raise
+    UserError for images that cannot be used.
     """
 
     def work() -> dict[str, np.ndarray]:
@@ -94,7 +96,7 @@ def compute_features(
 
 
 def feature_width(source: ImageSource, extractor: Detector, device: torch.device | str) -> int:
-    """Number of features that the detector gives for images of this source; looks at the first one."""
+    """Return the number of features that the detector gives for an image of this source. Only the first is read."""
     extractor.check(source)
     return extractor(source.images(np.arange(1)).to(device), probs=False)[0].shape[1]
 
@@ -102,9 +104,9 @@ def feature_width(source: ImageSource, extractor: Detector, device: torch.device
 def compute_statistics(
     source: ImageSource, extractor: Detector, batch: int, device: torch.device | str, text: str = "features"
 ) -> tuple[int, np.ndarray, np.ndarray]:
-    """(N, mean [d], unbiased covariance [d,d]) of the features of all images, in one pass that keeps no features.
+    """Return N, the mean [d] and the unbiased covariance [d,d] of the features of all N images.
 
-    Raises UserError for images that cannot be used.
+    The features themselves are not kept. Raise UserError for images that cannot be used.
     """
 
     def work() -> RunningStatistics:

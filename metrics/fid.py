@@ -1,10 +1,11 @@
-"""Frechet distance of two sets of features seen as Gaussians (Heusel et al. 2017, "GANs trained by a two time-scale
-update rule", eq. 6), in float64 and NumPy only.
+"""FID: Frechet distance between two sets of features, each described by a Gaussian.
+
+Heusel et al. 2017, "GANs trained by a two time-scale update rule", eq. 6:
 
     FID = |mu_1 - mu_2|^2 + tr(S_1 + S_2) - 2 tr (S_1 S_2)^{1/2}
 
-The last trace is the nuclear norm of A B^T for any roots S_1 = A^T A, S_2 = B^T B. That needs no matrix square root and
-holds for singular covariances too.
+The last trace equals the nuclear norm of A B^T for any roots S_1 = A^T A and S_2 = B^T B. This form needs no matrix
+square root and also holds for singular covariances. Everything here is float64 and NumPy.
 """
 
 from __future__ import annotations
@@ -18,19 +19,18 @@ from tqdm import tqdm
 __all__ = [
     "as_float64",
     "fid_from_features",
-    "fid_replicates",
     "frechet_distance",
     "mean_and_covariance",
     "trace_of_root",
 ]
 
-# Square roots of eigenvalues this far below the largest are mostly rounding error: eps / sqrt(1e-12) = 2e-10.
+# Below this ratio to the largest eigenvalue, a square root is mostly rounding error: eps / sqrt(1e-12) = 2e-10.
 MIN_EIGENVALUE_RATIO = 1e-12
 BLOCK = 4096  # rows converted to float64 at a time
 
 
 def as_float64(x: Any) -> np.ndarray:
-    """NumPy array or torch tensor (any device, any float dtype) as a float64 NumPy array."""
+    """Return a NumPy array or a torch tensor (any device, any float dtype) as a float64 NumPy array."""
     if hasattr(x, "detach"):
         x = x.detach().cpu()
         x = (x.float() if x.is_floating_point() and x.element_size() < 4 else x).numpy()
@@ -38,9 +38,10 @@ def as_float64(x: Any) -> np.ndarray:
 
 
 def mean_and_covariance(features: Any, counts: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Mean [d] and unbiased covariance [d,d] of features [N,d], in float64, a block of rows at a time.
+    """Return the mean [d] and the unbiased covariance [d,d] of features [N,d], in float64.
 
-    `counts` [N]: how often each row is there. Raises ValueError for fewer than 2 rows.
+    `counts` [N] says how often each row occurs; without it each row occurs once. The rows are converted in blocks to
+    save memory. Raise ValueError for fewer than 2 rows.
     """
     if len(features) < 2:
         raise ValueError(f"a covariance needs at least 2 images, not {len(features)}")
@@ -55,7 +56,10 @@ def mean_and_covariance(features: Any, counts: np.ndarray | None = None) -> tupl
 
 
 class _Gaussian:
-    """Mean and covariance, the latter as such or by a root A, cov = A^T A; its factors are made once, when needed."""
+    """A mean and a covariance. The covariance is given as a matrix, or by a root A with A^T A = covariance.
+
+    The factors of the covariance are computed once, when they are first needed.
+    """
 
     def __init__(self, mean: np.ndarray, cov: np.ndarray | None = None, root: np.ndarray | None = None):
         self.mean, self.cov, self._root = mean, cov, root
@@ -63,7 +67,7 @@ class _Gaussian:
 
     @functools.cached_property
     def lower(self) -> np.ndarray | None:
-        """L with cov = L L^T; None when the covariance is singular or was given by a root."""
+        """Return L with L L^T = covariance, or None if the covariance is singular or was given by a root."""
         try:
             return None if self.cov is None else np.linalg.cholesky(self.cov)
         except np.linalg.LinAlgError:
@@ -71,7 +75,7 @@ class _Gaussian:
 
     @functools.cached_property
     def root(self) -> np.ndarray:
-        """A with A^T A = cov; from a symmetric eigendecomposition, where what is rounding error counts as 0."""
+        """Return A with A^T A = covariance. Eigenvalues as small as rounding errors count as 0."""
         if self._root is not None:
             return self._root
         values, vectors = np.linalg.eigh(self.cov)
@@ -91,43 +95,44 @@ class _Gaussian:
 
 
 def trace_of_root(cov1: Any, cov2: Any) -> float:
-    """tr (S_1 S_2)^{1/2} of two covariances [d,d], finite and symmetric in its arguments for singular ones too.
+    """Return tr (S_1 S_2)^{1/2} of two covariances [d,d].
 
-    Both positive definite: with S_1 = L L^T, the sum of the square roots of the eigenvalues of L^T S_2 L.
-    Otherwise: the nuclear norm of the product of symmetric roots.
+    If both are positive definite, this is the sum of the square roots of the eigenvalues of L^T S_2 L, where
+    S_1 = L L^T. Otherwise it is the nuclear norm of the product of symmetric roots. So the value is finite, and
+    symmetric in the two arguments, for singular covariances too.
     """
     cov1, cov2 = as_float64(cov1), as_float64(cov2)
     return _Gaussian(np.zeros(len(cov1)), cov1).trace_of_root(_Gaussian(np.zeros(len(cov2)), cov2))
 
 
 def frechet_distance(mu1: Any, cov1: Any, mu2: Any, cov2: Any) -> float:
-    """Frechet distance of two Gaussians: means [d], covariances [d,d]. Symmetric; ValueError for unequal widths."""
+    """Return the Frechet distance between two Gaussians with means [d] and covariances [d,d].
+
+    The distance is symmetric. Raise ValueError if the two have different numbers of features.
+    """
     mu1, mu2, cov1, cov2 = map(as_float64, (mu1, mu2, cov1, cov2))
     if mu1.shape != mu2.shape or cov1.shape != cov2.shape:
         raise ValueError(f"feature widths differ: {len(mu1)} and {len(mu2)}")
     return _Gaussian(mu1, cov1).distance(_Gaussian(mu2, cov2))
 
 
-def fid_from_features(real: Any, fake: Any) -> float:
-    """Frechet distance of features [N,d] and [M,d], N and M at least 2 (else ValueError). Symmetric.
+def fid_from_features(real: Any, fake: Any, counts: np.ndarray | None = None) -> Any:
+    """Return the Frechet distance between features `real` [N,d] and `fake` [M,d], a float. It is symmetric.
 
-    With no more images than dimensions the covariance is singular, and the centered features over sqrt(N - 1) are its
-    exact root: no [d,d] matrix is made for that side.
+    With `counts` [B,M], return the distances [B] of `real` to B resampled sets; set b holds row m of `fake`
+    `counts[b,m]` times. The factors of `real` are then computed only once.
+
+    A side with no more images than features has a singular covariance. Its exact root are the centered features over
+    sqrt(N - 1), so no [d,d] matrix is made for that side. Raise ValueError for fewer than 2 images on a side.
     """
-    return _of_features(real).distance(_of_features(fake))
-
-
-def fid_replicates(real: Any, fake: Any, counts: np.ndarray) -> np.ndarray:
-    """Frechet distances [B] of features `real` [N,d] to B sets that hold each row of `fake` [M,d] counts [B,M] times.
-
-    Each from the weighted mean and covariance; what belongs to `real` is factored once.
-    """
-    reference = _of_features(real)
+    reference = _gaussian_of(real)
+    if counts is None:
+        return reference.distance(_gaussian_of(fake))
     with tqdm(counts, desc="bootstrap", unit="draw", disable=None, leave=False, delay=2) as bar:
-        return np.array([reference.distance(_of_features(fake, row)) for row in bar])
+        return np.array([reference.distance(_gaussian_of(fake, row)) for row in bar])
 
 
-def _of_features(features: Any, counts: np.ndarray | None = None) -> _Gaussian:
+def _gaussian_of(features: Any, counts: np.ndarray | None = None) -> _Gaussian:
     if counts is not None:
         drawn = np.flatnonzero(counts)
         features, counts = features[drawn], counts[drawn].astype(np.float64)

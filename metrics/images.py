@@ -1,4 +1,4 @@
-"""Sets of images that metrics look at: archives, folders and `.npz` files."""
+"""Sets of images for the metrics: archives, folders and `.npz` files."""
 
 from __future__ import annotations
 
@@ -12,32 +12,35 @@ from archives.dataset import ImageDataset
 from archives.reader import plain_labels
 from torch_utils import safe_files
 
-__all__ = ["ImageSource", "NpzImages", "describe_shape", "open_images"]
+__all__ = ["ImageSource", "NpzImages", "best_labels", "check_same_shape", "describe_shape", "open_images"]
 
 
 class ImageSource(Protocol):
-    """What metrics need of a set of images; `archives.dataset.ImageDataset` is one."""
+    """What the metrics need from a set of images. `archives.dataset.ImageDataset` fits."""
 
     path: str
     image_shape: tuple[int, int, int]  # channels, height, width
-    label_dim: int
+    label_dim: int  # number of classes
     labels: np.ndarray | None  # int64 [N]
-    clean_labels: np.ndarray | None
+    clean_labels: np.ndarray | None  # int64 [N]
     class_names: list[str] | None
-    outliers: np.ndarray | None  # bool [N]: put in from another source; None without a record
-    cache: bool  # may the decoded images be held in memory?
+    outliers: np.ndarray | None  # bool [N]: does the image come from another source? None: not recorded
+    cache: bool  # may the decoded images be kept in memory?
 
     def __len__(self) -> int: ...
 
     def images(self, indices: Any) -> torch.Tensor:
-        """uint8 [B,C,H,W] on the CPU."""
+        """Return images uint8 [B,C,H,W] on the CPU."""
 
     def onehot(self, indices: Any) -> torch.Tensor:
-        """Labels float32 [B,label_dim]."""
+        """Return one-hot labels float32 [B,label_dim]."""
 
 
 class NpzImages:
-    """Images of an `.npz`: `arr_0` [N,H,W,C] uint8 and, if present, `arr_1` labels [N]. UserError for anything else."""
+    """Images of an `.npz`: `arr_0` holds images [N,H,W,C] uint8, `arr_1` their labels [N] if it is present.
+
+    Raise UserError for any other content. `max_size` images are chosen by `seed` if there are more.
+    """
 
     def __init__(self, path: str, max_size: int | None = None, seed: int = 0):
         self.path = path
@@ -63,30 +66,44 @@ class NpzImages:
         return len(self._chosen)
 
     def images(self, indices: Any) -> torch.Tensor:
-        """uint8 [B,C,H,W] on the CPU."""
+        """Return images uint8 [B,C,H,W] on the CPU."""
         return torch.from_numpy(self._images[self._chosen[indices]].transpose(0, 3, 1, 2).copy())
 
     def onehot(self, indices: Any) -> torch.Tensor:
-        """Labels float32 [B,label_dim]."""
+        """Return one-hot labels float32 [B,label_dim]."""
         return torch.nn.functional.one_hot(torch.from_numpy(self.labels[indices]), self.label_dim).float()
 
 
-def open_images(path: str, num: int | None = None, seed: int = 0, option: str = "--images") -> ImageSource:
-    """A folder, ZIP archive or `.npz` as a source of `num` images chosen by `seed` (None: all, at least 2).
+def open_images(path: str, num: int | None = None, seed: int = 0) -> ImageSource:
+    """Open a folder, a ZIP archive or an `.npz` as a set of `num` images, chosen by `seed` (None: all images).
 
-    Raises UserError, naming the option, when there are fewer.
+    Raise UserError if there are fewer than `num`, or fewer than 2.
     """
     if path.endswith(".npz"):
         source: ImageSource = NpzImages(path, max_size=num, seed=seed)
     else:
         source = ImageDataset(path, max_size=num, seed=seed, square=False)
     if len(source) < (num or 2):
-        asked = f"--num asks for {num}" if num else "metrics need at least 2"
-        raise dnnlib.UserError(f"{option}: found {len(source)} images in {path}, {asked}")
+        needed = f"num = {num} asks for more" if num else "metrics need at least 2"
+        raise dnnlib.UserError(f"found {len(source)} images in {path}, {needed}")
     return source
 
 
+def best_labels(source: ImageSource) -> np.ndarray | None:
+    """Return the clean labels [N] if the set has any, else its labels [N], else None."""
+    return source.labels if source.clean_labels is None else source.clean_labels
+
+
+def check_same_shape(source: ImageSource, other: ImageSource) -> None:
+    """Raise UserError unless the images of `source` have the same size and channels as those of `other`."""
+    if source.image_shape != other.image_shape:
+        raise dnnlib.UserError(
+            f"{source.path} has {describe_shape(source.image_shape)} images, "
+            f"but {other.path} has {describe_shape(other.image_shape)} ones"
+        )
+
+
 def describe_shape(shape: tuple[int, int, int]) -> str:
-    """(1, 8, 8) -> '8x8 grey'."""
+    """Return channels, height and width in words: (1, 8, 8) -> '8x8 gray'."""
     channels, height, width = shape
-    return f"{width}x{height} {'grey' if channels == 1 else 'RGB' if channels == 3 else f'{channels}-channel'}"
+    return f"{width}x{height} {'gray' if channels == 1 else 'RGB' if channels == 3 else f'{channels}-channel'}"

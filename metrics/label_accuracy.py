@@ -1,4 +1,7 @@
-"""Label accuracy: the share of generated images that a judge, trained on clean labels, gives the class asked for."""
+"""Label accuracy: the share of generated images that show the class they were asked for.
+
+A judge decides which class an image shows. It learned from clean labels.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +15,12 @@ from metrics.fid import as_float64
 __all__ = ["SvmJudge", "label_accuracy"]
 
 HELD_OUT = 0.2  # share of the reference that measures the judge
-MAX_IMAGES = 5000  # an SVM's time grows with the square of the images; more of them is a task for a classifier
+MAX_IMAGES = 5000  # more are too slow, since an SVM's time grows with the square of their number
 PENALTY = 10.0  # C of the SVM
 
 
 def label_accuracy(judged: Any, requested: Any) -> float:
-    """Share of images whose judged class [N] is the requested one [N]. Raises ValueError without images."""
+    """Return the share of images whose judged class [N] is the requested one [N]. Raise ValueError without images."""
     judged, requested = np.asarray(judged), np.asarray(requested)
     if not len(judged):
         raise ValueError("label accuracy needs at least 1 image")
@@ -25,12 +28,15 @@ def label_accuracy(judged: Any, requested: Any) -> float:
 
 
 class SvmJudge:
-    """Support-vector machine with a Gaussian kernel on features [N,d] and their clean labels [N] of at least 2 classes.
+    """Support-vector machine (SVM) with a Gaussian kernel, trained on features [N,d] and their clean labels [N].
 
-    `accuracy`: measured on `held_out` images before the machine that judges is fitted on all `fitted` of them (at most
-    `max_images`, chosen by `seed`). `balanced`: a rare class weighs as much as the others in the fit and in `accuracy`,
-    has its share among the held-out, and goes first when there are more than `max_images`. Raises ValueError for a
-    reference that cannot train one.
+    At most `max_images` are used, chosen by `seed`. `held_out` of them measure the `accuracy` of an SVM that is fitted
+    on the rest. Then the SVM that judges is fitted on all `fitted` images.
+
+    If `balanced`, each class has the same weight in the fit and in `accuracy`, however rare it is. A rare class also
+    has its share among the held-out images, and if there are too many images, the common classes lose some first.
+
+    Raise ValueError if the images to fit have fewer than 2 classes.
     """
 
     def __init__(self, features: Any, labels: Any, seed: int = 0, max_images: int = MAX_IMAGES, balanced: bool = False):
@@ -40,16 +46,14 @@ class SvmJudge:
             rank, _ = _ranks(np.asarray(labels)[chosen])
             chosen = chosen[np.argsort(rank, kind="stable")][:max_images]
             rank, size = _ranks(np.asarray(labels)[chosen])
-            chosen = chosen[np.argsort((rank + 0.5) / size, kind="stable")]  # every class spread evenly over the whole
+            chosen = chosen[np.argsort((rank + 0.5) / size, kind="stable")]  # spreads every class evenly
         chosen = chosen[:max_images]
         x, y = as_float64(features[chosen]), np.asarray(labels)[chosen]
         self.held_out = max(round(HELD_OUT * len(x)), 1)
         if len(np.unique(y[self.held_out :])) < 2:
             raise ValueError("a judge needs reference images of at least 2 classes")
-        judged, right = (
-            self._fit(x[self.held_out :], y[self.held_out :]).predict(x[: self.held_out]),
-            y[: self.held_out],
-        )
+        right = y[: self.held_out]
+        judged = self._fit(x[self.held_out :], y[self.held_out :]).predict(x[: self.held_out])
         parts = [right == c for c in np.unique(right)] if balanced else [slice(None)]
         self.accuracy = float(np.mean([label_accuracy(judged[part], right[part]) for part in parts]))
         self.fitted = len(x)
@@ -60,12 +64,12 @@ class SvmJudge:
         return sklearn.svm.SVC(C=PENALTY, gamma="scale", kernel="rbf", class_weight=weight).fit(x, y)
 
     def predict(self, features: Any) -> np.ndarray:
-        """Classes [N] of features [N,d]."""
+        """Return the classes [N] of features [N,d]."""
         return self._machine.predict(as_float64(features))
 
 
 def _ranks(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """For each label: how many of the same come before it, and how many there are."""
+    """Return for each label how many equal ones come before it, and how many equal ones there are."""
     _, classes, counts = np.unique(labels, return_inverse=True, return_counts=True)
     rank = np.empty(len(labels), dtype=np.int64)
     rank[np.argsort(classes, kind="stable")] = np.concatenate([np.arange(n) for n in counts])

@@ -1,6 +1,7 @@
-"""Outlier ratio: the share of images that a classifier of clean versus outlier images calls outliers.
+"""Outlier ratio: the share of images that a classifier takes for outliers.
 
-The classifier learns on the fly from an archive that records which of its images were put in from another source.
+The classifier tells clean images from outliers. It learns on the fly, from an archive that records which of its images
+come from another source.
 """
 
 from __future__ import annotations
@@ -12,19 +13,20 @@ import numpy as np
 
 import dnnlib
 from metrics.features import Features
-from metrics.images import ImageSource, describe_shape, open_images
+from metrics.images import ImageSource, check_same_shape, open_images
 from metrics.label_accuracy import SvmJudge
 
-__all__ = ["add_outliers", "clean_part", "open_record", "outlier_ratio"]
+__all__ = ["add_outlier_ratio", "check_reference", "open_record", "outlier_ratio", "select_clean"]
 
-MINIMUM = 5  # images of either kind: fewer leave none to measure the classifier
+MINIMUM = 5  # images of each kind: with fewer, no held-out ones remain to measure the classifier with
 
 
 def outlier_ratio(known: Features, outliers: np.ndarray, images: Features) -> tuple[float, dict[str, Any]]:
-    """Share of `images` called outliers by an SVM trained on `known` images, of which `outliers` [N] are such.
+    """Return the share of `images` that an SVM takes for outliers, and a description of the SVM.
 
-    With it: `training_share` (of outliers among `known`), `accuracy` (mean of both kinds') on `num` images, `on` which.
-    Raises ValueError when `known` has too few images of either kind.
+    The SVM is trained on `known` images; `outliers` [N] (bool) says which of them are outliers. The description holds
+    `training_share` (of outliers among `known`), and the `accuracy` (mean over both kinds) on `num` images; `on` says
+    which images these are. Raise ValueError if `known` has too few images of one kind.
     """
     if min(outliers.sum(), (~outliers).sum()) < MINIMUM:
         raise ValueError(f"needs {MINIMUM} images of either kind, found {outliers.sum()} outliers of {len(outliers)}")
@@ -36,13 +38,14 @@ def outlier_ratio(known: Features, outliers: np.ndarray, images: Features) -> tu
     )
 
 
-def add_outliers(
+def add_outlier_ratio(
     result: dict[str, Any], record: ImageSource | None, known: Features, images: Features, detector: str
 ) -> None:
-    """Puts the outlier ratio into the table `result`: `metrics.outlier_ratio` and `outliers`.
+    """Add the outlier ratio of `images` to the table `result`, as `metrics.outlier_ratio` and `outliers`.
 
-    `outliers` says what `outlier_ratio` says of the classifier, its `name` and its `data`; it is None without a record
-    or when the record, whose features are `known`, cannot train one (then `notes.outlier_ratio` says why).
+    `known` are the features of `record`. `outliers` describes the classifier as the function `outlier_ratio` does, and
+    adds its `name` and `data`. Without a record it is None and there is no ratio. If the record has too few images to
+    train a classifier, both are None, and `notes.outlier_ratio` says why.
     """
     result["outliers"] = None
     if record is None:
@@ -56,33 +59,31 @@ def add_outliers(
     result["outliers"] = dict(found, name=f"SVM on {detector} features", data=record.path)
 
 
-def open_record(path: str | None, reference: ImageSource) -> ImageSource | None:
-    """The archive with outliers on record: at `path`, else the reference if it records any, else None.
-
-    Raises UserError when there is no record at `path`, when its images are of another shape than the reference's, or
-    when the reference has fewer than 2 clean images.
-    """
+def check_reference(reference: ImageSource) -> None:
+    """Raise UserError if fewer than 2 images of the reference remain without the outliers that it records."""
     if reference.outliers is not None and (~reference.outliers).sum() < 2:
         raise dnnlib.UserError(
-            f"--data: {reference.path} records {reference.outliers.sum()} of its {len(reference)} "
+            f"{reference.path} records {reference.outliers.sum()} of its {len(reference)} "
             "images as outliers, metrics need at least 2 clean ones"
         )
+
+
+def open_record(path: str | None, reference: ImageSource) -> ImageSource | None:
+    """Return the archive that records its outliers: the one at `path`, or else the reference if it records any.
+
+    Return None if there is no such archive. Raise UserError if the archive at `path` records no outliers, or if its
+    images have another shape than those of the reference.
+    """
     if path is None:
         return None if reference.outliers is None else reference
-    source = open_images(path, option="--outlier_data")
+    source = open_images(path)
     if source.outliers is None:
-        raise dnnlib.UserError(
-            f"--outlier_data: {path} records no outliers; 'dataset_tool.py --outliers' makes archives that do"
-        )
-    if source.image_shape != reference.image_shape:
-        raise dnnlib.UserError(
-            f"--outlier_data: {path} has {describe_shape(source.image_shape)} images, "
-            f"--data: {reference.path} has {describe_shape(reference.image_shape)}"
-        )
+        raise dnnlib.UserError(f"{path} records no outliers; 'dataset_tool.py --outliers' makes archives that do")
+    check_same_shape(source, reference)
     return source
 
 
-def clean_part(features: Features, outliers: np.ndarray) -> Features:
-    """The features of the images that are no `outliers` [N]."""
+def select_clean(features: Features, outliers: np.ndarray) -> Features:
+    """Return the features without those of the `outliers` [N] (bool)."""
     values = (getattr(features, field.name) for field in dataclasses.fields(features))
     return Features(*(None if value is None else value[~outliers] for value in values))

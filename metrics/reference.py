@@ -1,8 +1,12 @@
-"""Mean and covariance of features that arrive in batches, on one process or many: what FID needs."""
+"""References of `fid.py ref`: mean and covariance of features, which is all that FID needs.
+
+The features arrive in batches, on one process or several.
+"""
 
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -10,16 +14,16 @@ import torch
 import dnnlib
 from torch_utils import distributed, safe_files
 
-__all__ = ["RunningStatistics", "load_reference", "save_reference"]
+__all__ = ["Reference", "RunningStatistics", "load_reference", "save_reference"]
 
-MIN_ROWS = 512  # rows merged at a time: the update of the [d,d] matrix costs more than the batch when d is large
+MIN_ROWS = 512  # rows merged at a time, because each update of the [d,d] matrix is expensive
 
 
 class RunningStatistics:
-    """Running mean [d] and covariance [d,d] in float64, numerically stable for means far from the origin.
+    """Running mean [d] and covariance [d,d] in float64, accurate even for means far from the origin.
 
-    Batches and processes are merged by Chan, Golub and LeVeque 1983, eq. 2.1: S = S_a + S_b + n_a n_b / n dd^T,
-    d = mu_b - mu_a.
+    Batches and processes are merged by eq. 2.1 of Chan, Golub and LeVeque 1983, "Algorithms for computing the sample
+    variance": S = S_a + S_b + n_a n_b / n d d^T, where d = mu_b - mu_a and S is the scatter matrix.
     """
 
     def __init__(self, width: int, device: torch.device | str = "cpu"):
@@ -31,7 +35,7 @@ class RunningStatistics:
         self._waiting: list[torch.Tensor] = []
 
     def add(self, features: torch.Tensor) -> None:
-        """Take in features [n,d]."""
+        """Add features [n,d]."""
         self._waiting.append(features.to(self._device))
         if sum(map(len, self._waiting)) >= MIN_ROWS:
             self._merge()
@@ -50,9 +54,9 @@ class RunningStatistics:
         self._count = total
 
     def reduce(self) -> tuple[int, np.ndarray, np.ndarray]:
-        """(N, mean [d], unbiased covariance [d,d]) of what all processes took in; every process must call it.
+        """Return N, the mean [d] and the unbiased covariance [d,d] of the features that all processes added.
 
-        Raises ValueError for N below 2.
+        Every process must call this method. Raise ValueError for N below 2.
         """
         self._merge()
         count = int(distributed.all_reduce_sum(torch.tensor(self._count, device=self._device)))
@@ -64,18 +68,41 @@ class RunningStatistics:
         return count, mean.cpu().numpy(), (scatter / (count - 1)).cpu().numpy()
 
 
+@dataclass(frozen=True)
+class Reference:
+    """Mean and covariance of the features of real images, to compute FIDs against."""
+
+    path: str
+    mu: np.ndarray  # mean [d]
+    sigma: np.ndarray  # covariance [d,d]
+    precision: str  # of the detector: fp32 or bf16
+
+    def check_precision(self, precision: str) -> None:
+        """Raise UserError if the features were computed in another precision."""
+        if self.precision != precision:
+            raise dnnlib.UserError(
+                f"the features of {self.path} were computed in {self.precision}; features of different precision do "
+                "not compare"
+            )
+
+    def check_width(self, width: int) -> None:
+        """Raise UserError if the number of features is not `width`."""
+        if width != len(self.mu):
+            raise dnnlib.UserError(
+                f"{self.path} has {len(self.mu)} features, but the detector gives {width}; make the reference with the "
+                "same detector from images of the same size"
+            )
+
+
 def save_reference(path: str, mu: np.ndarray, sigma: np.ndarray, precision: str = "fp32") -> None:
-    """Write a reference `.npz`, making its folder: EDM's format, and `precision` where it is not float32."""
+    """Write a reference `.npz` in EDM's format, with `precision` added if it is not fp32. Make its folder."""
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     with dnnlib.atomic_open(path) as file:
         np.savez(file, mu=mu, sigma=sigma, **({} if precision == "fp32" else dict(precision=precision)))
 
 
-def load_reference(path: str, precision: str = "fp32") -> tuple[np.ndarray, np.ndarray]:
-    """mu [d] and sigma [d,d] of a reference `.npz` (ours or EDM's).
-
-    UserError when it is none, or its features were computed in another precision.
-    """
+def load_reference(path: str) -> Reference:
+    """Return the reference in an `.npz`, ours or EDM's. Raise UserError if the file holds something else."""
     expected = "expected a reference of 'fid.py ref': mu [d] and sigma [d,d]"
     arrays = safe_files.read_npz(path, expected)
     if not {"mu", "sigma"} <= arrays.keys():
@@ -85,10 +112,4 @@ def load_reference(path: str, precision: str = "fp32") -> tuple[np.ndarray, np.n
         raise dnnlib.UserError(f"{path}: mu is {list(mu.shape)} and sigma {list(sigma.shape)}; {expected}")
     if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
         raise dnnlib.UserError(f"{path}: mu or sigma is not finite; {expected}")
-    made_in = str(arrays.get("precision", "fp32"))
-    if made_in != precision:
-        raise dnnlib.UserError(
-            f"--precision={precision}: the features of {path} were computed in {made_in}; their "
-            "figures do not compare, so use the same"
-        )
-    return mu, sigma
+    return Reference(path, mu, sigma, str(arrays.get("precision", "fp32")))

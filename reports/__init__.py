@@ -1,1 +1,4 @@
-"""Reports that people look at: pages, tables and pictures that compare methods."""
+"""Reports for people to read: pages, tables and pictures that compare methods.
+
+page.py writes the page, comparison.py fills it with the results of several methods, plots.py draws the plots.
+"""

@@ -1,4 +1,4 @@
-"""Methods side by side: tables, sheets of samples and loss curves of several runs on one data set, for a report."""
+"""Compare methods that were trained on the same data: tables, sheets of samples and loss curves for a report."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ import numpy as np
 
 import dnnlib
 from archives.dataset import ImageDataset
-from reports.page import Picture, Section, loss_curves, transition_heatmap
+from reports.page import Picture, Section
+from reports.plots import loss_curves, transition_heatmap
 from sampling.grid import save_grid
 
 __all__ = ["METRICS", "OUTLIER_METRICS", "Method", "compare_methods", "compare_outliers", "with_interval"]
 
+# Metrics of the tables, and their names there.
 METRICS = {
     "label_accuracy": "label accuracy",
     "fid": "FD",
@@ -25,17 +27,17 @@ METRICS = {
     "coverage_k5": "coverage",
 }
 OUTLIER_METRICS = {"outlier_ratio": "outliers", "fid": "FD to the clean images", "coverage_k5": "coverage"}
-SHEET_ROWS, SHEET_COLUMNS = 8, 12
+SHEET_ROWS, SHEET_COLUMNS = 8, 12  # images in a picture of samples
 
 
 @dataclass
 class Method:
-    """One row: its name, run directories of all it trained (title -> path), its images, its table, seconds spent."""
+    """A method, which is one row of the table."""
 
     title: str
-    runs: dict[str, str]
-    images: str
-    table: str
+    runs: dict[str, str]  # title -> run directory of everything that was trained for it
+    images: str  # archive of the images it generated
+    table: str  # JSON file with their metrics
     training_seconds: float
     sampling_seconds: float
 
@@ -49,10 +51,10 @@ def compare_methods(
     notes: Sequence[str],
     extra: Sequence[Picture] = (),
 ) -> Section:
-    """Methods that learn from wrong labels, as a section of a report; pictures go into `directory`/pictures.
+    """Return a section of a report on methods that learn from wrong labels. Write pictures to `directory`/pictures.
 
-    `data`: the noisy archive, with clean labels on record. Images: seeds in order, class = seed mod classes. `extra`
-    pictures follow the samples.
+    `data` is the archive with wrong labels; it must also record the clean ones. Each method's images must be in the
+    order of their seeds, with class = seed modulo number of classes. `extra` pictures come after the samples.
     """
     dataset = ImageDataset(data)
     layout = dict(columns=dataset.label_dim, column_labels=dataset.class_names)
@@ -93,9 +95,10 @@ def compare_methods(
 def compare_outliers(
     directory: str, name: str, title: str, question: str, data: str, methods: Sequence[Method], notes: Sequence[str]
 ) -> Section:
-    """Methods that learn from images of a foreign source, as a section of a report.
+    """Return a section of a report on methods that learn from images of which some do not belong.
 
-    `data`: the archive with its outliers on record; pictures go into `directory`/pictures, under names with `name`.
+    `data` is the archive that records its outliers. Pictures go into `directory`/pictures, with file names that begin
+    with `name`.
     """
     dataset = ImageDataset(data)
     shown = range(min(SHEET_ROWS * SHEET_COLUMNS, len(dataset)))
@@ -169,7 +172,7 @@ def _losses(directory: str, name: str, methods: Sequence[Method]) -> Picture:
 
 
 def with_interval(table: dict, metric: str) -> str:
-    """'0.936 ± 0.014', without the interval where there is none."""
+    """Return a metric in words: '0.936 ± 0.014', without '±' if there is no interval, 'n/a' if there is no value."""
     value, (low, high) = table["metrics"][metric], table["intervals"].get(metric, (0, 0))
     return "n/a" if value is None else f"{value:.3f}" + (f" ± {(high - low) / 2:.3f}" if high > low else "")
 

@@ -1,4 +1,4 @@
-"""Classification accuracy score: what is trained on what, and that nothing but the seed decides."""
+"""Classification accuracy score: what it trains on, what it tests on, and that only the seed is random."""
 
 import sys
 
@@ -32,14 +32,14 @@ def files(tmp_path_factory):
     real, clean = bands(30, seed=1)
     np.savez(root / "made.npz", made, asked)
     np.savez(root / "wrong.npz", made, (asked + 1) % CLASSES)
-    np.savez(root / "unlabelled.npz", made)
+    np.savez(root / "unlabeled.npz", made)
     np.savez(root / "rgb.npz", *bands(12, seed=2, channels=3))
     np.savez(root / "tiny.npz", made[:, :4, :4], asked)
     make_archive(root / "made.zip", made, asked.tolist())
     make_archive(
         root / "real.zip", real, [0] * 30, clean_labels=[[f"00000/img{i:08d}.png", int(c)] for i, c in enumerate(clean)]
     )
-    found = {name: NpzImages(str(root / f"{name}.npz")) for name in ("made", "wrong", "unlabelled", "rgb", "tiny")}
+    found = {name: NpzImages(str(root / f"{name}.npz")) for name in ("made", "wrong", "unlabeled", "rgb", "tiny")}
     return (
         found
         | {name: ImageDataset(str(root / f"{name}.zip")) for name in ("real",)}
@@ -83,15 +83,16 @@ def test_resnet50_is_torchvisions(files, made, test):
 @pytest.mark.parametrize(
     "made, test, arch, words",
     [
-        ("made", "unlabelled", "small", ["--test", "unlabelled.npz has no labels"]),
-        ("unlabelled", "made", "small", ["--test", "unlabelled.npz has no labels"]),
-        ("rgb", "real", "small", ["--test", "8x8 grey", "8x8 RGB"]),
-        ("tiny", "tiny", "resnet18", ["--cas_arch=resnet18", "4 pixels", "small"]),
-        ("made", "real", "resnet50", ["--cas_arch=resnet50", "pip install torchvision", "small"]),
+        ("made", "unlabeled", "small", ["unlabeled.npz has no labels"]),
+        ("unlabeled", "made", "small", ["unlabeled.npz has no labels"]),
+        ("rgb", "real", "small", ["8x8 gray", "8x8 RGB"]),
+        ("tiny", "tiny", "resnet18", ["resnet18", "4 pixels", "choose small"]),
+        ("made", "real", "resnet50", ["resnet50", "pip install torchvision", "small"]),
     ],
 )
-def test_what_cannot_be_is_said_at_once(files, monkeypatch, made, test, arch, words):
+def test_sets_that_do_not_fit_are_refused(files, monkeypatch, made, test, arch, words):
     monkeypatch.setitem(sys.modules, "torchvision.models", None)
     with pytest.raises(dnnlib.UserError) as e:
         score(files, made, test, arch)
+    assert "--" not in e.value.message
     assert all(word in e.value.message for word in words), e.value.message

@@ -1,4 +1,4 @@
-"""fid.py --precision=bf16: features in bfloat16 that are said to be so and never meet float32 ones."""
+"""fid.py --precision=bf16: results and files say that features are in bfloat16, and never mix them with float32."""
 
 import json
 
@@ -8,14 +8,14 @@ import torch
 from click.testing import CliRunner
 
 import fid
-from metrics.detectors import detector
+from metrics.detectors import in_precision, load_detector
 from tests.support.synth import make_archive, pictures
 from torch_utils.persistence import save_snapshot
 from training.networks_resnet import Classifier
 
 
 class FirstProduct(torch.nn.Module):
-    """TorchScript fodder: one product of the pixels."""
+    """A network for TorchScript: one product of the pixels."""
 
     def __init__(self):
         super().__init__()
@@ -47,12 +47,12 @@ def run(*args, code=0):
 @pytest.mark.parametrize("net", ["net", "script"])
 def test_features_are_rounded_and_little_else(files, net):
     images = torch.from_numpy(pictures(6)).permute(0, 3, 1, 2)
-    exact, half = (detector(str(files[net]), "cpu", precision=precision) for precision in ("fp32", "bf16"))
+    exact, half = (in_precision(load_detector(str(files[net]), "cpu"), p, "cpu") for p in ("fp32", "bf16"))
     (a, _), (b, _) = exact(images), half(images)
     assert (exact.precision, half.precision, half.name) == ("fp32", "bf16", exact.name)
     assert b.dtype == torch.float32
     assert 0 < (a - b).abs().max() < 0.03 * a.abs().max()
-    assert exact(images)[0].equal(a)  # and autocast ends with the call
+    assert exact(images)[0].equal(a)  # autocast ends with the call
 
 
 def test_the_table_says_so_and_the_judge_stays_exact(files):
@@ -92,7 +92,7 @@ def test_kept_features_of_different_precision_never_mix(files, tmp_path):
 
     assert [used(), used("--precision=bf16"), used("--precision=bf16"), used()] == [0, 0, 2, 2]
     with np.load(tmp_path / "features.npz") as file:
-        # Those in float32 are recorded as they were before there was a choice.
+        # Features in float32 are recorded as they were before there was a choice.
         assert [what["detector"][2:] for what in json.loads(str(file["sets"]))] == [[], [], ["bf16"], ["bf16"]]
 
 
@@ -119,4 +119,4 @@ def test_pixels_have_no_precision(files):
         "--precision=bf16",
         code=1,
     )
-    assert "Error: --precision=bf16: --detector=pixels computes nothing" in message
+    assert "Error: --precision=bf16: the detector pixels computes nothing" in message

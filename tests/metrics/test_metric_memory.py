@@ -1,4 +1,4 @@
-"""Distances and kernels in bounded memory: the peak of a process of its own, and the N x N form beside it."""
+"""Distances and kernels in bounded memory: the peak of a separate process, compared with the N x N form."""
 
 import json
 import os
@@ -16,8 +16,8 @@ PROGRAM = """
 import json, resource, sys
 import numpy as np
 from metrics.bootstrap import resample
-from metrics.kid import kid_from_features, kid_replicates
-from metrics.prdc import prdc, prdc_replicates
+from metrics.kid import kid_from_features
+from metrics.prdc import prdc
 
 n, d, what = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 rng = np.random.default_rng(0)
@@ -25,7 +25,7 @@ real, fake = (scale * rng.standard_normal((n, d), dtype=np.float32) for scale in
 
 def measure(x, y, counts):
     if what == "all":
-        kid_from_features(x, y), kid_replicates(x, y, counts), prdc_replicates(x, y, 5, counts)
+        kid_from_features(x, y), kid_from_features(x, y, counts), prdc(x, y, 5, counts)
     return prdc(x, y, 5)
 
 counts = resample(10, n)

@@ -1,4 +1,4 @@
-"""Metrics from features: the published numbers, closed forms, and properties that no block size or order may break."""
+"""Metrics from features: published numbers, closed forms, and properties that hold for every block size and order."""
 
 import json
 import math
@@ -72,7 +72,7 @@ def test_frechet_closed_forms():
     # Covariances that commute: sum of (standard deviation differences)^2.
     expected = np.sum((mu1 - mu2) ** 2) + np.sum((np.sqrt(v1) - np.sqrt(v2)) ** 2)
     assert frechet_distance(mu1, q * v1 @ q.T, mu2, q * v2 @ q.T) == pytest.approx(expected, rel=1e-9)
-    # The same with three dimensions that one or both lack.
+    # The same with three dimensions in which one or both have no variance.
     v1[:2] = v2[1:3] = 0
     expected = np.sum((mu1 - mu2) ** 2) + np.sum((np.sqrt(v1) - np.sqrt(v2)) ** 2)
     assert frechet_distance(mu1, q * v1 @ q.T, mu2, q * v2 @ q.T) == pytest.approx(expected, rel=1e-9)
@@ -88,7 +88,7 @@ def test_trace_of_root_is_that_of_the_matrix_root():
     _, cov2 = mean_and_covariance(gaussian(rng, 300, 40) @ rng.standard_normal((40, 40)))
     expected = np.trace(scipy.linalg.sqrtm(cov1 @ cov2)).real
     assert trace_of_root(cov1, cov2) == pytest.approx(expected, rel=1e-9)
-    # A tiny eigenvalue moves to the other branch; the value may not jump.
+    # A tiny eigenvalue takes the other branch of the code. The value must not jump.
     cov1[0] = cov1[:, 0] = 0
     singular = trace_of_root(cov1, cov2)
     cov1[0, 0] = 1e-14
@@ -97,7 +97,7 @@ def test_trace_of_root_is_that_of_the_matrix_root():
 
 @pytest.mark.parametrize("n", [2, 10, 24, 25, 26, 100])
 def test_fid_of_few_images(n):
-    """Fewer images than features, about as many, more: finite, symmetric, 0 for equal sets, the same as by mu, S."""
+    """With fewer images than features, as many, or more, FID is finite, symmetric, and the same as from mu and S."""
     rng = np.random.default_rng(n)
     x, y = gaussian(rng, n, 24), gaussian(rng, 40, 24, shift=0.3)
     x[:, 3] = y[:, 3] = -1.0  # a pixel that is always black
@@ -112,7 +112,7 @@ def test_fid_of_few_images(n):
 
 @pytest.mark.parametrize("n", [30, 300])
 def test_fid_grows_with_a_pixel_shift(n):
-    """Singular both ways: fewer images than pixels, and a black border; from features and from mu, S."""
+    """The covariances are singular twice over: fewer images than pixels, and a black border."""
     rng = np.random.default_rng(3)
     images = np.pad(rng.random((n, 5, 5)), ((0, 0), (2, 2), (2, 2)))
     x, *shifted = (np.roll(images, s, axis=2).reshape(n, -1) for s in (0, 0, 1, 2))
@@ -137,7 +137,7 @@ def test_running_statistics_are_those_of_the_whole():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Neighbours.
+# Neighbors.
 
 
 def prdc_by_definition(real, fake, k):
@@ -160,8 +160,8 @@ def prdc_by_definition(real, fake, k):
 
 @pytest.mark.parametrize("block", [1, 7, 64, 1000, None])
 @pytest.mark.parametrize("kind", ["real numbers", "few values", "far from the origin", "tight clusters", "equal sets"])
-def test_blocked_neighbours_follow_the_definition(kind, block):
-    """Blocks of any size; ties, copies and large means too, where |x|^2 + |y|^2 - 2 x.y alone would decide wrongly."""
+def test_blocked_neighbors_follow_the_definition(kind, block):
+    """Ties, copies and large means are right too, where |x|^2 + |y|^2 - 2 x.y alone would give the wrong answer."""
     rng = np.random.default_rng(5)
     real, fake = gaussian(rng, 90, 6).astype("f4"), gaussian(rng, 70, 6, 0.8).astype("f4")
     if kind == "few values":
@@ -174,7 +174,7 @@ def test_blocked_neighbours_follow_the_definition(kind, block):
     if kind == "equal sets":
         fake = real
     for k in (1, 3):
-        assert prdc(real, fake, k, block) == pytest.approx(prdc_by_definition(real, fake, k), rel=1e-12)
+        assert prdc(real, fake, k, block=block) == pytest.approx(prdc_by_definition(real, fake, k), rel=1e-12)
 
 
 @settings(max_examples=30, deadline=None)
@@ -185,19 +185,19 @@ def test_order_changes_nothing(seed, block, ties):
     if ties:
         real, fake = real.round() / 3, fake.round() / 3
     p, q = rng.permutation(real), rng.permutation(fake)
-    assert prdc(p, q, 3, block) == prdc(real, fake, 3)
-    assert kid_from_features(p, q, block) == pytest.approx(kid_from_features(real, fake), rel=1e-9, abs=1e-12)
+    assert prdc(p, q, 3, block=block) == prdc(real, fake, 3)
+    assert kid_from_features(p, q, block=block) == pytest.approx(kid_from_features(real, fake), rel=1e-9, abs=1e-12)
     assert fid_from_features(p, q) == pytest.approx(fid_from_features(real, fake), rel=1e-9, abs=1e-9)
 
 
-def test_neighbours_of_equal_and_of_distant_sets():
+def test_neighbors_of_equal_and_of_distant_sets():
     x = gaussian(np.random.default_rng(6), 50, 4)
-    # A ball holds its own point and k - 1 neighbours; the k-th is on its surface, which does not count.
+    # A ball contains its own point and k - 1 neighbors. The k-th is on its surface, which does not count.
     assert prdc(x, x, 5) == dict(precision=1.0, recall=1.0, density=1.0, coverage=1.0)
     assert prdc(x, x + 100, 5) == dict(precision=0.0, recall=0.0, density=0.0, coverage=0.0)
 
 
-def test_neighbours_need_more_than_k_images():
+def test_neighbors_need_more_than_k_images():
     x = np.zeros((5, 2))
     with pytest.raises(ValueError, match="more than 5"):
         prdc(x, x, 5)
@@ -219,7 +219,7 @@ def test_blocked_kernel_distance_follows_the_definition(block):
 
     within = sum((kernel(a, a).sum() - np.trace(kernel(a, a))) / (len(a) * (len(a) - 1)) for a in (x, y))
     expected = within - 2 * kernel(x, y).mean()
-    assert kid_from_features(x, y, block) == pytest.approx(expected, rel=1e-11)
+    assert kid_from_features(x, y, block=block) == pytest.approx(expected, rel=1e-11)
     with pytest.raises(ValueError, match="at least 2"):
         kid_from_features(x[:1], y)
 
@@ -256,7 +256,7 @@ def test_judge():
     wrong = (labels + (np.arange(200) < 50)) % 3
     assert label_accuracy(judge.predict(torch.from_numpy(x)), wrong) == pytest.approx(0.75, abs=0.05)
     assert SvmJudge(x, labels, max_images=100).fitted == 100
-    # The machine is measured on images it was not fitted on: with noise it is no better than chance.
+    # The SVM is measured on images that it was not fitted on. So with pure noise it is no better than chance.
     assert SvmJudge(gaussian(rng, 200, 50), labels).accuracy < 0.6
     with pytest.raises(ValueError, match="2 classes"):
         SvmJudge(x, np.zeros(200, int))

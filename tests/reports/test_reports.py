@@ -1,10 +1,16 @@
-"""The trade-off of guidance in one sentence."""
+"""Plots are drawn without global state; the trade-off of guidance in one sentence."""
 
+import json
 import re
+import subprocess
+import sys
 
+import numpy as np
 import pytest
+from PIL import Image
 
-from reports.page import above
+from reports.plots import bar_chart, compare_tradeoffs, loss_curves, tradeoff, transition_heatmap
+from tests.support.paths import ROOT
 
 LOW, HIGH = [(1, 1.0, 0.8), (2, 2.0, 0.9)], [(1, 1.2, 0.7), (2, 3.0, 0.8)]
 
@@ -19,4 +25,33 @@ LOW, HIGH = [(1, 1.0, 0.8), (2, 2.0, 0.9)], [(1, 1.2, 0.7), (2, 3.0, 0.8)]
     ],
 )
 def test_where_one_curve_is_above_the_other(a, b, words):
-    assert re.search(words, above(dict(a=a, b=b), (0.5, 0.5), "a", "b"))
+    assert re.search(words, compare_tradeoffs(dict(a=a, b=b), (0.5, 0.5), "a", "b"))
+
+
+def test_plots_are_pictures(tmp_path):
+    path = tmp_path / "plot.png"
+
+    def drawn():
+        with Image.open(path) as picture:
+            return picture.format, len(np.unique(np.asarray(picture.convert("L")))) > 10
+
+    rows = [{"Progress/kimg": {"mean": i}, "Loss/loss": {"mean": 1 / i}} for i in (1, 2, 3)]
+    (tmp_path / "stats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, {}]))
+    loss_curves({"one": str(tmp_path), "two": str(tmp_path)}, path)
+    assert drawn() == ("PNG", True)
+    tradeoff(dict(a=LOW, b=HIGH), (0.5, 0.5), path)
+    assert drawn() == ("PNG", True)
+    transition_heatmap(np.eye(3), path, ["a", "b", "c"])
+    assert drawn() == ("PNG", True)
+    results = [
+        dict(images="a.zip", metrics=dict(fid=2.0, kid=None), intervals=dict(fid=[1.0, 3.0])),
+        dict(images="b.zip", metrics=dict(fid=None, kid=None), intervals={}),
+    ]
+    bar_chart(results, tmp_path / "new" / "bars.png")
+    assert (tmp_path / "new" / "bars.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("module", ["reports.page", "reports.plots", "reports.comparison", "examples.toy2d"])
+def test_importing_sets_no_backend(module):
+    code = f"import sys, {module}; print('matplotlib.pyplot' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout == "False\n"

@@ -1,4 +1,4 @@
-"""fid.py in-process, on small archives written here: the table, the reference format, two processes, bad input."""
+"""fid.py on small archives that are written here: the table, the reference format, two processes, bad input."""
 
 import io
 import json
@@ -27,7 +27,7 @@ CLASSES = 3
 
 @persistent_class(embed_source=False)
 class ToyImageClassifier(torch.nn.Module):
-    """Brightness of the three thirds of an image; the brightest third is the class."""
+    """Features are the brightness of the three thirds of an image. The brightest third is the class."""
 
     network_kind = "classifier"
 
@@ -51,7 +51,7 @@ class ToyDenoiserOfFid(torch.nn.Module):
 
 
 def make_images(n, seed, noise=40):
-    """Bands of light in one of three places: [n,8,8] uint8 and their classes."""
+    """Return images [n,8,8] uint8 with a band of light in one of three places, and their classes, the places."""
     rng = np.random.default_rng(seed)
     labels = np.arange(n) % CLASSES
     images = rng.integers(0, noise, [n, 8, 8])
@@ -67,7 +67,7 @@ def png(image):
 
 
 def write_zip(path, images, **metadata):
-    """An archive as dataset tools write it; `labels=array` and the like become [name, label] pairs."""
+    """Write an archive as dataset_tool.py does. Arrays among the metadata, like labels, become [name, label] pairs."""
     names = [f"{i // 1000:05d}/img{i:08d}.png" for i in range(len(images))]
     pairs = {
         key: [[n, int(v)] for n, v in zip(names, value, strict=True)] if isinstance(value, np.ndarray) else value
@@ -83,7 +83,7 @@ def write_zip(path, images, **metadata):
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """Reference with noisy and clean labels, generated images of which some are of another class, in all forms."""
+    """A reference with noisy and clean labels, and generated images in all forms, of which some show another class."""
     root = tmp_path_factory.mktemp("fid")
     real, clean = make_images(60, seed=0)
     noisy = np.where(np.arange(60) % 4 == 0, (clean + 1) % CLASSES, clean)
@@ -134,7 +134,7 @@ def evaluate(files, images, *args, data="data", detector="pixels"):
 
 
 def numbers(result):
-    assert result["metrics"]["is"] is None  # the one metric that pixels do not have
+    assert result["metrics"]["is"] is None  # the one metric that pixels cannot give
     return {name: value for name, value in result["metrics"].items() if name != "is"}
 
 
@@ -236,7 +236,7 @@ def test_intervals_splits_and_cas(files):
 
 
 def test_compare(files, tmp_path):
-    """The tables are those of `evaluate`, one after the other; the reference is looked at once."""
+    """The tables are those of `evaluate`, one after the other. The reference is read once."""
     out, chart, cache = (tmp_path / "new" / name for name in ("tables.json", "chart.png", "features.npz"))
     text = run(
         "compare",
@@ -317,7 +317,7 @@ def test_ref_and_calc(files, tmp_path):
 
 
 def run_two(*args):
-    """fid.py as two processes; (exit codes, stdout, stderr) of rank 0 and of rank 1."""
+    """Run fid.py as two processes. Return exit codes, stdouts and stderrs of rank 0 and rank 1."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -382,7 +382,7 @@ def test_two_processes_reduce_the_statistics(files, tmp_path):
 
 
 def test_broken_image_ends_both_processes(files, tmp_path):
-    """Only rank 1 meets it; rank 0 must neither wait for ever nor stay silent."""
+    """Only rank 1 meets the broken image. Rank 0 must neither wait forever nor stay silent."""
     images = [*files["fake"][:12], png(files["fake"][12])[:60]]
     broken = write_zip(tmp_path / "broken.zip", images)
     codes, _, stderr = run_two(
@@ -402,6 +402,8 @@ def test_broken_image_ends_both_processes(files, tmp_path):
 def bad(files, tmp_path_factory):
     root = tmp_path_factory.mktemp("bad")
     found = {**files, "none": str(root / "none"), "out": str(root / "new" / "out.npz"), "dir": str(root)}
+    found["evaluate"] = f"evaluate --data={files['data']} --detector=pixels --out={found['out']}"
+    found["calc"] = f"calc --images={files['zip']} --num=37 --detector=pixels"
     found["text"] = str(root / "text.npz")
     Path(found["text"]).write_text("no archive")
     found["truncated"] = str(root / "truncated.npz")
@@ -421,6 +423,7 @@ def bad(files, tmp_path_factory):
     found["one"] = write_zip(root / "one.zip", files["fake"][:1])
     found["color"] = write_zip(root / "color.zip", np.repeat(files["fake"][:4, :, :, None], 3, axis=3))
     found["damaged"] = write_zip(root / "damaged.zip", [*files["fake"][:5], png(files["fake"][5])[:60]])
+    found["tiny"] = write_zip(root / "tiny.zip", files["fake"][:, :4, :4], labels=files["asked"])
     found["negative"] = write_zip(root / "negative.zip", files["fake"], labels=-1 - files["asked"])
     return found
 
@@ -432,15 +435,15 @@ def bad(files, tmp_path_factory):
         ("measure", 2, ["measure", "evaluate"]),
         ("calc --images={zip} --ref={inception}", 2, ["--detector", "pixels", "snapshot"]),
         ("calc --images={zip} --ref={inception} --num=37 --detector=fidelity:no", 1, ["--detector", "torch-fidelity"]),
-        ("calc --images={zip} --ref={inception} --num=37 --detector={none}/*.pkl", 1, ["*.pkl"]),
-        ("calc --images={zip} --ref={inception} --detector=pixels", 1, ["found 37", "50000"]),
-        ("calc --images={zip} --ref={inception} --detector=pixels --num=37", 1, ["2048", "64", "inception.npz"]),
-        ("calc --images={zip} --ref={shapes} --detector=pixels --num=37", 1, ["[5]", "[6, 6]"]),
-        ("calc --images={zip} --ref={nan} --detector=pixels --num=37", 1, ["nan.npz", "finite"]),
-        ("calc --images={zip} --ref={none} --detector=pixels --num=37", 1, ["none"]),
-        ("calc --images={zip} --ref={text} --detector=pixels --num=37", 1, ["text.npz", "mu [d]"]),
-        ("calc --images={zip} --ref={pickled} --detector=pixels --num=37", 1, ["pickled.npz"]),
-        ("calc --images={zip} --ref={npz} --detector=pixels --num=37", 1, ["arr_0", "mu"]),
+        ("calc --images={zip} --ref={inception} --num=37 --detector={none}/*.pkl", 1, ["--detector: ", "*.pkl"]),
+        ("calc --images={zip} --ref={inception} --detector=pixels", 1, ["--images: found 37", "num = 50000"]),
+        ("{calc} --ref={inception}", 1, ["--ref: ", "2048", "64", "inception.npz"]),
+        ("{calc} --ref={shapes}", 1, ["[5]", "[6, 6]"]),
+        ("{calc} --ref={nan}", 1, ["nan.npz", "finite"]),
+        ("{calc} --ref={none}", 1, ["none"]),
+        ("{calc} --ref={text}", 1, ["--ref: ", "text.npz", "mu [d]"]),
+        ("{calc} --ref={pickled}", 1, ["pickled.npz"]),
+        ("{calc} --ref={npz}", 1, ["arr_0", "mu"]),
         ("calc --images={zip} --ref={shapes} --detector=pixels --num=1", 2, ["--num"]),
         ("calc --images={zip} --ref={shapes} --detector=pixels --batch=0", 2, ["--batch"]),
         ("ref --data={none} --dest={out} --detector=pixels", 1, ["none"]),
@@ -450,36 +453,33 @@ def bad(files, tmp_path_factory):
         ("ref --data={data} --dest={text}/x.npz --detector=pixels", 2, ["text.npz"]),
         ("ref --data={data} --dest={out} --detector={denoiser}", 1, ["denoiser", "classifier"]),
         ("ref --data={data} --dest={out} --detector={zip}", 1, ["fake.zip"]),
-        ("ref --data={data} --dest={out} --detector={rgb}", 1, ["8x8 RGB", "8x8 grey"]),
-        ("evaluate --images={color} --data={data} --detector=pixels --out={out}", 1, ["8x8 RGB", "8x8 grey"]),
-        ("evaluate --images={floats} --data={data} --detector=pixels --out={out}", 1, ["float64", "uint8"]),
-        ("evaluate --images={unequal} --data={data} --detector=pixels --out={out}", 1, ["[5]", "37"]),
-        ("evaluate --images={truncated} --data={data} --detector=pixels --out={out}", 1, ["truncated.npz"]),
-        ("evaluate --images={shapes} --data={data} --detector=pixels --out={out}", 1, ["mu, sigma", "arr_0"]),
-        ("evaluate --images={negative} --data={data} --detector=pixels --out={out}", 1, ["negative"]),
-        ("evaluate --images={zip} --data={data} --detector=pixels --num=38 --out={out}", 1, ["found 37", "38"]),
-        ("evaluate --images={zip} --data={data} --detector=pixels --judge=pixels --out={out}", 1, ["--judge", "svm"]),
-        ("evaluate --images={zip} --data={data} --detector=pixels --judge=best --out={out}", 1, ["--judge", "best"]),
-        (
-            "evaluate --images={zip} --data={data} --detector=pixels --judge={two} --out={out}",
-            1,
-            ["2 classes", "up to 2"],
-        ),
-        ("evaluate --images={zip} --data={data} --detector=pixels --judge={rgb} --out={out}", 1, ["8x8 RGB"]),
+        ("ref --data={data} --dest={out} --detector={rgb}", 1, ["8x8 RGB", "8x8 gray"]),
+        ("{evaluate} --images={color}", 1, ["--data: ", "8x8 RGB", "8x8 gray"]),
+        ("{evaluate} --images={floats}", 1, ["float64", "uint8"]),
+        ("{evaluate} --images={unequal}", 1, ["[5]", "37"]),
+        ("{evaluate} --images={truncated}", 1, ["truncated.npz"]),
+        ("{evaluate} --images={shapes}", 1, ["mu, sigma", "arr_0"]),
+        ("{evaluate} --images={negative}", 1, ["negative"]),
+        ("{evaluate} --images={zip} --num=38", 1, ["--images: found 37", "38"]),
+        ("{evaluate} --images={zip} --judge=pixels", 1, ["--judge", "svm"]),
+        ("{evaluate} --images={zip} --judge=best", 1, ["--judge", "best"]),
+        ("{evaluate} --images={zip} --judge={two}", 1, ["--judge: ", "2 classes", "up to 2"]),
+        ("{evaluate} --images={zip} --judge={rgb}", 1, ["8x8 RGB"]),
         ("evaluate --images={zip} --data={data} --detector=pixels --nearest-k=0", 2, ["nearest"]),
         ("evaluate --images={zip} --data={data} --detector=pixels --splits=0", 2, ["--splits"]),
         ("evaluate --images={zip} --data={data} --detector=pixels --bootstrap=3", 2, ["--bootstrap", "10"]),
-        (
-            "evaluate --images={zip} --data={data} --detector=pixels --features={npz} --out={out}",
-            1,
-            ["arr_0", "features"],
-        ),
-        ("evaluate --images={zip} --data={data} --detector=pixels --features={text} --out={out}", 1, ["text.npz"]),
+        ("{evaluate} --images={zip} --features={npz}", 1, ["--features: ", "arr_0", "features"]),
+        ("{evaluate} --images={zip} --features={text}", 1, ["--features: ", "text.npz"]),
         ("evaluate --images={zip} --data={data} --detector=pixels --features={dir}", 2, ["folder"]),
-        ("evaluate --images={zip} --data={data} --detector=pixels --test={none} --cas_arch=small", 1, ["none"]),
-        ("evaluate --images={zip} --data={data} --detector=pixels --test={color} --cas_arch=small", 1, ["no labels"]),
+        ("{evaluate} --images={zip} --test={none} --cas_arch=small", 1, ["--test: ", "none"]),
+        ("{evaluate} --images={zip} --test={color} --cas_arch=small", 1, ["--test: ", "no lab"]),
+        ("{evaluate} --images={tiny} --data={tiny} --test={tiny} --cas_arch=resnet18", 1, ["--cas_arch: ", "small"]),
         ("compare --data={data} --detector=pixels", 2, ["--images"]),
-        ("compare --images={zip} --images={color} --data={data} --detector=pixels --out={out}", 1, ["8x8 RGB"]),
+        (
+            "compare --images={zip} --images={color} --data={data} --detector=pixels --out={out}",
+            1,
+            ["--data: ", "8x8 RGB"],
+        ),
     ],
 )
 def test_bad_input_gets_one_line(bad, command, code, words):

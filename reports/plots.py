@@ -1,0 +1,124 @@
+"""Plots of a report: loss curves, the trade-off of guidance, a transition matrix, bars of metrics.
+
+The figures are made without pyplot, so no display is needed and no setting of matplotlib changes for other code.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+import dnnlib
+from metrics.format import short_names
+
+__all__ = ["bar_chart", "compare_tradeoffs", "loss_curves", "tradeoff", "transition_heatmap"]
+
+Curve = Sequence[tuple[float, float, float]]  # (weight, FD, label accuracy) of one way to guide, for several weights
+
+
+def _save(figure: Figure, path: str) -> None:
+    """Write a figure as PNG. The file appears only when it is complete."""
+    with dnnlib.atomic_open(path) as f:
+        figure.savefig(f, format="png", dpi=120, bbox_inches="tight")
+
+
+def loss_curves(runs: dict[str, str], path: str, statistic: str = "Loss/loss") -> None:
+    """Plot a statistic from `stats.jsonl` against thousands of images (kimg), in one panel per run.
+
+    `runs` maps titles to run directories.
+    """
+    figure = Figure(figsize=(4 * len(runs), 3), layout="constrained")
+    axes = figure.subplots(1, len(runs), squeeze=False)
+    for axis, (title, run_dir) in zip(axes[0], runs.items(), strict=True):
+        with open(os.path.join(run_dir, "stats.jsonl")) as f:
+            rows = [json.loads(line) for line in f]
+        rows = [r for r in rows if statistic in r]
+        axis.plot([r["Progress/kimg"]["mean"] for r in rows], [r[statistic]["mean"] for r in rows])
+        axis.set(title=title, xlabel="kimg", ylabel="loss" if axis is axes[0, 0] else None)
+        axis.grid(alpha=0.3)
+    _save(figure, path)
+
+
+def tradeoff(curves: dict[str, Curve], unguided: tuple[float, float], path: str) -> None:
+    """Plot label accuracy against FD, one line per mode of guidance.
+
+    `curves` maps modes to their points. `unguided` is (FD, label accuracy) without guidance, where every line begins.
+    """
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axis = figure.subplots()
+    for mode, points in curves.items():
+        fd, accuracy = zip(unguided, *((fd, accuracy) for _, fd, accuracy in points), strict=True)
+        axis.plot(fd, accuracy, marker="o", label=mode)
+        for weight, x, y in points:
+            axis.annotate(f"{weight:g}", (x, y), textcoords="offset points", xytext=(5, -10), fontsize=8)
+    axis.plot(*unguided, marker="s", color="black", linestyle="none", label="unguided")
+    axis.set(xlabel="FD (lower is better)", ylabel="label accuracy")
+    axis.grid(alpha=0.3)
+    axis.legend()
+    _save(figure, path)
+
+
+def compare_tradeoffs(curves: dict[str, Curve], unguided: tuple[float, float], first: str, second: str) -> str:
+    """Say in one sentence where the label accuracy of `first` is above that of `second` at equal FD.
+
+    The other arguments are those of `tradeoff`.
+    """
+    lines = []
+    for name in (first, second):
+        points = np.array(sorted([unguided, *((fd, accuracy) for _, fd, accuracy in curves[name])]))
+        # A curve may turn back. What counts is the best accuracy at this FD or a lower one.
+        lines.append((points[:, 0], np.maximum.accumulate(points[:, 1])))
+    low, high = max(x[0] for x, _ in lines), min(x[-1] for x, _ in lines)
+    if not high > low:
+        return f"At equal FD {first} and {second} cannot be compared: they have none in common."
+    grid = np.linspace(low, high, 201)[1:]
+    better = np.interp(grid, *lines[0]) >= np.interp(grid, *lines[1])
+    where = f"FD {low:.3g} to {high:.3g}"
+    if better.all():
+        return f"At equal FD the label accuracy of {first} is above that of {second} over the whole range, {where}."
+    return (
+        f"At equal FD the label accuracy of {first} is above that of {second} on {better.mean():.0%} of the range "
+        f"{where}; below it between FD {grid[~better].min():.3g} and {grid[~better].max():.3g}."
+    )
+
+
+def transition_heatmap(transition: np.ndarray, path: str, class_names: Sequence[str]) -> None:
+    """Draw a transition matrix T [C,C]: rows are clean labels, columns observed ones."""
+    transition = np.asarray(transition)
+    figure = Figure(figsize=(4, 3.4))
+    axis = figure.subplots()
+    picture = axis.imshow(transition, vmin=0, vmax=1, cmap="viridis")
+    axis.set(xlabel="observed label", ylabel="clean label")
+    axis.set_xticks(range(len(class_names)), class_names)
+    axis.set_yticks(range(len(class_names)), class_names)
+    figure.colorbar(picture)
+    _save(figure, path)
+
+
+def bar_chart(results: Sequence[dict[str, Any]], path: str) -> None:
+    """Draw results of `metrics.evaluation.evaluate`: one panel per metric, one bar per set, intervals as whiskers."""
+    names = short_names(results)
+    shown = [m for m in results[0]["metrics"] if any(result["metrics"][m] is not None for result in results)]
+    columns = min(5, len(shown))
+    rows = math.ceil(len(shown) / columns)
+    figure = Figure(figsize=(2.6 * columns, 2.4 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for axis in axes.flat[len(shown) :]:
+        axis.axis("off")
+    for axis, metric in zip(axes.flat, shown, strict=False):
+        for i, result in enumerate(results):
+            value, low_high = result["metrics"][metric], result["intervals"].get(metric)
+            if value is not None:
+                whiskers = low_high and [[max(value - low_high[0], 0)], [max(low_high[1] - value, 0)]]
+                axis.bar(i, value, yerr=whiskers, capsize=3, color=f"C{i % 10}")
+        axis.set(title=metric)
+        axis.set_xticks(range(len(names)), names, rotation=30, ha="right", fontsize="small")
+        axis.grid(axis="y", alpha=0.3)
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    _save(figure, path)
