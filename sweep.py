@@ -1,25 +1,28 @@
-"""How much guidance? Label accuracy against FD for a list of weights of the discriminator, constant and calibrated.
+"""Find the weight of a discriminator: measure label accuracy and FD for each weight, constant and calibrated.
 
-Writes sweep.png, sweep.md and sweep.json into --outdir; the same command again goes on where the last one stopped.
+The script writes sweep.png, sweep.md and sweep.json into --outdir. The same command continues an interrupted sweep.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import os
-from collections.abc import Callable
+import pathlib
 
 import click
 import torch
 
 import dnnlib
-from dnnlib.cli import FLOAT_LIST, INT_LIST, Command, FloatRange
-from metrics import table
-from reports.page import above, markdown_table, tradeoff
+from dnnlib.cli import Command, blame
+from metrics.options import evaluate_files
+from reports import page, plots
 from sampling.generation import generate_images, share_of
-from sampling.options import DEFAULT_WEIGHTS, choose_sampler, guided, load_denoiser, load_discriminator
+from sampling.loading import DEFAULT_WEIGHTS, Discriminator, guide, load_denoiser, load_discriminator
+from sampling.options import gate, sweep_options
 from sampling.output import check_free, progress, save_images
+from sampling.samplers import choose_sampler
 from torch_utils import distributed, safe_files
 from torch_utils.distributed import print0
 
@@ -33,26 +36,8 @@ Examples:
 COLUMNS = ["mode", "weight", "label accuracy", "FD", "FD / unguided"]
 
 
-# fmt: off
 @click.command(cls=Command, help=__doc__, epilog=EXAMPLES)
-@click.option("--network", metavar="PKL|DIR|URL", required=True, help="Snapshot of a denoiser, or its run directory")
-@click.option("--discriminator", metavar="PKL|DIR|URL", required=True, help="Snapshot of train_discriminator.py")
-@click.option("--data", metavar="PATH", required=True, help="Reference archive, with clean labels for its judge")
-@click.option("--detector", metavar="NAME", required=True, help="As in fid.py evaluate")
-@click.option("--outdir", metavar="DIR", required=True, help="Where plot, table and images go")
-@click.option("--weights", metavar="LIST", type=FLOAT_LIST, default="0.2,0.5,1,1.5,2,3", help="Weights of both orders")
-@click.option("--modes", type=click.Choice([*DEFAULT_WEIGHTS, "both"]), default="both", help="Which --dg_mode")
-@click.option("--seeds", metavar="LIST", type=INT_LIST, default="0-999", help="Random seeds; classes take turns")
-@click.option("--batch", metavar="INT", type=click.IntRange(min=1), default=250, help="Images at a time on a process")
-@click.option("--steps", "num_steps", metavar="INT", type=click.IntRange(min=1), default=18, help="Sampling steps")
-@click.option("--S_clip_min", "S_clip_min", metavar="SIGMA", type=FloatRange(min=0), help="Correct from this sigma on")
-@click.option("--S_clip_max", "S_clip_max", metavar="SIGMA", type=FloatRange(min=0), help="Correct up to this sigma")
-@click.option("--noise_rate", metavar="R", type=FloatRange(min=0, max=1), help="Share of wrong labels, calibrated mode "
-              "[default: each class's own, from the label file]")
-@click.option("--judge", metavar="svm|PKL", default="svm", help="As in fid.py evaluate")
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto", help="Where to run")
-@click.option("--trust_pickle", is_flag=True, help="Run code that a snapshot contains; for files you trust only")
-# fmt: on
+@sweep_options
 def main(**opts) -> None:
     o = dnnlib.EasyDict(opts)
     try:
@@ -62,19 +47,25 @@ def main(**opts) -> None:
 
 
 def run(o: dnnlib.EasyDict, device: torch.device) -> None:
+    """Measure every setting that is not known yet, then write table and plot. Collective."""
     path = os.path.join(o.outdir, "sweep.json")
     kept = {k: v for k, v in o.items() if k not in ("outdir", "batch", "device", "modes", "weights", "trust_pickle")}
-    results = distributed.together(lambda: known_results(path, kept), rank0_first=True)
+    with blame("--outdir"):
+        results = distributed.together(lambda: known_results(path, kept), rank0_first=True)
     modes = [*DEFAULT_WEIGHTS] if o.modes == "both" else [o.modes]
     settings = [("unguided", 0.0), *itertools.product(modes, o.weights)]
     networks = None
     if {f"{mode}-{weight:g}" for mode, weight in settings} - results.keys():
-        networks = distributed.together(lambda: load_networks(o, device), rank0_first=True)
+        networks = distributed.together(lambda: load(o, device), rank0_first=True)
     for i, (mode, weight) in enumerate(settings):
         name = f"{mode}-{weight:g}"
         if name not in results:
             print0(f"[{i + 1}/{len(settings)}] {name}")
-            results[name] = measure(o, device, networks, mode, weight, os.path.join(o.outdir, "images", f"{name}.zip"))
+            images = os.path.join(o.outdir, "images", f"{name}.zip")
+            # An interrupted sweep may have left images of this setting, without their result.
+            distributed.on_rank0(functools.partial(pathlib.Path(images).unlink, missing_ok=True))
+            generate(o, device, networks, mode, weight, images)
+            results[name] = measure(o, device, images)
             if distributed.get_rank() == 0:
                 with dnnlib.atomic_open(path, "wt") as f:
                     json.dump(dict(options=kept, results=results), f, indent=1)
@@ -83,66 +74,67 @@ def run(o: dnnlib.EasyDict, device: torch.device) -> None:
 
 
 def known_results(path: str, options: dict) -> dict:
-    """What an earlier call of the same sweep measured."""
+    """Return what an earlier call of the same sweep measured. UserError: the folder is in use for something else."""
     if not os.path.exists(path):
         check_free(os.path.dirname(path))
         return {}
     known = safe_files.load_json(dnnlib.read_bytes(path), path)
     if not isinstance(known, dict) or {"options", "results"} - known.keys():
-        raise dnnlib.UserError(f"--outdir: {path} is not of a sweep; choose another folder")
+        raise dnnlib.UserError(f"{path}: is not the result of a sweep; choose another folder")
     if known["options"] != options:
-        raise dnnlib.UserError(f"--outdir: {path} is of a sweep with other options; choose another folder")
+        raise dnnlib.UserError(f"{path}: is the result of a sweep with other options; choose another folder")
     return known["results"]
 
 
-def load_networks(o: dnnlib.EasyDict, device: torch.device) -> tuple[Callable, dict, list[str] | None]:
-    """Denoiser, discriminator's snapshot, class names."""
-    net, _, names = load_denoiser(o, device)
-    if not net.label_dim:
-        raise dnnlib.UserError(f"--network={o.network}: was trained without labels, there are none to correct")
-    return net, load_discriminator(o, device), names
+def load(o: dnnlib.EasyDict, device: torch.device) -> tuple[torch.nn.Module, list[str] | None, Discriminator]:
+    """Return the denoiser, its class names or None, and the discriminator."""
+    with blame("--network"):
+        net, class_names = load_denoiser(o.network, device, trust_pickle=o.trust_pickle)
+        if not net.label_dim:
+            raise dnnlib.UserError(f"{o.network}: was trained without labels, so there are none to correct")
+    with blame("--discriminator"):
+        return net, class_names, load_discriminator(o.discriminator, device, trust_pickle=o.trust_pickle)
 
 
-def measure(o: dnnlib.EasyDict, device: torch.device, networks: tuple, mode: str, weight: float, images: str) -> dict:
-    """Label accuracy and FD of one setting; collective. Weight 0: without guidance."""
-    net, discriminator, names = networks
-    distributed.together(lambda: discard(images) if distributed.get_rank() == 0 else None)
+def generate(o: dnnlib.EasyDict, device: torch.device, networks: tuple, mode: str, weight: float, path: str) -> None:
+    """Write the images of one setting to `path`; weight 0 is sampling without guidance. Collective."""
+    net, class_names, discriminator = networks
     if weight:
-        setting = dnnlib.EasyDict(o, dg_mode=mode, dg_weight_1st_order=weight, dg_weight_2nd_order=weight)
-        net = distributed.together(lambda: guided(net, discriminator, setting, device))
+        settings = dict(mode=mode, weights=(weight, weight), gate=gate(o), noise_rate=o.noise_rate)
+        with blame("--discriminator"):
+            net = distributed.together(lambda: guide(net, discriminator, device, **settings))
     own = share_of(o.seeds, distributed.get_rank(), distributed.get_world_size())
-    batches = generate_images(net, own, device=device, class_idx=[s % net.label_dim for s in own], batch=o.batch,
-                              sampler=choose_sampler(o, net))
-    save_images(progress(batches, len(o.seeds)), images, False, names)
-    found = table.evaluate([images], o.data, o.detector, device=device, judge=o.judge)
+    classes = [seed % net.label_dim for seed in own]
+    sampler = choose_sampler(net, num_steps=o.num_steps)
+    batches = generate_images(net, own, device=device, class_idx=classes, batch=o.batch, sampler=sampler)
+    save_images(progress(batches, len(o.seeds)), path, False, class_names)
+
+
+def measure(o: dnnlib.EasyDict, device: torch.device, images: str) -> dict:
+    """Return label accuracy and FD of one setting; an empty dict on all processes but rank 0. Collective."""
+    found = evaluate_files([images], device, data=o.data, detector=o.detector, judge=o.judge)
     values = {name: found[0]["metrics"][name] for name in ("label_accuracy", "fid")} if found else {}
     if None in values.values():
-        raise dnnlib.UserError(f"--data={o.data}: label accuracy and FD cannot be had from it: {found[0]['notes']}")
+        raise dnnlib.UserError(f"--data={o.data}: gives no label accuracy or no FD: {found[0]['notes']}")
     return values
 
 
-def discard(path: str) -> None:
-    """Images of a setting that was interrupted before it was measured."""
-    if os.path.exists(path):
-        os.remove(path)
-
-
 def write(outdir: str, settings: list[tuple[str, float]], results: dict) -> None:
-    """Table and plot."""
+    """Write table and plot, and print the table."""
     rows, curves = [], {}
     base = results["unguided-0"]
     for mode, weight in settings:
         found = results[f"{mode}-{weight:g}"]
-        rows.append([mode, f"{weight:g}", f"{found['label_accuracy']:.3f}", f"{found['fid']:.4g}",
-                     f"{found['fid'] / base['fid']:.2f}"])
+        accuracy, fid = found["label_accuracy"], found["fid"]
+        rows.append([mode, f"{weight:g}", f"{accuracy:.3f}", f"{fid:.4g}", f"{fid / base['fid']:.2f}"])
         if weight:
-            curves.setdefault(mode, []).append((weight, found["fid"], found["label_accuracy"]))
-    lines = markdown_table(COLUMNS, rows)
+            curves.setdefault(mode, []).append((weight, fid, accuracy))
+    lines = page.markdown_table(COLUMNS, rows)
     if {"calibrated", "constant"} <= curves.keys():
-        lines += ["", above(curves, (base["fid"], base["label_accuracy"]), "calibrated", "constant")]
+        lines += ["", plots.compare_tradeoffs(curves, (base["fid"], base["label_accuracy"]), "calibrated", "constant")]
     with dnnlib.atomic_open(os.path.join(outdir, "sweep.md"), "wt") as f:
         f.write("\n".join(lines) + "\n")
-    tradeoff(curves, (base["fid"], base["label_accuracy"]), os.path.join(outdir, "sweep.png"))
+    plots.tradeoff(curves, (base["fid"], base["label_accuracy"]), os.path.join(outdir, "sweep.png"))
     print("\n".join(lines) + f"\nWritten to: {outdir}")
 
 

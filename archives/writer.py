@@ -1,4 +1,4 @@
-"""Writing image archives: transforms, PNG encoding, and a ZIP or folder that appears only when it is complete."""
+"""Write image archives: transforms, PNG encoding, and a ZIP or folder that appears only when it is complete."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import secrets
 import shutil
 import struct
+import zipfile
 import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,14 +20,23 @@ import dnnlib
 from archives.reader import METADATA, PNG_SIGNATURE, check_name
 from archives.zip_writer import ZipWriter
 
-__all__ = ["TRANSFORMS", "ArchiveWriter", "encode_png", "fit_image", "image_names", "make_transform", "with_channels"]
+__all__ = [
+    "TRANSFORMS",
+    "ArchiveWriter",
+    "encode_png",
+    "fit_image",
+    "image_names",
+    "is_zip",
+    "make_transform",
+    "with_channels",
+]
 
 TRANSFORMS = ("center-crop", "center-crop-wide")
 Transform = Callable[[np.ndarray], "np.ndarray | None"]
 
 
 def image_names(start: int, stop: int) -> list[str]:
-    """'00000/img00000000.png', ...: names of images start .. stop - 1 in an archive, a thousand images a folder."""
+    """Return the archive's names of images start .. stop - 1: '00000/img00000000.png', ..., 1000 images per folder."""
     return [f"{i // 1000:05d}/img{i:08d}.png" for i in range(start, stop)]
 
 
@@ -35,12 +45,12 @@ def image_names(start: int, stop: int) -> list[str]:
 
 
 def make_transform(name: str | None, resolution: tuple[int, int] | None) -> Transform:
-    """The transform of `--transform` and `--resolution` (width, height). It returns None for an image to leave out.
+    """Return the transform of this name (None or one of TRANSFORMS) and this resolution (width, height).
 
-    none              resizes to `resolution` when given
+    None              resizes to `resolution` if there is one
     center-crop       crops the largest central square, then resizes
     center-crop-wide  crops to the shape width:height, resizes, and centers the result in a black square of side width;
-                      leaves out images that would have to be enlarged
+                      returns None for images that it would have to enlarge: they are left out
     """
     if name is None:
         return (lambda image: image) if resolution is None else (lambda image: _resize(image, *resolution))
@@ -52,12 +62,12 @@ def make_transform(name: str | None, resolution: tuple[int, int] | None) -> Tran
 
 
 def fit_image(image: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """The largest central square of an image, resized to `shape` [H, W, C] with H = W, in its number of channels."""
+    """Return the largest central square of an image, resized and converted to `shape` [H, W, C], H = W."""
     return _resize(_crop(with_channels(image, shape[2]), *[min(image.shape[:2])] * 2), shape[1], shape[0])
 
 
 def with_channels(image: np.ndarray, channels: int) -> np.ndarray:
-    """The image as grey (1; the luma of ITU-R 601) or RGB (3)."""
+    """Return the image as gray (1 channel, the luma of ITU-R 601) or RGB (3 channels)."""
     if image.shape[2] == channels:
         return image
     if channels == 1:
@@ -92,10 +102,10 @@ def _center_crop_wide(image: np.ndarray, width: int, height: int) -> np.ndarray 
 
 
 def encode_png(image: np.ndarray) -> bytes:
-    """An uncompressed PNG of a uint8 image [H, W, C], C = 1 or 3.
+    """Return an uncompressed PNG of a uint8 image [H, W, C], C = 1 or 3.
 
-    Small images compress badly and decompression costs training time. Written directly: for 32 x 32 pixels ten times
-    faster than through an image library, and the same bytes whatever library version is installed.
+    Small images compress badly, and decompression costs training time. This code writes the format itself: for 32 x 32
+    pixels it is ten times faster than an image library, and the bytes do not depend on a library's version.
     """
     height, width, channels = image.shape
     rows = np.zeros([height, 1 + width * channels], dtype=np.uint8)  # each row starts with its filter: 0, none
@@ -119,17 +129,24 @@ def _chunk(kind: bytes, data: bytes) -> bytes:
 
 
 class ArchiveWriter:
-    """Writes a ZIP (`path` ends in .zip) or a folder; use as a context manager.
+    """Writes an archive, a ZIP (`path` ends in .zip) or a folder; use it as a context manager.
 
-    All goes to a temporary name beside `path`, renamed when the block ends without an error: there is never a partial
-    archive under the final name. An existing ZIP is replaced, a folder that is not empty refused. Missing parent
-    folders are made. The same members give the same bytes: entries carry no time.
+    Everything goes to a temporary name beside `path`, which is renamed when the block ends without an error: there is
+    never a partial archive under the final name. An existing ZIP is replaced; a folder that is not empty is refused.
+    Missing parent folders are made. The same members give the same bytes: entries carry no time.
+
+    `in_place` writes a folder's files directly, beside what it holds, so that they can be seen early and several
+    processes can share it; files and folders that were made are removed when the block ends with an error. Processes
+    that share a folder construct their writers before one of them enters: only then does each know if it was there.
+    A ZIP is written in the same way as without.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, in_place: bool = False) -> None:
         self.path = path
-        self._stack = contextlib.ExitStack()
-        check_destination(path)
+        self._folder, self._in_place = None, in_place and not is_zip(path)
+        self._new, self._written = not os.path.isdir(path), []
+        if not self._in_place:
+            check_destination(path)
 
     def __enter__(self) -> ArchiveWriter:
         parent, name = os.path.split(os.path.abspath(self.path))
@@ -140,43 +157,63 @@ class ArchiveWriter:
                 self._zip = ZipWriter(file.fileno())
                 stack.push(self._close_zip)
                 self._stack = stack.pop_all()
+        elif self._in_place:
+            self._folder = os.path.abspath(self.path)
+            os.makedirs(self._folder, exist_ok=True)
         else:
-            self._zip = None
-            self._temp = os.path.join(parent, f".{name}.{secrets.token_hex(4)}.tmp")
-            os.mkdir(self._temp)
+            self._folder = os.path.join(parent, f".{name}.{secrets.token_hex(4)}.tmp")
+            os.mkdir(self._folder)
         return self
 
     def add(self, name: str, data: bytes) -> None:
-        """Appends a member. UserError: a name that leads out of the archive."""
+        """Append a member. UserError: a name that leads out of the archive."""
         check_name(name, f"{self.path}: {name}")
         self.record([self.write(self.reserve(1, len(name.encode()) + len(data)), [name], [data])])
 
+    def append(self, path: str) -> None:
+        """Append all members of the ZIP `path`, in its order."""
+        with zipfile.ZipFile(path) as part:
+            for name in part.namelist():
+                self.add(name, part.read(name))
+
     def reserve(self, count: int, size: int) -> int:
-        """Room for `count` members, `size` bytes of names and contents, to be written in the block; returns where."""
-        return 0 if self._zip is None else self._zip.reserve(count, size)
+        """Reserve room for `count` members, `size` bytes of names and contents, and return the offset of that room."""
+        return self._zip.reserve(count, size) if self._folder is None else 0
 
     def write(self, offset: int, names: Sequence[str], contents: Sequence[bytes]) -> bytes:
-        """Writes members to the room at `offset`; returns what `record` is to be told, in the order of the offsets.
+        """Write members to the room at `offset`; return what `record` must receive, in the order of the offsets.
 
-        A process forked inside the block may do it.
+        A process forked inside the block may call it, unless the folder is written in place.
         """
-        if self._zip is not None:
+        if self._folder is None:
             return self._zip.write(offset, names, contents)
         for name, data in zip(names, contents, strict=True):
-            target = os.path.join(self._temp, name)
-            os.makedirs(os.path.dirname(target), exist_ok=True)
-            with open(target, "wb") as f:
-                f.write(data)
+            target = os.path.join(self._folder, name)
+            if self._in_place:
+                self._written.append(target)
+            try:
+                os.makedirs(os.path.dirname(target), exist_ok=True)
+                with open(target, "wb") as f:
+                    f.write(data)
+            except OSError as e:  # A full disk does not name the file.
+                raise OSError(e.errno, e.strerror, os.path.join(self.path, name)) from e
         return b""
 
     def record(self, written: Sequence[bytes]) -> None:
-        """Takes note of members that were written."""
-        if self._zip is not None:
+        """Take note of members that were written."""
+        if self._folder is None:
             self._zip.record(written)
 
     def add_metadata(self, metadata: dict[str, Any]) -> None:
-        """Appends `dataset.json`."""
-        self.add(METADATA, json.dumps(metadata, separators=(",", ":")).encode())
+        """Append `dataset.json`. A folder written in place gets it whole or not at all."""
+        data = json.dumps(metadata, separators=(",", ":")).encode()
+        if not self._in_place:
+            self.add(METADATA, data)
+            return
+        target = os.path.join(self._folder, METADATA)
+        self._written.append(target)
+        with dnnlib.atomic_open(target) as f:
+            f.write(data)
 
     def _close_zip(self, kind: type[BaseException] | None, *_: Any) -> None:
         if kind is None:
@@ -184,21 +221,34 @@ class ArchiveWriter:
         else:
             self._zip.stop()
 
+    def _take_back(self) -> None:
+        for target in self._written:
+            with contextlib.suppress(OSError):
+                os.remove(target)
+        folders = {os.path.dirname(target) for target in self._written} - {self._folder}
+        for folder in [*folders, *([self._folder] if self._new else [])]:
+            with contextlib.suppress(OSError):  # Not empty: another process has files there, and will remove it.
+                os.rmdir(folder)
+
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, traceback: Any) -> None:
-        if self._zip is not None:
+        if self._folder is None:
             self._stack.__exit__(kind, value, traceback)
+        elif self._in_place:
+            if kind is not None:
+                self._take_back()
         elif kind is None:
-            os.rename(self._temp, self.path)  # also over an empty folder
+            os.rename(self._folder, self.path)  # also over an empty folder
         else:
-            shutil.rmtree(self._temp, ignore_errors=True)
+            shutil.rmtree(self._folder, ignore_errors=True)
 
 
 def is_zip(path: str) -> bool:
+    """Return whether an archive of this name is a ZIP rather than a folder."""
     return path.lower().endswith(".zip")
 
 
 def check_destination(path: str) -> None:
-    """UserError when `path` cannot become an archive: of the wrong kind, or a folder that is not empty."""
+    """Raise UserError when `path` cannot become an archive: it is of the wrong kind, or a folder that is not empty."""
     if is_zip(path):
         if os.path.isdir(path):
             raise dnnlib.UserError(f"{path}: is a folder, expected the name of a ZIP file")
@@ -206,4 +256,4 @@ def check_destination(path: str) -> None:
         if os.listdir(path):
             raise dnnlib.UserError(f"{path}: folder is not empty, choose another one or a name that ends in .zip")
     elif os.path.lexists(path):
-        raise dnnlib.UserError(f"{path}: exists and is no folder; the name of a ZIP must end in .zip")
+        raise dnnlib.UserError(f"{path}: exists and is not a folder; the name of a ZIP must end in .zip")

@@ -1,4 +1,4 @@
-"""Writing uncompressed ZIPs: members get their places in one process and can be written by several."""
+"""Write uncompressed ZIPs: one process gives the members their places, several can write them."""
 
 from __future__ import annotations
 
@@ -12,31 +12,32 @@ import dnnlib
 
 __all__ = ["ZipWriter"]
 
-LIMIT, COUNT_LIMIT = (1 << 31) - 1, (1 << 16) - 1  # of offsets and members; beyond them the ZIP64 fields, as zipfile
-VERSION, VERSION_64 = 20, 45  # of the format: what unpacking needs
+LIMIT, COUNT_LIMIT = (1 << 31) - 1, (1 << 16) - 1  # of offsets and members; ZIP64 fields beyond them, as in zipfile
+VERSION, VERSION_64 = 20, 45  # of the format, which unpacking needs
 UNIX, MODE = 3, 0o100644 << 16  # the members unpack as rw-r--r--
-SYNC = 1 << 24  # bytes that may wait for their way to the disk
-DATE = 33  # 1980-01-01, the first there is
+SYNC = 1 << 24  # bytes that may be written before the system is asked to put them on disk
+DATE = 33  # 1980-01-01, the earliest that the format knows
 UTF8 = 0x800
 HEADER, ENTRY = struct.Struct("<4s5H3I2H"), struct.Struct("<4s2B5H3I5H2I")  # of a member, and in the directory
 
 
 class ZipWriter:
-    """What `zipfile` would write for stored members dated 1980, byte for byte, into an empty file `fd`.
+    """Writes a ZIP into the empty file `fd`: byte for byte what `zipfile` writes for stored members dated 1980.
 
-    `reserve` gives members their place, `write` fills it, also from a forked process, and `record` takes note of what
-    was written, in the order of the places; nothing is complete before `close`. What is there goes to the disk while
-    more is being made. (`zipfile` writes every header twice, with two seeks between: for small images most of it.)
+    `reserve` gives members their place. `write` fills it, also from a forked process. `record` takes note of what was
+    written, in the order of the places. The ZIP is complete only after `close`. A thread puts the first members on disk
+    while later ones are made. (`zipfile` writes every header twice, with two seeks in between; for small images that
+    takes most of its time.)
     """
 
     def __init__(self, fd: int) -> None:
         self._fd, self._end, self._count = fd, 0, 0
         self._directory: list[bytes] = []
-        self._disk, self._synced = ThreadPoolExecutor(1), 0  # its thread starts with the first work: after forks
+        self._disk, self._synced = ThreadPoolExecutor(1), 0  # The thread starts with its first work: after forks.
         self._syncs: list[Future[None]] = []
 
     def reserve(self, count: int, size: int) -> int:
-        """Room behind what is there for `count` members, `size` bytes of names and contents; returns where."""
+        """Reserve room at the end for `count` members, `size` bytes of names and contents, and return its offset."""
         start = self._end
         self._end += count * HEADER.size + size
         self._count += count
@@ -46,7 +47,7 @@ class ZipWriter:
         return start
 
     def write(self, offset: int, names: Sequence[str], contents: Sequence[bytes]) -> bytes:
-        """Writes members to their place; returns their part of the directory. UserError: 4 GiB or more in one."""
+        """Write members to their place and return their part of the directory. UserError: one has 4 GiB or more."""
         parts: list[bytes] = []
         directory: list[bytes] = []
         where = offset
@@ -87,18 +88,18 @@ class ZipWriter:
         return b"".join(directory)
 
     def record(self, directory: Sequence[bytes]) -> None:
-        """Takes what `write` returned."""
+        """Take note of what `write` returned."""
         self._directory += directory
 
     def stop(self) -> None:
-        """Ends the thread that waits for the disk; in place of `close` when nothing is to be completed."""
+        """End the thread that waits for the disk. Call it instead of `close` to abandon the file."""
         self._disk.shutdown(cancel_futures=True)
 
     def close(self) -> None:
-        """Writes the directory; the file itself stays open."""
+        """Write the directory; the file itself stays open. OSError: the disk refused an earlier part."""
         self._disk.shutdown()
         for sync in self._syncs:
-            sync.result()  # raises what the disk refused
+            sync.result()
         start, count = self._end, self._count
         directory = b"".join(self._directory)
         size = len(directory)
@@ -113,7 +114,7 @@ class ZipWriter:
 
 
 def _write_fully(fd: int, data: bytes, offset: int) -> None:
-    """`os.pwrite` until all is written."""
+    """Call `os.pwrite` until everything is written."""
     view = memoryview(data)
     while view:
         done = os.pwrite(fd, view, offset)

@@ -1,25 +1,56 @@
-"""Images from seeds: batches of a sampler's output, the same whatever the batch size and the number of processes."""
+"""Images from seeds: an image depends on its own seed, never on the batch or the process that makes it."""
 
 from __future__ import annotations
 
 import math
-import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
 from torch.nn.functional import one_hot
 
 import dnnlib
+from sampling.arrival import Arrival
 from sampling.samplers import heun_sampler
-from sampling.seeds import StackedRandomGenerator
 
-__all__ = ["EvaluationMeter", "Stopwatch", "batch_size", "generate_images", "share_of", "to_uint8"]
+__all__ = ["StackedRandomGenerator", "batch_size", "generate_images", "share_of"]
+
+
+class StackedRandomGenerator:
+    """One `torch.Generator` per seed (modulo 2^32); every draw stacks one draw from each along the first dimension.
+
+    An image draws in this order: latents, class index, sampler noise (docs/methods/edm.md, Per-seed randomness).
+    """
+
+    def __init__(self, device: torch.device | str, seeds: Iterable[int]):
+        self.generators = [torch.Generator(device).manual_seed(int(seed) % 2**32) for seed in seeds]
+
+    def _item_size(self, size: Iterable[int]) -> tuple[int, ...]:
+        n, *item = size
+        if n != len(self.generators):
+            raise ValueError(f"{len(self.generators)} seeds cannot fill a tensor of {n} items")
+        return tuple(item)
+
+    def randn(self, size: Iterable[int], **kwargs) -> torch.Tensor:
+        """Return standard normal numbers of shape `size` = [seeds, ...]; `kwargs` as in torch.randn."""
+        item = self._item_size(size)
+        return torch.stack([torch.randn(item, generator=g, device=g.device, **kwargs) for g in self.generators])
+
+    def randn_like(self, x: torch.Tensor) -> torch.Tensor:
+        """Return standard normal numbers of the shape and dtype of `x` [seeds, ...]."""
+        return self.randn(x.shape, dtype=x.dtype)
+
+    def randint(self, *bounds: int, size: Iterable[int], **kwargs) -> torch.Tensor:
+        """Return integers of shape `size` = [seeds, ...] within `bounds`, as in torch.randint."""
+        item = self._item_size(size)
+        return torch.stack(
+            [torch.randint(*bounds, size=item, generator=g, device=g.device, **kwargs) for g in self.generators]
+        )
 
 
 def generate_images(
-    net,
+    net: Callable[..., torch.Tensor],
     seeds: Sequence[int],
     *,
     device: torch.device,
@@ -30,11 +61,13 @@ def generate_images(
 ) -> Iterator[tuple[list[int], np.ndarray, np.ndarray | None]]:
     """Yield (seeds, images uint8 [n,H,W,C], classes int64 [n] or None) for at most `batch` seeds at a time, in order.
 
-    `net` is a denoiser on `device`, guided or not. `class_idx` asks for one class, or for one per seed; by default each
-    seed draws its own. `sampler(net, latents, class_labels, randn_like=...)` returns images in [-1,1]. `same_shape`:
-    the network sees batches of one size (`batch_size`), as compiled ones should. A GPU is given the next batch before
-    this one is waited for. UserError: values that are not finite, or more images at a time than the device's memory
-    holds.
+    net         a denoiser, guided or not, or a generator, on `device`
+    class_idx   the class of all images, or one class per seed; None: each seed draws its own
+    sampler     called as sampler(net, latents, class_labels, randn_like=...), returns images in [-1,1]
+    same_shape  the network sees batches of one size (`batch_size`), which a compiled network needs
+
+    A GPU receives the next batch before this function waits for the last one. UserError: the images hold values that
+    are not finite, or a batch needs more memory than the device has.
     """
     seeds = list(seeds)
     wanted = None
@@ -54,64 +87,29 @@ def generate_images(
         latents = rnd.randn([n, net.img_channels, net.img_resolution, net.img_resolution])
         classes = labels = None
         if net.label_dim:
-            # Drawn even when another class is asked for, so that the sampler's noise stays the same.
+            # The draw happens even when another class is wanted, so that the sampler's noise stays the same.
             classes = rnd.randint(net.label_dim, size=[n])
             if wanted is not None:
                 classes = torch.cat([wanted[start : start + batch], classes[len(part) :]])
             labels = one_hot(classes, net.label_dim).float()
         try:
             images = sampler(net, latents, labels, randn_like=rnd.randn_like)[: len(part)]
-            arriving = _Arriving(images, None if classes is None else classes[: len(part)])
+            arrival = Arrival(images, None if classes is None else classes[: len(part)])
         except torch.OutOfMemoryError:
-            raise dnnlib.UserError(f"--batch: {device} has too little memory for {n} at a time") from None
+            hint = "generate.py and sweep.py take fewer with --batch"
+            raise dnnlib.UserError(f"{device} has too little memory for {n} images at a time; {hint}") from None
         except OverflowError as e:
             raise _broken(part, e) from None
-        waiting.append((part, arriving))
+        waiting.append((part, arrival))
         if len(waiting) > (device.type == "cuda"):
             yield _arrived(*waiting.popleft())
     while waiting:
         yield _arrived(*waiting.popleft())
 
 
-def batch_size(n: int, batch: int) -> int:
-    """Images at a time so that `n` take as few batches as with `batch`, and the last one is as full as can be."""
-    return math.ceil(n / max(math.ceil(n / batch), 1))
-
-
-def to_uint8(images: torch.Tensor) -> np.ndarray:
-    """[N,C,H,W] float in [-1,1] on any device -> uint8 [N,H,W,C] as an array. FloatingPointError: NaN or infinity."""
-    return _Arriving(images).wait()[0]
-
-
-class _Arriving:
-    """Images and classes on their way from the device, which is not waited for before they are asked for."""
-
-    def __init__(self, images: torch.Tensor, classes: torch.Tensor | None = None):
-        levels = (images * 127.5 + 128).clip(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
-        self._copies = [None if x is None else self._copy(x) for x in (images.isfinite().all(), levels, classes)]
-        self._event = None
-        if images.is_cuda:
-            self._event = torch.cuda.Event()
-            self._event.record(torch.cuda.current_stream(images.device))
-
-    @staticmethod
-    def _copy(x: torch.Tensor) -> torch.Tensor:
-        if not x.is_cuda:
-            return x.cpu()
-        return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
-
-    def wait(self) -> tuple[np.ndarray, np.ndarray | None]:
-        if self._event is not None:
-            self._event.synchronize()
-        finite, images, classes = self._copies
-        if not finite:
-            raise FloatingPointError("the images hold values that are not finite")
-        return images.numpy(), None if classes is None else classes.numpy()
-
-
-def _arrived(part: list[int], arriving: _Arriving) -> tuple[list[int], np.ndarray, np.ndarray | None]:
+def _arrived(part: list[int], arrival: Arrival) -> tuple[list[int], np.ndarray, np.ndarray | None]:
     try:
-        return part, *arriving.wait()
+        return part, *arrival.wait()
     except FloatingPointError as e:
         raise _broken(part, e) from None
 
@@ -120,51 +118,11 @@ def _broken(part: list[int], e: Exception) -> dnnlib.UserError:
     return dnnlib.UserError(f"seeds {part[0]} to {part[-1]}: {e}; a broken network or setting")
 
 
+def batch_size(n: int, batch: int) -> int:
+    """Return the batch size that gives `n` images as few batches as `batch` does, and fills the last one best."""
+    return math.ceil(n / max(math.ceil(n / batch), 1))
+
+
 def share_of(items: Sequence, rank: int, world_size: int) -> Sequence:
-    """The contiguous share of a process; shares follow each other in the order of ranks, equal but for one item."""
+    """Return the share of process `rank`: shares are contiguous, in the order of ranks, and equal but for one item."""
     return items[len(items) * rank // world_size : len(items) * (rank + 1) // world_size]
-
-
-class Stopwatch:
-    """Context manager that adds up the seconds the device spends inside; a GPU is not waited for until `seconds`."""
-
-    def __init__(self, device: torch.device):
-        self._device, self._spans = device, []
-
-    def __enter__(self) -> None:
-        self._start = self._mark()
-
-    def __exit__(self, *_exception) -> None:
-        self._spans.append((self._start, self._mark()))
-
-    def _mark(self):
-        if self._device.type == "cuda":
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-            return event
-        if self._device.type == "mps":
-            torch.mps.synchronize()
-        return time.perf_counter()
-
-    @property
-    def seconds(self) -> float:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-            return sum(start.elapsed_time(end) for start, end in self._spans) / 1000
-        return sum(end - start for start, end in self._spans)
-
-
-class EvaluationMeter:
-    """Counts the images that go through `networks` (modules), and the seconds that takes if there is a `stopwatch`."""
-
-    def __init__(self, *networks: torch.nn.Module, stopwatch: Stopwatch | None = None):
-        self.count, self.stopwatch = 0, stopwatch
-        for net in networks:
-            net.register_forward_pre_hook(self._before)
-            if stopwatch is not None:
-                net.register_forward_hook(lambda *_: stopwatch.__exit__())
-
-    def _before(self, _net: torch.nn.Module, args: tuple) -> None:
-        self.count += len(args[0])
-        if self.stopwatch is not None:
-            self.stopwatch.__enter__()

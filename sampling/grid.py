@@ -43,7 +43,7 @@ def image_sheet(
 
     `columns` default to about as many as rows. `scale` is the whole factor by which images are enlarged (nearest
     neighbour, so that pixels stay what they are); by default small images grow to about 64 pixels. `row_labels` stand
-    left of the rows, `column_labels` above the columns, `captions` (one an image, of one line or more) below the
+    left of the rows, `column_labels` above the columns, `captions` (one per image, of one or more lines) below the
     images. ValueError: no images, other than 1 or 3 channels.
     """
     images = np.asarray(images)

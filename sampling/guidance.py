@@ -1,11 +1,11 @@
-"""Guidance: a denoiser made from denoisers, so that every sampler can use every guidance and guidances compose.
+"""Guidance: a denoiser made from denoisers, so that every sampler takes every guidance, and guidances compose.
 
 A guided denoiser is called as a network is, `D(x, sigma, class_labels)`, and states the same facts about itself.
+`GatedGuidance` alone knows about noise levels and solver orders, and therefore stands outermost.
 """
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -14,51 +14,48 @@ import torch
 
 import dnnlib
 
-__all__ = ["AffineGuidance", "ClassifierFreeGuidance", "DiscriminatorGuidance", "Guidance", "at_step"]
+__all__ = [
+    "AffineGuidance",
+    "ClassifierFreeGuidance",
+    "DiscriminatorGuidance",
+    "GatedGuidance",
+    "at_step",
+    "gated_discriminator",
+]
 
-
-def at_step(net, order: int, sigma: float):
-    """The denoiser for a solver's first or second evaluation of a step (`order`), at `sigma`; a network is always the
-    same. The solver's number, so that nothing waits for a device to say what it has computed.
-    """
-    return net.at_step(order, sigma) if isinstance(net, Guidance) else net
+Denoiser = Callable[..., torch.Tensor]
 
 
 class Guidance:
-    """What a denoiser says about itself, forwarded from the one that is guided."""
+    """The facts that a denoiser states about itself, taken from the denoiser `net` that is guided.
 
-    networks = ("net",)  # the attributes that are denoisers
+    TypeError: `net` or one of the `others` inside it is gated; it would not hear of the solver's orders.
+    """
 
-    def __init__(self, net):
+    def __init__(self, net: Denoiser, *others: Denoiser):
+        for inner in (net, *others):
+            if isinstance(inner, GatedGuidance):
+                raise TypeError("a gated guidance must be outermost: guide its denoisers instead")
         self.net = net
         self.img_resolution, self.img_channels, self.label_dim = net.img_resolution, net.img_channels, net.label_dim
         self.sigma_min, self.sigma_max = net.sigma_min, net.sigma_max
 
     def round_sigma(self, sigma: torch.Tensor) -> torch.Tensor:
-        """The nearest noise level that the guided denoiser knows."""
+        """Return the nearest noise levels that the guided denoiser knows."""
         return self.net.round_sigma(sigma)
-
-    def at_step(self, order: int, sigma: float) -> Callable[..., torch.Tensor]:
-        """This guidance of what is guided at that order and noise level."""
-        other = copy.copy(self)
-        for name in self.networks:
-            setattr(other, name, at_step(getattr(self, name), order, sigma))
-        return other
 
 
 class AffineGuidance(Guidance):
     """D' = (1 + w) D - w D_2: away from a second, weaker denoiser (autoguidance: Karras et al., NeurIPS 2024, Eq. 3).
 
-    `weight` 0 leaves D alone and never calls D_2. The sigma range is what both know. UserError: D_2 has another
-    resolution, other channels or other classes.
+    `weight` 0 leaves D alone and never calls D_2. The range of noise levels is what both know. UserError: D_2 has
+    another resolution, other channels or other classes.
     """
 
-    networks = ("net", "net_2")
-
-    def __init__(self, net, net_2, weight: float):
-        super().__init__(net)
+    def __init__(self, net: Denoiser, net_2: Denoiser, weight: float):
+        super().__init__(net, net_2)
         if _format(net_2) != _format(net):
-            raise dnnlib.UserError(f"network_2 makes {_format(net_2)}; the network makes {_format(net)}")
+            raise dnnlib.UserError(f"the weaker network makes {_format(net_2)}; the network makes {_format(net)}")
         self.net_2, self.weight = net_2, weight
         self.sigma_min, self.sigma_max = max(net.sigma_min, net_2.sigma_min), min(net.sigma_max, net_2.sigma_max)
 
@@ -66,7 +63,7 @@ class AffineGuidance(Guidance):
         denoised = self.net(x, sigma, class_labels)
         if self.weight == 0:
             return denoised
-        # The same as the formula above, and exactly D where the two agree.
+        # The formula above in a form that gives exactly D where the two agree.
         return denoised + self.weight * (denoised - self.net_2(x, sigma, class_labels))
 
 
@@ -74,10 +71,10 @@ class ClassifierFreeGuidance(Guidance):
     """D' = D_0 + s (D_y - D_0), D_0 without a label (zeros), for networks trained with label dropout.
 
     Ho & Salimans, 2022. `scale` 1 is D_y and 0 is D_0, each at the cost of one evaluation; otherwise both are one
-    batch of twice the size. UserError: no classes.
+    batch of twice the size. UserError: the network has no classes.
     """
 
-    def __init__(self, net, scale: float):
+    def __init__(self, net: Denoiser, scale: float):
         super().__init__(net)
         if not net.label_dim:
             raise dnnlib.UserError("classifier-free guidance needs a network with labels; this one has none")
@@ -96,63 +93,50 @@ class ClassifierFreeGuidance(Guidance):
 
 
 class DiscriminatorGuidance(Guidance):
-    """D' = D + w sigma^2 grad_x f(x, sigma, y): the score plus w grad f, f the logit of "y is right" (Nguyen Cong
-    et al., ICCV 2025; sbdc.md, section 3).
+    """D' = D + w sigma^2 grad_x f(x, sigma, y): the score plus w grad f, where f is the logit of "y is right".
 
-    weights      of the first and second evaluation of a step
-    gate         [S_clip_min, S_clip_max]: at other noise levels D is left alone and f is not evaluated
-    noise_rates  eta [C], P(label wrong | observed): w is multiplied by the posterior probability that y is wrong for
-                 this x, sigmoid(logit eta_y - f + logit R_y), which makes weight 1 exact for the optimal f; None: w is
-                 constant, as in the paper
-    right_shares R [C], the share of right pairs with each label that f was trained on
+    Nguyen Cong et al., ICCV 2025; docs/methods/sbdc.md, section 3.
 
-    f is called with the very (x, sigma, y) that D gets. UserError: f has another resolution, channels or classes.
+    weight        w; 0 leaves D alone and never calls f
+    noise_rates   eta [C], P(label wrong | observed label): w is multiplied by the posterior probability that y is wrong
+                  for this x, sigmoid(logit eta_y - f + logit R_y), which makes weight 1 exact for the optimal f.
+                  None: w is constant, as in the paper
+    right_shares  R [C], the share of right pairs with each label that f was trained on
+    stopwatch     runs while the correction is computed
+
+    f is called with exactly the (x, sigma, y) that D gets. UserError: f has another resolution, channels or classes.
     """
 
     def __init__(
         self,
-        net,
-        discriminator,
+        net: Denoiser,
+        discriminator: Callable[..., torch.Tensor],
         *,
-        weights: Sequence[float] = (1, 1),
-        gate: Sequence[float] = (0, math.inf),
+        weight: float = 1,
         noise_rates: torch.Tensor | None = None,
         right_shares: torch.Tensor | None = None,
         stopwatch: AbstractContextManager | None = None,
     ):
         super().__init__(net)
         if not net.label_dim or _format(discriminator) != _format(net):
-            raise dnnlib.UserError(
-                f"--discriminator: trained on {_format(discriminator)}; the network makes {_format(net)}"
-            )
-        self.discriminator, self.weights, self.weight, self.gate = discriminator, tuple(weights), weights[0], gate
-        self.log_odds = None
+            raise dnnlib.UserError(f"trained on {_format(discriminator)}; the network makes {_format(net)}")
+        self.discriminator, self.weight, self.log_odds = discriminator, weight, None
         if noise_rates is not None:
             # logit eta + logit R; a label that is never wrong stays at -inf, whatever R is
             self.log_odds = torch.where(noise_rates > 0, noise_rates.logit() + right_shares.logit(), -math.inf)
         self.stopwatch = stopwatch or nullcontext()
 
-    def at_step(self, order: int, sigma: float) -> Callable[..., torch.Tensor]:
-        if self.weights[order - 1] == 0 or not self.gate[0] <= sigma <= self.gate[1]:
-            return at_step(self.net, order, sigma)
-        other = super().at_step(order, sigma)
-        other.weight, other.gate = self.weights[order - 1], None
-        return other
-
     def __call__(self, x: torch.Tensor, sigma: torch.Tensor, class_labels: torch.Tensor | None = None) -> torch.Tensor:
         denoised = self.net(x, sigma, class_labels)
+        if self.weight == 0:
+            return denoised
         sigma = torch.as_tensor(sigma, device=x.device)
-        factor = self.weight * sigma.square()
-        if self.gate is not None:  # not asked for `at_step`: noise levels that differ, or that a device keeps
-            inside = (sigma >= self.gate[0]) & (sigma <= self.gate[1])
-            if self.weight == 0 or not inside.any():
-                return denoised
-            factor = inside * factor
         with self.stopwatch:
-            return denoised + factor.reshape(-1, 1, 1, 1) * self.correction(x, sigma, class_labels)
+            factor = (self.weight * sigma.square()).reshape(-1, 1, 1, 1)
+            return denoised + factor * self.correction(x, sigma, class_labels)
 
     def correction(self, x: torch.Tensor, sigma: torch.Tensor, class_labels: torch.Tensor) -> torch.Tensor:
-        """grad_x f, for the calibrated weight times the probability that the label is wrong: [N,C,H,W] as x."""
+        """Return grad_x f [N,C,H,W]; with noise rates, multiplied by the probability that the label is wrong."""
         with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
             x = x.detach().requires_grad_(True)
             logits = self.discriminator(x, sigma, class_labels)
@@ -164,8 +148,64 @@ class DiscriminatorGuidance(Guidance):
             return gradient
         wrong = torch.sigmoid(self.log_odds.to(logits)[class_labels.argmax(dim=1)] - logits.detach())
         wrong = wrong.reshape(-1, 1, 1, 1)
-        # Where the label is right for certain an optimal logit is infinite, and its gradient no number.
+        # Where the label is certainly right, an optimal logit is infinite and its gradient is not a number.
         return torch.where(wrong > 0, gradient * wrong, 0)
+
+
+class GatedGuidance(Guidance):
+    """Guidance at some noise levels only, and another one for each of the two evaluations of a solver's step.
+
+    net     the denoiser outside the gate
+    guided  the denoisers inside it: for the first and for the second evaluation of a step
+    gate    lowest and highest noise level that are inside
+    """
+
+    def __init__(self, net: Denoiser, guided: Sequence[Denoiser], gate: Sequence[float] = (0, math.inf)):
+        super().__init__(net, *guided)
+        self.guided, self.gate = tuple(guided), tuple(gate)
+
+    def inside(self, sigma):
+        """Return whether noise levels are inside the gate: bool for a number, a tensor of bool for a tensor."""
+        return (sigma >= self.gate[0]) & (sigma <= self.gate[1])
+
+    def at_step(self, order: int, sigma: float) -> Denoiser:
+        """Return the denoiser for a step's first or second evaluation (`order` 1 or 2) at noise level `sigma`."""
+        return self.guided[order - 1] if self.inside(sigma) else self.net
+
+    def __call__(self, x: torch.Tensor, sigma: torch.Tensor, class_labels: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the denoised images, each by the denoiser for its own noise level and the first evaluation of a step.
+
+        Samplers call `at_step` instead, as this waits for the device to learn the noise levels.
+        """
+        inside = self.inside(torch.as_tensor(sigma, device=x.device)).reshape(-1, 1, 1, 1)
+        if inside.all():
+            return self.guided[0](x, sigma, class_labels)
+        plain = self.net(x, sigma, class_labels)
+        return torch.where(inside, self.guided[0](x, sigma, class_labels), plain) if inside.any() else plain
+
+
+def at_step(net: Denoiser, order: int, sigma: float) -> Denoiser:
+    """Return the denoiser for a step's first or second evaluation (`order` 1 or 2) at noise level `sigma`.
+
+    `sigma` is a number of the solver, so nothing waits for a device.
+    """
+    return net.at_step(order, sigma) if isinstance(net, GatedGuidance) else net
+
+
+def gated_discriminator(
+    net: Denoiser,
+    discriminator: Callable[..., torch.Tensor],
+    *,
+    weights: Sequence[float],
+    gate: Sequence[float] = (0, math.inf),
+    **kwargs,
+) -> GatedGuidance:
+    """Return `net` guided by a discriminator, with a weight for each evaluation of a step and a gate.
+
+    Other arguments as `DiscriminatorGuidance`.
+    """
+    guided = [DiscriminatorGuidance(net, discriminator, weight=weight, **kwargs) for weight in weights]
+    return GatedGuidance(net, guided, gate)
 
 
 def _format(net) -> str:

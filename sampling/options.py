@@ -1,40 +1,200 @@
-"""From generate.py's options to a denoiser with its guidance, and to a sampler."""
+"""The options of generate.py and sweep.py, and the checks that they fit together.
+
+The bag of options ends here and in the scripts: everything below takes what it needs.
+"""
 
 from __future__ import annotations
 
-import functools
+import math
 import os
 from collections.abc import Callable
+from typing import Any
 
 import click
 import torch
 
 import dnnlib
-from sampling.ddgan import check_options, ddgan_sampler, is_generator
-from sampling.generation import EvaluationMeter, Stopwatch
-from sampling.guidance import AffineGuidance, ClassifierFreeGuidance, DiscriminatorGuidance
-from sampling.output import check_free, is_zip
-from sampling.precision import prepare
-from sampling.samplers import ablation_sampler, heun_sampler
-from torch_utils import persistence
-from torch_utils.distributed import print0
-from training import networks, networks_ddgan, networks_resnet  # noqa: F401  They register what a snapshot may hold.
+from archives.writer import is_zip
+from dnnlib.cli import FLOAT_LIST, INT_LIST, FloatRange, given_options
+from sampling.ddgan import is_generator
+from sampling.loading import DEFAULT_WEIGHTS, PRECISIONS
+from sampling.samplers import SOLVERS
+from sampling.schedules import DISCRETIZATIONS, SCALINGS, SCHEDULES
+from training.options import add_options
 
-__all__ = ["check_usage", "choose_sampler", "guided", "load", "load_denoiser", "load_discriminator"]
+__all__ = [
+    "check_network",
+    "check_precision",
+    "check_usage",
+    "gate",
+    "generate_options",
+    "sampler_settings",
+    "sweep_options",
+]
 
-SAMPLER_OPTIONS = ["num_steps", "sigma_min", "sigma_max", "rho", "S_churn", "S_min", "S_max", "S_noise"]
-SAMPLER_PARTS = ["solver", "discretization", "schedule", "scaling"]
-GUIDANCE_OPTIONS = ["dg_mode", "dg_weight_1st_order", "dg_weight_2nd_order", "S_clip_min", "S_clip_max", "noise_rate"]
-DEFAULT_WEIGHTS = {"constant": (2.0, 0.0), "calibrated": (1.0, 1.0)}  # first and second order
+COUNT, POSITIVE, NOT_NEGATIVE = click.IntRange(min=1), FloatRange(min=0, min_open=True), FloatRange(min=0)
+NOT_NEGATIVE_OR_INF, RATE = FloatRange(min=0, finite=False), FloatRange(min=0, max=1)
+
+SAMPLER_SETTINGS = [
+    "num_steps",
+    "sigma_min",
+    "sigma_max",
+    "rho",
+    "S_churn",
+    "S_min",
+    "S_max",
+    "S_noise",
+    "solver",
+    "discretization",
+    "schedule",
+    "scaling",
+]
+GUIDANCE_SETTINGS = ["dg_mode", "dg_weight_1st_order", "dg_weight_2nd_order", "S_clip_min", "S_clip_max", "noise_rate"]
+# What generate.py can be asked when the network is a generator; everything else shapes the path of a denoiser.
+GENERATOR_OPTIONS = {
+    "network",
+    "outdir",
+    "seeds",
+    "subdirs",
+    "classes",
+    "batch",
+    "grid",
+    "save_each_sample",
+    "device",
+    "trust_pickle",
+    "precision",
+    "compile",
+}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The tables, one option per line.
+
+
+# fmt: off
+def seeds_option(default: str) -> Callable:
+    """Return the option --seeds."""
+    return click.option("--seeds", metavar="LIST", type=INT_LIST, default=default, help="Random seeds, one per image, e.g. 1,2,5-10")
+
+
+def batch_option(default: int) -> Callable:
+    """Return the option --batch."""
+    return click.option("--batch", metavar="INT", type=COUNT, default=default, help="Images that each process makes at a time")
+
+
+def discriminator_option(required: bool = False) -> Callable:
+    """Return the option --discriminator."""
+    default = "" if required else "  [default: no guidance]"
+    return click.option("--discriminator", metavar="PKL|DIR|URL", required=required, help=f"Snapshot of train_discriminator.py, or its run directory: it corrects what the network learned from wrong labels{default}")
+
+
+network_option = click.option("--network", metavar="PKL|DIR|URL", required=True, help="Snapshot to sample, or its run directory")
+steps_option = click.option("--steps", "num_steps", metavar="INT", type=COUNT, default=18, help="Number of sampling steps")
+noise_rate_option = click.option("--noise_rate", metavar="R", type=RATE, help="Share of wrong labels, for calibrated weights  [default: that of each class in the label file]")
+device_option = click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto", help="Where to run")
+trust_option = click.option("--trust_pickle", is_flag=True, help="Run code that a snapshot contains; only for files that you trust")
+clip_options = add_options([
+    click.option("--S_clip_min", "S_clip_min", metavar="SIGMA", type=NOT_NEGATIVE, help="Lowest noise level that the discriminator corrects  [default: 0]"),
+    click.option("--S_clip_max", "S_clip_max", metavar="SIGMA", type=NOT_NEGATIVE, help="Highest noise level that it corrects  [default: inf]"),
+])
+
+image_options = add_options([
+    network_option,
+    click.option("--outdir", metavar="DIR|ZIP", required=True, help="Folder for the images, or X.zip for one file"),
+    seeds_option("0-63"),
+    click.option("--subdirs", is_flag=True, help="Make a subfolder for every 1000 seeds"),
+    click.option("--class", "classes", metavar="LIST", type=INT_LIST, help="Class of all images, or several classes in turn: seed s gets class number s mod n of the list  [default: drawn from the seed]"),
+    batch_option(64),
+])
+
+sampler_options = add_options([
+    steps_option,
+    click.option("--sigma_min", metavar="FLOAT", type=POSITIVE, help="Lowest noise level  [default: 0.002, or that of --disc]"),
+    click.option("--sigma_max", metavar="FLOAT", type=POSITIVE, help="Highest noise level  [default: 80, or that of --disc]"),
+    click.option("--rho", metavar="FLOAT", type=POSITIVE, default=7, help="Exponent of EDM's steps; larger values put more steps at low noise"),
+    click.option("--S_churn", "S_churn", metavar="FLOAT", type=NOT_NEGATIVE, default=0, help="How much fresh noise the steps add"),
+    click.option("--S_min", "S_min", metavar="FLOAT", type=NOT_NEGATIVE, default=0, help="Lowest noise level at which they add it"),
+    click.option("--S_max", "S_max", metavar="FLOAT", type=NOT_NEGATIVE_OR_INF, default=math.inf, help="Highest noise level at which they add it"),
+    click.option("--S_noise", "S_noise", metavar="FLOAT", type=NOT_NEGATIVE, default=1, help="Standard deviation of that noise"),
+    click.option("--solver", type=click.Choice(SOLVERS), help="One or two evaluations per step. This option and the next three choose the general sampler of the EDM paper  [default: heun]"),
+    click.option("--disc", "discretization", type=click.Choice(DISCRETIZATIONS), help="Where the steps lie  [default: edm]"),
+    click.option("--schedule", type=click.Choice(SCHEDULES), help="Noise schedule sigma(t)  [default: linear]"),
+    click.option("--scaling", type=click.Choice(SCALINGS), help="Signal scaling s(t)  [default: none]"),
+])
+
+guidance_options = add_options([
+    click.option("--network_2", metavar="PKL|DIR|URL", help="A weaker network to steer away from; needs --affine_weight  [default: no guidance]"),
+    click.option("--affine_weight", metavar="W", type=FloatRange(), help="Affine guidance: D' = (1+W) D - W D_2  [default: no guidance]"),
+    click.option("--cfg", metavar="S", type=FloatRange(), help="Classifier-free guidance: D' = D_0 + S (D_y - D_0)  [default: no guidance]"),
+    discriminator_option(),
+    click.option("--dg_mode", type=click.Choice(list(DEFAULT_WEIGHTS)), help="Weight of the discriminator's gradient: constant, or multiplied by the probability that the label is wrong for this image  [default: constant]"),
+    click.option("--dg_weight_1st_order", metavar="W", type=FloatRange(), help="Weight at the first evaluation of each step  [default: constant 2, calibrated 1]"),
+    click.option("--dg_weight_2nd_order", metavar="W", type=FloatRange(), help="Weight at the second evaluation of each step  [default: constant 0, calibrated 1]"),
+    clip_options,
+    noise_rate_option,
+])
+
+output_options = add_options([
+    click.option("--grid", metavar="PNG", type=click.Path(dir_okay=False), help="Also write all images as one picture  [default: no picture]"),
+    click.option("--save_each_sample", is_flag=True, expose_value=False, help="Write every image; this is always so"),
+])
+
+run_options = add_options([
+    device_option,
+    click.option("--precision", type=click.Choice(PRECISIONS), help="Arithmetic of the network. bf16 is faster and keeps nearly all pixels within one gray level; fp16 and tf32 need CUDA  [default: fp32, or fp16 on CUDA if the network was trained so]"),
+    click.option("--compile", is_flag=True, help="Compile the network first: it takes minutes and pays off for many images"),
+    trust_option,
+])
+
+generate_options = add_options([image_options, sampler_options, guidance_options, output_options, run_options])
+
+sweep_options = add_options([
+    network_option,
+    discriminator_option(required=True),
+    click.option("--data", metavar="PATH", required=True, help="Reference archive, with clean labels for its judge"),
+    click.option("--detector", metavar="NAME", required=True, help="As in fid.py evaluate"),
+    click.option("--judge", metavar="svm|PKL", default="svm", help="As in fid.py evaluate"),
+    click.option("--outdir", metavar="DIR", required=True, help="Folder for the plot, the table and the images"),
+    click.option("--weights", metavar="LIST", type=FLOAT_LIST, default="0.2,0.5,1,1.5,2,3", help="Weights to try, each at both evaluations of a step"),
+    click.option("--modes", type=click.Choice([*DEFAULT_WEIGHTS, "both"]), default="both", help="Kinds of weight to try, as --dg_mode in generate.py"),
+    seeds_option("0-999"),
+    batch_option(250),
+    steps_option,
+    clip_options,
+    noise_rate_option,
+    device_option,
+    trust_option,
+])
+# fmt: on
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Groups of settings, from the options of a command.
+
+
+def sampler_settings(o: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of `choose_sampler`; None and missing ones are the sampler's own defaults."""
+    return {name: o.get(name) for name in SAMPLER_SETTINGS}
+
+
+def gate(o: dict[str, Any]) -> tuple[float, float]:
+    """Return the lowest and the highest noise level that the discriminator corrects."""
+    return (0.0 if o["S_clip_min"] is None else o["S_clip_min"]), (
+        math.inf if o["S_clip_max"] is None else o["S_clip_max"]
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Whether they fit together.
 
 
 def check_usage(o: dnnlib.EasyDict) -> None:
-    """Raise for options that contradict each other, before anything is loaded."""
+    """Raise UsageError for options that contradict each other, before anything is loaded."""
     if o.affine_weight is not None and o.network_2 is None:
         raise click.UsageError(f"--affine_weight={o.affine_weight:g}: needs a second network, --network_2")
     if o.network_2 is not None and o.affine_weight is None:
         raise click.UsageError(f"--network_2={o.network_2}: needs its weight, --affine_weight")
-    for name in GUIDANCE_OPTIONS:
+    for name in GUIDANCE_SETTINGS:
         if o[name] is not None and o.discriminator is None:
             raise click.UsageError(f"--{name}={o[name]}: needs --discriminator")
     if o.noise_rate is not None and o.dg_mode != "calibrated":
@@ -45,106 +205,30 @@ def check_usage(o: dnnlib.EasyDict) -> None:
     if o.grid is None:
         return
     if not o.grid.lower().endswith(".png"):
-        raise click.UsageError(f"--grid={o.grid}: the sheet is a PNG; give a name that ends in .png")
+        raise click.UsageError(f"--grid={o.grid}: the picture is a PNG; give a name that ends in .png")
     outdir = os.path.abspath(o.outdir)
     if not is_zip(outdir) and os.path.commonpath([outdir, os.path.abspath(o.grid)]) == outdir:
-        raise click.UsageError(f"--grid={o.grid}: inside --outdir the sheet would count as an image; put it elsewhere")
+        raise click.UsageError(
+            f"--grid={o.grid}: inside --outdir it would count as one of the images; put it elsewhere"
+        )
 
 
-def load(
-    o: dnnlib.EasyDict, device: torch.device
-) -> tuple[Callable, EvaluationMeter, Stopwatch | None, list[str] | None]:
-    """The denoiser with its guidance, meters of its networks and of any discriminator, and its class names or None.
-
-    `o`: generate.py's options; those that are missing are not given.
-    """
-    check_free(o.outdir)
-    net, modules, names = load_denoiser(o, device)
-    if o.discriminator is None:  # The clock makes some devices wait; it is for the ratio of the two times only.
-        return net, EvaluationMeter(*modules), None, names
-    stopwatch = Stopwatch(device)
-    net = guided(net, load_discriminator(o, device), o, device, stopwatch)
-    return net, EvaluationMeter(*modules, stopwatch=Stopwatch(device)), stopwatch, names
+def check_precision(precision: str | None, device: torch.device) -> None:
+    """Raise UsageError for a precision that the device does not have."""
+    if precision in ("tf32", "fp16") and device.type != "cuda":
+        raise click.UsageError(f"--precision={precision}: for CUDA only, this is {device.type}; use fp32 or bf16")
 
 
-def load_denoiser(o: dnnlib.EasyDict, device: torch.device) -> tuple[Callable, list[torch.nn.Module], list[str] | None]:
-    """The denoiser guided by all but a discriminator, its networks, and its class names or None."""
-    if o.get("precision") in ("tf32", "fp16") and device.type != "cuda":
-        raise click.UsageError(f"--precision={o.precision}: for CUDA only, this is {device.type}; use fp32 or bf16")
-
-    def ready(snapshot: dict) -> torch.nn.Module:
-        return prepare(snapshot["ema"].to(device), o.get("precision"), o.get("compile", False))
-
-    snapshot = load_snapshot(o.network, o, "denoiser", "generator")
-    if is_generator(snapshot["ema"]):
-        check_options(o.network)
-    net = ready(snapshot)
-    modules = [net]
-    if net.img_channels not in (1, 3):
-        raise dnnlib.UserError(f"--network={o.network}: makes images of {net.img_channels} channels; PNGs have 1 or 3")
-    if o.get("classes") is not None and max(o.classes) >= net.label_dim:
+def check_network(o: dnnlib.EasyDict, net: torch.nn.Module) -> None:
+    """Raise UsageError for options that the network of --network cannot follow."""
+    if is_generator(net):
+        for option in given_options(besides=GENERATOR_OPTIONS):
+            raise click.UsageError(
+                f"{option}: is for diffusion models in EDM's sense, but {o.network} holds a generator, "
+                "whose steps are fixed; leave it out"
+            )
+    if o.classes is not None and max(o.classes) >= net.label_dim:
         known = f"knows classes 0 to {net.label_dim - 1}" if net.label_dim else "was trained without labels"
         raise click.UsageError(f"--class={max(o.classes)}: this network {known}")
-    if o.get("cfg") is not None:
-        if not net.label_dim:
-            raise click.UsageError(f"--cfg={o.cfg:g}: needs a network trained with labels; this one was not")
-        net = ClassifierFreeGuidance(net, o.cfg)
-    if o.get("network_2") is not None:
-        modules.append(ready(load_snapshot(o.network_2, o, "denoiser")))
-        net = AffineGuidance(net, modules[1], o.affine_weight)
-    return net, modules, (snapshot.get("info") or {}).get("class_names")
-
-
-def load_discriminator(o: dnnlib.EasyDict, device: torch.device) -> dict:
-    """The snapshot of --discriminator, its network on the device."""
-    snapshot = load_snapshot(o.discriminator, o, "discriminator")
-    return snapshot | dict(ema=snapshot["ema"].to(device))
-
-
-def guided(
-    net: Callable, snapshot: dict, o: dnnlib.EasyDict, device: torch.device, stopwatch: Stopwatch | None = None
-) -> DiscriminatorGuidance:
-    """The denoiser corrected by the discriminator of `load_discriminator`."""
-    mode = o.dg_mode or "constant"
-    rates, shares = None, None
-    if mode == "calibrated":
-        info = snapshot.get("info") or {}
-        rates, shares = info.get("noise_rates"), info.get("right_shares")
-        if shares is None or rates is None:
-            raise dnnlib.UserError(
-                f"--dg_mode=calibrated: {o.discriminator} does not say what it was trained on; use --dg_mode=constant"
-            )
-        rates, shares = (torch.tensor(x, dtype=torch.float32, device=device) for x in (rates, shares))
-        if o.noise_rate is not None:
-            rates = torch.full_like(rates, o.noise_rate)
-    given = (o.dg_weight_1st_order, o.dg_weight_2nd_order)
-    weights = [default if w is None else w for w, default in zip(given, DEFAULT_WEIGHTS[mode], strict=True)]
-    low, high = gate(o)
-    print0(f"Guidance: {mode}, weights {weights[0]:g} and {weights[1]:g}, where {low:g} <= sigma <= {high:g}")
-    return DiscriminatorGuidance(
-        net,
-        snapshot["ema"],
-        weights=weights,
-        gate=(low, high),
-        noise_rates=rates,
-        right_shares=shares,
-        stopwatch=stopwatch,
-    )
-
-
-def gate(o: dnnlib.EasyDict) -> tuple[float, float]:
-    """The noise levels at which the discriminator is asked; by default all."""
-    return (0.0 if o.S_clip_min is None else o.S_clip_min), (float("inf") if o.S_clip_max is None else o.S_clip_max)
-
-
-def load_snapshot(pattern: str, o: dnnlib.EasyDict, *kinds: str) -> dict:
-    path = persistence.find_snapshot(pattern)
-    return persistence.load_snapshot(path, trust_pickle=o.trust_pickle, kind=kinds)
-
-
-def choose_sampler(o: dnnlib.EasyDict, net: Callable) -> Callable:
-    """EDM's sampler, or the general one as soon as a part of it is named; None leaves the sampler its own default."""
-    if is_generator(net):
-        return ddgan_sampler
-    kwargs = {name: o[name] for name in SAMPLER_OPTIONS + SAMPLER_PARTS if o.get(name) is not None}
-    return functools.partial(ablation_sampler if any(map(o.get, SAMPLER_PARTS)) else heun_sampler, **kwargs)
+    if o.cfg is not None and not net.label_dim:
+        raise click.UsageError(f"--cfg={o.cfg:g}: needs a network trained with labels; this one was not")

@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dnnlib
+from sampling.generation import StackedRandomGenerator
 from sampling.guidance import AffineGuidance, ClassifierFreeGuidance
-from sampling.samplers import DISCRETIZATIONS, SCALINGS, SCHEDULES, ablation_sampler, heun_sampler
-from sampling.seeds import StackedRandomGenerator
+from sampling.samplers import ablation_sampler, heun_sampler
+from sampling.schedules import DISCRETIZATIONS, SCALINGS, SCHEDULES
 from tests.support.paths import FIXTURES
 
 SEEDS = np.load(FIXTURES / "sampler_seeds.npz")
@@ -35,7 +36,7 @@ class Denoiser:
 
 
 def toy(x, sigma, labels):
-    """The fixtures' denoiser (edm.md, Sampler fixtures)."""
+    """The fixtures' denoiser (docs/methods/edm.md, Sampler fixtures)."""
     return x / (1 + sigma**2) + 0.3 * x.sin() * sigma / (1 + sigma) + 0.1 * labels.argmax(1).to(x).reshape(-1, 1, 1, 1)
 
 
@@ -66,7 +67,7 @@ def test_seeds_reproduce_the_published_streams_exactly():
 
 @settings(max_examples=20, deadline=None)
 @given(st.lists(st.integers(0, 2**40), min_size=1, max_size=5), st.data())
-def test_a_seeds_stream_does_not_depend_on_its_neighbours(seeds, data):
+def test_a_seeds_stream_does_not_depend_on_its_neighbors(seeds, data):
     part = data.draw(st.lists(st.sampled_from(range(len(seeds))), min_size=1))
     together = StackedRandomGenerator("cpu", seeds)
     alone = StackedRandomGenerator("cpu", [seeds[i] % 2**32 for i in part])
@@ -203,7 +204,7 @@ def test_unknown_parts_and_an_empty_iddpm_range_are_refused():
 # Guidance.
 
 
-def labelled(slope):
+def labeled(slope):
     return Denoiser(lambda x, sigma, labels: slope * x + sigma * (labels @ torch.arange(1.0, 4)).reshape(-1, 1, 1, 1))
 
 
@@ -213,7 +214,7 @@ X, SIGMA, LABELS = torch.linspace(-1, 1, 36).reshape(2, 2, 3, 3), torch.tensor(0
 @settings(max_examples=20, deadline=None)
 @given(st.floats(-3, 3), st.floats(-3, 3))
 def test_guidance_is_the_stated_combination_and_composes(w, s):
-    net, net_2 = labelled(0.5), labelled(0.2)
+    net, net_2 = labeled(0.5), labeled(0.2)
     d, d_0, d_2 = net(X, SIGMA, LABELS), net(X, SIGMA, 0 * LABELS), net_2(X, SIGMA, LABELS)
     guided = ClassifierFreeGuidance(net, s)
     torch.testing.assert_close(guided(X, SIGMA, LABELS), d_0 + s * (d - d_0))
@@ -224,24 +225,24 @@ def test_guidance_is_the_stated_combination_and_composes(w, s):
         rtol=1e-4,
         atol=1e-4,
     )
-    assert torch.equal(AffineGuidance(net, labelled(0.5), w)(X, SIGMA, LABELS), d)
+    assert torch.equal(AffineGuidance(net, labeled(0.5), w)(X, SIGMA, LABELS), d)
 
 
 def test_guidance_of_no_effect_costs_nothing_and_changes_nothing():
-    net, net_2 = labelled(0.5), labelled(0.2)
-    expected = labelled(0.5)(X, SIGMA, LABELS)
+    net, net_2 = labeled(0.5), labeled(0.2)
+    expected = labeled(0.5)(X, SIGMA, LABELS)
     assert torch.equal(AffineGuidance(net, net_2, 0)(X, SIGMA, LABELS), expected)
     assert torch.equal(ClassifierFreeGuidance(net, 1)(X, SIGMA, LABELS), expected)
     assert (len(net.sigmas), len(net_2.sigmas)) == (2, 0)
-    assert torch.equal(ClassifierFreeGuidance(net, 0)(X, SIGMA, LABELS), labelled(0.5)(X, SIGMA, 0 * LABELS))
+    assert torch.equal(ClassifierFreeGuidance(net, 0)(X, SIGMA, LABELS), labeled(0.5)(X, SIGMA, 0 * LABELS))
     assert len(net.sigmas) == 3
-    unlabelled = Denoiser(gaussian)
-    ClassifierFreeGuidance(unlabelled, 4)(X, SIGMA)
-    assert len(unlabelled.sigmas) == 1
+    unlabeled = Denoiser(gaussian)
+    ClassifierFreeGuidance(unlabeled, 4)(X, SIGMA)
+    assert len(unlabeled.sigmas) == 1
 
 
 def test_a_guided_denoiser_states_what_a_denoiser_states_and_can_be_sampled():
-    net, net_2 = labelled(0.5), labelled(0.2)
+    net, net_2 = labeled(0.5), labeled(0.2)
     net.sigma_max, net_2.sigma_min = 50, 0.01
     net.round_sigma = lambda sigma: torch.as_tensor(sigma) * 1.0
     guided = AffineGuidance(ClassifierFreeGuidance(net, 2), net_2, 1)
@@ -253,10 +254,10 @@ def test_a_guided_denoiser_states_what_a_denoiser_states_and_can_be_sampled():
 
 @pytest.mark.parametrize("name, value", [("img_resolution", 8), ("img_channels", 1), ("label_dim", 0)])
 def test_networks_that_do_not_fit_are_refused(name, value):
-    other = labelled(1)
+    other = labeled(1)
     setattr(other, name, value)
-    with pytest.raises(dnnlib.UserError, match="network_2 makes .* the network makes 3x3 images with 2 channel"):
-        AffineGuidance(labelled(1), other, 1)
+    with pytest.raises(dnnlib.UserError, match="weaker network makes .* the network makes 3x3 images with 2 channel"):
+        AffineGuidance(labeled(1), other, 1)
     other.label_dim = 0
     with pytest.raises(dnnlib.UserError, match="network with labels"):
         ClassifierFreeGuidance(other, 2)

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 
+from archives.writer import ArchiveWriter
 from benchmarks import sampling_rows
-from sampling import output
 from sampling.generation import batch_size, generate_images
-from sampling.guidance import ClassifierFreeGuidance, DiscriminatorGuidance
+from sampling.guidance import ClassifierFreeGuidance, gated_discriminator
+from sampling.loading import prepare
 from sampling.output import save_images
-from sampling.precision import prepare
 from sampling.samplers import ablation_sampler, heun_sampler
 from tests.support.denoisers import Recorder, denoise, linear
 from tests.support.generated import FAST, assert_same_images, make, random_network, read, run
@@ -40,7 +40,7 @@ def images_of(net, n=20, **kwargs):
 # Precision and compilation.
 
 
-def test_bf16_stays_within_a_grey_level_where_it_runs(network, tmp_path):
+def test_bf16_stays_within_a_gray_level_where_it_runs(network, tmp_path):
     make(tmp_path / "plain", network, "--seeds=0-39", "--steps=18")
     make(tmp_path / "bf16", network, "--seeds=0-39", "--steps=18", "--precision=bf16")
     plain, bf16 = (read(tmp_path / name)[0].astype(int) for name in ("plain", "bf16"))
@@ -149,7 +149,7 @@ def test_batches_of_one_size_make_the_same_images():
 @pytest.mark.parametrize("sampler", [heun_sampler, functools.partial(ablation_sampler, schedule="vp", scaling="vp")])
 def test_no_step_asks_the_device_for_a_number(monkeypatch, sampler):
     probe = Recorder(linear)
-    net = DiscriminatorGuidance(Recorder(denoise), probe, weights=(0.01, 0.01), gate=(1.5, 50))
+    net = gated_discriminator(Recorder(denoise), probe, weights=(0.01, 0.01), gate=(1.5, 50))
     calls = []
 
     def counted(read):
@@ -185,7 +185,7 @@ def test_classifier_free_guidance_is_one_batch(sigma):
 
 def test_batches_are_written_in_order_while_the_next_is_made(tmp_path, monkeypatch):
     threads, stored, made = set(), [], []
-    add = output._Archive.add
+    add = ArchiveWriter.add
 
     def slow(self, name, data):
         threads.add(threading.current_thread())
@@ -198,7 +198,7 @@ def test_batches_are_written_in_order_while_the_next_is_made(tmp_path, monkeypat
             assert len(stored) >= 2 * (i - 1)  # no more than the batch before waits in memory
             yield [2 * i, 2 * i + 1], np.full([2, 8, 8, 1], i, np.uint8), None
 
-    monkeypatch.setattr(output._Archive, "add", slow)
+    monkeypatch.setattr(ArchiveWriter, "add", slow)
     save_images(batches(), str(tmp_path / "out.zip"))
     assert stored == [f"{i:06d}.png" for i in range(12)] + ["dataset.json"]
     assert len(threads) == 2 and threading.main_thread() in threads  # it adds dataset.json alone
@@ -209,7 +209,7 @@ def test_an_archive_that_cannot_grow_ends_the_run(tmp_path, monkeypatch):
     def full(self, name, data):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(output._Archive, "add", full)
+    monkeypatch.setattr(ArchiveWriter, "add", full)
     batches = (([i], np.zeros([1, 8, 8, 1], np.uint8), None) for i in range(100))
     with pytest.raises(OSError, match="No space left"):
         save_images(batches, str(tmp_path / "out.zip"))

@@ -10,10 +10,16 @@ import torch
 import dnnlib
 from archives.label_noise import transition_matrix
 from sampling.generation import generate_images
-from sampling.guidance import AffineGuidance, ClassifierFreeGuidance, DiscriminatorGuidance
+from sampling.guidance import (
+    AffineGuidance,
+    ClassifierFreeGuidance,
+    DiscriminatorGuidance,
+    GatedGuidance,
+    gated_discriminator,
+)
 from sampling.samplers import ablation_sampler, heun_sampler
 from tests.support.denoisers import Recorder, denoise, linear
-from tests.support.objectives import CPU, Data, make_config
+from tests.support.objectives import CPU, Data, make_config, ready
 from torch_utils import misc
 from training.objectives.discriminator import DiscriminatorObjective, Shuffle, right_shares
 from training.objectives.simix import nearest_partners
@@ -146,7 +152,7 @@ def sample(net, sampler, batch=4, seeds=range(4)):
 @pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS)
 def test_discriminator_sees_what_the_network_sees(sampler):
     net, probe = Recorder(denoise), Recorder(linear)
-    sample(DiscriminatorGuidance(net, probe, weights=(0.1, 0.1)), sampler)
+    sample(DiscriminatorGuidance(net, probe, weight=0.1), sampler)
     assert len(net.calls) == len(probe.calls) == 9
     for ours, theirs in zip(net.calls, probe.calls, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
@@ -155,7 +161,7 @@ def test_discriminator_sees_what_the_network_sees(sampler):
 def test_correction_is_weight_times_variance_times_gradient():
     x = torch.randn([2, 1, 2, 2], dtype=torch.float64)
     labels, sigma = torch.eye(3)[[0, 2]], torch.tensor(3.0, dtype=torch.float64)
-    guided = DiscriminatorGuidance(Recorder(denoise), Recorder(linear), weights=(0.5, 0.25))
+    guided = gated_discriminator(Recorder(denoise), Recorder(linear), weights=(0.5, 0.25))
     gradient = torch.arange(1.0, 5).reshape(1, 1, 2, 2) * torch.tensor([1.0, 3.0]).reshape(2, 1, 1, 1)
     for order, weight in ((1, 0.5), (2, 0.25)):
         found = guided.at_step(order, 3.0)(x, sigma, labels) - denoise(x, sigma, labels)
@@ -175,18 +181,35 @@ def test_constant_discriminator_changes_nothing(sampler, calibrated):
 @pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS)
 def test_gate(sampler):
     plain, closed = sample(Recorder(denoise), sampler), Recorder(linear)
-    assert np.array_equal(sample(DiscriminatorGuidance(Recorder(denoise), closed, gate=(1e3, 1e4)), sampler), plain)
+    guided = gated_discriminator(Recorder(denoise), closed, weights=(1, 1), gate=(1e3, 1e4))
+    assert np.array_equal(sample(guided, sampler), plain)
     assert not closed.calls
     net, half = Recorder(denoise), Recorder(linear)
-    sample(DiscriminatorGuidance(net, half, weights=(0.01, 0.01), gate=(1.5, 50)), sampler)
+    sample(gated_discriminator(net, half, weights=(0.01, 0.01), gate=(1.5, 50)), sampler)
     seen, asked = ([float(sigma) for _, sigma, _ in r.calls] for r in (net, half))
     assert asked == [s for s in seen if 1.5 <= s <= 50] and 0 < len(asked) < len(seen)
+
+
+def test_gate_picks_the_denoiser_of_each_image_when_it_is_called_directly():
+    plain, first, second = (Recorder(lambda x, sigma, labels, k=k: k * x) for k in (1, 2, 3))
+    gated = GatedGuidance(plain, (first, second), gate=(1.5, 50))
+    x, sigma = torch.ones([4, 1, 2, 2]), torch.tensor([1.4, 1.5, 50.0, 51.0])
+    assert gated(x, sigma, torch.eye(3)[[0, 1, 2, 0]])[:, 0, 0, 0].tolist() == [1, 2, 2, 1]
+    for level, factor in ((1.0, 1), (torch.tensor(2.0), 2), (sigma[1:3], 2), (sigma[::3], 1)):
+        for recorder in (plain, first):
+            recorder.calls.clear()
+        assert torch.equal(gated(x[:2], level, torch.eye(3)[:2]), factor * x[:2])
+        assert (len(plain.calls), len(first.calls)) == ((1, 0) if factor == 1 else (0, 1))
+    assert not second.calls
+    for level, inside in ((1.4, False), (1.5, True), (50.0, True), (50.1, False)):
+        assert gated.inside(level) is inside
+        assert gated.at_step(2, level) is (second if inside else plain)
 
 
 def test_weights_of_the_two_orders():
     def calls(*weights):
         net, probe = Recorder(denoise), Recorder(linear)
-        sample(DiscriminatorGuidance(net, probe, weights=weights), heun_sampler)
+        sample(gated_discriminator(net, probe, weights=weights), heun_sampler)
         return [[round(float(sigma), 6) for _, sigma, _ in r.calls] for r in (net, probe)]
 
     levels, first = calls(1, 0)
@@ -195,13 +218,32 @@ def test_weights_of_the_two_orders():
 
 def test_composes_with_other_guidance():
     strong, weak = Recorder(lambda *a: denoise(*a) * 1.5), Recorder(denoise)
-    inner = DiscriminatorGuidance(strong, Recorder(linear), weights=(1, 3))
-    net = ClassifierFreeGuidance(AffineGuidance(inner, weak, 2.0), 1)
+
+    def guided(weight):
+        inner = DiscriminatorGuidance(strong, Recorder(linear), weight=weight)
+        return ClassifierFreeGuidance(AffineGuidance(inner, weak, 2.0), 1)
+
+    net = GatedGuidance(strong, (guided(1), guided(3)))
     x, labels, sigma = torch.ones([1, 1, 2, 2]), torch.eye(3)[[1]], torch.tensor(2.0)
     for order, weight in ((1, 1), (2, 3)):
         corrected = 1.5 * denoise(x, sigma, None) + weight * 4 * 2 * torch.arange(1.0, 5).reshape(1, 1, 2, 2)
         expected = corrected + 2 * (corrected - denoise(x, sigma, None))
         torch.testing.assert_close(net.at_step(order, 2.0)(x, sigma, labels), expected)
+
+
+def test_a_gate_inside_other_guidance_is_refused():
+    net = Recorder(denoise)
+    gated = gated_discriminator(net, Recorder(linear), weights=(2, 0))
+    for wrap in (
+        lambda: ClassifierFreeGuidance(gated, 2),
+        lambda: AffineGuidance(gated, net, 1),
+        lambda: AffineGuidance(net, gated, 1),
+        lambda: DiscriminatorGuidance(gated, Recorder(linear)),
+        lambda: GatedGuidance(gated, (net, net)),
+        lambda: GatedGuidance(net, (net, gated)),
+    ):
+        with pytest.raises(TypeError, match="outermost"):
+            wrap()
 
 
 def test_images_do_not_depend_on_the_batch():
@@ -245,9 +287,16 @@ def test_other_formats_are_refused():
 
 def make_objective(data, is_clean, transition=None, **kwargs):
     config = make_config(discriminator=dict(shift=0.0))
-    config["network"]["kwargs"] = dict(depth="small", model_channels=8, channel_mult=[1, 1])
-    return DiscriminatorObjective(
-        config, data, CPU, is_clean=is_clean, noise_rates=np.full(data.label_dim, 0.4), transition=transition, **kwargs
+    config.network.kwargs = dict(depth="small", model_channels=8, channel_mult=[1, 1])
+    return ready(
+        DiscriminatorObjective,
+        config,
+        data,
+        CPU,
+        is_clean=is_clean,
+        noise_rates=np.full(data.label_dim, 0.4),
+        transition=transition,
+        **kwargs,
     )
 
 

@@ -15,7 +15,8 @@ from PIL import Image
 
 import dnnlib
 from sampling import output
-from sampling.generation import generate_images, share_of, to_uint8
+from sampling.arrival import Arrival
+from sampling.generation import generate_images, share_of
 from sampling.grid import image_sheet, save_grid
 from sampling.output import save_images
 from tests.support.generated import FAST, assert_same_images, make, random_network, read, run
@@ -62,7 +63,7 @@ def reference(pkl, tmp_path_factory):
 # What comes out.
 
 
-def test_folder_is_a_labelled_data_set(pkl, tmp_path):
+def test_folder_is_a_labeled_data_set(pkl, tmp_path):
     text = make(tmp_path / "out", f"--network={pkl['cond']}", "--seeds=3,0-1,1000", "--grid", tmp_path / "sheet.png")
     names = ["000003.png", "000000.png", "000001.png", "001000.png"]
     assert sorted(os.listdir(tmp_path / "out")) == sorted([*names, "dataset.json"])
@@ -204,9 +205,9 @@ def test_generate_images_takes_one_class_per_seed():
         next(generate_images(net, range(5), device=torch.device("cpu"), class_idx=3))
 
 
-def test_rounding_to_grey_levels():
+def test_rounding_to_gray_levels():
     x = torch.tensor([-2, -1, -1 + 0.5 / 127.5, 0, 1, 2]).reshape(6, 1, 1, 1)
-    assert to_uint8(x).ravel().tolist() == [0, 0, 1, 128, 255, 255]
+    assert Arrival(x).wait()[0].ravel().tolist() == [0, 0, 1, 128, 255, 255]
 
 
 @pytest.mark.parametrize("n, world_size", [(20, 3), (1, 4), (7, 7)])
@@ -233,7 +234,7 @@ def test_shares_cover_everything_once_and_evenly(n, world_size):
         (2, "--cfg", ["--cfg=nan"]),
         (2, "--affine_weight=1: needs a second network", ["--affine_weight=1"]),
         (2, "needs its weight", ["--network_2=weak"]),
-        (2, "--grid=x.jpg: the sheet is a PNG", ["--grid=x.jpg"]),
+        (2, "--grid=x.jpg: the picture is a PNG", ["--grid=x.jpg"]),
         (2, "inside --outdir", ["--grid=OUT/sheet.png"]),
         (1, "16x16 images", ["--network_2=large", "--affine_weight=1"]),
         (1, "3 channel(s)", ["--network_2=rgb", "--affine_weight=1"]),
@@ -278,7 +279,7 @@ def test_other_runs_are_neither_mixed_in_nor_replaced(pkl, tmp_path, there, outd
     (tmp_path / there).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / there).write_text("theirs")
     result = run(f"--outdir={tmp_path / outdir}", "--seeds=0-3", f"--network={pkl['cond']}", *FAST)
-    assert result.exit_code == 1 and f"--outdir={tmp_path / outdir}: {message}" in result.output
+    assert result.exit_code == 1 and f"--outdir: {tmp_path / outdir}: {message}" in result.output
     assert [str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()] == [there]
     assert (tmp_path / there).read_text() == "theirs"
 
@@ -329,7 +330,7 @@ def test_out_of_memory_names_the_option():
     def sampler(*_args, **_kwargs):
         raise torch.OutOfMemoryError
 
-    with pytest.raises(dnnlib.UserError, match="--batch: cpu has too little memory for 5"):
+    with pytest.raises(dnnlib.UserError, match="cpu has too little memory for 5 images at a time.*--batch"):
         next(generate_images(random_network(), range(5), device=torch.device("cpu"), sampler=sampler))
 
 

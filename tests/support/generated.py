@@ -19,7 +19,7 @@ def random_network(seed=0, **kwargs):
     net = EDMPrecond(
         **kwargs, model_type="SongUNet", model_channels=16, channel_mult=[1], num_blocks=1, attn_resolutions=[]
     )
-    for p in net.parameters():  # As they are initialised, U-Nets answer nearly zero, whatever the label.
+    for p in net.parameters():  # As they are initialized, U-Nets answer nearly zero, whatever the label.
         p.data += 0.05 * torch.randn_like(p)
     return net.eval().requires_grad_(False)
 
@@ -41,6 +41,6 @@ def read(outdir):
 
 
 def assert_same_images(a, b):
-    """At most one grey level on at most 0.1% of the pixels."""
+    """At most one gray level on at most 0.1% of the pixels."""
     difference = np.abs(a.astype(int) - b.astype(int))
     assert difference.max() <= 1 and (difference > 0).mean() <= 1e-3

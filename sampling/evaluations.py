@@ -1,0 +1,91 @@
+"""Evaluations of a denoiser: how a sampler calls it, how many there were, and how long they took."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+
+from sampling.guidance import at_step
+
+__all__ = ["EvaluationMeter", "Stopwatch", "evaluations", "on_host", "precise"]
+
+Denoiser = Callable[..., torch.Tensor]
+Function = Callable[[torch.Tensor], torch.Tensor]
+
+
+def precise(latents: torch.Tensor) -> torch.Tensor:
+    """Return the latents in the samplers' dtype: float64, or float32 on MPS, which has no more."""
+    return latents.to(torch.float32 if latents.device.type == "mps" else torch.float64)
+
+
+def on_host(*values: torch.Tensor) -> list[list[float]]:
+    """Return tensors [num_steps] of the CPU as lists of numbers. A GPU takes a number without being waited for."""
+    return [value.tolist() for value in values]
+
+
+def evaluations(
+    net: Denoiser, order: int, sigmas: torch.Tensor, x: torch.Tensor, class_labels: torch.Tensor | None
+) -> list[Function]:
+    """Return one function x -> D(x; sigma_i) for each of the noise levels `sigmas`, float64 [num_steps] on the CPU.
+
+    `order` says which evaluation of a solver's step they are, 1 or 2; a gated guidance chooses its denoiser by it and
+    by sigma_i. The functions take and return tensors like `x` [N,C,H,W], whatever dtype `net` computes in.
+    """
+    # A copy from memory that the system may move would wait for all that the GPU still has to do.
+    levels = sigmas.to(x.dtype)
+    levels = (levels.pin_memory() if x.is_cuda else levels).to(x.device, non_blocking=True)
+
+    def evaluation(denoiser: Denoiser, sigma: torch.Tensor) -> Function:
+        return lambda x: denoiser(x, sigma, class_labels).to(x.dtype)
+
+    return [
+        evaluation(at_step(net, order, number), sigma) for number, sigma in zip(*on_host(sigmas), levels, strict=True)
+    ]
+
+
+class Stopwatch:
+    """Context manager that adds up the seconds the device spends inside. `seconds` waits for a GPU, nothing before."""
+
+    def __init__(self, device: torch.device):
+        self._device, self._spans = device, []
+
+    def __enter__(self) -> None:
+        self._start = self._mark()
+
+    def __exit__(self, *_exception) -> None:
+        self._spans.append((self._start, self._mark()))
+
+    def _mark(self):
+        if self._device.type == "cuda":
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            return event
+        if self._device.type == "mps":
+            torch.mps.synchronize()
+        return time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """The seconds so far."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+            return sum(start.elapsed_time(end) for start, end in self._spans) / 1000
+        return sum(end - start for start, end in self._spans)
+
+
+class EvaluationMeter:
+    """Counts the images that go through `networks` (modules), and measures the time if there is a `stopwatch`."""
+
+    def __init__(self, *networks: torch.nn.Module, stopwatch: Stopwatch | None = None):
+        self.count, self.stopwatch = 0, stopwatch
+        for net in networks:
+            net.register_forward_pre_hook(self._before)
+            if stopwatch is not None:
+                net.register_forward_hook(lambda *_: stopwatch.__exit__())
+
+    def _before(self, _net: torch.nn.Module, args: tuple) -> None:
+        self.count += len(args[0])
+        if self.stopwatch is not None:
+            self.stopwatch.__enter__()

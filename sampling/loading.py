@@ -1,0 +1,157 @@
+"""From snapshot files to networks that are ready to sample, and the guidance that a discriminator's snapshot allows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+import dnnlib
+from sampling.evaluations import Stopwatch
+from sampling.guidance import GatedGuidance, gated_discriminator
+from torch_utils import persistence
+from torch_utils.distributed import print0
+from training import networks, networks_ddgan, networks_resnet  # noqa: F401  They register what a snapshot may hold.
+
+__all__ = [
+    "DEFAULT_WEIGHTS",
+    "PRECISIONS",
+    "Discriminator",
+    "guide",
+    "load_denoiser",
+    "load_discriminator",
+    "prepare",
+]
+
+DEFAULT_WEIGHTS = {"constant": (2.0, 0.0), "calibrated": (1.0, 1.0)}  # of a step's first and second evaluation
+PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
+LOWER = {"bf16": torch.bfloat16, "fp16": torch.float16}
+BRANCH = ("conv0", "conv1", "qkv", "proj")  # the layers of the residual branches: nearly all of a U-Net's arithmetic
+
+
+def load_denoiser(
+    path: str,
+    device: torch.device,
+    *,
+    precision: str | None = None,
+    compile: bool = False,
+    trust_pickle: bool = False,
+    kinds: Sequence[str] = ("denoiser",),
+) -> tuple[torch.nn.Module, list[str] | None]:
+    """Return the network of a snapshot, ready to sample on `device`, and its class names or None.
+
+    path          a snapshot, the run directory of one, or a URL
+    precision     and `compile` as in `prepare`
+    trust_pickle  run code that the snapshot contains
+    kinds         what the snapshot may hold: 'denoiser', 'generator'
+
+    UserError: the file is missing, damaged or of another kind, or its images are neither gray nor RGB.
+    """
+    snapshot = _load(path, trust_pickle, kinds)
+    net = prepare(snapshot["ema"].to(device), precision, compile)
+    if net.img_channels not in (1, 3):
+        raise dnnlib.UserError(f"{path}: makes images of {net.img_channels} channels; PNGs have 1 or 3")
+    return net, (snapshot.get("info") or {}).get("class_names")
+
+
+def _load(path: str, trust_pickle: bool, kinds: Sequence[str]) -> dict:
+    return persistence.load_snapshot(persistence.find_snapshot(path), trust_pickle=trust_pickle, kind=kinds)
+
+
+def prepare(net: torch.nn.Module, precision: str | None = None, compile: bool = False) -> torch.nn.Module:
+    """Make a denoiser or generator on its device ready to sample, in place, and return it.
+
+    precision  None leaves it to the snapshot: float16 on CUDA if the network was trained so, else float32. `tf32` lets
+               CUDA multiply with ten-bit fractions. `bf16` and `fp16` are for the convolutions and the attention of the
+               residual branches. The sums that the branches add to, the norms and the embeddings stay float32: rounding
+               the sums is what moves pixels by more than one gray level
+    compile    compile the U-Net, for one input shape; on CPUs its weights become constants
+    """
+    device = next(net.parameters()).device
+    if precision is not None:
+        net.use_fp16 = False  # the snapshot's own choice
+    # Ten-bit products stay off unless they are asked for: with them an image would depend on its batch.
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = precision not in (None, "fp32")
+    if precision in LOWER:
+        # Without this, attention by plain operations returns to float32. Its softmax adds up in float32 either way.
+        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
+        for name, layer in net.model.named_modules():
+            if name.rpartition(".")[2] in BRANCH:
+                _lower(layer, LOWER[precision], stays=name.endswith("qkv"))
+    if device.type == "cpu" or precision in LOWER:
+        net.to(memory_format=torch.channels_last)  # not float32 on CUDA, whose kernels want the other order
+    if compile:
+        net.model.compile(dynamic=False, options={"freezing": device.type == "cpu"})
+    return net
+
+
+def _lower(layer: torch.nn.Module, dtype: torch.dtype, stays: bool) -> None:
+    layer.to(dtype)  # The parameters too; otherwise every call would round them again.
+    layer.register_forward_pre_hook(lambda _, args: (args[0].to(dtype), *args[1:]))
+    if not stays:
+        layer.register_forward_hook(lambda _, args, output: output.float())
+
+
+@dataclass(frozen=True)
+class Discriminator:
+    """A discriminator on its device, and what its snapshot says of the pairs it was trained on."""
+
+    path: str
+    net: torch.nn.Module
+    noise_rates: list[float] | None  # [C]: share of wrong labels among those observed, per class
+    right_shares: list[float] | None  # [C]: share of right pairs among those it was trained on, per class
+
+
+def load_discriminator(path: str, device: torch.device, *, trust_pickle: bool = False) -> Discriminator:
+    """Return the discriminator of a snapshot. UserError: the file is missing, damaged or of another kind."""
+    snapshot = _load(path, trust_pickle, ("discriminator",))
+    info = snapshot.get("info") or {}
+    return Discriminator(path, snapshot["ema"].to(device), info.get("noise_rates"), info.get("right_shares"))
+
+
+def guide(
+    net: Callable[..., torch.Tensor],
+    discriminator: Discriminator,
+    device: torch.device,
+    *,
+    mode: str | None = None,
+    weights: Sequence[float | None] = (None, None),
+    gate: Sequence[float],
+    noise_rate: float | None = None,
+    stopwatch: Stopwatch | None = None,
+) -> GatedGuidance:
+    """Return the denoiser `net` corrected by a discriminator (docs/methods/sbdc.md, section 3), and print its settings.
+
+    mode        'constant' (None) or 'calibrated'
+    weights     of a step's first and second evaluation; None: DEFAULT_WEIGHTS of the mode
+    gate        lowest and highest noise level that is corrected
+    noise_rate  share of wrong labels in every class, for the mode 'calibrated'; None: those of the snapshot
+
+    UserError: the networks do not fit each other, or the mode is 'calibrated' and the snapshot does not say enough.
+    """
+    mode, rates, shares = mode or "constant", None, None
+    if mode == "calibrated":
+        if discriminator.noise_rates is None or discriminator.right_shares is None:
+            raise dnnlib.UserError(
+                f"{discriminator.path}: does not say what it was trained on, as a calibrated weight needs; "
+                "generate.py --dg_mode=constant works without"
+            )
+        rates, shares = (
+            torch.tensor(x, dtype=torch.float32, device=device)
+            for x in (discriminator.noise_rates, discriminator.right_shares)
+        )
+        if noise_rate is not None:
+            rates = torch.full_like(rates, noise_rate)
+    weights = [default if w is None else w for w, default in zip(weights, DEFAULT_WEIGHTS[mode], strict=True)]
+    guided = gated_discriminator(
+        net,
+        discriminator.net,
+        weights=weights,
+        gate=gate,
+        noise_rates=rates,
+        right_shares=shares,
+        stopwatch=stopwatch,
+    )
+    print0(f"Guidance: {mode}, weights {weights[0]:g} and {weights[1]:g}, where {gate[0]:g} <= sigma <= {gate[1]:g}")
+    return guided
