@@ -1,1 +1,1 @@
-"""Image archives: reading, writing and building them, their labels, and batches from them."""
+"""Image archives: read and write them, build them from other sources, draw batches from them; label noise."""

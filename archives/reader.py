@@ -84,7 +84,7 @@ class ArchiveReader:
         self.metadata = self._parse_metadata() if METADATA in files else None
 
     def _open_zip(self, path: str) -> None:
-        self._file = dnnlib.open_file(path)  # stays open: the object owns it
+        self._file = dnnlib.open_file(path)  # stays open until `close`
         try:
             self._zip = zipfile.ZipFile(self._file)
             _check_members(self._zip.infolist(), path)
@@ -98,7 +98,7 @@ class ArchiveReader:
         self._owner = os.getpid()
 
     def _strip_root(self, files: list[str]) -> list[str]:
-        """Return the files below the folder that holds `dataset.json`: a zipped folder may hold everything in one."""
+        """Return the files below the folder of `dataset.json`, which is not the root when a whole folder was zipped."""
         found = [name for name in files if name.split("/")[-1] == METADATA]
         self._root = found[0][: -len(METADATA)] if len(found) == 1 else ""
         return [name[len(self._root) :] for name in files if name.startswith(self._root)]
@@ -147,8 +147,10 @@ class ArchiveReader:
         return data
 
     def _read_rare(self, info: zipfile.ZipInfo) -> bytes:
-        """Read an unusual compression with `zipfile`, which locks. Forked processes each open the file again, because
-        they would share its position."""
+        """Read an unusual compression with `zipfile`, which uses a lock and the position of the file.
+
+        Forked processes would share that position, so each of them opens the file again.
+        """
         if self._owner != os.getpid():
             self._zip, self._owner = zipfile.ZipFile(self.path), os.getpid()
         return read_member(self._zip, info, MEMBER_LIMIT)

@@ -133,7 +133,7 @@ def test_an_error_of_the_disk_during_the_work_leaves_no_archive(tmp_path, monkey
 
 
 @pytest.mark.parametrize("dest", ["a.zip", "folder"])
-def test_left_out_images_close_the_ranks(tmp_path, dest):
+def test_images_move_up_when_others_are_left_out(tmp_path, dest):
     """The number and place of an image depend on how many before it were left out, in any process."""
     images = synth.pictures(40, 64)
     source = lambda: Source("x", 40, images.__getitem__, np.arange(40))  # noqa: E731
