@@ -292,7 +292,7 @@ class UNetBlock(torch.nn.Module):
         n, c, height, width = x.shape
         qkv = self.qkv(x).reshape(n, self.num_heads, c // self.num_heads, 3, height * width)
         q, k, v = (part.transpose(-1, -2) for part in qkv.unbind(3))
-        if x.is_cuda:  # The fused kernels of CUDA accept channels only where they are adjacent in memory.
+        if x.is_cuda:  # The fused kernels need the channels of each pixel to be adjacent in memory.
             q, k, v = (part.contiguous() for part in (q, k, v))
         a = F.scaled_dot_product_attention(q, k, v).transpose(-1, -2).reshape(n, c, height, width)
         # With one head the output is channels-last, and all later layers would follow. So restore the input's layout.
@@ -315,16 +315,16 @@ class UNet(torch.nn.Module):
 
     def __init__(
         self,
-        img_resolution: int,
+        img_resolution: int,  # height and width in pixels
         in_channels: int,
-        stem_channels: int,
-        widths: Sequence[int],
-        num_blocks: int,
-        attn_resolutions: Sequence[int],
-        attn_in_all_decoder_blocks: bool,
-        label_dropout: float,
-        stem: dict,
-        block: dict,
+        stem_channels: int,  # width of the first convolution
+        widths: Sequence[int],  # width of each level
+        num_blocks: int,  # residual blocks per level; the decoder has one more
+        attn_resolutions: Sequence[int],  # resolutions with self-attention
+        attn_in_all_decoder_blocks: bool,  # False: only in the last block of a level
+        label_dropout: float,  # probability that training drops a class label
+        stem: dict,  # further arguments of the first convolution
+        block: dict,  # further arguments of all blocks
     ):
         super().__init__()
         resolutions = [img_resolution >> level for level in range(len(widths))]
@@ -627,15 +627,15 @@ class Precond(torch.nn.Module):
 
     def __init__(
         self,
-        img_resolution: int,
+        img_resolution: int,  # height and width in pixels
         img_channels: int,
-        label_dim: int,
-        use_fp16: bool,
-        sigma_min: float,
-        sigma_max: float,
-        model_type: str,
-        model_kwargs: dict,
-        out_channels: int | None = None,
+        label_dim: int,  # number of classes; 0: unconditional
+        use_fp16: bool,  # run the U-Net in float16 on CUDA
+        sigma_min: float,  # lowest noise level
+        sigma_max: float,  # highest noise level
+        model_type: str,  # SongUNet, DhariwalUNet
+        model_kwargs: dict,  # further arguments of the U-Net
+        out_channels: int | None = None,  # of the U-Net; None: img_channels
     ):
         super().__init__()
         if model_type not in MODELS:
