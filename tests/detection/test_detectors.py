@@ -8,6 +8,7 @@ import torch
 
 from archives.dataset import ImageDataset
 from detection import classifier, cores
+from detection import quality as quality_file
 from detection.quality import describe, label_file, quality
 from detection.trainer import Settings
 from sampling.grid import image_sheet
@@ -158,6 +159,19 @@ def test_tables_of_many_classes_are_short(tmp_path):
     text = describe(dataset, label_file(dataset, posterior))
     assert text.count(" images, ") == 20 and "class7 " in text and "transition" not in text and "truth" not in text
     assert text.startswith("Noise rate:  3.3% of 30 labels")
+
+
+@pytest.mark.parametrize(
+    "names, captions", [(None, ["1 > 0", "0 > 1"]), (["a", "longer"], ["longer\n> a", "a\n> longer"])]
+)
+def test_the_picture_shows_the_most_suspicious_images_first(tmp_path, monkeypatch, names, captions):
+    dataset = ImageDataset(str(make_archive(tmp_path / "a.zip", pictures(3), [0, 0, 1], class_names=names)))
+    found = label_file(dataset, np.array([[0.4, 0.6], [0.9, 0.1], [0.7, 0.3]]))
+    seen = {}
+    monkeypatch.setattr(quality_file, "save_grid", lambda images, path, **kwargs: seen.update(kwargs, images=images))
+    quality_file.save_picture("x.png", dataset, found)
+    assert seen["captions"] == captions
+    np.testing.assert_array_equal(seen["images"], dataset.images([2, 0]).permute(0, 2, 3, 1))
 
 
 def test_captions_stand_below_their_images():
