@@ -73,8 +73,10 @@ def run(o: dnnlib.EasyDict, device: torch.device) -> None:
 
 
 def load(o: dnnlib.EasyDict, device: torch.device) -> tuple:
-    """Return the network with its guidance, its class names or None, the meter of its evaluations, and the stopwatch
-    of a discriminator's corrections or None."""
+    """Return what generates the images, and what measures it: network with guidance, class names, meter, stopwatch.
+
+    The meter counts evaluations of the networks. The stopwatch runs while a discriminator corrects; None without one.
+    """
     with blame("--outdir"):
         check_free(o.outdir)
     form = dict(precision=o.precision, compile=o.compile, trust_pickle=o.trust_pickle)

@@ -19,7 +19,7 @@ from dnnlib.cli import Command, blame
 from metrics.options import evaluate_files
 from reports import page, plots
 from sampling.generation import generate_images, share_of
-from sampling.loading import DEFAULT_WEIGHTS, Discriminator, guide, load_denoiser, load_discriminator
+from sampling.loading import DEFAULT_WEIGHTS, TrainedDiscriminator, guide, load_denoiser, load_discriminator
 from sampling.options import gate, sweep_options
 from sampling.output import check_free, progress, save_images
 from sampling.samplers import choose_sampler
@@ -86,7 +86,7 @@ def known_results(path: str, options: dict) -> dict:
     return known["results"]
 
 
-def load(o: dnnlib.EasyDict, device: torch.device) -> tuple[torch.nn.Module, list[str] | None, Discriminator]:
+def load(o: dnnlib.EasyDict, device: torch.device) -> tuple[torch.nn.Module, list[str] | None, TrainedDiscriminator]:
     """Return the denoiser, its class names or None, and the discriminator."""
     with blame("--network"):
         net, class_names = load_denoiser(o.network, device, trust_pickle=o.trust_pickle)

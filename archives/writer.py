@@ -135,16 +135,16 @@ class ArchiveWriter:
     never a partial archive under the final name. An existing ZIP is replaced; a folder that is not empty is refused.
     Missing parent folders are made. The same members give the same bytes: entries carry no time.
 
-    `in_place` writes a folder's files directly, beside what it holds, so that they can be seen early and several
-    processes can share it; files and folders that were made are removed when the block ends with an error. Processes
-    that share a folder construct their writers before one of them enters: only then does each know if it was there.
-    A ZIP is written in the same way as without.
+    With `in_place` the files of a folder appear in it at once, beside the files that it already holds, and several
+    processes can write into the same folder. When the block ends with an error, the writer removes the files and the
+    folders that it made. All processes must construct their writers before the first one enters its block: the
+    constructor notes whether the folder is new. For a ZIP `in_place` changes nothing.
     """
 
     def __init__(self, path: str, in_place: bool = False) -> None:
         self.path = path
-        self._folder, self._in_place = None, in_place and not is_zip(path)
-        self._new, self._written = not os.path.isdir(path), []
+        self._folder = None  # where a folder's files go; stays None for a ZIP
+        self._in_place, self._new, self._written = in_place and not is_zip(path), not os.path.isdir(path), []
         if not self._in_place:
             check_destination(path)
 

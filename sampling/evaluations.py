@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 
 import torch
 
-from sampling.guidance import at_step
+from sampling.guidance import Denoiser, at_step
+from sampling.schedules import Function
 
 __all__ = ["EvaluationMeter", "Stopwatch", "evaluations", "on_host", "precise"]
 
-Denoiser = Callable[..., torch.Tensor]
-Function = Callable[[torch.Tensor], torch.Tensor]
-
 
 def precise(latents: torch.Tensor) -> torch.Tensor:
-    """Return the latents in the samplers' dtype: float64, or float32 on MPS, which has no more."""
+    """Return the latents in the samplers' dtype: float64, or float32 on MPS, which has no float64."""
     return latents.to(torch.float32 if latents.device.type == "mps" else torch.float64)
 
 
 def on_host(*values: torch.Tensor) -> list[list[float]]:
-    """Return tensors [num_steps] of the CPU as lists of numbers. A GPU takes a number without being waited for."""
+    """Return tensors of the CPU as lists of numbers: code that computes with numbers never waits for a GPU."""
     return [value.tolist() for value in values]
 
 
@@ -30,8 +27,9 @@ def evaluations(
 ) -> list[Function]:
     """Return one function x -> D(x; sigma_i) for each of the noise levels `sigmas`, float64 [num_steps] on the CPU.
 
-    `order` says which evaluation of a solver's step they are, 1 or 2; a gated guidance chooses its denoiser by it and
-    by sigma_i. The functions take and return tensors like `x` [N,C,H,W], whatever dtype `net` computes in.
+    `order` is 1 for the first evaluation of a solver's step and 2 for the second; a gated guidance chooses its denoiser
+    by `order` and sigma_i. The functions take and return tensors of the device and dtype of `x`, whatever dtype `net`
+    computes in.
     """
     # A copy from memory that the system may move would wait for all that the GPU still has to do.
     levels = sigmas.to(x.dtype)

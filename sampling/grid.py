@@ -1,4 +1,4 @@
-"""Image sheets: any number of images in one PNG that a person can look at."""
+"""Image sheets: many images in one PNG, for people to look at."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch_utils.checkpoint import atomic_open
 
 __all__ = ["image_sheet", "save_grid"]
 
-CELL, SHEET = 64, 4096  # pixels: an image's side below which it is enlarged, a sheet's side that enlarging respects
+CELL, SHEET = 64, 4096  # pixels: images with shorter sides are enlarged, as long as the sheet is not larger
 WHITE = 255
 
 
@@ -39,12 +39,16 @@ def image_sheet(
     column_labels: Sequence[str] | None = None,
     captions: Sequence[str] | None = None,
 ) -> Image.Image:
-    """One picture of all images, uint8 [N,H,W,C] (or N of [H,W,C]; C = 1 or 3), row by row, thin gaps between.
+    """Return one picture of all images, row by row with thin gaps between them.
 
-    `columns` default to about as many as rows. `scale` is the whole factor by which images are enlarged (nearest
-    neighbour, so that pixels stay what they are); by default small images grow to about 64 pixels. `row_labels` stand
-    left of the rows, `column_labels` above the columns, `captions` (one per image, of one or more lines) below the
-    images. ValueError: no images, other than 1 or 3 channels.
+    images         uint8 [N,H,W,C], or N arrays [H,W,C] of the same shape; C = 1 or 3
+    columns        images in each row; None: about as many columns as rows
+    scale          whole factor by which images are enlarged, pixel by pixel; None: small images grow to about 64 pixels
+    row_labels     texts left of the rows
+    column_labels  texts above the columns
+    captions       one text per image below it, of one or more lines
+
+    ValueError: there are no images, or they do not have 1 or 3 channels.
     """
     images = np.asarray(images)
     if images.ndim != 4 or not len(images) or images.shape[-1] not in (1, 3):
@@ -75,7 +79,7 @@ def image_sheet(
     for row, text in enumerate((row_labels or ())[:rows]):
         draw.text((gap, above + row * cell_h + cell_h // 2), text, fill="black", font=font, anchor="lm")
 
-    def write(x: int, y: int, text: str) -> None:  # what is wider than an image is cut off
+    def write(x: int, y: int, text: str) -> None:  # cuts off what is wider than an image
         while text and font.getlength(text) > cell_w - gap:
             text = text[:-1]
         draw.text((x, y), text, fill="black", font=font)

@@ -17,6 +17,7 @@ import dnnlib
 __all__ = [
     "AffineGuidance",
     "ClassifierFreeGuidance",
+    "Denoiser",
     "DiscriminatorGuidance",
     "GatedGuidance",
     "at_step",

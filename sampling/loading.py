@@ -17,7 +17,7 @@ from training import networks, networks_ddgan, networks_resnet  # noqa: F401  Th
 __all__ = [
     "DEFAULT_WEIGHTS",
     "PRECISIONS",
-    "Discriminator",
+    "TrainedDiscriminator",
     "guide",
     "load_denoiser",
     "load_discriminator",
@@ -94,7 +94,7 @@ def _lower(layer: torch.nn.Module, dtype: torch.dtype, stays: bool) -> None:
 
 
 @dataclass(frozen=True)
-class Discriminator:
+class TrainedDiscriminator:
     """A discriminator on its device, and what its snapshot says of the pairs it was trained on."""
 
     path: str
@@ -103,16 +103,16 @@ class Discriminator:
     right_shares: list[float] | None  # [C]: share of right pairs among those it was trained on, per class
 
 
-def load_discriminator(path: str, device: torch.device, *, trust_pickle: bool = False) -> Discriminator:
+def load_discriminator(path: str, device: torch.device, *, trust_pickle: bool = False) -> TrainedDiscriminator:
     """Return the discriminator of a snapshot. UserError: the file is missing, damaged or of another kind."""
     snapshot = _load(path, trust_pickle, ("discriminator",))
     info = snapshot.get("info") or {}
-    return Discriminator(path, snapshot["ema"].to(device), info.get("noise_rates"), info.get("right_shares"))
+    return TrainedDiscriminator(path, snapshot["ema"].to(device), info.get("noise_rates"), info.get("right_shares"))
 
 
 def guide(
     net: Callable[..., torch.Tensor],
-    discriminator: Discriminator,
+    discriminator: TrainedDiscriminator,
     device: torch.device,
     *,
     mode: str | None = None,

@@ -173,15 +173,14 @@ sweep_options = add_options([
 
 
 def sampler_settings(o: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments of `choose_sampler`; None and missing ones are the sampler's own defaults."""
-    return {name: o.get(name) for name in SAMPLER_SETTINGS}
+    """Return the arguments of `choose_sampler`; None stands for the sampler's own default."""
+    return {name: o[name] for name in SAMPLER_SETTINGS}
 
 
 def gate(o: dict[str, Any]) -> tuple[float, float]:
     """Return the lowest and the highest noise level that the discriminator corrects."""
-    return (0.0 if o["S_clip_min"] is None else o["S_clip_min"]), (
-        math.inf if o["S_clip_max"] is None else o["S_clip_max"]
-    )
+    low, high = o["S_clip_min"], o["S_clip_max"]
+    return (0.0 if low is None else low), (math.inf if high is None else high)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

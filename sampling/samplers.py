@@ -17,11 +17,13 @@ from typing import Any
 import torch
 
 from sampling.ddgan import ddgan_sampler, is_generator
-from sampling.evaluations import Denoiser, Function, evaluations, on_host, precise
+from sampling.evaluations import evaluations, on_host, precise
+from sampling.guidance import Denoiser
 from sampling.schedules import (
     DISCRETIZATIONS,
     SCALINGS,
     SCHEDULES,
+    Function,
     churn,
     default_range,
     edm_steps,

@@ -18,6 +18,7 @@ __all__ = [
     "DISCRETIZATIONS",
     "SCALINGS",
     "SCHEDULES",
+    "Function",
     "churn",
     "default_range",
     "edm_steps",

@@ -16,9 +16,9 @@ ROWS, COLUMNS = 10, 8  # classes at most; images per class
 
 @torch.no_grad()
 def save_samples(net: torch.nn.Module, path: str) -> None:
-    """Write images that `net` makes as one PNG: one row per class (one row without classes), always the same seeds.
+    """Write images of a denoiser or generator `net` as one PNG: one row per class, or one row if there are no classes.
 
-    `net` is a denoiser or a generator on its device, in eval mode.
+    The seeds are always the same. `net` is on its device and in eval mode.
     """
     rows = min(net.label_dim, ROWS) or 1
     classes = [c for c in range(rows) for _ in range(COLUMNS)] if net.label_dim else None

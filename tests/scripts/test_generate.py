@@ -14,6 +14,8 @@ import torch
 from PIL import Image
 
 import dnnlib
+from archives import writer
+from archives.writer import ArchiveWriter
 from sampling import output
 from sampling.arrival import Arrival
 from sampling.generation import generate_images, share_of
@@ -323,6 +325,29 @@ def test_a_failure_of_another_process_is_everyones(tmp_path, monkeypatch):
     for path in ("out", "out.zip"):
         with pytest.raises(dnnlib.UserError, match="process 1: /disk: No space left"):
             save_images(batches, str(tmp_path / path))
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_full_disk_names_the_file(tmp_path, monkeypatch, in_place):
+    def full(path, mode):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(writer, "open", full, raising=False)
+    with pytest.raises(OSError, match="No space left") as error, ArchiveWriter(str(tmp_path / "out"), in_place) as out:
+        out.add("a/b.png", b"")
+    assert error.value.filename == str(tmp_path / "out/a/b.png")
+    assert os.listdir(tmp_path) == []
+
+
+def test_several_writers_share_a_new_folder_and_leave_nothing_when_they_fail(tmp_path):
+    writers = [ArchiveWriter(str(tmp_path / "out"), in_place=True) for _ in range(2)]
+    with pytest.raises(KeyboardInterrupt), writers[0] as first, writers[1] as second:
+        first.add("000000/a.png", b"a")
+        second.add("000000/b.png", b"b")
+        first.add_metadata({})
+        assert sorted(os.listdir(tmp_path / "out")) == ["000000", "dataset.json"]
+        raise KeyboardInterrupt
     assert os.listdir(tmp_path) == []
 
 
