@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from torch_utils.checkpoint import atomic_open
+from dnnlib import atomic_open
 
 __all__ = ["image_sheet", "save_grid"]
 
