@@ -25,9 +25,7 @@ __all__ = ["is_url", "open_url", "read_bytes"]
 _MAX_FILE = 16 << 30  # bytes, of a download and of a file that is read whole
 _MAX_REDIRECTS = 10
 _TIMEOUT = (20, 60)  # seconds to connect, seconds between bytes
-_MIN_BYTES = (
-    1 << 14
-)  # that must arrive in every _TIMEOUT[1] seconds; a server that sends single bytes counts as stalled too
+_MIN_BYTES = 1 << 14  # that must arrive in every _TIMEOUT[1] seconds, so that a server cannot stall with single bytes
 _ATTEMPTS = 3
 _PAUSE = 1.0  # seconds before the second attempt; twice as long before the third
 _CHUNK = 1 << 20

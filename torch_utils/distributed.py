@@ -18,7 +18,7 @@ import click
 import psutil
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional  # noqa: F401  (if it is first imported after init(), its default arguments keep the group alive)
+import torch.distributed.nn.functional  # noqa: F401  (imported after init(), it would keep the group alive)
 from tqdm import tqdm
 
 import dnnlib

@@ -35,9 +35,7 @@ __all__ = ["find_snapshot", "load_snapshot", "persistent_class", "save_snapshot"
 
 _VERSION = 6
 _classes: dict[str, type] = {}  # the persistent classes of this program, by name
-_sources: dict[
-    str, str
-] = {}  # source code by module, for classes that embed it, as it was when the module was imported
+_sources: dict[str, str] = {}  # source code by module, as it was when the module was imported
 _executed: set[str] = set()  # modules made from the source code in trusted snapshots; their classes are not ours
 _OBJECT = "torch_utils.persistence._reconstruct_persistent_obj"
 _ALLOWED = safe_pickle.TENSORS | safe_pickle.CONTAINERS | {_OBJECT}

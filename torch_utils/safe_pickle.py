@@ -60,9 +60,7 @@ _KINDS = {f"torch.{name}Storage": dtype for name, dtype in dict(
 MAX_DEPTH = 200
 MAX_OPERATIONS = 4_000_000  # the largest published file (CIFAR-100) has half a million
 _LEGACY_MAGIC, _LEGACY_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # how files of torch.save begin that are not ZIPs
-_ReadStorage = Callable[
-    [Any, memoryview], int
-]  # fills the memory from the storage with this key; returns the number of bytes
+_ReadStorage = Callable[[Any, memoryview], int]  # fills memory from the storage with this key; returns the bytes read
 # What reading a record raises when its arguments have wrong types or values.
 _MALFORMED = (ArithmeticError, AttributeError, EOFError, LookupError, MemoryError, OSError, RuntimeError, TypeError,
               ValueError, zipfile.BadZipFile)  # fmt: skip
