@@ -24,6 +24,7 @@ from detection.quality import describe, save_picture
 from detection.trainer import Settings
 from dnnlib.cli import FloatRange, blame, output_file
 from torch_utils import distributed, persistence
+from training import options
 from training.objectives.classifier import check_classifier
 from training.presets import ARCHS
 
@@ -37,8 +38,9 @@ Example:
 
 
 # fmt: off
-@click.command(cls=dnnlib.cli.Command, epilog=EPILOG)
+@click.command(cls=dnnlib.cli.Command, epilog=EPILOG + options.preset_help("detect_noise.py"))
 @click.option("--data", required=True, metavar="ZIP|DIR", help="Archive to examine")
+@options.preset_option("detect_noise.py")
 @click.option("--dest", required=True, metavar="NPZ", callback=output_file, help="Label file to write")
 @click.option("--method", type=click.Choice(["cores", "confident"]), default="cores", help="How to find wrong labels")
 @click.option("--cls", metavar="PKL|DIR|URL", help="Decide by this snapshot of train_classifier.py; train nothing")

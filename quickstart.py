@@ -1,9 +1,10 @@
-"""The main job on data that ships with a dependency: digits with 40% wrong labels in, right digits out, one table.
+"""Show what cleanscore does, on data that ships with scikit-learn: digits with 40% wrong labels.
 
-With --only=rduot or all also photographs with 10% digits in, photographs out.
+It trains the baseline, TDSM and SBDC, generates digits with each, and writes one table. With --only=rduot or all it
+also trains DDGAN and RDUOT on photographs with 10% digits among them.
 
-Runs the scripts that a user would run, and writes report.html, report.md and the pictures into --outdir. The same
-command again goes on where the last one stopped.
+It runs the commands that a user would run, and writes report.html, report.md and the pictures into --outdir. The same
+command given again continues where the last one stopped.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ SCRIPTS = {
     "fid.py": fid,
     "sweep.py": sweep,
 }
-MINUTES = {"tdsm": 8.0, "sbdc": 6.0, "rduot": 22.0}  # of each part on two cores
+MINUTES = {"tdsm": 8.0, "sbdc": 6.0, "rduot": 22.0}  # duration of each part on two cores
 
 
 class Parts(click.ParamType):
@@ -62,8 +63,10 @@ class Parts(click.ParamType):
 
 
 @click.command(cls=dnnlib.cli.Command, help=__doc__, epilog=EXAMPLES)
-@click.option("--outdir", metavar="DIR", required=True, help="Where everything goes")
-@click.option("--only", metavar="LIST", type=Parts(), default="tdsm,sbdc", help="Methods beside the baseline, or all")
+@click.option("--outdir", metavar="DIR", required=True, help="Folder for everything that it makes")
+@click.option(
+    "--only", metavar="LIST", type=Parts(), default="tdsm,sbdc", help="Methods to compare with the baseline, or all"
+)
 @click.option("--noise_type", type=click.Choice(list(digits.NOISES)), default="sym", help="How labels become wrong")
 @click.option(
     "--minutes",
@@ -75,7 +78,7 @@ class Parts(click.ParamType):
 @click.option(
     "--seed", metavar="INT", type=click.IntRange(min=0), default=0, help="Seed of the label noise and all training"
 )
-@click.option("--num", metavar="INT", type=click.IntRange(min=20), default=1000, help="Images a row of the table")
+@click.option("--num", metavar="INT", type=click.IntRange(min=20), default=1000, help="Images per row of the table")
 def main(outdir: str, only: list[str], noise_type: str, minutes: float | None, seed: int, num: int) -> None:
     default = sum(MINUTES[part] for part in only)
     scale = (minutes or default) / default

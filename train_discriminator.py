@@ -1,5 +1,6 @@
-"""Train SBDC's discriminator: is this the right label for this image? Its gradient corrects the sampling of a diffusion
-model that was trained on noisy labels (generate.py --discriminator).
+"""Train SBDC's discriminator: is this the right label for this image?
+
+Its gradient corrects the sampling of a diffusion model that was trained on noisy labels (generate.py --discriminator).
 """
 
 from __future__ import annotations
@@ -8,86 +9,62 @@ import os
 
 import click
 import numpy as np
-import torch
 
 import dnnlib.cli
 from archives.dataset import ImageDataset
 from archives.label_file import LabelFile, load_label_file
-from dnnlib.cli import BOOL, FloatRange
+from dnnlib.cli import BOOL, FloatRange, blame
 from torch_utils import distributed, persistence
 from torch_utils.distributed import print0
-from training import options
+from training import options, run
+from training.config import DiscriminatorConfig
+from training.objectives.classifier import check_classifier
 from training.objectives.discriminator import DiscriminatorObjective
 from training.objectives.simix import EMBEDDINGS, nearest_partners
-from training.objectives.tdsm import check_classifier
 
 EXAMPLES = """
 Examples:
   python train_discriminator.py --outdir=discriminator-runs --data=datasets/digits_sym40.zip --label-path=labels.npz \\
-      --arch=ddpmpp_tiny --augment=0 --duration=0.4 --batch=256 --lr=3e-3 --lr_rampup_kimg=10 --ema=0.02 --dropout=0 \\
-      --shift=0 --P_mean=0.2 --P_std=0.9 --tick=20
+      --preset=digits
   torchrun --standalone --nproc_per_node=1 train_discriminator.py --outdir=discriminator-runs \\
       --data=datasets/cifar10_sym_40-32x32.zip --label-path=labels.npz --cond=1 --arch=ddpmpp --batch 1024 --simix 1
 """
 
 
-@click.command(cls=dnnlib.cli.Command, help=__doc__, epilog=EXAMPLES)
-@options.training_options(cond=True, duration=10.0, batch=1024, dropout=0.1, ema=0.05)
+# fmt: off
+@click.command(cls=dnnlib.cli.Command, help=__doc__, epilog=EXAMPLES + options.preset_help("train_discriminator.py"))
+@options.run_options("train_discriminator.py", cond=True, duration=10.0, batch=1024, dropout=0.1)
+@options.noise_level_options(ema=0.05)
 @options.noise_options("sym", "asym", "pair", "matrix")
-@click.option(
-    "--label-path",
-    metavar="NPZ",
-    required=True,
-    help="Which labels are believed right: a label file of detect_noise.py, or one in a published layout",
-)
-@click.option(
-    "--shuffle",
-    type=click.Choice(["uniform", "transition"]),
-    help="How right pairs become wrong ones: any other label, or as the label noise does it "
-    "[default: transition when --noise_type states it or the label file estimates it]",
-)
-@click.option("--simix", type=BOOL, default=True, help="Mix half of each batch with similar images; 0: with any")
-@click.option(
-    "--embed",
-    type=click.Choice(EMBEDDINGS),
-    help="What similar means, for --simix=1 [default: classifier where there is one, else pixels]",
-)
-@click.option(
-    "--cls",
-    metavar="PKL|DIR|URL",
-    help="Classifier whose features tell what is similar "
-    "[default: detect_noise.py's, where it lies beside the label file]",
-)
+@click.option("--label-path", metavar="NPZ", required=True,
+              help="Which labels are believed right: a label file of detect_noise.py, or one in a published layout")
+@click.option("--shuffle", type=click.Choice(["uniform", "transition"]),
+              help="Which label a right pair gets when it is made wrong: any other, or one that the label noise "
+                   "draws  [default: transition where --noise_type or the label file says what T is, else uniform]")
+@click.option("--simix", type=BOOL, default=True, help="Mix half of each batch with similar images; 0: with any images")
+@click.option("--embed", type=click.Choice(EMBEDDINGS),
+              help="Features that decide what is similar, for --simix=1  [default: classifier if any, else pixels]")
+@click.option("--cls", metavar="PKL|DIR|URL", help="Classifier that gives those features  "
+              "[default: the one that detect_noise.py wrote beside the label file]")
 @click.option("--optimizer", type=click.Choice(["adam", "adamw", "sgd"]), default="adam", help="Optimizer")
-@click.option(
-    "--shift",
-    metavar="SHARE",
-    type=FloatRange(min=0, max=0.5),
-    default=0.125,
-    help="Random whole-pixel shifts up to this share of the image size",
-)
+@click.option("--shift", metavar="SHARE", type=FloatRange(min=0, max=0.5), default=0.125,
+              help="Random whole-pixel shifts up to this share of the image size")
+# fmt: on
 def main(**opts) -> None:
-    o = dnnlib.EasyDict(opts)
-    if o.embed is not None and not o.simix:
-        raise click.UsageError(f"--embed={o.embed}: belongs to --simix=1")
-    if o.cls is not None and not (o.simix and o.embed in (None, "classifier")):
-        raise click.UsageError("--cls: only --simix=1 --embed=classifier uses it")
-    path = persistence.find_snapshot(o.cls) if o.cls else None
-    beside = os.path.splitext(o.label_path)[0] + "-classifier.pkl"
-    if o.simix and path is None and o.embed in (None, "classifier") and os.path.isfile(beside):
-        path = beside
-    if o.embed == "classifier" and path is None:
-        raise click.UsageError("--embed=classifier: needs --cls, a snapshot of train_classifier.py or detect_noise.py")
-    embed = o.embed or ("classifier" if path else "pixels")
+    path, embed = choose_embedding(opts["simix"], opts["embed"], opts["cls"], opts["label_path"])
 
-    def make(config: dict, dataset: ImageDataset, device: torch.device) -> DiscriminatorObjective:
-        known = load_label_file(o.label_path, dataset)
-        transition = chosen_transition(o, known, dataset)
-        partners = distributed.together(lambda: similar(dataset, device, embed, path, o)) if o.simix else None
+    def make(config, dataset, device):
+        with blame("--label-path"):
+            known = load_label_file(opts["label_path"], dataset)
+        stated = options.stated_transition(opts["noise_type"], opts["noise_rate"], opts["noise_matrix"], dataset)
+        transition = choose_transition(opts["shuffle"], stated, known, opts["label_path"])
+        partners = None
+        if opts["simix"]:
+            partners = distributed.together(lambda: find_partners(dataset, device, embed, path, opts["trust_pickle"]))
         print0(
             f"Labels believed right: {known.is_clean.mean():.1%}. "
             f"Shuffle: {'uniform' if transition is None else 'transition'}. "
-            f"Mixed up with: {f'similar images, by {embed}' if o.simix else 'any image'}."
+            f"Mixed up with: {f'similar images, by {embed}' if opts['simix'] else 'any image'}."
         )
         return DiscriminatorObjective(
             config,
@@ -99,45 +76,62 @@ def main(**opts) -> None:
             partners=partners,
         )
 
-    options.run(
-        opts,
-        "discriminator",
-        make,
-        require_labels=True,
-        discriminator=dict(
-            label_path=o.label_path,
-            shuffle=o.shuffle,
-            simix=o.simix,
-            embed=embed if o.simix else None,
-            cls=path,
-            shift=o.shift,
-            noise_type=o.noise_type,
-            noise_rate=o.noise_rate,
-            noise_matrix=o.noise_matrix,
-        ),
+    section = DiscriminatorConfig(
+        label_path=opts["label_path"],
+        shuffle=opts["shuffle"],
+        simix=opts["simix"],
+        embed=embed,
+        cls=path,
+        shift=opts["shift"],
+        noise_type=opts["noise_type"],
+        noise_rate=opts["noise_rate"],
+        noise_matrix=opts["noise_matrix"],
     )
+    method = DiscriminatorObjective.method
+    run.start(opts, method, make, options.resnet, require_labels=True, discriminator=section)
 
 
-def chosen_transition(o: dnnlib.EasyDict, known: LabelFile, dataset: ImageDataset) -> np.ndarray | None:
-    """T that --shuffle follows: as stated, else as the label file estimates it; None: uniform."""
-    if o.shuffle == "uniform":
+def choose_embedding(
+    simix: bool, embed: str | None, cls: str | None, label_path: str
+) -> tuple[str | None, str | None]:
+    """Return the classifier's snapshot and the features for SiMix; None for what it does not need."""
+    if embed is not None and not simix:
+        raise click.UsageError(f"--embed={embed}: belongs to --simix=1")
+    if cls is not None and not (simix and embed in (None, "classifier")):
+        raise click.UsageError("--cls: only --simix=1 --embed=classifier uses it")
+    if not simix:
+        return None, None
+    with blame("--cls"):
+        path = persistence.find_snapshot(cls) if cls else None
+    beside = os.path.splitext(label_path)[0] + "-classifier.pkl"
+    if path is None and embed in (None, "classifier") and os.path.isfile(beside):
+        path = beside
+    if embed == "classifier" and path is None:
+        raise click.UsageError("--embed=classifier: needs --cls, a snapshot of train_classifier.py or detect_noise.py")
+    return path, embed or ("classifier" if path else "pixels")
+
+
+def choose_transition(
+    shuffle: str | None, stated: np.ndarray | None, known: LabelFile, label_path: str
+) -> np.ndarray | None:
+    """Return the T that the shuffle follows: the stated one, else the label file's estimate; None: uniform."""
+    if shuffle == "uniform":
         return None
-    stated = options.stated_transition(o.noise_type, o.noise_rate, o.noise_matrix, dataset)
     transition = known.transition if stated is None else stated
-    if transition is None and o.shuffle == "transition":
-        raise click.UsageError(f"--shuffle=transition: {o.label_path} estimates no transition; state --noise_type")
+    if transition is None and shuffle == "transition":
+        raise click.UsageError(f"--shuffle=transition: {label_path} estimates no transition; state --noise_type")
     return transition
 
 
-def similar(
-    dataset: ImageDataset, device: torch.device, embed: str, path: str | None, o: dnnlib.EasyDict
-) -> np.ndarray:
-    """Partners for SiMix, int64 [N,2]."""
+def find_partners(dataset: ImageDataset, device, embed: str, path: str | None, trust_pickle: bool) -> np.ndarray:
+    """Return which images SiMix mixes with each image, int64 [N,2]."""
     classifier = None
     if path is not None:
-        classifier = persistence.load_snapshot(path, trust_pickle=o.trust_pickle, kind="classifier")["ema"].to(device)
-        check_classifier(classifier, dataset, path)
-    return nearest_partners(dataset, embed, classifier, device)
+        with blame("--cls"):
+            classifier = persistence.load_snapshot(path, trust_pickle=trust_pickle, kind="classifier")["ema"].to(device)
+            check_classifier(classifier, dataset, path)
+    with blame("--simix=1"):
+        return nearest_partners(dataset, embed, classifier, device)
 
 
 if __name__ == "__main__":

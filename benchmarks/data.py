@@ -1,20 +1,20 @@
-"""Images to measure with; the pixels are noise."""
+"""Random images for measurements, and the configuration of a run on them."""
 
 from __future__ import annotations
 
 import numpy as np
 import torch
 
-import dnnlib
 import train
 from benchmarks.archives import random_pixels
 from training import options
+from training.config import RunConfig
 
 __all__ = ["RandomImages", "train_config"]
 
 
 class RandomImages:
-    """The part of a data set that objectives read, in memory."""
+    """A data set of random images in memory, as far as objectives read one."""
 
     def __init__(self, n: int, channels: int, resolution: int, classes: int):
         self.num_channels, self.resolution, self.label_dim = channels, resolution, classes
@@ -23,10 +23,13 @@ class RandomImages:
         self.name, self.class_names = "random", None
 
     def onehot(self) -> torch.Tensor:
+        """Return all labels, float32 [N,label_dim]."""
         return torch.nn.functional.one_hot(torch.from_numpy(self.labels), self.label_dim).float()
 
 
-def train_config(data: RandomImages, *args: str) -> dict:
-    """The configuration that `train.py ARGS` gives a run on this data."""
-    given = train.main.make_context("train.py", ["--outdir=.", "--data=.", "--seed=0", *args]).params
-    return options.make_config(dnnlib.EasyDict(given), "dsm", data, {}) | dict(seed=0)
+def train_config(data: RandomImages, *args: str) -> RunConfig:
+    """Return the configuration that `train.py ARGS` would give a run on `data`."""
+    opts = train.main.make_context("train.py", ["--outdir=.", "--data=.", "--seed=0", *args]).params
+    config = options.make_config(opts, "dsm", data, options.unet(opts, data))
+    config.seed = 0
+    return config

@@ -1,6 +1,6 @@
 """The plain form of training: stock layers, eager float32, Python loops over parameters for gradients, Adam and EMA.
 
-It is written out here, so that it stays what it is when the code it is compared with becomes faster.
+It repeats layers and optimizer step on purpose, so that it stays the same when those of the package become faster.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def _attend(self: UNetBlock, x: torch.Tensor) -> torch.Tensor:
 
 @contextlib.contextmanager
 def plain_layers() -> Iterator[None]:
-    """Inside, U-Nets with the box filter (DDPM++) are made of stock PyTorch operations: the same numbers."""
+    """Run U-Nets with the box filter (DDPM++) in stock PyTorch operations, which compute the same numbers."""
     with contextlib.ExitStack() as stack:
         for cls, forward in ((Linear, _linear), (Conv2d, _conv), (GroupNorm, _group_norm), (UNetBlock, _block)):
             stack.enter_context(mock.patch.object(cls, "forward", forward))
@@ -71,7 +71,7 @@ def plain_layers() -> Iterator[None]:
 
 
 class PlainNetwork:
-    """In place of `TrainedNetwork`: loops over parameters, Adam for each one, a copy for the moving average."""
+    """Replacement for `TrainedNetwork` that loops over parameters, in Adam as well, and copies the moving average."""
 
     def __init__(self, net: torch.nn.Module, device: torch.device, lr: float):
         self.net = self.forward = net.train().requires_grad_(True).to(device)
@@ -79,12 +79,12 @@ class PlainNetwork:
         self.optimizer = torch.optim.Adam(self.net.parameters(), lr=lr, foreach=False, fused=False)
 
     def gathered(self) -> contextlib.AbstractContextManager:
-        """The weights are always here."""
+        """Do nothing: the weights are always here."""
         return contextlib.nullcontext()
 
     @torch.no_grad()
     def update(self) -> None:
-        """One optimizer step from the gradients, then the EMA."""
+        """Clean the gradients, make one optimizer step, and update the EMA."""
         for p in self.net.parameters():
             if p.grad is not None:
                 torch.nan_to_num(p.grad, nan=0.0, posinf=1e5, neginf=-1e5, out=p.grad)
@@ -94,19 +94,19 @@ class PlainNetwork:
 
 
 def plain_objective(cls: type[Objective]) -> type[Objective]:
-    """The method `cls`, its mathematics as it is, trained in the plain form."""
+    """Return a subclass of the method `cls` that trains in the plain form, with the same mathematics."""
 
     class Plain(cls):
         def trained_network(self, net: torch.nn.Module, **overrides) -> PlainNetwork:
-            return PlainNetwork(net, self.device, self.config["optimizer"]["lr"])
+            return PlainNetwork(net, self.device, self.config.optimizer.lr)
 
         def step(
             self, images: torch.Tensor, labels: torch.Tensor, nimg: int, stats: Stats, items: torch.Tensor | None = None
         ) -> None:
             trained = self.trained["net"]
             trained.optimizer.zero_grad(set_to_none=True)
-            generator = misc.step_generator(self.config["seed"], 0, nimg, self.device)
-            for part in torch.arange(len(images), device=self.device).split(self.config["batch_gpu"] or len(images)):
+            generator = misc.step_generator(self.config.seed, 0, nimg, self.device)
+            for part in torch.arange(len(images), device=self.device).split(self.config.batch_gpu or len(images)):
                 draws = self.draw(images[part], generator) | dict(items=None if items is None else items[part])
                 with plain_layers():
                     loss = self.loss(images[part], labels[part], draws, stats)

@@ -18,7 +18,6 @@ from unittest import mock
 
 import torch
 
-import dnnlib
 import train
 import train_discriminator
 import train_noise
@@ -28,7 +27,7 @@ from benchmarks.plain import plain_objective
 from benchmarks.roofline import count
 from torch_utils.misc import count_parameters
 from torch_utils.training_stats import Stats
-from training import options
+from training import options, run
 from training.objective import Objective
 
 __all__ = ["OBJECTIVES", "ours", "plain"]
@@ -78,19 +77,27 @@ def plain(script: str, args: Sequence[str], serve: Callable[[Callable[[], None],
     """
     module, name = OBJECTIVES[script]
 
-    def run(
-        opts: dict, method: str, make_objective: Callable[..., Objective], *, require_labels: bool = False, **extra: Any
+    def start(
+        opts: dict[str, Any],
+        method: str,
+        make_objective: Callable[..., Objective],
+        settings: Callable[..., dict[str, Any]] = options.unet,
+        *,
+        require_labels: bool = False,
+        draw_samples: Any = None,
+        **sections: Any,
     ) -> None:
-        # What `options.run` does, less all that it sets in the process.
+        # What `run.start` does, without anything that it sets in the process.
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-        o = dnnlib.EasyDict(opts)
-        device = torch.device(o.device)
-        dataset = ImageDataset(o.data, use_labels=o.cond)
-        config = options.make_config(o, method, dataset, extra) | dict(seed=o.seed)
+        device = torch.device(opts["device"])
+        dataset = ImageDataset(opts["data"], use_labels=opts["cond"])
+        config = options.make_config(opts, method, dataset, settings(opts, dataset), **sections)
+        config.seed = opts["seed"]
         objective, stats = make_objective(config, dataset, device), Stats(device)
-        items = torch.arange(o.batch) % len(dataset)
+        objective.setup()
+        items = torch.arange(opts["batch"]) % len(dataset)
         images, labels = dataset.images(items).to(device), dataset.onehot(items).to(device)
-        items, nimg = items.to(device), itertools.count(NIMG, o.batch)
+        items, nimg = items.to(device), itertools.count(NIMG, opts["batch"])
 
         def step() -> None:
             objective.step(images, labels, next(nimg), stats, items)
@@ -102,7 +109,7 @@ def plain(script: str, args: Sequence[str], serve: Callable[[Callable[[], None],
 
     with (
         mock.patch.object(module, name, plain_objective(getattr(module, name))),
-        mock.patch.object(options, "run", run),
+        mock.patch.object(run, "start", start),
     ):
         module.main([*args, *ENDLESS, "--precision=fp32", "--compile=0"], standalone_mode=False)
 

@@ -149,7 +149,9 @@ def given_options(besides: Collection[str] = ()) -> list[str]:
     return [
         p.opts[0]
         for p in ctx.command.params
-        if p.name not in besides and ctx.get_parameter_source(p.name) not in (None, click.core.ParameterSource.DEFAULT)
+        if p.name not in besides
+        and ctx.get_parameter_source(p.name)
+        not in (None, click.core.ParameterSource.DEFAULT, click.core.ParameterSource.DEFAULT_MAP)
     ]
 
 

@@ -83,7 +83,7 @@ def train(losses: TransportLosses, share: float, seed: int, num_steps: int) -> t
     for step in trange(num_steps, unit="step", disable=None, leave=False):
         rng = misc.step_generator(seed, 0, step, CPU)
         x_0 = points(BATCH, share, rng)
-        loss, _ = losses.potential(potential.net, generator.net, x_0, losses.draw(x_0, NZ, rng), penalise=True)
+        loss, _ = losses.potential(potential.net, generator.net, x_0, losses.draw(x_0, NZ, rng), penalize=True)
         loss.mean().backward()
         potential.update(step * BATCH, BATCH)
         potential.net.requires_grad_(False)

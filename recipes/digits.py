@@ -8,24 +8,17 @@ from collections.abc import Mapping, Sequence
 from recipes.steps import Row, Step, evaluation, finished
 from reports.comparison import compare_methods
 from reports.page import Picture, Section
+from training.presets import presets_of
 
 __all__ = ["NOISES", "plan", "report", "rows"]
 
 NOISES = {"sym": "symmetric", "asym": "asymmetric", "instance": "instance-dependent"}
 
-# Higher noise levels decide about the class at 8x8 than at 32x32: --P_mean. A classifier of few images stays unsure
-# where it could be certain, and T's large diagonal multiplies its doubt: --temp. The discriminator sees the images that
-# the model was trained on; the better it knows those, the sharper its gradient: neither dropout nor shifts.
-UNET = "--P_mean=-0.4 --batch=128 --lr=3e-3 --lr_rampup_kimg=2 --ema=0.02 --dropout=0 --snap=10"
-CLASSIFIER = "--P_mean=-0.4 --batch=256 --lr=2e-3 --lr_rampup_kimg=10 --ema=0.01 --dropout=0.5 --snap=1"
-DISCRIMINATOR = (
-    "--P_mean=0.2 --P_std=0.9 --batch=256 --lr=3e-3 --lr_rampup_kimg=10 --ema=0.02 --dropout=0 --shift=0 --snap=10"
-)
-WEIGHT = 2
+WEIGHT = 2  # of SBDC's calibrated guidance on the digits
 
 
 def rows(outdir: str, only: Sequence[str]) -> list[Row]:
-    """The methods of the table."""
+    """List the methods of the table."""
     baseline, guide = f"--network={outdir}/baseline", f"--discriminator={outdir}/discriminator"
     calibrated = f"--dg_mode=calibrated --dg_weight_1st_order={WEIGHT} --dg_weight_2nd_order={WEIGHT}"
     found = [Row("baseline", "baseline: labels as they are", ["baseline"], baseline)]
@@ -51,16 +44,15 @@ def rows(outdir: str, only: Sequence[str]) -> list[Row]:
 
 
 def plan(outdir: str, seed: int, scale: float, only: Sequence[str], noise: str, num: int) -> list[Step]:
-    """All commands in order. Training lengths are in images, times `scale`; `num` images a row of the table."""
+    """List all commands in order. `scale` multiplies the training lengths; `num`: images per row of the table."""
     clean, noisy = f"{outdir}/datasets/digits.zip", f"{outdir}/datasets/digits_{noise}40.zip"
     labels = f"{outdir}/detect/labels.npz"
 
-    def training(script: str, name: str, kimg: float, rest: str) -> str:
-        kimg *= scale
+    def training(script: str, name: str, rest: str = "") -> str:
+        kimg = presets_of(script)["digits"].options["duration"] * 1000 * scale
         return (
-            f"{script} --outdir={outdir}/{name} --nosubdir --data={noisy} --cond=1 --arch=ddpmpp_tiny --augment=0"
-            f" {rest} --duration={kimg / 1000:.6f} --tick={kimg / 20:.4f} --dump=5 --seed={seed}"
-            " --resume=latest"
+            f"{script} --preset=digits --outdir={outdir}/{name} --nosubdir --data={noisy}{rest}"
+            f" --duration={kimg / 1000:.6f} --tick={kimg / 20:.4f} --dump=5 --seed={seed} --resume=latest"
         )
 
     steps = [
@@ -71,38 +63,30 @@ def plan(outdir: str, seed: int, scale: float, only: Sequence[str], noise: str, 
             2,
             f"dataset_tool.py --source=digits --dest={noisy} --noise_type={noise} --noise_rate=0.4 --seed={seed}",
         ),
-        Step("baseline", "train the baseline", 75, training("train.py", "baseline", 150, UNET)),
+        Step("baseline", "train the baseline", 75, training("train.py", "baseline")),
     ]
     if "tdsm" in only:
-        known = f"--noise_type={noise} --noise_rate=0.4" if noise != "instance" else "--noise_type=learn"
+        known = f" --noise_type={noise} --noise_rate=0.4" if noise != "instance" else " --noise_type=learn"
+        cls = f" --cls={outdir}/classifier"
         steps += [
-            Step(
-                "classifier",
-                "train TDSM's classifier",
-                35,
-                training("train_classifier.py", "classifier", 200, f"{known} {CLASSIFIER}"),
-            ),
-            Step(
-                "tdsm",
-                "train TDSM",
-                270,
-                training("train_noise.py", "tdsm", 280, f"{UNET} --cls={outdir}/classifier --temp=0.5"),
-            ),
+            Step("classifier", "train TDSM's classifier", 35, training("train_classifier.py", "classifier", known)),
+            Step("tdsm", "train TDSM", 270, training("train_noise.py", "tdsm", cls)),
         ]
     if "sbdc" in only:
-        epochs = max(round(60 * scale), 1)
+        epochs = max(round(presets_of("detect_noise.py")["digits"].options["epochs"] * scale), 1)
+        path = f" --label-path={labels}"
         steps += [
             Step(
                 "detect",
                 "find the wrong labels",
                 50,
-                f"detect_noise.py --data={noisy} --dest={labels} --arch=ddpmpp_tiny --epochs={epochs} --seed={seed}",
+                f"detect_noise.py --preset=digits --data={noisy} --dest={labels} --epochs={epochs} --seed={seed}",
             ),
             Step(
                 "discriminator",
                 "train SBDC's discriminator",
                 80,
-                training("train_discriminator.py", "discriminator", 400, f"{DISCRIMINATOR} --label-path={labels}"),
+                training("train_discriminator.py", "discriminator", path),
             ),
         ]
     for row in rows(outdir, only):
@@ -113,16 +97,15 @@ def plan(outdir: str, seed: int, scale: float, only: Sequence[str], noise: str, 
                 "sweep",
                 "SBDC for a list of weights",
                 100,
-                f"sweep.py --network={outdir}/baseline"
-                f" --discriminator={outdir}/discriminator --data={clean} --detector=pixels"
-                f" --outdir={outdir}/sweep --seeds=0-{num - 1}",
+                f"sweep.py --network={outdir}/baseline --discriminator={outdir}/discriminator --data={clean}"
+                f" --detector=pixels --outdir={outdir}/sweep --seeds=0-{num - 1}",
             )
         )
     return steps
 
 
 def report(outdir: str, seed: int, only: Sequence[str], seconds: Mapping[str, float], noise: str, num: int) -> Section:
-    """What the report says of a finished plan."""
+    """Return the section of the report on a finished plan."""
     methods = finished(outdir, rows(outdir, only), seconds)
     notes = [
         f"Each row: {num:,} images, {num // 10} a class, seeds 0 to {num - 1}, 18 steps. Training seed {seed}.",

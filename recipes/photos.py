@@ -1,4 +1,4 @@
-"""Images that do not belong: photographs with 10% digits among them, and the other way round; DDGAN and RDUOT."""
+"""Images that do not belong: photographs with 10% digits among them, and the reverse; DDGAN and RDUOT."""
 
 from __future__ import annotations
 
@@ -8,37 +8,31 @@ from dataclasses import dataclass
 from recipes.steps import Row, Step, evaluation, finished
 from reports.comparison import compare_outliers
 from reports.page import Section
+from training.presets import presets_of
 
 __all__ = ["plan", "report"]
 
-# Two steps: x_1 is so noisy that the last one decides what an image shows, where the potential sees it without noise.
-# Of more steps, the noisy ones hide a dear image's beginnings from the potential, and the later ones go on from there.
-STEPS = 2
-NETWORKS = (
-    f"--num_timesteps={STEPS} --num_channels_dae=16 --ch_mult=1,2 --num_res_blocks=1 --ngf=16 --n_mlp=2 --z_emb_dim=64"
-)
-# Small networks, for long trainings: most digits are made half-way, before the learning rates have fallen.
-TRAINING = "--batch=64 --lr_g=5e-4 --lr_d=5e-4 --r1_gamma=0.2 --lazy_reg=10 --ema_decay=0.999"
+STEPS = presets_of("train_rduot.py")["photos"].options["num_timesteps"]
 
 
 @dataclass
 class Setup:
-    """Clean images with outliers among them, and the methods that learn from both: name -> title, options."""
+    """Clean images with outliers among them, and the methods that learn from both."""
 
     name: str
     title: str
     question: str
-    source: str  # dataset_tool.py's options
+    source: str  # options of dataset_tool.py
     kimg: float  # length of each training
-    seconds: float  # which takes so long on two cores
-    methods: dict[str, tuple[str, str]]
+    seconds: float  # duration of each training on two cores
+    methods: dict[str, tuple[str, str]]  # name -> title, options of train_rduot.py
 
     def data(self, outdir: str) -> str:
-        """Its archive."""
+        """Return the path of its archive."""
         return f"{outdir}/datasets/{self.name}_outliers10.zip"
 
     def rows(self, outdir: str) -> list[Row]:
-        """The methods of its table."""
+        """List the methods of its table."""
         return [
             Row(name, title, [name], f"--network={outdir}/{name}")
             for method, (title, _) in self.methods.items()
@@ -47,7 +41,7 @@ class Setup:
 
 
 def rduot(**taus: float) -> dict[str, tuple[str, str]]:
-    """RDUOT's methods, with cost=tau."""
+    """Return methods of RDUOT, given as cost=tau."""
     return {
         f"rduot-{cost}": (f"RDUOT, cost {cost}", f"--method=rduot --cost={cost} --tau={tau}")
         for cost, tau in taus.items()
@@ -59,8 +53,8 @@ SETUPS = [
     Setup(
         "photos",
         "cleanscore: photographs, one in ten replaced by a digit",
-        "A diffusion model of few steps is trained on 16,000 crops of photographs, of which 1,600 are digits in "
-        "truth. How many of the images that it makes are digits?",
+        "A diffusion model of a few steps is trained on 16,000 images: 14,400 crops of photographs and 1,600 "
+        "digits. How many of the images that it makes are digits?",
         "--source=photos --max-images=16000 --resolution=8x8 --channels=1 --outliers=digits",
         240,
         225,
@@ -68,9 +62,9 @@ SETUPS = [
     ),
     Setup(
         "digits",
-        "cleanscore: the other way round, digits and one in ten a photograph",
-        "The paper's cost is the squared distance to noise, which is small for dull images: here for the outliers. "
-        "Nothing makes RDUOT drop them then, unless another cost finds them expensive.",
+        "cleanscore: the reverse, digits with one in ten replaced by a photograph",
+        "The paper's cost is the squared distance to noise. It is small for images of low contrast, and here those "
+        "are the outliers. RDUOT then has no reason to drop them, unless another cost makes them expensive.",
         "--source=digits --outliers=photos",
         100,
         95,
@@ -80,7 +74,7 @@ SETUPS = [
 
 
 def plan(outdir: str, seed: int, scale: float, num: int) -> list[Step]:
-    """All commands in order. Training lengths are in images, times `scale`; `num` images a row of the tables."""
+    """List all commands in order. `scale` multiplies the training lengths; `num`: images per row of the tables."""
     steps = []
     for setup in SETUPS:
         data, kimg = setup.data(outdir), setup.kimg * scale
@@ -98,10 +92,8 @@ def plan(outdir: str, seed: int, scale: float, num: int) -> list[Step]:
                     row.name,
                     f"train {title} on {setup.name}",
                     setup.seconds,
-                    f"train_rduot.py --outdir={outdir}/{row.name} --nosubdir --data={data} {options}"
-                    f" {NETWORKS} {TRAINING}"
-                    f" --duration={kimg / 1000:.6f} --tick={kimg / 20:.4f} --snap=10 --dump=5"
-                    f" --seed={seed} --resume=latest",
+                    f"train_rduot.py --preset=photos --outdir={outdir}/{row.name} --nosubdir --data={data} {options}"
+                    f" --duration={kimg / 1000:.6f} --tick={kimg / 20:.4f} --dump=5 --seed={seed} --resume=latest",
                 )
             )
         for row in setup.rows(outdir):
@@ -110,7 +102,7 @@ def plan(outdir: str, seed: int, scale: float, num: int) -> list[Step]:
 
 
 def report(outdir: str, seed: int, seconds: Mapping[str, float], num: int) -> list[Section]:
-    """What the report says of a finished plan."""
+    """Return the sections of the report on a finished plan."""
     return [
         compare_outliers(
             outdir,

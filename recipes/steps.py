@@ -14,6 +14,7 @@ from typing import Any
 import click
 
 import dnnlib
+import dnnlib.cli
 from reports.comparison import Method
 from torch_utils import safe_files
 
@@ -22,26 +23,29 @@ __all__ = ["Row", "Step", "evaluation", "finished", "run_plan"]
 
 @dataclass
 class Step:
-    """One command of a plan, and about how many seconds it takes on two cores."""
+    """One command of a plan."""
 
-    name: str
-    title: str
-    seconds: float
-    command: str
+    name: str  # of its log
+    title: str  # on the screen
+    seconds: float  # about how long it takes on two cores
+    command: str  # script and options
 
 
 @dataclass
 class Row:
-    """A method of a table: what it is called, the training runs it needs, and generate.py's options for it."""
+    """A method of a table."""
 
-    name: str
-    title: str
-    training: Sequence[str]
-    sampling: str
+    name: str  # of its files
+    title: str  # on the page
+    training: Sequence[str]  # the steps that train what it needs
+    sampling: str  # options of generate.py
 
 
 def evaluation(outdir: str, row: Row, num: int, data: str, options: str = "") -> list[Step]:
-    """Make `num` images of a method, with further `options` of generate.py, and measure them against `data`."""
+    """List the steps that make `num` images of a method and measure them against `data`.
+
+    `options`: further options of generate.py, with a blank at the end.
+    """
     images, table = f"{outdir}/images/{row.name}.zip", f"{outdir}/tables/{row.name}.json"
     return [
         Step(
@@ -60,7 +64,7 @@ def evaluation(outdir: str, row: Row, num: int, data: str, options: str = "") ->
 
 
 def finished(outdir: str, rows: Sequence[Row], seconds: Mapping[str, float]) -> list[Method]:
-    """The rows as methods to compare, given the `seconds` that each step took; runs are the steps that keep a log."""
+    """Return the rows as methods to compare, given the `seconds` that each step took."""
     return [
         Method(
             row.title,
@@ -75,12 +79,14 @@ def finished(outdir: str, rows: Sequence[Row], seconds: Mapping[str, float]) -> 
 
 
 def run_plan(steps: Sequence[Step], scripts: Mapping[str, Any], outdir: str, pace: float) -> dict[str, float]:
-    """Run all steps that have not run yet; returns the seconds each took. `pace`: expected duration over the planned.
+    """Run all steps that have not run yet, and return the seconds that each took.
 
-    `scripts`: name -> module with a click command `main`. What they print goes to `outdir`/logs, their progress bars to
-    the screen. UserError: `outdir` holds something else.
+    `scripts`: name -> module with a click command `main`. Their output goes to `outdir`/logs, their progress bars to
+    the screen. `pace`: expected duration divided by the planned one, for the first estimates of the time left.
+    UserError: `outdir` holds something else.
     """
-    journal = Journal(os.path.join(outdir, "quickstart.json"), [asdict(step) for step in steps])
+    with dnnlib.cli.blame("--outdir"):
+        journal = Journal(os.path.join(outdir, "quickstart.json"), [asdict(step) for step in steps])
     remaining, spent, expected = sum(step.seconds for step in steps), 0.0, 0.0
     for i, step in enumerate(steps):
         if step.name not in journal.seconds:
@@ -95,7 +101,7 @@ def run_plan(steps: Sequence[Step], scripts: Mapping[str, Any], outdir: str, pac
 
 
 def run_step(step: Step, scripts: Mapping[str, Any], log: str) -> None:
-    """Call the script's own main."""
+    """Call the script's main in this process, with its output in the file `log`."""
     script, *args = shlex.split(step.command)
     os.makedirs(os.path.dirname(log), exist_ok=True)
     with open(log, "a") as f, contextlib.redirect_stdout(f):
@@ -103,7 +109,7 @@ def run_step(step: Step, scripts: Mapping[str, Any], log: str) -> None:
 
 
 class Journal:
-    """Which steps are done and how long each took, on disk, so that a second call goes on."""
+    """Records on disk which steps are done and how long each took, so that a second call continues."""
 
     def __init__(self, path: str, steps: list[dict]):
         self.path, self.steps, self.seconds = path, steps, {}
@@ -111,12 +117,13 @@ class Journal:
         if os.path.exists(path):
             known = safe_files.load_json(dnnlib.read_bytes(path), path)
             if not isinstance(known, dict) or known.get("steps") != steps:
-                raise dnnlib.UserError(f"--outdir: {folder} holds a run with other options; choose another folder")
+                raise dnnlib.UserError(f"{folder} holds a run with other options; choose another folder")
             self.seconds = known["seconds"]
         elif os.path.isdir(folder) and os.listdir(folder):
-            raise dnnlib.UserError(f"--outdir: {folder} is not empty and no quickstart's; choose another folder")
+            raise dnnlib.UserError(f"{folder} holds files that are not of a quickstart; choose another folder")
 
     def add(self, name: str, seconds: float) -> None:
+        """Record that a step is done."""
         self.seconds[name] = seconds
         os.makedirs(os.path.dirname(self.path), exist_ok=True)
         with dnnlib.atomic_open(self.path, "w") as f:

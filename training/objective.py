@@ -1,10 +1,11 @@
-"""What the training loop asks of a method."""
+"""What the training loop asks of a method, and what all methods share."""
 
 from __future__ import annotations
 
 import contextlib
 import zlib
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 
@@ -13,6 +14,7 @@ from archives.dataset import ImageDataset, to_float
 from torch_utils import distributed, misc
 from torch_utils.training_stats import Stats
 from training.augment import AugmentPipe
+from training.config import RunConfig
 from training.noise_levels import NoiseLevels
 from training.sharding import whole
 from training.trained_network import TrainedNetwork, linear_rampup
@@ -25,91 +27,98 @@ Phase = tuple[str, Callable[..., torch.Tensor], list[str]]
 class Objective:
     """A method: its networks and optimizers, and one step of training on a batch.
 
-    Subclasses create networks in `build` and answer `loss`; everything else has a default.
-    `config` is the run's nested dict of plain data (training_options.json).
+    A subclass creates its networks in `build` and computes the loss in `loss`; every other method has a default. Call
+    `setup` once before the first step.
     """
 
-    method: str = ""  # goes into the snapshot's info
-    network_options = "--arch, --cbase, --cres"  # what chooses the networks on the command line
+    method: str = ""  # name in the configuration and in the snapshot's info
     snapshot_on_best = False  # write a snapshot only when the validation value improves
 
-    def __init__(self, config: dict, dataset: ImageDataset, device: torch.device):
+    def __init__(self, config: RunConfig, dataset: ImageDataset, device: torch.device):
         self.config, self.dataset, self.device = config, dataset, device
-        self.noise_levels = NoiseLevels(**config["noise_levels"]) if config["noise_levels"] else None
-        self.augment = AugmentPipe(**config["augment"]) if config["augment"] else None
-        self.autocast_dtype = {"bf16": torch.bfloat16}.get(config["precision"])
-        self.train_indices = None  # a subset of the data set to train on; None: all of it
-        # Steps in a row with a non-finite loss or gradient, counted on the device: to look is to wait for it.
+        self.noise_levels = NoiseLevels(**config.noise_levels) if config.noise_levels else None
+        self.augment = AugmentPipe(**config.augment) if config.augment else None
+        self.autocast_dtype = {"bf16": torch.bfloat16}.get(config.precision)
+        self.train_indices: torch.Tensor | None = None  # the items of the data set to train on; None: all of them
+        # Steps in a row with a non-finite loss or gradient, counted on the device: reading the number waits for it.
         self.bad_steps = torch.zeros([], dtype=torch.int64, device=device)
-        torch.manual_seed(misc.step_seed(config["seed"], 0, 0, stream=1))  # The same initial weights on every rank.
-        try:
-            self.trained: dict[str, TrainedNetwork] = self.build()
-        except ValueError as error:  # the networks' word for arguments that do not fit each other or the images
-            raise dnnlib.UserError(f"{self.network_options}: {error}") from None
+        self.trained: dict[str, TrainedNetwork] = {}
 
-    # Questions a method answers.
+    def setup(self) -> None:
+        """Create the networks. UserError when the settings fit neither each other nor the images."""
+        torch.manual_seed(misc.step_seed(self.config.seed, 0, 0, stream=1))  # the same initial weights on every rank
+        try:
+            self.trained = self.build()
+        except ValueError as error:
+            raise dnnlib.UserError(str(error)) from None
+
+    # Questions that a method answers.
 
     def build(self) -> dict[str, TrainedNetwork]:
-        """Create the networks to train, by name. The one called 'net' is exported."""
-        raise AssertionError("an objective builds its networks")
+        """Create the networks to train, by name. The network called 'net' goes into snapshots."""
+        raise NotImplementedError
 
     def loss(self, images: torch.Tensor, labels: torch.Tensor, draws: dict, stats: Stats) -> torch.Tensor:
-        """Loss of each image, any shape whose sum over all but the batch is the image's loss; reports into `stats`."""
-        raise AssertionError("an objective states its loss")
+        """Compute the loss of each image: [n] or [n,...], where the sum over all but n is the image's loss.
+
+        `images` uint8 [n,C,H,W], `labels` float32 [n,label_dim], `draws`: this part's rows of what `draw` returned.
+        Statistics go into `stats`.
+        """
+        raise NotImplementedError
 
     def phases(self, nimg: int) -> list[Phase]:
-        """What a step does in turn: (name of a loss, the loss, names of the networks that it trains)."""
+        """List what a step does in turn: (name of the loss, the loss, names of the networks that it trains)."""
         return [("loss", self.loss, list(self.trained))]
 
     def validate(self) -> float | None:
-        """A value on held-out data, the lower the better, the same on all ranks; None: nothing is held out."""
+        """Return a value on held-out data, lower is better, equal on all ranks; None without held-out data."""
         return None
 
     def notes(self) -> list[str]:
-        """Lines to print before training begins."""
+        """Return lines to print before training begins."""
         return []
 
-    def loss_settings(self) -> dict:
-        """What a snapshot says about the loss; plain data."""
+    def loss_settings(self) -> dict[str, Any]:
+        """Return what a snapshot records about the loss, as plain data."""
         return self.noise_levels.settings()
 
-    def info(self) -> dict:
-        """What the snapshot says beside the network; plain data."""
+    def info(self) -> dict[str, Any]:
+        """Return what a snapshot records beside the network, as plain data."""
         return {}
 
     # What all methods share.
 
     def resnet(self, cls: type[torch.nn.Module]) -> torch.nn.Module:
-        """A `training.networks_resnet` network for this data and the run's options."""
-        if self.config["precision"] == "fp16" and self.device.type == "cuda":
-            self.autocast_dtype = torch.float16  # It does not cast itself, as the U-Nets do.
-        c = self.config["network"]
+        """Build a network of `training.networks_resnet` for this data and the run's settings."""
+        if self.config.precision == "fp16" and self.device.type == "cuda":
+            self.autocast_dtype = torch.float16  # these networks do not cast their input themselves, as the U-Nets do
+        network = self.config.network
         return cls(
             img_resolution=self.dataset.resolution,
             img_channels=self.dataset.num_channels,
             label_dim=self.dataset.label_dim,
-            precond=c["precond"],
+            precond=network.precond,
             augment_dim=self.augment.label_dim if self.augment else 0,
-            **c["kwargs"],
+            **network.kwargs,
         )
 
-    def trained_network(self, net: torch.nn.Module, **overrides) -> TrainedNetwork:
-        """Wrap `net` with the run's optimizer, schedule and EMA settings."""
+    def trained_network(self, net: torch.nn.Module, **overrides: Any) -> TrainedNetwork:
+        """Wrap `net` with the run's optimizer, schedule and EMA settings; `overrides` replace them."""
         c = self.config
         kwargs = dict(
-            lr=c["optimizer"]["lr"],
-            optimizer=c["optimizer"]["name"],
-            ema_halflife=c["ema_halflife_nimg"],
-            lr_factor=linear_rampup(c["lr_rampup_nimg"]),
-            loss_scaling=c["loss_scaling"],
-            compile=c["compile"],
-            channels_last=self.device.type == "cuda" and c["precision"] != "fp32",
-            shard=c.get("shard", False),
+            lr=c.optimizer.lr,
+            optimizer=c.optimizer.name,
+            ema_halflife=c.ema_halflife_nimg,
+            lr_factor=linear_rampup(c.lr_rampup_nimg),
+            loss_scaling=c.loss_scaling,
+            compile=c.compile,
+            channels_last=self.device.type == "cuda" and c.precision != "fp32",
+            shard=c.shard,
         )
         return TrainedNetwork(net, self.device, **(kwargs | overrides))
 
     def draw(self, images: torch.Tensor, generator: torch.Generator) -> dict:
-        """All random numbers of a step, one row an image, drawn for the rank's whole batch before it is split."""
+        """Draw all random numbers of a step for the rank's whole batch, one row per image, before it is split."""
         n = len(images)
         draws = dict(
             sigma=self.noise_levels.sample(n, generator, self.device),
@@ -120,30 +129,36 @@ class Objective:
         return draws
 
     def prepare(self, images: torch.Tensor, draws: dict) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """uint8 [n,C,H,W] -> float images in [-1,1] (augmented) and their augment labels or None."""
+        """Return uint8 images [n,C,H,W] as floats in [-1,1], augmented, and their augment labels or None."""
         images = to_float(images)
         return (images, None) if self.augment is None else self.augment.apply(images, draws["augment"])
 
-    def precision(self) -> contextlib.AbstractContextManager:
-        """Autocast region of the network passes; losses are computed in float32 outside the network."""
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """Return the autocast region for network passes. Losses are computed in float32 outside the network."""
         if self.autocast_dtype is None:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self.autocast_dtype)
 
     def step(
-        self, images: torch.Tensor, labels: torch.Tensor, nimg: int, stats: Stats, items: torch.Tensor | None = None
+        self,
+        images: torch.Tensor,
+        labels: torch.Tensor,
+        nimg: int,
+        stats: Stats,
+        items: torch.Tensor | None = None,
     ) -> None:
-        """One optimizer step a phase on this rank's batch: uint8 [b,C,H,W], float labels [b,label_dim].
+        """Take one optimizer step per phase on this rank's batch: uint8 [b,C,H,W], float labels [b,label_dim].
 
-        `items` int64 [b]: which images of the data set these are, for methods that know something about each image.
+        `nimg`: images seen before this step. `items` int64 [b]: which images of the data set these are, for methods
+        that know something about each image.
         """
-        seed = (self.config["seed"], distributed.get_rank(), nimg)
-        torch.manual_seed(misc.step_seed(*seed, stream=2))  # dropout's
+        seed = (self.config.seed, distributed.get_rank(), nimg)
+        torch.manual_seed(misc.step_seed(*seed, stream=2))  # for dropout
         draws = self.draw(images, misc.step_generator(*seed, self.device, stream=3))
         if items is not None:
             draws["items"] = items.to(self.device, non_blocking=True)
         n = len(images)
-        size = self.config["batch_gpu"] or n
+        size = self.config.batch_gpu or n
         bad = torch.zeros_like(self.bad_steps)
         for name, loss_of, networks in self.phases(nimg):
             active = [self.trained[network] for network in networks]
@@ -155,12 +170,12 @@ class Objective:
                 with contextlib.ExitStack() as stack:
                     for trained in active:
                         stack.enter_context(trained.accumulate(last=start + size >= n))
-                    stack.enter_context(self.precision())
+                    stack.enter_context(self.autocast())
                     loss = loss_of(images[part], labels[part], _slice(draws, part), stats)
                     bad += _add_loss(name, loss.detach(), stats)
                     (loss.sum() * (active[0].loss_scaling / n)).backward()
             for trained in active:
-                trained.update(nimg, self.config["batch_size"])
+                trained.update(nimg, self.config.batch_size)
                 bad_grads = trained.take_bad_grads()
                 stats.add("Health/bad_gradients", bad_grads)
                 bad += bad_grads
@@ -169,15 +184,15 @@ class Objective:
         self.bad_steps = torch.where(bad > 0, self.bad_steps + 1, 0)
 
     def probe(self, nimg: int) -> list[float]:
-        """What all processes must agree on: a checksum of the weights in training, and the losses of some images.
+        """Compute what all processes must agree on: a checksum of the weights, and the losses of a few images.
 
         The images and random numbers are the same on every process. Nothing is trained.
         """
-        # As many as a network sees at a time in training: compiled ones know no other number.
-        n = self.config["batch_gpu"] or self.config["batch_size"] // distributed.get_world_size()
+        # As many images as a network sees at a time in training: compiled networks take no other number.
+        n = self.config.batch_gpu or self.config.batch_size // distributed.get_world_size()
         items = torch.arange(n) % len(self.dataset)
         images, labels = self.dataset.images(items).to(self.device), self.dataset.onehot(items).to(self.device)
-        seed = (self.config["seed"], 0, nimg)
+        seed = (self.config.seed, 0, nimg)
         torch.manual_seed(misc.step_seed(*seed, stream=5))
         draws = self.draw(images, misc.step_generator(*seed, self.device, stream=6))
         draws["items"] = items.to(self.device)
@@ -186,12 +201,12 @@ class Objective:
             with contextlib.ExitStack() as stack:
                 for trained in self.trained.values():
                     stack.enter_context(trained.accumulate(last=False))
-                stack.enter_context(self.precision())
+                stack.enter_context(self.autocast())
                 values.append(float(loss_of(images, labels, draws, Stats(self.device)).detach().sum() / n))
         return values
 
-    def snapshot(self) -> dict:
-        """What a snapshot holds, without the run's own `info`; complete on rank 0. Called by all ranks."""
+    def snapshot(self) -> dict[str, Any]:
+        """Return what a snapshot holds, without the run's own `info`; complete on rank 0. All ranks call it."""
         return dict(
             ema=self.trained["net"].export(),
             loss_fn=dict(class_name=self.method, **self.loss_settings()),
@@ -201,15 +216,16 @@ class Objective:
         )
 
     def close(self) -> None:
-        """Give up what binds this process to the others."""
+        """Release what binds this process to the others."""
         for trained in self.trained.values():
             trained.close()
 
-    def state_dict(self) -> dict:
-        """What a training state holds of the objective; complete on rank 0. Called by all ranks."""
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a training state holds of the objective; complete on rank 0. All ranks call it."""
         return {name: trained.state_dict() for name, trained in self.trained.items()}
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from what `state_dict` returned."""
         for name, trained in self.trained.items():
             trained.load_state_dict(state[name])
 
@@ -223,7 +239,7 @@ def _checksum(modules: Iterable[torch.nn.Module]) -> int:
 
 
 def _add_loss(name: str, loss: torch.Tensor, stats: Stats) -> torch.Tensor:
-    # Non-finite values are counted apart: one would hide all others in the mean.
+    # Non-finite values are counted apart: one of them would hide all others in the mean.
     finite = loss.isfinite()
     bad = finite.logical_not().sum()
     stats.add(f"Loss/{name}", loss, mask=finite)

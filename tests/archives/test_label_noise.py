@@ -1,42 +1,23 @@
-"""Transition matrices, label corruption and the weights of TDSM."""
+"""Transition matrices, noise drawn from them, and matrices that are refused."""
 
 import json
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.extra.numpy import arrays
 
 import dnnlib
 from archives import label_noise as tr
 from tests.support.paths import FIXTURES
-from training import label_weights as weights
 
-# CIFAR-100: superclass of each fine class, written out independently of the table under test.
+# CIFAR-100: the superclass of each fine class, written down independently of the table under test.
 COARSE = np.array([
     4, 1, 14, 8, 0, 6, 7, 7, 18, 3, 3, 14, 9, 18, 7, 11, 3, 9, 7, 11, 6, 11, 5, 10, 7, 6, 13, 15, 3, 15, 0, 11, 1, 10,
     12, 14, 16, 9, 11, 5, 5, 19, 8, 8, 15, 13, 14, 17, 18, 10, 16, 4, 17, 4, 2, 0, 17, 4, 18, 17, 10, 3, 2, 12, 12, 16,
     12, 1, 9, 19, 2, 10, 0, 1, 16, 12, 9, 13, 15, 13, 16, 19, 2, 4, 6, 19, 5, 5, 8, 19, 18, 1, 2, 15, 6, 0, 17, 8, 14,
     13,
 ])  # fmt: skip
-
-
-def fixture_cases():
-    data = np.load(FIXTURES / "tdsm_weights.npz")
-    for name, config in json.loads(str(data["config"])).items():
-        yield pytest.param({k.split("/")[1]: data[k] for k in data.files if k.startswith(f"{name}/")}, config, id=name)
-
-
-@pytest.mark.parametrize("case, config", fixture_cases())
-def test_weights_fixture(case, config):
-    observed = torch.from_numpy(case["noisy_labels"])
-    w = weights.posterior_weights(
-        torch.log_softmax(torch.from_numpy(case["clean_logits"]), 1), torch.from_numpy(case["transition"]), observed
-    )
-    assert torch.allclose(w.sum(1), torch.ones(len(w)), atol=1e-6)
-    np.testing.assert_allclose(weights.cut_weights(w, observed, config["tau"]), case["weights"], atol=1e-5)
 
 
 @pytest.mark.parametrize("name, noise_type, rate, family", [("sym40", "sym", 0.4, None),
@@ -83,7 +64,7 @@ def test_rows_are_stochastic(noise_type, rate, classes, family):
 
 @settings(max_examples=25, deadline=None)
 @given(st.floats(0, 1), st.integers(2, 12), st.integers(0, 2**32))
-def test_realised_rate(rate, classes, seed):
+def test_realized_rate(rate, classes, seed):
     labels = np.arange(4000) % classes
     noisy = tr.corrupt_labels(labels, tr.transition_matrix("sym", rate, classes), seed)
     assert abs((noisy != labels).mean() - rate) < 5 * np.sqrt(0.25 / 4000)
@@ -114,12 +95,12 @@ def test_zero_probabilities_are_never_drawn_at_the_ends_of_the_unit_interval():
 def test_instance_noise():
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, [6000, 4, 4, 1], dtype=np.uint8)
-    images[3000:] = images[0]  # the same image again and again: its wrong class is (nearly) the same each time
+    images[3000:] = images[0]  # one image many times, so that the distribution of its wrong class shows
     labels = np.concatenate([rng.integers(0, 5, 3000), np.full(3000, 2)])
     noisy = tr.instance_noise(images, labels, 0.4, 5, seed=1)
     wrong = noisy != labels
     assert abs(wrong.mean() - 0.4) < 0.03
-    # Xia et al., step by step for this one image: p_c proportional to exp((x W_y)_c), c != y.
+    # For this image, as Xia et al. write it: p_c is proportional to exp((x W_y)_c), c != y.
     logits = images[0].reshape(-1) / 255 @ np.random.default_rng([1, 2]).standard_normal([16, 5], dtype=np.float32)
     p = np.exp(np.where(np.arange(5) == 2, -np.inf, logits))
     observed = np.bincount(noisy[3000:][wrong[3000:]], minlength=5) / wrong[3000:].sum()
@@ -127,59 +108,18 @@ def test_instance_noise():
     np.testing.assert_array_equal(noisy, tr.instance_noise(images, labels, 0.4, 5, seed=1))
 
 
-def test_weights_are_bayes_rule():
-    rng = np.random.default_rng(0)
-    T = rng.dirichlet(np.ones(6), 6)
-    p = rng.dirichlet(np.ones(6), 50)
-    observed = rng.integers(0, 6, 50)
-    expected = T[:, observed].T * p
-    expected /= expected.sum(1, keepdims=True)
-    w = weights.posterior_weights(torch.from_numpy(p).log(), torch.from_numpy(T), torch.from_numpy(observed))
-    np.testing.assert_allclose(w, expected, atol=1e-12)
-    eye = weights.posterior_weights(torch.from_numpy(p).log(), torch.eye(6), torch.from_numpy(observed))
-    np.testing.assert_array_equal(eye, np.eye(6)[observed])
-    far = weights.posterior_weights(torch.tensor([[-1e4, 0.0, -1e4]]), torch.from_numpy(T[:3, :3]), torch.tensor([0]))
-    assert torch.isfinite(far).all()
-
-
-def test_tau_keeps_the_own_label():
-    w = torch.tensor([[0.001, 0.989, 0.01]])
-    cut = weights.cut_weights(w, torch.tensor([0]), 0.01)
-    np.testing.assert_array_equal(cut, [[w[0, 0], w[0, 1], 0]])
-    np.testing.assert_array_equal(weights.survivors(w, torch.tensor([0]), 0.01), [[True, True, False]])
-
-
-def test_impossible_label_is_named():
-    T = torch.tensor([[0.5, 0.0, 0.5], [0.0, 0.0, 1.0], [1.0, 0.0, 0.0]])
-    with pytest.raises(dnnlib.UserError, match="label 1 .*column 1"):
-        weights.posterior_weights(torch.zeros(2, 3), T, torch.tensor([0, 1]))
-    with pytest.raises(dnnlib.UserError, match="label 1 "):
-        tr.check_observed(T.numpy(), np.array([0, 1, 2]))
-    tr.check_observed(T.numpy(), np.array([0, 2]))
-
-
-@settings(max_examples=40, deadline=None)
-@given(arrays(np.float64, [5, 4], elements=st.floats(0.01, 1)), st.floats(0, 0.6))
-def test_clean_posterior_inverts_the_noise(p, rate):
-    p /= p.sum(1, keepdims=True)
-    T = tr.transition_matrix("sym", rate, 4)
-    found = weights.clean_posterior(torch.from_numpy(p @ T).log(), T)
-    np.testing.assert_allclose(found, p, atol=1e-9)
-    again = weights.clean_posterior(torch.from_numpy(p @ T).log(), None, inverse=tr.inverse_transition(T))
-    np.testing.assert_array_equal(found, again)
-
-
-def test_clean_posterior_clips_and_renormalises():
-    T = tr.transition_matrix("sym", 0.4, 3)
-    found = weights.clean_posterior(torch.tensor([[0.9, 0.09, 0.01]]).log(), torch.from_numpy(T))
-    np.testing.assert_allclose(found, [[1, 0, 0]], atol=1e-6)
-
-
 @pytest.mark.parametrize("T", [tr.transition_matrix("sym", 0.9, 10), np.eye(3)[[0, 0, 1]],
                                [[0.5 + 1e-8, 0.5 - 1e-8], [0.5, 0.5]]])  # fmt: skip
 def test_singular_matrix_is_refused(T):
     with pytest.raises(dnnlib.UserError, match="condition number .*train the classifier with the known noise"):
-        weights.clean_posterior(torch.zeros(1, len(T)), T)
+        tr.inverse_transition(T)
+
+
+def test_impossible_label_is_named():
+    T = np.array([[0.5, 0.0, 0.5], [0.0, 0.0, 1.0], [1.0, 0.0, 0.0]])
+    with pytest.raises(dnnlib.UserError, match="label 1 .*column 1"):
+        tr.check_observed(T, np.array([0, 1, 2]))
+    tr.check_observed(T, np.array([0, 2]))
 
 
 @pytest.mark.parametrize("call, message", [

@@ -1,4 +1,4 @@
-"""Runs that die, or whose disk fails, at every operation of their saves: none is lost, none ends otherwise."""
+"""Runs that die, or whose disk fails, at any operation of their saves: all continue and end with the same weights."""
 
 import collections
 import errno
@@ -18,12 +18,13 @@ from tests.support.synth import make_archive, pictures
 from torch_utils import checkpoint, persistence
 
 DEADLY = ("kill", "torn", "power")
-PLAIN, BEST = ("plain",), ("--nosubdir", "--best")  # a folder for each run; one for all, and only the best snapshot
+PLAIN = ("plain",)  # every run has a folder of its own
+BEST = ("--nosubdir", "--best")  # all runs use one folder and keep only the best snapshot
 
 
 @pytest.fixture(scope="module")
 def ask(tmp_path_factory):
-    """Ask `faults.py` for a run: what its processes left, as a dict of lists by rank."""
+    """A function that asks `faults.py` for a run and returns what its processes left, as a dict of lists by rank."""
     folder = tmp_path_factory.mktemp("faults")
     data = make_archive(folder / "d.zip", pictures(64, channels=1))
     server = subprocess.Popen(
@@ -66,7 +67,7 @@ def newest_run(outdir, variant):
 
 
 def ended_with(run_dir):
-    """All that must be the same in the end: the state, the weights of the snapshots, the ticks; and no litter."""
+    """Return all that must be the same in the end. Assert that no temporary file is left."""
     state = checkpoint.load_state(checkpoint.states(run_dir)[0])
     snapshots = {path.name: persistence.load_snapshot(path) for path in run_dir.glob("network-snapshot-*.pkl")}
     assert not list(run_dir.glob(".*"))
@@ -74,7 +75,9 @@ def ended_with(run_dir):
         objective=state["objective"],
         nimg=state["nimg"],
         best=state["best"],
-        states=[path.name for path in checkpoint.states(run_dir)][:2],  # a third may have outlived the last save
+        states=[path.name for path in checkpoint.states(run_dir)][
+            :2
+        ],  # a third one may remain from before the last save
         snapshots={name: dict(s["ema"].state_dict(), nimg=s["info"]["nimg"]) for name, s in sorted(snapshots.items())},
         ticks=[json.loads(line)["Progress/kimg"]["mean"] for line in open(run_dir / "stats.jsonl")],
     )
@@ -82,7 +85,7 @@ def ended_with(run_dir):
 
 @pytest.fixture(scope="module")
 def undisturbed(ask, tmp_path_factory):
-    """(ranks, variant) -> (what a run ends with, the operations of its disk), each run once."""
+    """A function of (ranks, variant) that returns what such a run ends with and the operations of its disk."""
     known = {}
 
     def undisturbed(ranks, variant):
@@ -97,7 +100,7 @@ def undisturbed(ask, tmp_path_factory):
 
 
 def survive(ask, outdir, ranks, variant, fault, expected):
-    """Let a run meet the fault, see that what it left is whole, continue it, and compare. Says what happened."""
+    """Let a run meet the fault, check that its files are undamaged, continue it, compare. Return what happened."""
     run = ask(outdir, *given(variant), ranks=ranks, fault=fault)
     errors = [line for text in run["err"] for line in text.splitlines()]
     assert not [text for text in run["err"] if "Traceback" in text], run
@@ -123,7 +126,7 @@ def survive(ask, outdir, ranks, variant, fault, expected):
     return "continued" if fault["kind"] != "short" and run["promised"] else "from the start"
 
 
-# What of a disk each fault can meet.
+# The disk operations that each fault can meet.
 MEETS = dict(
     kill=("open", "write", "fsync", "replace", "unlink"),
     torn=("write",),
@@ -136,7 +139,7 @@ MEETS["power"] = MEETS["EROFS"] = MEETS["kill"]
 
 
 def try_all(ask, undisturbed, tmp_path, every):
-    """Every `every`-th of all faults at all operations of the four kinds of run; returns the table."""
+    """Try every `every`-th fault at every operation of the four kinds of run. Return the counts."""
     table = collections.Counter()
     for ranks, variant, sparser in ((1, PLAIN, 1), (1, BEST, 2), (2, PLAIN, 4), (2, BEST, 6)):
         expected, operations = undisturbed(ranks, variant)
@@ -206,7 +209,7 @@ def test_non_finite_steps_are_counted_and_many_stop_the_run(ask, undisturbed, tm
     assert errors(many)[1:] == [""] * (ranks - 1)
     assert_continues(ask, tmp_path / "many", undisturbed(ranks, PLAIN)[0], "--max_bad_steps=5", ranks=ranks)
 
-    end = run("end", 5, 99)  # too few to stop the run, but its end is not worth having
+    end = run("end", 5, 99)  # too few bad steps to stop the run, but the end of the run must not be saved
     assert end["codes"] == [1] * ranks and end["promised"] == [1000, 2000] and "the last 1 steps" in end["err"][0]
 
 
@@ -229,8 +232,8 @@ def test_processes_that_drift_apart_are_stopped(ask, tmp_path, hook, found):
 def test_a_signal_to_one_process_ends_all_with_its_code(ask, undisturbed, tmp_path, number, code, rank, ranks):
     run = ask(tmp_path, ranks=ranks, hook=dict(signal=number, at=4 - ranks, rank=rank))
     assert run["codes"] == [code] * ranks and errors(run) == [""] * ranks
-    hint = rf"Stopped by {number.name} at 2.0 kimg; training-state-000002.pt is saved. To go on: .*--resume={tmp_path}"
-    assert re.search(hint, run["out"][0])  # ranks compare notes one step late
+    hint = rf"Stopped by {number.name} at 2.0 kimg; training-state-000002.pt is saved. .*--resume={tmp_path}"
+    assert re.search(hint, run["out"][0])  # the ranks learn of the signal one step later
     assert_continues(ask, tmp_path, undisturbed(ranks, PLAIN)[0], ranks=ranks)
 
 
@@ -242,7 +245,7 @@ def test_a_process_that_dies_is_named_by_one_of_the_others(ask, undisturbed, tmp
     kimg = 2.0 if ranks == 2 else 2.4
     named = rf"Error: process 1 \(id \d+\) ended at {kimg} kimg, so the other processes stop"
     assert re.fullmatch(named, errors(run)[0])
-    # A third process may notice only after the first has stopped too; it then names both.
+    # A third process may notice it only after the first one has stopped too. Then it names both.
     late = re.compile(r"Error: process 0 \(id \d+\) and process 1 \(id \d+\) ended at .*")
     assert errors(run)[1] == "" and all(e == "" or late.fullmatch(e) for e in errors(run)[2:])
     if ranks == 2:
@@ -266,7 +269,7 @@ def test_a_save_that_cannot_fit_is_not_begun(ask, undisturbed, tmp_path):
     assert run["codes"] == [1, 1] and run["promised"] == [1000] and errors(run)[1] == ""
     assert re.match(
         r"Error: \S+network-snapshot-000002.pkl: needs 0.0 MiB and 0.0 MiB are free, so it was not begun; "
-        "training-state-000001.pt is saved. To go on",
+        "training-state-000001.pt is saved. To continue",
         errors(run)[0],
     )
     assert_continues(ask, tmp_path, undisturbed(2, PLAIN)[0])
@@ -277,17 +280,17 @@ def test_a_finished_run_without_states_is_not_overwritten(ask, tmp_path):
     checkpoint.states(tmp_path)[0].unlink()
     again = ask(tmp_path, "--nosubdir", "--resume=latest", duration=0.001)
     assert again["codes"] == [1] and "already holds a run" in errors(again)[0]
-    again = ask(tmp_path, "--nosubdir", "--resume=latest")  # one that did not come to its end is begun anew
+    again = ask(tmp_path, "--nosubdir", "--resume=latest")  # a run that did not finish starts again
     assert again["codes"] == [0], again
 
 
 def test_loss_scaling_is_undone_on_two_processes(ask, undisturbed, tmp_path):
-    run = ask(tmp_path, "--ls=128", ranks=2)  # a power of two: exactly
+    run = ask(tmp_path, "--ls=128", ranks=2)  # a power of two, so the scaling is exact
     assert run["codes"] == [0, 0], run
     assert_same(ended_with(newest_run(tmp_path, PLAIN))["objective"], undisturbed(2, PLAIN)[0]["objective"])
 
 
-# A rank of train.py kills itself in each life but the last: (rank, step) by the number of restarts so far.
+# After each restart but the last, one rank of train.py kills itself. `kills` lists (rank, step) in order of restarts.
 ELASTIC = """
 import os, signal, sys
 sys.path.insert(0, {root!r})
@@ -335,7 +338,7 @@ def test_elastic_restarts_end_with_the_weights_of_an_undisturbed_run(tmp_path):
         log = (newest_run(tmp_path / name, PLAIN) / "log.txt").read_text()
         assert len(list((tmp_path / name).iterdir())) == 1 and log.count("Resuming at") == len(kills)
         for rank, step in kills:
-            # By us, or by torchrun where it stops the others before they notice.
+            # We report it, or torchrun does when it stops the others before they notice.
             ours = rf"Error: process {rank} \(id \d+\) ended at {step * 32 / 1000:.1f} kimg"
             assert re.search(rf"{ours}|failed \(exitcode: -9\) local_rank: {rank}", run.stderr)
         ends[name] = ended_with(newest_run(tmp_path / name, PLAIN))

@@ -1,7 +1,7 @@
-"""Runs of a tiny network that die, or whose disk fails, at a chosen operation: a process of its own for the tests.
+"""A server, for tests, of training runs that die, or whose disk fails, at a chosen operation.
 
-It reads one JSON object a line, forks the processes of a run for each, so that they are real ones, dead for good, at a
-few hundredths of a second each, and answers with what they left: exit code, stdout and stderr of every rank.
+It reads one JSON object per line. For each it forks the processes of a run, which can really die and take only a few
+hundredths of a second to start. It answers with what they left: the exit code, stdout and stderr of every rank.
 """
 
 import builtins
@@ -34,11 +34,11 @@ import train_rduot
 from sampling.grid import save_grid
 from torch_utils import checkpoint
 from torch_utils.persistence import persistent_class
-from training import options
+from training import options, run
 from training.objective import Objective
 
 KILLED = 137
-TIMEOUT = 600  # seconds; for machines that are busy with other work
+TIMEOUT = 600  # seconds; long, for machines that are busy with other work
 
 
 @persistent_class(embed_source=False)
@@ -56,20 +56,21 @@ class TinyNet(torch.nn.Module):
 
 
 class Tiny(Objective):
-    """Denoising at one noise level. What `hook` asks for happens to rank `rank` (default: any) at step `at`."""
+    """Denoising at one noise level. `hook` says what happens to rank `rank` (default: all) at step `at`."""
 
     method = "tiny"
     hook = {}
+    best = False
 
     def build(self):
-        self.snapshot_on_best = self.config["best"]
+        self.snapshot_on_best = self.best
         return {"net": self.trained_network(TinyNet(self.dataset.resolution**2))}
 
     def hooked(self, what):
         return what in self.hook and self.hook.get("rank", int(os.environ["RANK"])) == int(os.environ["RANK"])
 
     def step(self, images, labels, nimg, stats, items=None):
-        number = nimg // self.config["batch_size"]
+        number = nimg // self.config.batch_size
         self.bad = self.hooked("nan") and number in self.hook["nan"]
         if self.hooked("signal") and number == self.hook["at"]:
             os.kill(os.getpid(), self.hook["signal"])
@@ -95,7 +96,7 @@ class Tiny(Objective):
     def validate(self):
         if not self.snapshot_on_best:
             return None
-        # Up and down, so that some snapshots are the best so far and some are not.
+        # The value goes up and down, so that some snapshots are the best so far and others are not.
         return float(self.trained["net"].ema(torch.ones(1, self.dataset.resolution**2)).sum() * 1e4 % 1)
 
 
@@ -104,10 +105,16 @@ def draw_samples(net, path):
 
 
 @click.command(cls=dnnlib.cli.Command)
-@options.training_options()
+@options.run_options("train.py")
+@options.denoiser_options()
 @click.option("--best", is_flag=True)
 def main(best, **opts):
-    options.run(opts, "tiny", Tiny, best=best, draw_samples=draw_samples)
+    def make(config, dataset, device):
+        objective = Tiny(config, dataset, device)
+        objective.best = best
+        return objective
+
+    run.start(opts, "tiny", make, draw_samples=draw_samples)
 
 
 SCRIPTS = dict(
@@ -120,17 +127,18 @@ SCRIPTS = dict(
 
 
 class Disk:
-    """What happens to files below `root` goes through here; operation number `at` (from 1) meets the fault `kind`.
+    """Intercepts all operations on files below `root`. Operation number `at` (from 1) meets the fault `kind`.
 
-    kill    the process is gone before the operation
-    torn    in the middle of a write
-    power   the same, and nothing reached the disk that had not been synced: neither data nor renames
-    ENOSPC  from here on the disk is full: what is written stops half-way, new files cannot be made
-    EROFS   from here on read-only;  EACCES  the folder is (files that are open stay writable)
+    kill    the process ends before the operation
+    torn    the process ends in the middle of a write
+    power   like kill, and everything is undone that was not synced: data and renames
+    ENOSPC  from here on the disk is full: this write stops half-way, and new files cannot be created
+    EROFS   from here on the disk is read-only
+    EACCES  from here on the folder is read-only (open files stay writable)
     EIO     this one operation fails
-    short   from here on every write takes but half of what it is given, as write(2) may
+    short   from here on every write takes only half of what it is given, as write(2) may
 
-    log.txt is not counted: it is written all the time, and fails with the disk.
+    Operations on log.txt do not count, because it is written all the time, but they fail like the others.
     """
 
     def __init__(self, root, kind=None, at=0):
@@ -148,7 +156,7 @@ class Disk:
         return isinstance(path, (str, os.PathLike)) and os.path.abspath(path).startswith(self.root + os.sep)
 
     def operation(self, what, path, mid_write=None):
-        """Count; fail or die if it is time. Returns how much of a write gets through: all of it or half."""
+        """Count an operation, and fail or die if it is due. Return the share of a write that succeeds: 1 or 0.5."""
         path = os.fspath(path)
         name = os.path.basename(path)
         half = 1.0
@@ -226,7 +234,7 @@ class Disk:
 
 
 class RawFile(io.FileIO):
-    """The file below Python's buffers, where a disk's failures arise."""
+    """The file below Python's buffers, where the failures of a disk appear."""
 
     def __init__(self, disk, path, mode):
         self._disk = disk
@@ -240,7 +248,7 @@ class RawFile(io.FileIO):
 
 
 def child(request, rank, port, folder):
-    """One rank of a run. Ends the process."""
+    """Be one rank of a run, then end the process."""
     for fd, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{folder}/{name}{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), fd)
     sys.stdout, sys.stderr = open(1, "w", buffering=1, closefd=False), open(2, "w", buffering=1, closefd=False)
@@ -314,6 +322,6 @@ def answer(request, folder):
 
 
 if __name__ == "__main__":
-    torch.optim.Adam([torch.zeros(1)])  # imports for a second or two; the children need not do that
+    torch.optim.Adam([torch.zeros(1)])  # its imports take a second or two, which the children then need not repeat
     for line in sys.stdin:
         print(json.dumps(answer(json.loads(line), sys.argv[1])), flush=True)

@@ -5,6 +5,17 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from training.config import (
+    ClassifierConfig,
+    DatasetConfig,
+    DiscriminatorConfig,
+    NetworkConfig,
+    OptimizerConfig,
+    RDUOTConfig,
+    RunConfig,
+    TDSMConfig,
+)
+
 CPU = torch.device("cpu")
 
 
@@ -36,27 +47,41 @@ class Data:
 
 
 def make_config(**changes):
+    """A small DSM run; `changes` replace fields, dicts stand for sections."""
     kwargs = dict(
         model_type="SongUNet", model_channels=16, channel_mult=[1, 2], num_blocks=1, attn_resolutions=[], dropout=0.1
     )
-    config = dict(
+    fields = dict(
+        method="dsm",
+        dataset=dict(path="toy"),
         network=dict(arch="ddpmpp", precond="edm", kwargs=kwargs),
         noise_levels=dict(precond="edm"),
         augment=None,
         optimizer=dict(name="adam", lr=1e-3),
-        ema_halflife_nimg=500_000,
-        lr_rampup_nimg=0,
         batch_size=32,
-        batch_gpu=None,
         total_nimg=1000,
-        precision="fp32",
-        loss_scaling=1.0,
-        compile=False,
         seed=5,
         tdsm=dict(tau=0.01, temp=1.0),
         classifier=dict(val=0.25, shift=0.125),
     )
-    return config | changes
+    sections = dict(
+        dataset=DatasetConfig,
+        network=NetworkConfig,
+        optimizer=OptimizerConfig,
+        classifier=ClassifierConfig,
+        tdsm=TDSMConfig,
+        discriminator=DiscriminatorConfig,
+        rduot=RDUOTConfig,
+    )
+    fields |= changes
+    return RunConfig(**{k: sections[k](**v) if k in sections and v is not None else v for k, v in fields.items()})
+
+
+def ready(cls, *args, **kwargs):
+    """An objective with its networks."""
+    objective = cls(*args, **kwargs)
+    objective.setup()
+    return objective
 
 
 class FixedClassifier(torch.nn.Module):

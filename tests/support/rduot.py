@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from tests.support.objectives import CPU, Data, make_config
+from tests.support.objectives import CPU, Data, make_config, ready
 from torch_utils.training_stats import Stats
-from training.objectives.rduot import RDUOT
+from training.objectives.rduot import DDGAN, RDUOT
 
 
 class Images(Data):
@@ -41,13 +41,15 @@ def make(data=None, batch_gpu=None, method="rduot", precision="fp32", **changes)
         noise_levels=None,
         precision=precision,
         network=dict(
+            arch=method,
+            precond=None,
             kwargs=dict(model_channels=8, z_emb_dim=8, nz=6, n_mlp=1, channel_mult=[1, 2], num_blocks=1),
             potential_kwargs=dict(model_channels=4),
         ),
         optimizer=dict(name="adam", lr=dict(net=1e-3, potential=2e-3), betas=[0.5, 0.9]),
         rduot=settings,
     )
-    objective = RDUOT(config, data or Images(), CPU)
+    objective = ready({"rduot": RDUOT, "ddgan": DDGAN}[method], config, data or Images(), CPU)
     rng = torch.Generator().manual_seed(7)
     for trained in objective.trained.values():  # away from the initial weights, where G answers nothing
         for p in trained.net.parameters():

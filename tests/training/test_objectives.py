@@ -7,13 +7,13 @@ from torch._dynamo.testing import CompileCounter
 
 from archives.label_noise import transition_matrix
 from dnnlib import UserError
-from tests.support.objectives import CPU, Data, FixedClassifier, make_config
+from tests.support.objectives import CPU, Data, FixedClassifier, make_config, ready
 from torch_utils.persistence import load_snapshot, save_snapshot
 from torch_utils.training_stats import Stats
 from training.augment import shift_images
-from training.objectives.classifier import ClassifierObjective, LearnedTransition
+from training.objectives.classifier import ClassifierObjective, LearnedTransition, check_classifier
 from training.objectives.dsm import DSM
-from training.objectives.tdsm import TDSM, check_classifier, known_transition
+from training.objectives.tdsm import TDSM, known_transition
 from training.trained_network import TrainedNetwork, linear_rampup
 
 
@@ -32,9 +32,9 @@ def gradients(objective):
 def test_tdsm_without_noise_is_dsm(augment):
     config, data = make_config(augment=augment), Data()
     # Zero-initialised output layers would make most gradients zero; the scale of the others is what is compared.
-    a, grads_a = gradients(DSM(config, data, CPU))
+    a, grads_a = gradients(ready(DSM, config, data, CPU))
     b, grads_b = gradients(
-        TDSM(config, data, CPU, classifier=FixedClassifier(), transition=np.eye(4), posterior="clean")
+        ready(TDSM, config, data, CPU, classifier=FixedClassifier(), transition=np.eye(4), posterior="clean")
     )
     assert a == pytest.approx(b, rel=1e-6)
     assert grads_a.keys() == grads_b.keys() and any(g.abs().max() > 1e-3 for g in grads_a.values())
@@ -44,9 +44,9 @@ def test_tdsm_without_noise_is_dsm(augment):
 
 def test_tdsm_combination_matches_a_loop_over_classes():
     config, data = make_config(), Data()
-    config["network"]["kwargs"]["dropout"] = 0.0
+    config.network.kwargs["dropout"] = 0.0
     t = transition_matrix("sym", 0.4, 4)
-    objective = TDSM(config, data, CPU, classifier=FixedClassifier(), transition=t, posterior="clean")
+    objective = ready(TDSM, config, data, CPU, classifier=FixedClassifier(), transition=t, posterior="clean")
     with torch.no_grad():  # Away from the initial weights, where all classes look alike.
         for p in objective.trained["net"].net.parameters():
             p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(0)) * 0.05)
@@ -121,7 +121,7 @@ def train_gaussians(cls, **kwargs):
     config = make_config(optimizer=dict(name="adam", lr=5e-3), ema_halflife_nimg=200_000, batch_size=1024)
     data = Data(n=2, classes=2)
     data.labels = np.array([0, 1])
-    toy = Toy(config, data, CPU, **kwargs)
+    toy = ready(Toy, config, data, CPU, **kwargs)
     toy.noise_levels = OneLevel()
     g = torch.Generator().manual_seed(1)
     stats = Stats(CPU)
@@ -163,8 +163,8 @@ def test_noisy_posterior_gives_the_same_weights():
             return (torch.softmax(super().forward(x, sigma), dim=1) @ torch.from_numpy(t).float()).log()
 
     x, sigma, o = torch.randn(32, 1, 8, 8), torch.ones(32, 1, 1, 1), torch.from_numpy(data.labels)
-    clean = TDSM(config, data, CPU, classifier=FixedClassifier(), transition=t, posterior="clean")
-    noisy = TDSM(config, data, CPU, classifier=Noisy(), transition=t, posterior="noisy")
+    clean = ready(TDSM, config, data, CPU, classifier=FixedClassifier(), transition=t, posterior="clean")
+    noisy = ready(TDSM, config, data, CPU, classifier=Noisy(), transition=t, posterior="noisy")
     torch.testing.assert_close(clean.weights(x, sigma, o, None), noisy.weights(x, sigma, o, None), rtol=1e-4, atol=1e-5)
 
 
@@ -176,14 +176,20 @@ def test_transition_and_classifier_are_checked():
     with pytest.raises(UserError, match=r"0\.8.*c\.pkl.*0\.6"):
         known_transition(dict(transition=t.tolist()), transition_matrix("sym", 0.2, 4), data, "c.pkl")
     data.corruption = dict(noise_type="sym", noise_rate=0.4)
-    with pytest.raises(UserError, match="--noise_type=sym --noise_rate=0.4"):
+    with pytest.raises(UserError, match="records the noise sym at rate 0.4"):
         known_transition({}, None, data, "c.pkl")
     empty = np.array([[1.0, 0, 0, 0]] * 4)
     with pytest.raises(UserError, match="label [123]"):
-        TDSM(make_config(), data, CPU, classifier=FixedClassifier(), transition=empty, posterior="clean")
+        ready(TDSM, make_config(), data, CPU, classifier=FixedClassifier(), transition=empty, posterior="clean")
     with pytest.raises(UserError, match="condition"):
-        TDSM(
-            make_config(), data, CPU, classifier=FixedClassifier(), transition=np.full([4, 4], 0.25), posterior="noisy"
+        ready(
+            TDSM,
+            make_config(),
+            data,
+            CPU,
+            classifier=FixedClassifier(),
+            transition=np.full([4, 4], 0.25),
+            posterior="noisy",
         )
     for field, word in (("img_resolution", "resolution"), ("img_channels", "channels"), ("label_dim", "classes")):
         classifier = FixedClassifier()
@@ -194,9 +200,9 @@ def test_transition_and_classifier_are_checked():
 
 def test_forward_correction_and_learned_transition():
     config, data = make_config(), Data()
-    config["network"]["kwargs"] = dict(depth="small", model_channels=8, channel_mult=[1, 2, 4], dropout=0.0)
+    config.network.kwargs = dict(depth="small", model_channels=8, channel_mult=[1, 2, 4], dropout=0.0)
     t = transition_matrix("pair", 0.3, 4)
-    objective = ClassifierObjective(config, data, CPU, transition=t)
+    objective = ready(ClassifierObjective, config, data, CPU, transition=t)
     log_p = torch.log_softmax(torch.randn(5, 4), dim=1)
     torch.testing.assert_close(
         objective.noisy_log_probs(log_p, objective.fixed).exp(), log_p.exp() @ torch.from_numpy(t).float()
@@ -211,10 +217,12 @@ def test_forward_correction_and_learned_transition():
     torch.testing.assert_close(learned.sum(1), torch.ones(4))
     off = torch.sigmoid(torch.tensor(-2.0))
     torch.testing.assert_close(learned[0, 0] / learned[0, 1], 1 / off)
-    objective = ClassifierObjective(config, data, CPU, transition=None, learn=True)
+    objective = ready(ClassifierObjective, config, data, CPU, transition=None, learn=True)
     factor = objective.trained["transition"].lr_factor
     assert [factor(n) for n in (0, 149, 150, 299, 300, 749, 750, 1000)] == [1, 1, 0.1, 0.1, 0.01, 0.01, 0, 0]
-    assert ClassifierObjective(config, data, CPU, transition=None).info() == dict(posterior="noisy", transition=None)
+    assert ready(ClassifierObjective, config, data, CPU, transition=None).info() == dict(
+        posterior="noisy", transition=None
+    )
 
 
 def test_shift_images():
@@ -228,10 +236,11 @@ def test_batch_gpu_changes_nothing():
     grads = []
     for batch_gpu in (None, 16, 5):
         config = make_config(batch_gpu=batch_gpu)
-        config["network"]["kwargs"]["dropout"] = 0.0
+        config.network.kwargs["dropout"] = 0.0
         grads.append(
             gradients(
-                TDSM(
+                ready(
+                    TDSM,
                     config,
                     Data(),
                     CPU,
@@ -270,8 +279,8 @@ def test_channels_last_changes_the_layout_and_nothing_else(tmp_path):
     found, data = [], Data()
     for channels_last in (False, True):
         config = make_config()
-        config["network"]["kwargs"] |= dict(dropout=0.0, attn_resolutions=[4])
-        objective = DSM(config, data, CPU)
+        config.network.kwargs |= dict(dropout=0.0, attn_resolutions=[4])
+        objective = ready(DSM, config, data, CPU)
         net = objective.trained["net"].net
         objective.trained["net"] = trained = TrainedNetwork(
             net, CPU, lr=0.1, optimizer="sgd", ema_halflife=1e6, channels_last=channels_last
@@ -294,8 +303,8 @@ def test_training_compiles_once_and_whole():
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     config, data, counter = make_config(batch_gpu=8, lr_rampup_nimg=100), Data(), CompileCounter()
-    config["network"]["kwargs"]["attn_resolutions"] = [4]
-    objective = DSM(config, data, CPU)
+    config.network.kwargs["attn_resolutions"] = [4]
+    objective = ready(DSM, config, data, CPU)
     objective.trained["net"].net.compile(backend=counter)
     for nimg in range(0, 128, 32):
         objective.step(data.pixels, data.onehot(torch.arange(32)), nimg, Stats(CPU))

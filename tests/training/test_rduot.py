@@ -121,11 +121,11 @@ def by_hand(objective, part):
     return potential(x_t, d["t"], x_next, labels), potential(fake, d["t"], x_next, labels), cost
 
 
-def losses(objective, penalise):
+def losses(objective, penalize):
     images, labels, _, draws = batch(objective)
     stats = Stats(CPU)
     return (
-        objective.potential_loss(penalise, images, labels, draws, stats),
+        objective.potential_loss(penalize, images, labels, draws, stats),
         objective.loss(images, labels, draws, stats),
         stats.reduce(),
     )
@@ -133,7 +133,7 @@ def losses(objective, penalise):
 
 def test_linear_without_cost_is_the_plain_difference():
     objective = make(phi1="linear", phi2="linear", tau=0.0)
-    potential, generator, _ = losses(objective, penalise=False)
+    potential, generator, _ = losses(objective, penalize=False)
     real, fake, _ = by_hand(objective, "potential")
     torch.testing.assert_close(potential, fake - real)
     torch.testing.assert_close(generator, -by_hand(objective, "generator")[1])
@@ -141,7 +141,7 @@ def test_linear_without_cost_is_the_plain_difference():
 
 def test_unbalanced_losses_and_their_log():
     objective = make(phi1="kl", phi2="chi", tau=0.02)
-    potential, generator, log = losses(objective, penalise=True)
+    potential, generator, log = losses(objective, penalize=True)
     real, fake, cost = by_hand(objective, "potential")
     y = (2 - real).clamp(min=0) - 2
     penalty = log["Potential/r1"]["mean"]
@@ -155,7 +155,7 @@ def test_unbalanced_losses_and_their_log():
 
 def test_baseline_is_the_logistic_gan():
     objective = make(method="ddgan", tau=0.0)
-    potential, generator, _ = losses(objective, penalise=False)
+    potential, generator, _ = losses(objective, penalize=False)
     real, fake, _ = by_hand(objective, "potential")
     torch.testing.assert_close(potential, -logsigmoid(real) - logsigmoid(-fake))
     torch.testing.assert_close(generator, -logsigmoid(by_hand(objective, "generator")[1]))
@@ -195,12 +195,12 @@ def test_penalty_and_its_gradient():
 
 
 def test_lazy_penalty_follows_the_images_seen():
-    def penalised(objective):
+    def penalized(objective):
         return [nimg // 8 for nimg in range(0, 80, 8) if objective.phases(nimg)[0][1].args[0]]
 
-    assert penalised(make(lazy_reg=3)) == [0, 3, 6, 9]
-    assert penalised(make(lazy_reg=1)) == list(range(10))
-    assert penalised(make(r1_gamma=0.0)) == []
+    assert penalized(make(lazy_reg=3)) == [0, 3, 6, 9]
+    assert penalized(make(lazy_reg=1)) == list(range(10))
+    assert penalized(make(r1_gamma=0.0)) == []
 
 
 def test_schedules_of_training():

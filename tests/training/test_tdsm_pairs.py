@@ -7,11 +7,11 @@ from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounter
 
 from archives.label_noise import transition_matrix
-from tests.support.objectives import CPU, Data, FixedClassifier, make_config
+from tests.support.objectives import CPU, Data, FixedClassifier, make_config, ready
 from torch_utils.training_stats import Stats
-from training.label_weights import cut_weights
-from training.objectives import tdsm
-from training.objectives.tdsm import TDSM, pair_passes, pass_size
+from training.objectives import pair_passes as passes
+from training.objectives.pair_passes import pair_passes, pass_size
+from training.objectives.tdsm import TDSM, cut_weights
 
 CLASSES = 6
 
@@ -27,9 +27,10 @@ class Posterior(torch.nn.Module):
 
 def make_objective(n=32, compile=False, **settings):
     config = make_config(batch_size=n, compile=compile, tdsm=dict(tau=0.01, temp=1.0) | settings)
-    config["network"]["kwargs"]["dropout"] = 0.0
+    config.network.kwargs["dropout"] = 0.0
     torch.manual_seed(0)
-    objective = TDSM(
+    objective = ready(
+        TDSM,
         config,
         Data(n, classes=CLASSES),
         CPU,
@@ -175,7 +176,7 @@ def test_size_of_passes(monkeypatch):
     assert pass_size(512, 32 * 32, "cuda") == 256  # half the batch
     assert pass_size(64, 32 * 32, "cuda") == 128 and pass_size(8, 32 * 32, "cuda") == 32  # busy, but within memory
     assert pass_size(1, 256 * 256, "cpu") == 1
-    monkeypatch.setitem(tdsm.PASS_PIXELS, "cpu", 64)
+    monkeypatch.setitem(passes.PASS_PIXELS, "cpu", 64)
     assert make_objective().pass_size == 1
 
 
@@ -188,7 +189,8 @@ def test_classifier_runs_in_the_runs_precision():
             return super().forward(x, sigma)
 
     for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        objective = TDSM(
+        objective = ready(
+            TDSM,
             make_config(precision=precision),
             Data(),
             CPU,

@@ -1,1 +1,1 @@
-"""One file a method; each answers the training loop's few questions (see base.Objective)."""
+"""The methods: one file each, formula first. See `training.objective` for what the loop asks of them."""

@@ -1,6 +1,15 @@
-"""SBDC's discriminator (sbdc.md, section 2; Nguyen Cong et al., ICCV 2025): is this the right label for this image?"""
+"""SBDC's discriminator (docs/methods/sbdc.md, section 2; Nguyen Cong et al., ICCV 2025).
+
+    binary cross-entropy of f(x_t, sigma, o) on "o is the right label of this image"
+
+x_t: image at noise level sigma; o: a label. Training needs pairs of both kinds: the labels that a label file believes
+wrong are wrong pairs, and some of the right pairs get another label (`Shuffle`). Half of each batch is mixed up with
+similar images (SiMix).
+"""
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 import torch
@@ -9,6 +18,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from archives.dataset import ImageDataset
 from torch_utils.training_stats import Stats
 from training.augment import draw_shifts, shift_images
+from training.config import RunConfig
 from training.networks_resnet import Discriminator
 from training.objective import Objective
 from training.trained_network import TrainedNetwork
@@ -16,17 +26,19 @@ from training.trained_network import TrainedNetwork
 __all__ = ["DiscriminatorObjective", "Shuffle", "right_shares"]
 
 MIXUP_ALPHA = 0.2  # lambda ~ Beta(alpha, alpha)
-MAX_FLIP = 0.9  # of the right pairs of a class, so that some stay right
+MAX_FLIP = 0.9  # largest share of a class's right pairs that become wrong, so that some stay right
 EVEN = 0.5  # share of right pairs to aim for
 SIGMA_BANDS = (0.0, 0.1, 0.5, 1.5, 5.0, float("inf"))
 
 
 class Shuffle:
-    """Which pairs believed right become wrong ones, and which label they get: `flip` [C], `rows` [C,C], float64.
+    """Decide which pairs believed right become wrong, and which label they get: `flip` [C], `rows` [C,C], float64.
 
-    Without T every class flips as often and the new label is uniform over the other classes. With T wrong pairs are
-    distributed as T makes them: flip = kappa (1 - T[c,c]) / T[c,c], kappa <= 1, the label from T's row c without c.
-    Either way right and wrong pairs come out even, where as many as half of the labels are believed right.
+    `flip[c]`: the probability that a right pair of class c becomes wrong; `rows[c]`: the distribution of its new label.
+    Without T all classes have the same `flip`, and the new label is uniform over the other classes. With T the wrong
+    pairs are distributed as T makes them: flip = kappa (1 - T[c,c]) / T[c,c], and the label comes from row c of T
+    without c. Right and wrong pairs are then equally frequent, unless fewer than half of the labels are believed right
+    or, with T, the noise is so low that kappa reaches its limit of 1.
     """
 
     def __init__(
@@ -41,7 +53,7 @@ class Shuffle:
         stays = np.diagonal(transition)
         odds = (1 - stays) / np.maximum(stays, 1e-9)
         share = np.bincount(labels[is_clean], minlength=num_classes) / len(labels)
-        # Any kappa leaves the distributions alone: as many as balance wants, and never all pairs of a class.
+        # The distributions do not depend on kappa. It balances the pairs, but never takes all pairs of a class.
         kappa = min(surplus / max(share @ odds, 1e-9), 1.0, MAX_FLIP / max(odds.max(), 1e-9))
         self.flip = kappa * odds
         moved = transition * others
@@ -50,7 +62,7 @@ class Shuffle:
 
 
 def right_shares(labels: np.ndarray, is_clean: np.ndarray, shuffle: Shuffle) -> np.ndarray:
-    """R [C]: expected share of right pairs among those with label o that training sees; 1/2 for a label never seen."""
+    """Return R [C]: the expected share of right pairs among the pairs with label o; 1/2 for a label never seen."""
     num_classes = len(shuffle.flip)
     clean = np.bincount(labels[is_clean], minlength=num_classes).astype(np.float64)
     right = clean * (1 - shuffle.flip)
@@ -59,69 +71,23 @@ def right_shares(labels: np.ndarray, is_clean: np.ndarray, shuffle: Shuffle) -> 
 
 
 class DiscriminatorObjective(Objective):
-    """Binary cross-entropy of f(x_t, sigma, o) on "this label is right" (sbdc.md).
-
-    `is_clean` bool [N] and `noise_rates` [C] come from a label file; `partners` int64 [N,k]: which images an image of
-    the second half of a batch may be mixed up with (None: with any).
-    """
+    """Binary cross-entropy of f(x_t, sigma, o) on "this label is right"."""
 
     method = "discriminator"
 
-    def __init__(
-        self,
-        config: dict,
-        dataset: ImageDataset,
-        device: torch.device,
-        *,
-        is_clean: np.ndarray,
-        noise_rates: np.ndarray,
-        transition: np.ndarray | None = None,
-        partners: np.ndarray | None = None,
-    ):
-        self.transition = transition
-        self.shuffle = Shuffle(dataset.labels, is_clean, dataset.label_dim, transition)
-        self.noise_rates = noise_rates
-        self.right_shares = right_shares(dataset.labels, is_clean, self.shuffle)
-        self.observed = torch.as_tensor(dataset.labels, device=device)
-        self.is_clean = torch.as_tensor(is_clean, device=device)
-        self.flip = torch.as_tensor(self.shuffle.flip, dtype=torch.float32, device=device)
-        self.cumulative = torch.as_tensor(self.shuffle.rows, dtype=torch.float32).cumsum(dim=1).to(device)
-        self.partners = None if partners is None else torch.as_tensor(partners, device=device)
-        super().__init__(config, dataset, device)
-
-    def build(self) -> dict[str, TrainedNetwork]:
-        net = self.resnet(Discriminator)
-        return {"net": self.trained_network(net)}
-
-    def draw(self, images: torch.Tensor, generator: torch.Generator) -> dict:
-        n, where = len(images), dict(generator=generator, device=self.device)
-        choices = len(self.dataset) if self.partners is None else self.partners.shape[1]
-        # PyTorch's own Beta takes no generator.
-        mixing = np.random.default_rng(generator.initial_seed()).beta(MIXUP_ALPHA, MIXUP_ALPHA, n).astype(np.float32)
-        draws = super().draw(images, generator) | dict(
-            shuffle=torch.rand([n, 2], **where),
-            partner_shuffle=torch.rand([n, 2], **where),
-            partner=torch.randint(choices, [n], **where),
-            mixing=torch.from_numpy(mixing).to(self.device),
-            mixed=torch.arange(n) >= n // 2,  # on the CPU: which rows are mixed up is known without asking the device
-        )
-        shift = draw_shifts(n, self.config["discriminator"]["shift"], images.shape[-1], **where)
-        if shift is not None:
-            draws["shift"] = shift
-        return draws
-
     def pairs(self, items: torch.Tensor, uniform: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Labels [n,C] (one-hot) and targets [n] (1: right) after the shuffle by numbers `uniform` [n,2] in [0,1)."""
+        """Return one-hot labels [n,C] and targets [n] (1: right) after the shuffle by `uniform` [n,2] in [0,1)."""
         observed, clean = self.observed[items], self.is_clean[items]
         flipped = clean & (uniform[:, 0] < self.flip[observed])
         rows = self.cumulative[observed]
-        # Scaled to the row's own end: rounding must not let a label through whose probability is zero.
+        # Scale to the row's own end: rounding must not let a label through whose probability is zero.
         other = torch.searchsorted(rows, (uniform[:, 1:] * rows[:, -1:]).contiguous(), right=True)[:, 0]
         label = torch.where(flipped, other.clamp(max=rows.shape[1] - 1), observed)
         onehot = torch.nn.functional.one_hot(label, rows.shape[1]).to(torch.float32)
         return onehot, (clean & ~flipped).to(torch.float32)
 
     def loss(self, images: torch.Tensor, labels: torch.Tensor, draws: dict, stats: Stats) -> torch.Tensor:
+        """Compute the cross-entropy of each pair, [n]; labels follow from `draws["items"]`, the images' numbers."""
         items = draws["items"]
         images = images.to(torch.float32)
         labels, targets = self.pairs(items, draws["shuffle"])
@@ -152,7 +118,57 @@ class DiscriminatorObjective(Objective):
             )
         return binary_cross_entropy_with_logits(logits, targets, reduction="none")
 
-    def info(self) -> dict:
+    def __init__(
+        self,
+        config: RunConfig,
+        dataset: ImageDataset,
+        device: torch.device,
+        *,
+        is_clean: np.ndarray,
+        noise_rates: np.ndarray,
+        transition: np.ndarray | None = None,
+        partners: np.ndarray | None = None,
+    ):
+        """Take `is_clean` bool [N] and `noise_rates` [C] of a label file, and T [C,C] for the shuffle (None: uniform).
+
+        `partners` int64 [N,k]: the images that an image of the second half of a batch may be mixed up with (None: any).
+        """
+        super().__init__(config, dataset, device)
+        self.transition = transition
+        self.shuffle = Shuffle(dataset.labels, is_clean, dataset.label_dim, transition)
+        self.noise_rates = noise_rates
+        self.right_shares = right_shares(dataset.labels, is_clean, self.shuffle)
+        self.observed = torch.as_tensor(dataset.labels, device=device)
+        self.is_clean = torch.as_tensor(is_clean, device=device)
+        self.flip = torch.as_tensor(self.shuffle.flip, dtype=torch.float32, device=device)
+        self.cumulative = torch.as_tensor(self.shuffle.rows, dtype=torch.float32).cumsum(dim=1).to(device)
+        self.partners = None if partners is None else torch.as_tensor(partners, device=device)
+
+    def build(self) -> dict[str, TrainedNetwork]:
+        """Create the discriminator."""
+        net = self.resnet(Discriminator)
+        return {"net": self.trained_network(net)}
+
+    def draw(self, images: torch.Tensor, generator: torch.Generator) -> dict:
+        """Draw what every objective draws, the shuffle, partners, shares of mixtures and shifts."""
+        n, where = len(images), dict(generator=generator, device=self.device)
+        choices = len(self.dataset) if self.partners is None else self.partners.shape[1]
+        # PyTorch's Beta distribution takes no generator.
+        mixing = np.random.default_rng(generator.initial_seed()).beta(MIXUP_ALPHA, MIXUP_ALPHA, n).astype(np.float32)
+        draws = super().draw(images, generator) | dict(
+            shuffle=torch.rand([n, 2], **where),
+            partner_shuffle=torch.rand([n, 2], **where),
+            partner=torch.randint(choices, [n], **where),
+            mixing=torch.from_numpy(mixing).to(self.device),
+            mixed=torch.arange(n) >= n // 2,  # on the CPU, where reading it waits for nothing
+        )
+        shift = draw_shifts(n, self.config.discriminator.shift, images.shape[-1], **where)
+        if shift is not None:
+            draws["shift"] = shift
+        return draws
+
+    def info(self) -> dict[str, Any]:
+        """Record what calibrated guidance needs (docs/methods/sbdc.md, section 3)."""
         return dict(
             noise_rates=self.noise_rates.tolist(),
             right_shares=self.right_shares.tolist(),

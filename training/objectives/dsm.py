@@ -1,4 +1,7 @@
-"""Denoising score matching (edm.md, Objectives): the baseline that takes every label at its word."""
+"""Denoising score matching: the baseline, which takes every label at its word (docs/methods/edm.md, Objectives).
+
+E lambda(sigma) ||D(y + n; sigma, c) - y||^2,    n ~ N(0, sigma^2 I)      (Karras et al. 2022, Eq. 2)
+"""
 
 from __future__ import annotations
 
@@ -13,35 +16,27 @@ __all__ = ["DSM"]
 
 
 class DSM(Objective):
-    """E lambda(sigma) ||D(y+n; sigma, c) - y||^2, n ~ N(0, sigma^2 I) (Karras et al. 2022, Eq. 2)."""
+    """Denoising score matching on the labels as they are."""
 
     method = "dsm"
 
+    def loss(self, images: torch.Tensor, labels: torch.Tensor, draws: dict, stats: Stats) -> torch.Tensor:
+        """Compute lambda(sigma) (D(y + n; sigma, c) - y)^2, [n,C,H,W]."""
+        y, augment_labels = self.prepare(images, draws)
+        sigma = draws["sigma"].reshape(-1, 1, 1, 1)
+        x = y + sigma * draws["noise"]
+        denoised = self.trained["net"].forward(x, sigma, labels, augment_labels=augment_labels)
+        return self.noise_levels.weight(sigma) * (denoised - y).square()
+
     def build(self) -> dict[str, TrainedNetwork]:
-        c = self.config["network"]
-        net = precond_class(c["precond"])(
+        """Create the denoiser."""
+        network = self.config.network
+        net = precond_class(network.precond)(
             img_resolution=self.dataset.resolution,
             img_channels=self.dataset.num_channels,
             label_dim=self.dataset.label_dim,
             augment_dim=self.augment.label_dim if self.augment else 0,
-            use_fp16=self.config["precision"] == "fp16",
-            **c["kwargs"],
+            use_fp16=self.config.precision == "fp16",
+            **network.kwargs,
         )
         return {"net": self.trained_network(net)}
-
-    def loss(self, images: torch.Tensor, labels: torch.Tensor, draws: dict, stats: Stats) -> torch.Tensor:
-        y, augment_labels = self.prepare(images, draws)
-        sigma = draws["sigma"].reshape(-1, 1, 1, 1)
-        denoised = self.combine(y + sigma * draws["noise"], sigma, labels, augment_labels, stats)
-        return self.noise_levels.weight(sigma) * (denoised - y).square()
-
-    def combine(
-        self,
-        x: torch.Tensor,
-        sigma: torch.Tensor,
-        labels: torch.Tensor,
-        augment_labels: torch.Tensor | None,
-        stats: Stats,
-    ) -> torch.Tensor:
-        """The denoised image [n,C,H,W] that is compared with the clean one; TDSM's difference to DSM is all here."""
-        return self.trained["net"].forward(x, sigma, labels, augment_labels=augment_labels)

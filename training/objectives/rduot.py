@@ -1,6 +1,11 @@
-"""RDUOT: a denoising diffusion GAN by unbalanced optimal transport, and its DDGAN baseline (rduot.md).
+"""RDUOT: a denoising diffusion GAN trained by unbalanced optimal transport, and its baseline DDGAN.
 
-Dao et al., ECCV 2024; the GAN of few steps is Xiao et al., ICLR 2022, the objective Choi et al., NeurIPS 2023.
+    potential   min_D  Psi2*(-D(x_t, x_{t+1})) + Psi1*(D(x'_t, x_{t+1}) - tau c(x'_0, x_{t+1})) + R1
+    generator   min_G  tau c(x'_0, x_{t+1}) - D(x'_t, x_{t+1}),      x'_0 = G(x_{t+1}, t, z)
+
+x_t, x_{t+1}: a training image after t and t + 1 steps of noise; x'_t: a sample of q(x_t | x'_0, x_{t+1}); c: the cost
+of transport; Psi*: the conjugates of what unbalanced transport pays for leaving images out (docs/methods/rduot.md).
+Dao et al., ECCV 2024. The GAN of a few steps: Xiao et al., ICLR 2022; the objective: Choi et al., NeurIPS 2023.
 """
 
 from __future__ import annotations
@@ -8,46 +13,48 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch.nn.functional import logsigmoid, softplus
 
 from archives.dataset import ImageDataset
 from torch_utils.training_stats import Stats
+from training.config import RunConfig
 from training.networks_ddgan import GROUP, DDGANGenerator, Potential
 from training.noise_levels import DiffusionSteps
 from training.objective import Objective, Phase
 from training.trained_network import TrainedNetwork, cosine_decay
 from training.transport_cost import TransportCost, cost_by_origin
 
-__all__ = ["CONJUGATES", "GROUP", "RDUOT", "TransportLosses", "ema_halflife", "gradient_penalty"]
+__all__ = ["CONJUGATES", "DDGAN", "GROUP", "RDUOT", "TransportLosses", "ema_halflife", "gradient_penalty"]
 
-FINAL_LR = 1e-5  # what the learning rates decay to
-EMA_RAMPUP = 0.25  # of the images seen, at most: two networks at play circle, and want a longer average than one
+FINAL_LR = 1e-5  # the learning rates decay to this
+EMA_RAMPUP = 0.25  # longest half-life of the EMA as a share of the images seen: a GAN's weights circle
 
 
 def chi_conjugate(x: torch.Tensor) -> torch.Tensor:
-    """y^2/4 + y with y = max(x + 2, 0) - 2."""
+    """Return y^2/4 + y with y = max(x + 2, 0) - 2."""
     y = (x + 2).clamp(min=0) - 2
     return y.square() / 4 + y
 
 
-# Psi*, the convex conjugates of what unbalancing costs (Choi et al. 2023, section 3).
+# Psi*: the convex conjugates of what unbalanced transport pays (Choi et al. 2023, section 3).
 CONJUGATES = {"linear": lambda x: x, "kl": torch.exp, "chi": chi_conjugate, "softplus": softplus}
 
 
 def gradient_penalty(output: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """||grad_x D||^2 [N] of outputs [N] at x [N,...], differentiable (R1: Mescheder et al., ICML 2018)."""
+    """Return ||grad_x D||^2 [N] of outputs [N] at x [N,...], differentiable (R1: Mescheder et al., ICML 2018)."""
     (gradient,) = torch.autograd.grad(output.sum(), x, create_graph=True)
     return gradient.square().flatten(1).sum(dim=1)
 
 
 @dataclass
 class TransportLosses:
-    """The two losses of a step, on any networks D(x_t, t, x_{t+1}) -> [N] and G(x_{t+1}, t, z) -> x_0.
+    """The two losses of a step, for any networks D(x_t, t, x_{t+1}) -> [N] and G(x_{t+1}, t, z) -> x_0.
 
-    Random numbers come in `draws`. Both losses return [N] and what is worth logging, by name.
+    The random numbers come from `draw`.
     """
 
     steps: DiffusionSteps
@@ -56,10 +63,10 @@ class TransportLosses:
     phi1: str  # conjugate on generated pairs
     phi2: str  # conjugate on real pairs
     r1_gamma: float  # weight of R1
-    log_sigmoid: bool = False  # the generator maximises ln sigmoid(D), as the baseline's does, in place of D
+    log_sigmoid: bool = False  # the generator maximizes ln sigmoid(D) instead of D, as in DDGAN
 
     def draw(self, x_0: torch.Tensor, nz: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
-        """The random numbers of one loss on images shaped like x_0, a row an image."""
+        """Draw the random numbers of one loss on images shaped like x_0, one row per image."""
         n, where = len(x_0), dict(generator=generator, device=x_0.device)
         draws = {name: torch.randn(x_0.shape, **where) for name in ("noise", "step_noise", "posterior_noise")}
         return draws | dict(t=torch.randint(self.steps.num_timesteps, [n], **where), z=torch.randn([n, nz], **where))
@@ -69,12 +76,15 @@ class TransportLosses:
         return x_0, self.steps.posterior(x_0, x_next, draws["t"], draws["posterior_noise"])
 
     def potential(
-        self, potential: Callable, generator: Callable, x_0: torch.Tensor, draws: dict, penalise: bool
+        self, potential: Callable, generator: Callable, x_0: torch.Tensor, draws: dict, penalize: bool
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Psi2*(-D(real)) + Psi1*(D(fake) - tau c), and with `penalise` r1_gamma/2 ||grad D||^2 on real pairs."""
+        """Compute the potential's loss [N] and values worth logging, by name.
+
+        Psi2*(-D(real)) + Psi1*(D(fake) - tau c), and with `penalize` r1_gamma/2 ||grad D||^2 on the real pairs.
+        """
         t = draws["t"]
         x_t, x_next = self.steps.pair(x_0, t, draws["noise"], draws["step_noise"])
-        x_t.requires_grad_(penalise)
+        x_t.requires_grad_(penalize)
         real = potential(x_t, t, x_next)
         with torch.no_grad():
             fake_0, fake_t = self._fake(generator, x_next, draws)
@@ -82,13 +92,13 @@ class TransportLosses:
         fake = potential(fake_t, t, x_next)
         loss = CONJUGATES[self.phi2](-real) + CONJUGATES[self.phi1](fake - tau_cost)
         report = {"real": real, "fake": fake, "size": fake.abs(), "tau_cost": tau_cost}
-        if penalise:
+        if penalize:
             report["r1"] = gradient_penalty(real, x_t)
             loss = loss + 0.5 * self.r1_gamma * report["r1"]
         return loss, report
 
     def generator(self, potential: Callable, generator: Callable, x_0: torch.Tensor, draws: dict) -> torch.Tensor:
-        """tau c - D(fake) [N]; with `log_sigmoid` tau c - ln sigmoid(D(fake))."""
+        """Compute the generator's loss tau c - D(fake) [N]; with `log_sigmoid` tau c - ln sigmoid(D(fake))."""
         t = draws["t"]
         _, x_next = self.steps.pair(x_0, t, draws["noise"], draws["step_noise"])
         fake_0, fake_t = self._fake(generator, x_next, draws)
@@ -97,89 +107,84 @@ class TransportLosses:
 
 
 class RDUOT(Objective):
-    """Generator 'net' and 'potential' in turn. The method 'ddgan' is the same with tau 0 and a non-saturating loss."""
+    """The generator 'net' and the 'potential', trained in turn."""
 
-    network_options = "--num_channels_dae, --ch_mult"
+    method = "rduot"
+    log_sigmoid = False  # see TransportLosses
 
-    def __init__(self, config: dict, dataset: ImageDataset, device: torch.device):
-        c = config["rduot"]
-        self.method = config["method"]
-        self.steps = DiffusionSteps(c["num_timesteps"], c["beta_min"], c["beta_max"], device=device)
+    def __init__(self, config: RunConfig, dataset: ImageDataset, device: torch.device):
         super().__init__(config, dataset, device)
-        self.losses = TransportLosses(
-            self.steps,
-            TransportCost(c["cost"], dataset, self.steps, device),
-            c["tau"],
-            c["phi1"],
-            c["phi2"],
-            c["r1_gamma"],
-            log_sigmoid=self.method == "ddgan",
-        )
+        c = config.rduot
+        self.steps = DiffusionSteps(c.num_timesteps, c.beta_min, c.beta_max, device=device)
+        cost = TransportCost(c.cost, dataset, self.steps, device)
+        self.losses = TransportLosses(self.steps, cost, c.tau, c.phi1, c.phi2, c.r1_gamma, self.log_sigmoid)
 
     def build(self) -> dict[str, TrainedNetwork]:
+        """Create generator and potential."""
         shared = dict(
             img_resolution=self.dataset.resolution,
             img_channels=self.dataset.num_channels,
             label_dim=self.dataset.label_dim,
         )
-        networks = self.config["network"]
+        network, optimizer = self.config.network, self.config.optimizer
         nets = dict(
-            net=DDGANGenerator(**shared, **self.steps.settings(), **networks["kwargs"]),
-            potential=Potential(**shared, **networks["potential_kwargs"]),
+            net=DDGANGenerator(**shared, **self.steps.settings(), **network.kwargs),
+            potential=Potential(**shared, **network.potential_kwargs),
         )
-        # Nobody reads the potential's average; second derivatives, which R1 needs, do not compile, nor do they find the
-        # weights again that a sharded network frees after the first ones.
+        # Nothing reads an average of the potential. R1 needs second derivatives, which do not compile and do not find
+        # weights that a sharded network freed after the first derivatives.
         own = dict(net=dict(ema_rampup=EMA_RAMPUP), potential=dict(ema_halflife=0, compile=False, shard=False))
-        schedule = self.config["rduot"]["schedule_nimg"] or self.config["total_nimg"]
-        trained = {}
-        for name, net in nets.items():
-            lr = self.config["optimizer"]["lr"][name]
-            trained[name] = self.trained_network(
+        schedule = self.config.rduot.schedule_nimg or self.config.total_nimg
+        return {
+            name: self.trained_network(
                 net,
-                lr=lr,
-                betas=tuple(self.config["optimizer"]["betas"]),
-                lr_factor=cosine_decay(schedule, FINAL_LR / lr),
+                lr=optimizer.lr[name],
+                betas=tuple(optimizer.betas),
+                lr_factor=cosine_decay(schedule, FINAL_LR / optimizer.lr[name]),
                 **own[name],
             )
-        return trained
+            for name, net in nets.items()
+        }
 
     def phases(self, nimg: int) -> list[Phase]:
-        # The step's number follows from the images seen: a resumed run penalises in the same steps.
-        step = nimg // self.config["batch_size"]
-        penalise = self.losses.r1_gamma > 0 and step % self.config["rduot"]["lazy_reg"] == 0
+        """Train the potential, then the generator. The images seen decide in which steps R1 applies."""
+        step = nimg // self.config.batch_size
+        penalize = self.losses.r1_gamma > 0 and step % self.config.rduot.lazy_reg == 0
         return [
-            ("potential", functools.partial(self.potential_loss, penalise), ["potential"]),
+            ("potential", functools.partial(self.potential_loss, penalize), ["potential"]),
             ("loss", self.loss, ["net"]),
         ]
 
     def draw(self, images: torch.Tensor, generator: torch.Generator) -> dict:
+        """Draw the random numbers of both losses."""
         x_0 = torch.empty(images.shape, device=self.device)
-        nz = self.config["network"]["kwargs"]["nz"]
+        nz = self.config.network.kwargs["nz"]
         return {name: self.losses.draw(x_0, nz, generator) for name in ("potential", "generator")}
 
-    def _callables(self, labels: torch.Tensor, training: str) -> tuple[Callable, Callable]:
-        """D and G with the labels filled in; the one in training is called through its DDP wrapper."""
+    def _with_labels(self, labels: torch.Tensor, training: str) -> tuple[Callable, Callable]:
+        # D and G with their labels filled in; the one in training is called through its DDP wrapper.
         nets = (t.forward if name == training else t.net for name, t in self.trained.items())
         generator, potential = (functools.partial(_call, net, labels=labels) for net in nets)
         return potential, generator
 
     def potential_loss(
-        self, penalise: bool, images: torch.Tensor, labels: torch.Tensor, draws: dict, stats: Stats
+        self, penalize: bool, images: torch.Tensor, labels: torch.Tensor, draws: dict, stats: Stats
     ) -> torch.Tensor:
-        """Loss [n] of the potential."""
+        """Compute the loss [n] of the potential."""
         x_0, _ = self.prepare(images, draws)
-        nets = self._callables(labels, "potential")
-        loss, report = self.losses.potential(*nets, x_0, draws["potential"], penalise)
+        nets = self._with_labels(labels, "potential")
+        loss, report = self.losses.potential(*nets, x_0, draws["potential"], penalize)
         for name, value in report.items():
             stats.add(f"Potential/{name}", value)
         return loss
 
     def loss(self, images: torch.Tensor, labels: torch.Tensor, draws: dict, stats: Stats) -> torch.Tensor:
-        """Loss [n] of the generator."""
+        """Compute the loss [n] of the generator."""
         x_0, _ = self.prepare(images, draws)
-        return self.losses.generator(*self._callables(labels, "net"), x_0, draws["generator"])
+        return self.losses.generator(*self._with_labels(labels, "net"), x_0, draws["generator"])
 
     def notes(self) -> list[str]:
+        """Say what clean images and outliers cost, when the archive records its outliers."""
         costs = cost_by_origin(self.losses.cost, self.dataset, self.steps, self.device)
         if costs is None:
             return []
@@ -187,15 +192,23 @@ class RDUOT(Objective):
         lines = [
             f"Transport cost ({self.losses.cost.kind}), mean: {clean:.4g} for clean images, {outliers:.4g} for outliers"
         ]
-        if outliers <= clean and self.method == "rduot":
+        if outliers <= clean and self.losses.tau > 0:
             lines.append(
-                "Warning: the outliers are the cheaper ones, so unbalanced transport favours them over clean "
-                "images; try another --cost"
+                "Warning: the outliers cost less than the clean images, so unbalanced transport prefers them; "
+                "try another cost"
             )
         return lines
 
-    def loss_settings(self) -> dict:
-        return self.config["rduot"]
+    def loss_settings(self) -> dict[str, Any]:
+        """Return the method's own settings."""
+        return asdict(self.config.rduot)
+
+
+class DDGAN(RDUOT):
+    """The baseline: no cost (tau 0), and a generator that maximizes ln sigmoid(D)."""
+
+    method = "ddgan"
+    log_sigmoid = True
 
 
 def _call(net: torch.nn.Module, *args: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -203,5 +216,5 @@ def _call(net: torch.nn.Module, *args: torch.Tensor, labels: torch.Tensor) -> to
 
 
 def ema_halflife(decay: float, batch_size: int) -> int:
-    """Half-life in images of a moving average that keeps `decay` of itself every step; 0 for a decay of 0."""
+    """Return the half-life in images of a moving average that keeps `decay` of itself per step; 0 for a decay of 0."""
     return round(batch_size * math.log(0.5) / math.log(decay)) if 0 < decay < 1 else 0

@@ -1,4 +1,4 @@
-"""SiMix (sbdc.md): which images resemble an image, so that the discriminator can be shown mixtures of similar ones."""
+"""SiMix: which images are similar, so that the discriminator trains on mixtures of them (docs/methods/sbdc.md)."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ BATCH = 256
 def nearest_partners(
     dataset: ImageDataset, embed: str, classifier: torch.nn.Module | None, device: torch.device, k: int = 2
 ) -> np.ndarray:
-    """The `k` nearest neighbours of each item among the data set's images, int64 [N,k]; of a mirrored copy: mirrored.
+    """Return the `k` nearest neighbors of each item among the data set's images, int64 [N,k].
 
-    `embed`: 'classifier' (penultimate features of `classifier` at the lowest sigma), 'clip' or 'pixels'.
-    UserError: fewer than k + 1 images, or a package that is not installed.
+    A mirrored copy gets mirrored neighbors. `embed`: 'classifier' (penultimate features of `classifier` at the lowest
+    sigma), 'clip' or 'pixels'. UserError: fewer than k + 1 images, or a package that is not installed.
     """
     if dataset.num_raw <= k:
-        raise dnnlib.UserError(f"--simix=1: {dataset.path} has {dataset.num_raw} images; {k + 1} at least are needed")
+        raise dnnlib.UserError(f"{dataset.path} has {dataset.num_raw} images; similar ones need at least {k + 1}")
     function = {
         "classifier": lambda: _classifier_embedding(classifier),
         "clip": lambda: _clip_embedding(device),
@@ -41,10 +41,10 @@ def nearest_partners(
             images = to_float(dataset.images_on(device, part))
             parts.append(function(images).to(torch.float32).cpu())
     features = torch.cat(parts).numpy()
-    # One more than asked for: the nearest is the image itself, or a copy of it.
+    # One more than needed: the nearest neighbor is the image itself, or a copy of it.
     found = NearestNeighbors(n_neighbors=k + 1, algorithm="brute").fit(features).kneighbors(return_distance=False)
     own = found == np.arange(len(found))[:, None]
-    own[~own.any(axis=1), -1] = True  # among many copies of itself an image may be missing: leave out the farthest
+    own[~own.any(axis=1), -1] = True  # many copies can hide the image itself: drop the farthest
     raw = found[~own].reshape(-1, k).astype(np.int64)
     return np.concatenate([raw + copy * dataset.num_raw for copy in range(len(dataset) // dataset.num_raw)])
 
@@ -61,7 +61,7 @@ def _clip_embedding(device: torch.device) -> Callable[[torch.Tensor], torch.Tens
     try:
         import open_clip  # optional dependency
     except ImportError:
-        raise dnnlib.UserError("--embed=clip needs the package open_clip: pip install open_clip_torch") from None
+        raise dnnlib.UserError("CLIP features need the package open_clip: pip install open_clip_torch") from None
     model = open_clip.create_model(CLIP[0], pretrained=CLIP[1], device=device).eval()
     size = model.visual.image_size
     mean = torch.tensor(model.visual.image_mean, device=device).reshape(-1, 1, 1)

@@ -1,87 +1,101 @@
-"""Transition-aware weighted denoising score matching (tdsm.md; Na et al., ICLR 2024)."""
+"""TDSM: transition-aware weighted denoising score matching (docs/methods/tdsm.md; Na et al., ICLR 2024).
+
+    E lambda(sigma) || w_o D(x_t; o) + sum_{c != o, w_c > tau} w_c sg[D(x_t; c)] - y ||^2
+
+    w_c = P(clean = c | x_t, observed = o)  is proportional to  T[c, o] P(clean = c | x_t)
+
+y: image; x_t = y + n: the image at noise level sigma; o: its observed label; D(x_t; c): the denoiser asked for class c;
+T[c, o]: probability that an image of class c is labeled o; sg: no gradient. P(clean | x_t) comes from a classifier.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
 
 import dnnlib
 from archives.dataset import ImageDataset
-from archives.label_noise import check_matrix, check_observed, inverse_transition
+from archives.label_noise import check_matrix, check_observed, impossible_label, inverse_transition
 from torch_utils import distributed
 from torch_utils.training_stats import Stats
-from training.label_weights import clean_posterior, cut_weights, posterior_weights
+from training.config import RunConfig
 from training.objectives.dsm import DSM
+from training.objectives.pair_passes import pass_size, read_later, sum_over_pairs
 
-__all__ = ["TDSM"]
+__all__ = ["TDSM", "clean_posterior", "cut_weights", "known_transition", "posterior_weights", "survivors"]
 
-# Pixels of a pass without gradients: on a CPU what stays in its caches, on others what keeps them busy.
-PASS_PIXELS = {"cpu": 1 << 14}
-BUSY_PIXELS = 1 << 17
+
+# The weights.
+
+
+def posterior_weights(
+    log_posterior: torch.Tensor, T: torch.Tensor, observed: torch.Tensor, check: bool = True
+) -> torch.Tensor:
+    """Return w_y = P(clean = y | x_t, observed = o) = softmax_y(ln T[y,o] + ln P(y | x_t)), rows sum to 1, [N,C].
+
+    `log_posterior` [N,C]: clean log-probabilities, or logits. `T` [C,C]. `observed` int64 [N]. This is Bayes' rule;
+    nothing is inverted or clamped. UserError names an observed label that no class turns into (its column of T is all
+    zero). That check waits for the device: use `check=False` for labels that `check_observed` has seen.
+    """
+    columns = T.to(log_posterior).T[observed]
+    if check:
+        impossible = columns.sum(dim=1) == 0
+        if impossible.any():
+            raise impossible_label(int(observed[impossible][0]))
+    return torch.log_softmax(columns.log() + log_posterior, dim=1).exp()
+
+
+def survivors(weights: torch.Tensor, observed: torch.Tensor, tau: float) -> torch.Tensor:
+    """Return which classes stay in the sum, bool [N,C]: those with w_c > tau, and always the observed one."""
+    return (weights > tau).scatter(1, observed[:, None], True)
+
+
+def cut_weights(weights: torch.Tensor, observed: torch.Tensor, tau: float, pairs: int | None = None) -> torch.Tensor:
+    """Set the weights [N,C] of the classes that leave the sum to 0, without normalizing the rest again.
+
+    `pairs`: keep at most so many of the other classes that survive tau, those with the largest weights.
+    """
+    weights = weights * survivors(weights, observed, tau)
+    if pairs is None or pairs >= weights.shape[1] - 1:
+        return weights
+    others = weights.scatter(1, observed[:, None], -1)  # the observed class is never among the largest others
+    largest = torch.cat([others.topk(pairs, dim=1).indices, observed[:, None]], dim=1)
+    return torch.zeros_like(weights).scatter(1, largest, weights.gather(1, largest))
+
+
+def clean_posterior(
+    noisy_log_probs: torch.Tensor, T: np.ndarray | torch.Tensor, inverse: np.ndarray | torch.Tensor | None = None
+) -> torch.Tensor:
+    """Return the clean posterior P(y | x_t) [N,C] of a noisy one: T^T p = q, negatives set to 0, normalized again.
+
+    `inverse` (of `inverse_transition`) skips the check of T and its inversion in every step. Entries can be 0: clamp
+    them before taking the logarithm, otherwise a label that rules out all other classes gives NaN.
+    """
+    if inverse is None:
+        inverse = inverse_transition(torch.as_tensor(T).detach().cpu().numpy())
+    dtype = torch.float32 if noisy_log_probs.device.type == "mps" else torch.float64  # MPS has no float64
+    q = noisy_log_probs.to(dtype).exp()
+    p = (q @ torch.as_tensor(inverse).to(q)).clamp(min=0)
+    return (p / p.sum(dim=1, keepdim=True)).to(noisy_log_probs.dtype)
+
+
+# The loss.
 
 
 class TDSM(DSM):
-    """lambda ||w_o D(x_t; o) + sum_{c != o, w_c > tau} w_c sg[D(x_t; c)] - y||^2, w_c = P(c | x_t, o) (tdsm.md).
-
-    `classifier`: time-dependent classifier (eval mode); `transition`: T [C,C]; `posterior`: what the classifier's
-    softmax is, 'clean' P(y|x_t) or 'noisy' P(o|x_t). `config["tdsm"]["pairs"]`: how many other classes an image keeps
-    at most, the heaviest; None: all above tau.
-
-    The other classes' passes have one size in a whole run where a new size costs something (compilation, cuDNN's
-    search, memory in pieces), with empty places in the last; elsewhere they are as even as the pairs allow.
-    """
+    """Denoising score matching with the denoised images of all classes that the label may stand for."""
 
     method = "tdsm"
 
-    def __init__(
-        self,
-        config: dict,
-        dataset: ImageDataset,
-        device: torch.device,
-        *,
-        classifier: torch.nn.Module,
-        transition: np.ndarray,
-        posterior: str,
-    ):
-        if dataset.labels is None:
-            raise dnnlib.UserError(f"{dataset.name}: its labels are vectors, but TDSM needs one class an image")
-        check_observed(transition, dataset.labels)
-        # The inverse only serves classifiers of noisy labels; whether there is one is checked before the first step.
-        self.inverse = None
-        if posterior == "noisy":
-            dtype = torch.float32 if device.type == "mps" else torch.float64
-            self.inverse = torch.as_tensor(inverse_transition(transition), dtype=dtype, device=device)
-        self.transition = torch.as_tensor(transition, dtype=torch.float32, device=device)
-        self.posterior, self.tau, self.temp = posterior, config["tdsm"]["tau"], config["tdsm"]["temp"]
-        self.pairs = config["tdsm"].get("pairs")
-        super().__init__(config, dataset, device)
-        self.classifier = classifier.to(device)
-        if config["compile"]:
-            self.classifier.compile()
-        # It does not cast itself to float16, as the U-Nets do.
-        half = config["precision"] == "fp16" and device.type == "cuda"
-        self.classifier_dtype = torch.float16 if half else self.autocast_dtype
-        share = config["batch_size"] // distributed.get_world_size()
-        self.pass_size = pass_size(min(config["batch_gpu"] or share, share), dataset.resolution**2, device.type)
-        self.fixed_size = config["compile"] or device.type != "cpu"
-
-    @torch.no_grad()
-    def weights(
-        self, x: torch.Tensor, sigma: torch.Tensor, observed: torch.Tensor, augment_labels: torch.Tensor | None
-    ) -> torch.Tensor:
-        """w [n,C] = P(y | x_t, o) by Bayes' rule; dropped entries (tau, pairs) are 0, the observed label's stays."""
-        augment_labels = augment_labels if self.classifier.augment_dim else None
-        dtype = self.classifier_dtype
-        with torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
-            logits = self.classifier(x, sigma.flatten(), augment_labels=augment_labels)
-        log_p = torch.log_softmax(logits.to(torch.float32) / self.temp, dim=1)
-        if self.posterior == "noisy":
-            log_p = clean_posterior(log_p, self.transition, self.inverse).clamp_min(torch.finfo(log_p.dtype).tiny).log()
-        # The labels were checked before the first step.
-        w = posterior_weights(log_p, self.transition, observed, check=False)
-        return cut_weights(w, observed, self.tau, self.pairs)
+    def loss(self, images: torch.Tensor, labels: torch.Tensor, draws: dict, stats: Stats) -> torch.Tensor:
+        """Compute lambda(sigma) (w_o D(x; o) + sum_c w_c sg[D(x; c)] - y)^2, [n,C,H,W]."""
+        y, augment_labels = self.prepare(images, draws)
+        sigma = draws["sigma"].reshape(-1, 1, 1, 1)
+        x = y + sigma * draws["noise"]
+        denoised = self.combine(x, sigma, labels, augment_labels, stats)
+        return self.noise_levels.weight(sigma) * (denoised - y).square()
 
     def combine(
         self,
@@ -91,113 +105,117 @@ class TDSM(DSM):
         augment_labels: torch.Tensor | None,
         stats: Stats,
     ) -> torch.Tensor:
+        """Compute w_o D(x; o) + sum_c w_c sg[D(x; c)], [n,C,H,W]."""
         observed = labels.argmax(dim=1)
         w = self.weights(x, sigma, observed, augment_labels)
-        own = w.gather(1, observed[:, None])
-        others = w.scatter(1, observed[:, None], 0)
-        pairs = (others > 0).sum(dim=1)
-        stats.add("TDSM/pairs_per_image", pairs)
-        stats.add("TDSM/observed_weight", own)
+        w_observed = w.gather(1, observed[:, None])
+        w_others = w.scatter(1, observed[:, None], 0)
+        count = read_later((w_others > 0).sum())  # the number arrives while the device computes the next line
+
+        net = self.trained["net"]
+        denoised = net.forward(x, sigma, labels, augment_labels=augment_labels) * w_observed[:, :, None, None]
+        with torch.no_grad(), net.gathered():
+
+            def denoise(image: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+                onehot = (label[:, None] == torch.arange(w.shape[1], device=label.device)).to(labels.dtype)
+                augmented = None if augment_labels is None else augment_labels[image]
+                return net.net(x[image], sigma[image], onehot, augment_labels=augmented)
+
+            others = sum_over_pairs(denoise, w_others, count(), self.pass_size, self.fixed_size, like=denoised)
+
+        stats.add("TDSM/pairs_per_image", (w_others > 0).sum(dim=1))
+        stats.add("TDSM/observed_weight", w_observed)
         stats.add("TDSM/cut_weight", 1 - w.sum(dim=1))
         stats.add("TDSM/corrected", (w.argmax(dim=1) != observed).float())
+        return denoised + others
 
-        count = read_later(pairs.sum())  # to be there when the device has begun the pass with gradients
-        denoised = super().combine(x, sigma, labels, augment_labels, stats) * own[:, :, None, None]
-        n, classes = others.shape
-        rest = denoised.new_zeros([n + 1, *denoised.shape[1:]])  # the last row takes what empty places compute
-        with torch.no_grad(), self.trained["net"].gathered():  # every process has its own number of pairs
-            for image, label, weight in pair_passes(others, count(), self.pass_size, self.fixed_size):
-                i = image.clamp(max=n - 1)
-                onehot = (label[:, None] == torch.arange(classes, device=label.device)).to(labels.dtype)
-                part = self.trained["net"].net(
-                    x[i], sigma[i], onehot, augment_labels=None if augment_labels is None else augment_labels[i]
-                )
-                rest.index_add_(0, image, part * weight[:, None, None, None])
-        return denoised + rest[:n]
+    @torch.no_grad()
+    def weights(
+        self, x: torch.Tensor, sigma: torch.Tensor, observed: torch.Tensor, augment_labels: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Return w [n,C] by Bayes' rule. Classes that leave the sum have weight 0; the observed one never leaves."""
+        augment_labels = augment_labels if self.classifier.augment_dim else None
+        dtype = self.classifier_dtype
+        with torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
+            logits = self.classifier(x, sigma.flatten(), augment_labels=augment_labels)
+        log_p = torch.log_softmax(logits.to(torch.float32) / self.temp, dim=1)
+        if self.posterior == "noisy":
+            log_p = clean_posterior(log_p, self.transition, self.inverse).clamp_min(torch.finfo(log_p.dtype).tiny).log()
+        w = posterior_weights(log_p, self.transition, observed, check=False)  # the labels were checked before the run
+        return cut_weights(w, observed, self.tau, self.pairs)
 
-    def info(self) -> dict:
+    def __init__(
+        self,
+        config: RunConfig,
+        dataset: ImageDataset,
+        device: torch.device,
+        *,
+        classifier: torch.nn.Module,
+        transition: np.ndarray,
+        posterior: str,
+    ):
+        """Take a time-dependent `classifier` (in eval mode), `transition` T [C,C], and the kind of `posterior` that the
+        classifier's softmax is: 'clean' P(y | x_t) or 'noisy' P(o | x_t).
+        """
+        super().__init__(config, dataset, device)
+        if dataset.labels is None:
+            raise dnnlib.UserError(f"{dataset.name}: its labels are vectors, but TDSM needs one class per image")
+        check_observed(transition, dataset.labels)
+        self.transition = torch.as_tensor(transition, dtype=torch.float32, device=device)
+        self.posterior, self.tau, self.temp = posterior, config.tdsm.tau, config.tdsm.temp
+        self.pairs = config.tdsm.pairs
+        # Only a classifier of noisy labels needs the inverse of T; a T without one is refused before the first step.
+        self.inverse = None
+        if posterior == "noisy":
+            dtype = torch.float32 if device.type == "mps" else torch.float64
+            self.inverse = torch.as_tensor(inverse_transition(transition), dtype=dtype, device=device)
+
+        self.classifier = classifier.to(device)
+        if config.compile:
+            self.classifier.compile()
+        # The classifier does not cast itself to float16, as the U-Nets do.
+        half = config.precision == "fp16" and device.type == "cuda"
+        self.classifier_dtype = torch.float16 if half else self.autocast_dtype
+
+        # All passes without gradients have one size where a new size is expensive (compilation, cuDNN's search for
+        # algorithms, fragmented memory); their last pass then has empty places.
+        share = config.batch_size // distributed.get_world_size()
+        self.pass_size = pass_size(min(config.batch_gpu or share, share), dataset.resolution**2, device.type)
+        self.fixed_size = config.compile or device.type != "cpu"
+
+    def info(self) -> dict[str, Any]:
+        """Record T and the kind of posterior."""
         return dict(transition=self.transition.tolist(), posterior=self.posterior)
 
 
-def pass_size(batch: int, pixels: int, device_type: str) -> int:
-    """Images in a pass without gradients beside a batch with them, whose size says what memory there is.
-
-    Such a pass takes a tenth of the memory an image and is fastest in pieces that fit the caches of a CPU; a GPU wants
-    to be busy, but half the batch does not leave many places empty.
-    """
-    wanted = PASS_PIXELS.get(device_type, max(BUSY_PIXELS, batch * pixels // 2))
-    return max(1, min(wanted // pixels, 4 * batch))
+# The transition matrix.
 
 
-def pair_passes(
-    weights: torch.Tensor, count: int, size: int, fixed: bool
-) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """The `count` positive entries of `weights` [n,C] as (row, column, weight), in passes of at most `size`.
+def known_transition(
+    info: dict[str, Any], stated: np.ndarray | None, dataset: ImageDataset, path: str
+) -> tuple[np.ndarray, str]:
+    """Return T [C,C] and the kind of posterior from the `info` of a classifier's snapshot and from a `stated` T.
 
-    Row by row. `fixed`: all passes have `size` entries; the ones left over say row n. Nothing waits for the device,
-    as `nonzero` would.
-    """
-    passes = -(-count // size)
-    flat = weights.flatten()
-    place = torch.arange(1, (passes * size if fixed else count) + 1, device=flat.device)
-    # The k-th positive entry is where their running count reaches k; beyond the last k, one past the end.
-    index = torch.searchsorted((flat > 0).cumsum(0), place)
-    for part in index.tensor_split(passes) if passes else ():
-        row = part.div(weights.shape[1], rounding_mode="floor")
-        yield row, part % weights.shape[1], flat[part.clamp(max=len(flat) - 1)]
-
-
-def read_later(number: torch.Tensor) -> Callable[[], int]:
-    """What reads an integer from the device. On CUDA it waits for what was queued until now, not for what comes later:
-    while the host waits, the device goes on with work queued in between."""
-    if number.device.type != "cuda":
-        return lambda: int(number)
-    host = torch.empty([], dtype=number.dtype, pin_memory=True).copy_(number, non_blocking=True)
-    copied = torch.cuda.Event()
-    copied.record()
-
-    def read() -> int:
-        copied.synchronize()
-        return int(host)
-
-    return read
-
-
-def check_classifier(classifier: torch.nn.Module, dataset: ImageDataset, path: str) -> None:
-    """Raise UserError unless classifier and data agree in resolution, channels and classes."""
-    theirs = (classifier.img_resolution, classifier.img_channels, classifier.label_dim)
-    ours = (dataset.resolution, dataset.num_channels, dataset.label_dim)
-    for name, a, b in zip(("resolution", "number of channels", "number of classes"), theirs, ours, strict=True):
-        if a != b:
-            raise dnnlib.UserError(
-                f"--cls: the {name} of {path} is {a}, of {dataset.name} {b}; train the classifier on this data set"
-            )
-
-
-def known_transition(info: dict, stated: np.ndarray | None, dataset: ImageDataset, path: str) -> tuple[np.ndarray, str]:
-    """T [C,C] and the posterior's kind from a classifier snapshot's info and from the options (None: not given).
-
-    Raises UserError when the two contradict each other, or when neither knows T.
+    `stated` None: the user stated none. `path` names the snapshot in errors. UserError: the snapshot's record is no
+    transition matrix, or the two contradict each other, or neither knows T.
     """
     recorded, posterior = info.get("transition"), info.get("posterior", "noisy")
     if recorded is not None:
-        recorded = check_matrix(recorded, dataset.label_dim, name=f"--cls: the transition matrix recorded in {path}")
+        recorded = check_matrix(recorded, dataset.label_dim, name=f"the transition matrix recorded in {path}")
     if posterior not in ("noisy", "clean"):
-        raise dnnlib.UserError(f"--cls: {path} records the posterior {posterior!r}, expected 'noisy' or 'clean'")
+        raise dnnlib.UserError(f"{path} records the posterior {posterior!r}, expected 'noisy' or 'clean'")
     if recorded is not None and stated is not None and np.abs(np.subtract(recorded, stated)).max() > 1e-3:
         i, j = np.unravel_index(np.abs(np.subtract(recorded, stated)).argmax(), stated.shape)
         raise dnnlib.UserError(
-            f"--noise_type: T[{i},{j}] = {stated[i, j]:.4g} by the options, but {path} was trained with "
-            f"{recorded[i][j]:.4g}; leave the options out or train a classifier for them"
+            f"the stated label noise has T[{i},{j}] = {stated[i, j]:.4g}, but {path} was trained with "
+            f"{recorded[i][j]:.4g}; leave the label noise out or train a classifier for it"
         )
     if recorded is None and stated is None:
         c = dataset.corruption
         hint = (
-            f" (the archive says --noise_type={c['noise_type']} --noise_rate={c.get('noise_rate')})"
+            f" (the archive records the noise {c['noise_type']} at rate {c.get('noise_rate')})"
             if c.get("noise_type")
             else ""
         )
-        raise dnnlib.UserError(
-            f"--noise_type: {path} was trained without a transition matrix; state the label noise{hint}"
-        )
+        raise dnnlib.UserError(f"{path} was trained without a transition matrix; state the label noise{hint}")
     return np.asarray(stated if recorded is None else recorded), posterior

@@ -1,0 +1,192 @@
+"""The configuration of a training run: plain data, one commented line per field.
+
+A run prints it, writes it to `training_options.json`, stores it in snapshots and states (`to_dict`), and compares it
+with the state's when it resumes (`differences`). Sizes are in images, rates per step. Fields made with `changeable`
+may differ between an interrupted run and its continuation; a difference in any other field makes it another run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = [
+    "ClassifierConfig",
+    "DatasetConfig",
+    "DiscriminatorConfig",
+    "NetworkConfig",
+    "OptimizerConfig",
+    "RDUOTConfig",
+    "RunConfig",
+    "TDSMConfig",
+    "differences",
+    "to_dict",
+]
+
+
+def changeable(**kwargs: Any) -> Any:
+    """Declare a field that a resumed run may change. `kwargs` as in `dataclasses.field`."""
+    return dataclasses.field(metadata={"changeable": True}, **kwargs)
+
+
+@dataclass
+class DatasetConfig:
+    """The training images."""
+
+    path: str  # archive: ZIP or folder
+    use_labels: bool = True  # train a class-conditional network
+    xflip: bool = False  # add the mirror image of every image
+    cache: bool = changeable(default=True)  # keep decoded images in memory
+
+
+@dataclass
+class NetworkConfig:
+    """The networks in training."""
+
+    arch: str  # name of the architecture: a U-Net, or the U-Net that a classifier goes with
+    precond: str | None  # preconditioning: vp, ve, edm; None for networks without noise levels sigma
+    kwargs: dict[str, Any]  # further arguments of the network's constructor
+    potential_kwargs: dict[str, Any] | None = None  # those of RDUOT's potential
+
+
+@dataclass
+class OptimizerConfig:
+    """The optimizer of all networks."""
+
+    name: str = "adam"  # adam, adamw or sgd
+    lr: float | dict[str, float] = 1e-3  # learning rate, or one for each network
+    betas: list[float] | None = None  # Adam's; None: 0.9 and 0.999
+
+
+@dataclass
+class ClassifierConfig:
+    """What `train_classifier.py` adds (docs/methods/tdsm.md)."""
+
+    noise_type: str = "clean"  # how the labels were corrupted; clean: learn the noisy posterior; learn: learn T too
+    noise_rate: float | None = None  # share of wrong labels
+    noise_matrix: str | None = None  # file that holds T
+    val: float = 0.05  # share of the images held out to choose the best snapshot
+    shift: float = 0.125  # largest random shift, as a share of the image size
+
+
+@dataclass
+class TDSMConfig:
+    """What `train_noise.py` adds (docs/methods/tdsm.md)."""
+
+    cls: str = ""  # snapshot of the classifier
+    tau: float = 0.01  # classes whose weight is at most this leave the sum, except the observed one
+    pairs: int | None = None  # how many other classes each image keeps at most; None: all above tau
+    temp: float = 1.0  # divides the classifier's logits
+    noise_type: str | None = None  # how the labels were corrupted, where the classifier's snapshot does not say
+    noise_rate: float | None = None  # share of wrong labels
+    noise_matrix: str | None = None  # file that holds T
+
+
+@dataclass
+class DiscriminatorConfig:
+    """What `train_discriminator.py` adds (docs/methods/sbdc.md)."""
+
+    label_path: str = ""  # label file: which labels are believed right
+    shuffle: str | None = None  # new labels of right pairs: uniform, transition, None: transition where T is known
+    simix: bool = True  # mix half of each batch with similar images, instead of any images
+    embed: str | None = None  # features that define "similar"
+    cls: str | None = None  # snapshot of the classifier that gives those features
+    shift: float = 0.125  # largest random shift, as a share of the image size
+    noise_type: str | None = None  # how the labels were corrupted
+    noise_rate: float | None = None  # share of wrong labels
+    noise_matrix: str | None = None  # file that holds T
+
+
+@dataclass
+class RDUOTConfig:
+    """What `train_rduot.py` adds (docs/methods/rduot.md)."""
+
+    num_timesteps: int = 4  # steps of the diffusion
+    beta_min: float = 0.1  # noise schedule: rate at the start
+    beta_max: float = 20.0  # noise schedule: rate at the end
+    cost: str = "pixels"  # what the transport cost compares
+    tau: float = 1e-3  # weight of the transport cost
+    phi1: str = "softplus"  # conjugate on generated images
+    phi2: str = "softplus"  # conjugate on real images
+    r1_gamma: float = 0.02  # weight of the gradient penalty R1
+    lazy_reg: int = 15  # steps from one penalty to the next
+    schedule_nimg: int | None = None  # images over which the learning rates fall; None: the whole training
+
+
+@dataclass
+class RunConfig:
+    """One training run."""
+
+    method: str  # name of the objective
+    dataset: DatasetConfig
+    network: NetworkConfig
+    optimizer: OptimizerConfig
+    noise_levels: dict[str, Any] | None  # arguments of NoiseLevels; None: the method has steps instead
+    augment: dict[str, Any] | None  # arguments of AugmentPipe; None: no augmentation
+    batch_size: int  # images per step, over all processes
+    batch_gpu: int | None = None  # images at a time on one process; None: its whole share
+    ema_halflife_nimg: int = 500_000  # half-life of the weights' moving average
+    lr_rampup_nimg: int = 0  # images over which the learning rate rises from zero
+    loss_scaling: float = 1.0  # factor on the loss while gradients are computed
+    precision: str = "fp32"  # arithmetic inside the networks: fp32, tf32, bf16, fp16
+    compile: bool = False  # compile the networks with torch.compile
+    seed: int | None = None  # of all randomness; None until the run chooses one
+    transfer: str | None = None  # snapshot whose weights the run starts from
+    total_nimg: int = changeable(default=200_000_000)  # length of the training
+    kimg_per_tick: float = changeable(default=50.0)  # thousands of images from one report to the next
+    snapshot_ticks: int = changeable(default=50)  # ticks from one snapshot to the next
+    state_ticks: int = changeable(default=500)  # ticks from one training state to the next
+    keep: int = changeable(default=2)  # training states to keep
+    num_processes: int = changeable(default=1)  # processes that share each batch
+    shard: bool = changeable(default=False)  # share weights and optimizer state between the processes (FSDP2)
+    cudnn_bench: bool = changeable(default=True)  # let cuDNN search for the fastest algorithms
+    workers: int = changeable(default=1)  # threads that read images ahead
+    max_bad_steps: int = changeable(default=100)  # steps in a row with non-finite values that end the run
+    desc: str | None = changeable(default=None)  # text at the end of the run directory's name
+    tensorboard: bool = changeable(default=False)  # write the statistics for TensorBoard too
+    wandb: str | None = changeable(default=None)  # project on Weights & Biases that gets the statistics too
+    classifier: ClassifierConfig | None = None  # one section per method that has settings of its own
+    tdsm: TDSMConfig | None = None
+    discriminator: DiscriminatorConfig | None = None
+    rduot: RDUOTConfig | None = None
+
+
+_SECTIONS = {"dataset": DatasetConfig}  # sections with changeable fields
+
+
+def to_dict(config: RunConfig) -> dict[str, Any]:
+    """Return the configuration as nested plain data."""
+    return dataclasses.asdict(config)
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], besides: Collection[str] = ()) -> list[str]:
+    """Return every setting in which a continued run would not be the same run, as text.
+
+    `old` and `new` are results of `to_dict`; a missing key means None, so that older files compare too. `besides` names
+    further fields that may differ.
+    """
+    old, new = (_flatten(json.loads(json.dumps(config))) for config in (old, new))
+    ignored = {*_changeable_fields(), *besides}
+    return [
+        f"{key}: {old.get(key)} there, {new.get(key)} here"
+        for key in sorted(old | new)
+        if key not in ignored and old.get(key) != new.get(key)
+    ]
+
+
+def _changeable_fields() -> set[str]:
+    names = {field.name for field in dataclasses.fields(RunConfig) if field.metadata.get("changeable")}
+    for section, cls in _SECTIONS.items():
+        names |= {f"{section}.{field.name}" for field in dataclasses.fields(cls) if field.metadata.get("changeable")}
+    return names
+
+
+def _flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    # {'a': {'b': 1}} -> {'a.b': 1}
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat

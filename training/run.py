@@ -1,0 +1,234 @@
+"""Running a training script after its options are parsed: configuration, run directory, resume, the loop."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import re
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+import dnnlib
+from archives.dataset import ImageDataset
+from dnnlib.cli import blame
+from torch_utils import checkpoint, distributed, persistence
+from torch_utils.distributed import print0
+from training import options
+from training.config import RunConfig, differences, to_dict
+from training.objective import Objective
+from training.saver import DrawSamples
+from training.training_loop import last_nimg, training_loop
+
+__all__ = ["start"]
+
+
+@distributed.guard(lambda: "before training began or after it")
+def start(
+    opts: dict[str, Any],
+    method: str,
+    make_objective: Callable[[RunConfig, ImageDataset, torch.device], Objective],
+    settings: Callable[[dict[str, Any], ImageDataset], dict[str, Any]] = options.unet,
+    *,
+    network_options: str = "--arch, --cbase, --cres",
+    require_labels: bool = False,
+    draw_samples: DrawSamples | None = None,
+    **sections: Any,
+) -> str | None:
+    """Train as the options `opts` say. Returns the run directory; None after --dry-run.
+
+    `settings` and `sections` make the configuration (`options.make_config`). `network_options`: the options that choose
+    the networks, for errors. `draw_samples(net, path)` writes a picture of samples beside each snapshot.
+    """
+    options.check_usage(opts, method, require_labels)
+    device = distributed.init(opts["device"])
+    dataset = ImageDataset(opts["data"], use_labels=opts["cond"], xflip=opts["xflip"], cache=opts["cache"])
+    if opts["cond"] and not dataset.has_labels:
+        raise dnnlib.UserError(f"--cond=1: {opts['data']} has no labels")
+
+    config = options.make_config(opts, method, dataset, settings(opts, dataset), **sections)
+    with blame("--resume"):
+        state, run_dir = find_state(opts["resume"], opts["outdir"], opts["nosubdir"])
+        config.seed = choose_seed(opts["seed"], state)
+        if state is not None:
+            check_same_run(state["config"], config, opts["resume"])
+    if run_dir is None:
+        run_dir = opts["outdir"] if opts["nosubdir"] else new_run_dir(opts["outdir"], dataset, config)
+    if opts["dry_run"]:
+        print_summary(config, dataset, run_dir, device)
+        print0("Dry run; exiting.")
+        return None
+
+    objective = make_objective(config, dataset, device)
+    with blame(network_options):
+        objective.setup()
+    if opts["transfer"] and state is None:
+        with blame("--transfer"):
+            transfer(objective, opts["transfer"], opts["trust_pickle"])
+    try:
+        with blame("--outdir"):
+            fresh, again = state is None, opts["resume"] == "latest"
+            distributed.on_rank0(functools.partial(make_run_dir, run_dir, config, fresh, again))
+        log_file = os.path.join(run_dir, "log.txt") if distributed.get_rank() == 0 else None
+        with dnnlib.Logger(log_file, mode="a"):
+            print_summary(config, dataset, run_dir, device)
+            print0("".join(f"{line}\n" for line in objective.notes()), end="")
+            training_loop(objective, dataset, config, run_dir, device, state, draw_samples)
+        distributed.barrier()
+    finally:
+        objective.close()
+        distributed.shutdown()
+    return run_dir
+
+
+def transfer(objective: Objective, pattern: str, trust_pickle: bool) -> None:
+    """Start from the weights of a snapshot, as far as names and shapes agree."""
+    path = persistence.find_snapshot(pattern)
+    source = persistence.load_snapshot(path, trust_pickle=trust_pickle)["ema"]
+    print0(f"Transferred {objective.trained['net'].transfer(source, path)} tensors from {path}")
+
+
+# Resuming.
+
+
+def find_state(resume: str | None, outdir: str, nosubdir: bool) -> tuple[dict[str, Any] | None, str | None]:
+    """Return the state to continue from, and the run directory to continue in; None and None for a fresh run.
+
+    `resume`: a state, a run directory, 'latest' (the newest run in `outdir`) or None. A state outside a run directory
+    continues in a new one: its directory is None. Rank 0 looks; all ranks get the same answer. UserError: no such
+    state, or one of another program.
+    """
+    search = resume is not None and distributed.get_rank() == 0
+    found = distributed.together(lambda: _search_state(resume, outdir, nosubdir) if search else None)
+    found = distributed.broadcast_object(found)
+    if found is None:
+        return None, None
+    path, run_dir = found
+    print0(f"Resuming from {path}")
+    state = distributed.together(lambda: checkpoint.load_state(path))
+    kinds = dict(config=dict, nimg=int, best=dict, objective=dict)
+    if (
+        any(type(state.get(k)) is not kind for k, kind in kinds.items())
+        or state["nimg"] < 0
+        or state["best"].keys() != {"value", "name"}
+    ):
+        raise dnnlib.UserError(f"{path} is not the state of a run of this program")
+    return state, run_dir
+
+
+def _search_state(resume: str, outdir: str, nosubdir: bool) -> tuple[str, str | None] | None:
+    if resume == "latest":
+        run_dir = outdir if nosubdir else checkpoint.latest_run(outdir)
+        path = checkpoint.latest_state(run_dir) if run_dir else None
+        if path is None:
+            print0(f"--resume=latest: {outdir} has no complete training state; starting a new run")
+            return None
+        return path, run_dir
+    if os.path.isdir(resume):
+        path = checkpoint.latest_state(resume)
+        if path is None:
+            raise dnnlib.UserError(f"{resume} holds no complete training-state-*.pt")
+        return path, resume
+    if not os.path.isfile(resume):
+        raise dnnlib.UserError(f"{resume} is neither a training state, nor a run directory, nor 'latest'")
+    return resume, None
+
+
+def choose_seed(seed: int | None, state: dict[str, Any] | None) -> int:
+    """Return the run's seed: the given one, else the state's, else a random one, the same on all ranks."""
+    if seed is not None:
+        return seed
+    if state is not None:
+        return state["config"]["seed"]
+    return distributed.broadcast_object(int(torch.randint(1 << 31, [])))
+
+
+def check_same_run(old: dict[str, Any], config: RunConfig, name: str) -> None:
+    """Raise UserError that lists every setting in which the resumed run would not be the same run.
+
+    `old`: the configuration in the state; `name`: what the user asked to resume.
+    """
+    found = differences(old, to_dict(config))
+    if found:
+        raise dnnlib.UserError(
+            f"{name}: that run had other options ({'; '.join(found)}); give the same options, or start a new run "
+            "from its weights: train.py --transfer=network-snapshot-*.pkl"
+        )
+    before = old.get("num_processes")
+    if before != config.num_processes:
+        print0(
+            f"{config.num_processes} processes continue where {before} were: the random numbers change from here on."
+        )
+
+
+# The run directory.
+
+
+def new_run_dir(outdir: str, dataset: ImageDataset, config: RunConfig) -> str:
+    """Return `NNNNN-<dataset>-<cond>-<arch>-<precond>-gpus<N>-batch<B>-<dtype>[-desc]` with the next free number."""
+    if distributed.get_rank() != 0:
+        return distributed.broadcast_object(None)
+    entries = os.listdir(outdir) if os.path.isdir(outdir) else []
+    taken = [int(match.group()) for entry in entries if (match := re.match(r"\d+", entry))]
+    parts = [
+        f"{max(taken, default=-1) + 1:05d}",
+        dataset.name,
+        "cond" if config.dataset.use_labels else "uncond",
+        config.network.arch,
+        config.network.precond,
+        f"gpus{config.num_processes}",
+        f"batch{config.batch_size}",
+        config.precision,
+        config.desc,
+    ]
+    return distributed.broadcast_object(os.path.join(outdir, "-".join(filter(None, parts))))
+
+
+def make_run_dir(run_dir: str, config: RunConfig, fresh: bool, again: bool = False) -> None:
+    """Create the directory with `training_options.json`.
+
+    UserError: a fresh run where another run's files are. `again` allows that for this very run, interrupted before its
+    first state.
+    """
+    if fresh and os.path.isdir(run_dir):
+        used = any(re.match(r"(network-snapshot|training-state)-", entry) for entry in os.listdir(run_dir))
+        if used and not (again and interrupted_early(run_dir, config)):
+            raise dnnlib.UserError(
+                f"{run_dir} already holds a run; choose another folder, or continue the run: the same command with "
+                f"--resume={run_dir}"
+            )
+    os.makedirs(run_dir, exist_ok=True)
+    checkpoint.remove_leftovers(run_dir)
+    with dnnlib.atomic_open(os.path.join(run_dir, "training_options.json"), "wt") as f:
+        json.dump(to_dict(config), f, indent=2)
+
+
+def interrupted_early(run_dir: str, config: RunConfig) -> bool:
+    """Return whether `run_dir` holds a run of this configuration that neither saved a state nor reached its end."""
+    try:
+        with open(os.path.join(run_dir, "training_options.json")) as f:
+            same = not differences(json.load(f), to_dict(config), besides=["seed"])
+    except (OSError, ValueError):
+        return False
+    return same and not checkpoint.states(run_dir) and last_nimg(run_dir) < config.total_nimg
+
+
+def print_summary(config: RunConfig, dataset: ImageDataset, run_dir: str, device: torch.device) -> None:
+    """Print the configuration, and the facts that a person looks for first."""
+    shape = f"{dataset.num_channels} x {dataset.resolution} x {dataset.resolution}"
+    rows = {
+        "Output directory": run_dir,
+        "Data set": f"{config.dataset.path} ({len(dataset)} images, {shape})",
+        "Classes": dataset.label_dim or "unconditional",
+        "Method": config.method,
+        "Architecture": config.network.arch,
+        "Preconditioning": config.network.precond or "none",
+        "Processes": f"{config.num_processes} on {device.type}",
+        "Batch size": config.batch_size,
+        "Precision": config.precision,
+        "Seed": config.seed,
+    }
+    print0(f"\nTraining options:\n{json.dumps(to_dict(config), indent=2)}\n")
+    print0("\n".join(f"{k + ':':<18s} {v}" for k, v in rows.items()) + "\n")

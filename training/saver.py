@@ -1,0 +1,118 @@
+"""Snapshots and states of a run: what is written when, in which order, and what is deleted after it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import torch
+
+import dnnlib
+from torch_utils import checkpoint, distributed, persistence
+from torch_utils.distributed import print0
+from training.config import RunConfig, to_dict
+from training.objective import Objective
+
+__all__ = ["Best", "DrawSamples", "Saver"]
+
+DrawSamples = Callable[[torch.nn.Module, str], None]  # writes a picture of what a network makes to a path
+
+
+@dataclass
+class Best:
+    """The snapshot with the lowest validation value so far."""
+
+    value: float | None = None  # None: there was no validation yet
+    name: str | None = None  # file name of the snapshot
+
+
+class Saver:
+    """Writes snapshots and states into `run_dir`, and a picture of samples beside each snapshot.
+
+    `best` comes from the state that the run continues. Every rank calls `tick`; rank 0 writes.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        config: RunConfig,
+        run_dir: str,
+        best: Best,
+        draw_samples: DrawSamples | None = None,
+    ):
+        self.objective, self.config, self.run_dir, self.best = objective, config, run_dir, best
+        self.draw_samples = draw_samples
+        self._best_of_state = best.name  # the newest state counts on this snapshot, so it stays
+        if best.name is not None and distributed.get_rank() == 0:
+            self.remove_outdated()
+
+    def tick(self, nimg: int, report: Callable[[], None] | None, snapshot: bool, state: bool) -> None:
+        """Report (on rank 0), then save what is due. When rank 0 fails, all ranks raise."""
+        value = self.objective.validate() if snapshot else None
+        # On all ranks: sharded networks are put together here.
+        data = self.objective.snapshot() if snapshot else None
+        weights = self.objective.state_dict() if state else None
+
+        def rank0() -> None:
+            try:
+                report()
+                if snapshot:
+                    self.save_snapshot(nimg, value, data)
+                if state:
+                    self.save_state(nimg, weights)
+            except OSError as e:
+                message = f"{e.filename or self.run_dir}: {e.strerror or e}; {self.newest()}"
+                raise dnnlib.UserError(message) from e
+
+        distributed.on_rank0(rank0)
+
+    def save_snapshot(self, nimg: int, value: float | None, data: dict) -> None:
+        """Write `network-snapshot-NNNNNN.pkl` and a picture; with a validation value, keep only the best snapshot."""
+        best, name = self.best, f"network-snapshot-{nimg // 1000:06d}.pkl"
+        if self.objective.snapshot_on_best:
+            if best.value is not None and not value < best.value:
+                print0(f"Validation loss {value:.4f}; the best stays {best.value:.4f} ({best.name})")
+                return
+            print0(f"Validation loss {value:.4f}: {name} is the best so far")
+        data["info"].update(nimg=nimg, validation_loss=value, version=dnnlib.__version__, options=to_dict(self.config))
+        path = os.path.join(self.run_dir, name)
+        checkpoint.require_space(path, checkpoint.size_of(data))
+        persistence.save_snapshot(path, data)
+        outdated, best.value, best.name = best.name, value, name
+        if self.objective.snapshot_on_best and outdated not in (None, name, self._best_of_state):
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(os.path.join(self.run_dir, outdated))
+        if self.draw_samples is not None and nimg > self.config.batch_size:
+            with self.objective.trained["net"].exported_here() as net:
+                self.draw_samples(net, os.path.join(self.run_dir, f"samples-{nimg // 1000:06d}.png"))
+
+    def save_state(self, nimg: int, weights: dict) -> None:
+        """Write `training-state-NNNNNN.pt`, and keep the newest `config.keep` states."""
+        checkpoint.save_state(
+            os.path.join(self.run_dir, f"training-state-{nimg // 1000:06d}.pt"),
+            dict(config=to_dict(self.config), nimg=nimg, best=asdict(self.best), objective=weights),
+        )
+        checkpoint.prune_states(self.run_dir, self.config.keep)
+        self.remove_outdated()
+
+    def remove_outdated(self) -> None:
+        """Delete the snapshots before the best one, once a state says which is the best.
+
+        Until then a run that resumes from an older state still needs them.
+        """
+        self._best_of_state = best = self.best.name
+        if self.objective.snapshot_on_best and best is not None and os.path.exists(os.path.join(self.run_dir, best)):
+            for name in os.listdir(self.run_dir):
+                match = re.fullmatch(r"network-snapshot-([0-9]+)\.pkl", name)
+                if match and int(match[1]) < int(best[17:-4]):
+                    os.remove(os.path.join(self.run_dir, name))
+
+    def newest(self) -> str:
+        """Say what a run that ends here can continue from, for the last line on the screen."""
+        states = checkpoint.states(self.run_dir)
+        if not states:
+            return "no state had been saved yet"
+        return f"{states[0].name} is saved. To continue: the same command with --resume={self.run_dir}"
