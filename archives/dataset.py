@@ -185,7 +185,7 @@ class ImageDataset:
         return True
 
     def images_on(self, device: torch.device | str, items: torch.Tensor) -> torch.Tensor:
-        """Return a batch of images, uint8 [B, C, H, W] on `device`, taken from the images that `hold` left there."""
+        """Return a batch of images, uint8 [B, C, H, W] on `device`, decoded now unless `hold` did it."""
         if self._held is not None:
             return _take(self._held, items.to(device, non_blocking=True), self._copies)
         return self.images(items.cpu()).to(device, non_blocking=True)
