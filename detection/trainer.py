@@ -21,6 +21,9 @@ __all__ = ["Progress", "Settings", "Trainer"]
 
 DROPOUT = 0.3
 SHIFT = 0.125  # largest random shift, as a share of the image size
+Loss = Callable[
+    [torch.Tensor, torch.Tensor], torch.Tensor
+]  # from log-probabilities [n,C] and observed labels [n] to [n]
 
 
 @dataclass
@@ -59,11 +62,10 @@ class Trainer:
         """The moving average of the classifier's weights, as a network."""
         return self.trained.ema
 
-    def epoch(self, number: int, items: np.ndarray, loss: Callable, advance: Callable[[float], None]) -> None:
+    def epoch(self, number: int, items: np.ndarray, loss: Loss, advance: Callable[[float], None]) -> None:
         """Train once on each of the images `items`, in an order that depends on the epoch's `number`.
 
-        `loss` maps log-probabilities [n,C] and observed labels [n] to losses [n]. `advance` is called after each step
-        with the share of the epoch that is done.
+        `advance` is called after each step with the share of the epoch that is done.
         """
         share = self.batch // self.world
         own = slice(self.rank * share, (self.rank + 1) * share)

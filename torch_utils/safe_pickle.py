@@ -86,7 +86,9 @@ class Record:
     def _ignore(self, *args: Any) -> None:
         pass
 
-    __setitem__ = append = extend = add = _ignore  # opcodes that fill a container; `refuse` refuses it later, by name
+    __setitem__ = append = extend = add = (
+        _ignore  # what fills a container of a forbidden class, which `refuse` refuses later
+    )
 
 
 class _RecordDict(dict):
