@@ -1,9 +1,9 @@
-# make demo | demo-full | test | test-long | lint | bench | clean. Each makes .venv on first use.
+# make demo | demo-full | test | test-quick | test-long | lint | bench | clean. Each makes .venv on first use.
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo demo-full test test-long lint bench clean
+.PHONY: demo demo-full test test-quick test-long lint bench clean
 .DEFAULT_GOAL := demo
 
 # On a machine without an NVIDIA GPU the lock's CPU build of PyTorch is enough (and small); elsewhere take the newest.
@@ -26,11 +26,17 @@ demo-full: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest --numprocesses=auto --dist=loadfile
 
+# The packages without whole scripts, attacks and benchmarks: under a minute.
+test-quick: $(STAMP)
+	$(BIN)/python -m pytest --numprocesses=auto --dist=loadfile -m "not long and not slow" \
+	  --ignore=tests/scripts --ignore=tests/hostile --ignore=tests/benchmarks
+
 test-long: $(STAMP)
 	$(BIN)/python -m pytest --numprocesses=auto --dist=loadfile -m "long or not long"
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks

@@ -22,7 +22,7 @@ __all__ = ["TrainedNetwork", "cosine_decay", "linear_rampup", "make_optimizer"]
 def make_optimizer(
     params, name: str, lr: float, device: torch.device, betas: tuple[float, float] = (0.9, 0.999)
 ) -> torch.optim.Optimizer:
-    """Optimizer by name: adam(*betas, 1e-8), adamw (weight decay 0.01) or sgd (momentum 0.9)."""
+    """Return an optimizer by name: adam(*betas, 1e-8), adamw (weight decay 0.01) or sgd (momentum 0.9)."""
     params = list(params)
     if name == "sgd":
         return torch.optim.SGD(params, lr=lr, momentum=0.9, fused=device.type != "mps")
@@ -31,21 +31,22 @@ def make_optimizer(
 
 
 def linear_rampup(rampup_nimg: float) -> Callable[[int], float]:
-    """Learning-rate factor that rises linearly from 0 to 1 over `rampup_nimg` images (edm.md, Training recipe)."""
+    """Return a learning-rate factor that rises linearly from 0 to 1 over `rampup_nimg` images."""
     return lambda nimg: min(nimg / rampup_nimg, 1.0) if rampup_nimg > 0 else 1.0
 
 
 def cosine_decay(total_nimg: int, final: float) -> Callable[[int], float]:
-    """Learning-rate factor that falls from 1 to `final` (at most 1) along half a cosine over `total_nimg` images."""
+    """Return a learning-rate factor that falls along half a cosine from 1 to `final` (at most 1) over `total_nimg`."""
     final = min(final, 1.0)
     return lambda nimg: final + (1 - final) * (1 + math.cos(math.pi * min(nimg / total_nimg, 1.0))) / 2
 
 
 class TrainedNetwork:
-    """A network, its EMA, its optimizer and (on several processes) its DDP wrapper or, with `shard`, its `Shards`.
+    """A network, its EMA, its optimizer and, on several processes, its DDP wrapper or (with `shard`) its `Shards`.
 
-    `lr_factor` maps images seen to a factor on `lr`. `ema_halflife` is in images; it is ramped up as
-    min(ema_halflife, ema_rampup nimg). Call `forward` for passes that need gradients and `net` for those that do not.
+    `lr_factor` maps the images seen to a factor on `lr`. The half-life of the EMA in images is min(ema_halflife,
+    ema_rampup nimg) (docs/methods/edm.md, Training recipe). Call `forward` for passes that need gradients, and `net`
+    for passes that do not.
     """
 
     def __init__(
@@ -64,20 +65,20 @@ class TrainedNetwork:
         channels_last: bool = False,
         shard: bool = False,
     ):
-        shard = shard and distributed.get_world_size() > 1  # one process has nobody to share with
-        # What is sharded is never whole on the device: its parts go there, one block at a time.
+        shard = shard and distributed.get_world_size() > 1  # one process has no other to share with
+        # A sharded network is never whole on the device: its parts go there, one block at a time.
         self.net = net.train().requires_grad_(True).to("cpu" if shard else device)
-        if channels_last and not shard:  # The layout of tensor cores; activations follow weights. FSDP2 has no such.
+        if channels_last and not shard:  # the layout of tensor cores, which FSDP2 lacks
             self.net.to(memory_format=torch.channels_last)
         self.ema = copy.deepcopy(self.net).eval().requires_grad_(False)
-        # What `export` fills; rank 0 alone has it when it is no longer the EMA itself.
+        # `export` fills this network. With sharding it is a copy of the EMA that rank 0 alone holds.
         self.exported = self.ema if not shard else copy.deepcopy(self.ema) if distributed.get_rank() == 0 else None
         self.device = device
         self.lr, self.lr_factor, self.ema_halflife = lr, lr_factor, ema_halflife
         self.ema_rampup, self.loss_scaling = ema_rampup, loss_scaling
         self.bad_grads = torch.zeros([], dtype=torch.int64, device=device)
         if compile:
-            # Collectives stay outside of what is compiled.
+            # Collectives stay outside the compiled code.
             for module in (m for m in self.net.modules() if isinstance(m, UNITS)) if shard else (self.net,):
                 module.compile()
         self._shards = Shards(self.net, self.ema, device) if shard else None
@@ -86,10 +87,10 @@ class TrainedNetwork:
         if shard:
             self.forward, self._flat_grads = self.net, self._shards.flat_grads
         elif distributed.get_world_size() > 1:
-            # Buffers are constants here. PyTorch 2.13 renamed the argument that keeps them from traveling every step.
+            # Buffers are constants here, so they need not travel in every step. PyTorch 2.13 renamed that argument.
             names = inspect.signature(torch.nn.parallel.DistributedDataParallel).parameters
             constant = {"forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers": False}
-            # 1x1 kernels get gradients whose strides differ in dimensions of size 1 only: nothing is lost by that.
+            # Gradients of 1x1 kernels have other strides in dimensions of size 1 only, which changes nothing.
             warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
             self.forward = torch.nn.parallel.DistributedDataParallel(
                 self.net,
@@ -104,27 +105,27 @@ class TrainedNetwork:
             self._flat_grads = self._flatten_grads()
 
     def _flatten_grads(self) -> torch.Tensor:
-        # One buffer under all gradients: sanitising and zeroing are then one operation each, not one a parameter.
+        # One buffer under all gradients: cleaning and zeroing are one operation each, not one per parameter.
         sizes, first = [p.numel() for p in self.params], self.params[0]
         flat = torch.zeros(sum(sizes), device=first.device, dtype=first.dtype)
         for p, chunk in zip(self.params, flat.split(sizes), strict=True):
             p.grad = chunk.as_strided(p.size(), p.stride())
         return flat
 
-    def _sanitize(self, flat: torch.Tensor) -> torch.Tensor:
+    def _clean(self, flat: torch.Tensor) -> torch.Tensor:
         if self.loss_scaling != 1:
             flat.mul_(1 / self.loss_scaling)
-        self.bad_grads += torch.count_nonzero(flat * 0)  # Zero times a number that is not finite is not zero.
+        self.bad_grads += torch.count_nonzero(flat * 0)  # zero times a non-finite number is not zero
         return torch.nan_to_num_(flat, nan=0.0, posinf=1e5, neginf=-1e5)
 
     def _reduce_bucket(
         self, _state, bucket
-    ):  # Without annotations: DDP compares them with its types, and ours are strings.
-        return allreduce_hook(None, bucket).then(lambda future: self._sanitize(future.value()))
+    ):  # no annotations: DDP compares them with its types, and ours would be strings
+        return allreduce_hook(None, bucket).then(lambda future: self._clean(future.value()))
 
     @contextlib.contextmanager
     def accumulate(self, last: bool):
-        """Around forward and backward of one micro-batch: gradients travel between processes only after the last."""
+        """Wrap forward and backward of one micro-batch; gradients travel between processes only after the `last`."""
         if last or (self._shards is None and self.forward is self.net):
             yield
         else:
@@ -132,22 +133,22 @@ class TrainedNetwork:
                 yield
 
     def requires_grad_(self, value: bool) -> None:
-        """Whether backward computes gradients of the weights."""
+        """Set whether backward computes gradients of the weights."""
         if self._shards is not None:
             self._shards.free()
         self.net.requires_grad_(value)
 
     def gathered(self) -> contextlib.AbstractContextManager:
-        """Around passes of `net` without gradients whose number is this process's own. Collective when sharded."""
+        """Wrap passes of `net` without gradients whose number differs between processes. Collective when sharded."""
         return contextlib.nullcontext() if self._shards is None else self._shards.gathered()
 
-    @torch.no_grad()  # else the average would keep a graph of all updates there ever were
+    @torch.no_grad()  # otherwise the average would keep a graph of all its updates
     def update(self, nimg: int, batch_size: int) -> None:
-        """One optimizer step from the accumulated gradients, then the EMA. `nimg`: images seen before this step."""
+        """Take one optimizer step from the accumulated gradients and update the EMA. `nimg`: images seen before it."""
         if self._shards is not None:
             self._shards.take_grads()
         if self._flat_grads is not None:
-            self._sanitize(self._flat_grads)
+            self._clean(self._flat_grads)
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * self.lr_factor(nimg)
         self.optimizer.step()
@@ -155,33 +156,33 @@ class TrainedNetwork:
             self.optimizer.zero_grad(set_to_none=True)
         else:
             self._flat_grads.zero_()
-        # edm.md, Training recipe: beta = 0.5^(batch / half-life), the half-life ramped up with the images seen.
+        # beta = 0.5^(batch / half-life); the half-life rises with the images seen.
         halflife = min(self.ema_halflife, self.ema_rampup * nimg)
         beta = 0.5 ** (batch_size / halflife) if halflife > 0 else 0.0
         ema, net = (list(self.ema.parameters()), self.params) if self._shards is None else self._shards.slices()
         torch._foreach_lerp_(ema, net, 1 - beta)
 
     def take_bad_grads(self) -> torch.Tensor:
-        """Number of non-finite gradient elements since the last call (a tensor on the device; no synchronisation)."""
+        """Return the number of non-finite gradient elements since the last call, a tensor on the device."""
         count, self.bad_grads = self.bad_grads, torch.zeros_like(self.bad_grads)
         return count if self._shards is None else self._shards.sum(count)
 
     def transfer(self, source: torch.nn.Module, name: str) -> int:
-        """Copy parameters and buffers of equal name and shape from `source` into network and EMA; returns how many.
+        """Copy parameters and buffers of equal name and shape from `source` into network and EMA; return how many.
 
-        Raises UserError when none fits.
+        `name` names the source in the UserError for a network of which none fits.
         """
         theirs = source.state_dict()
         ours = self.net.state_dict()
         common = {k: v for k, v in theirs.items() if k in ours and ours[k].shape == v.shape}
         if not common:
-            raise dnnlib.UserError(f"--transfer: {name} has no parameter of the same name and shape as the new network")
+            raise dnnlib.UserError(f"{name} has no parameter of the same name and shape as the new network")
         for module in (self.net, self.ema):
             self._load(module, common, strict=False)
         return len(common)
 
     def export(self) -> torch.nn.Module | None:
-        """The EMA as a whole network, `exported`. Collective when sharded: on the CPU of rank 0, None elsewhere."""
+        """Return the EMA as a whole network. Collective when sharded: on the CPU of rank 0, None elsewhere."""
         if self._shards is not None:
             state = self._shards.gather(self.ema)
             if distributed.get_rank() == 0:
@@ -190,7 +191,7 @@ class TrainedNetwork:
 
     @contextlib.contextmanager
     def exported_here(self) -> Iterator[torch.nn.Module]:
-        """`exported` on the device, for passes that rank 0 makes alone."""
+        """Give the exported network on the device, for passes that rank 0 makes alone."""
         home = next(self.exported.parameters()).device
         try:
             yield self.exported.to(self.device)
@@ -198,12 +199,15 @@ class TrainedNetwork:
             self.exported.to(home)
 
     def close(self) -> None:
-        """Let go of DDP. Its reducer and our hook hold each other, and a process group that they keep alive until
-        Python's finalisation aborts the process."""
+        """Release DDP.
+
+        Its reducer and our hook refer to each other and so keep the process group alive. A group that still exists when
+        Python shuts down aborts the process.
+        """
         self.forward = self.net
 
     def state_dict(self) -> dict:
-        """Plain data, the same with and without sharding. Collective; sharded tensors are gathered on rank 0."""
+        """Return plain data, the same with and without sharding. Collective; rank 0 gathers sharded tensors."""
         if self._shards is None:
             return dict(net=self.net.state_dict(), ema=self.ema.state_dict(), optimizer=self.optimizer.state_dict())
         return dict(

@@ -64,7 +64,7 @@ def fail(exit_code, match, script, *args):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """64 grey images of two classes, every eighth of them nearly uniform and recorded as an outlier."""
+    """64 gray images of two classes, every eighth of them nearly uniform and recorded as an outlier."""
     images = pictures(64, channels=1)
     images[::8] = images[::8] // 8 + 112
     names = [f"00000/img{i:08d}.png" for i in range(0, 64, 8)]

@@ -338,7 +338,7 @@ def test_bad_options(data, trained, classifier, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_unlabelled_data(tmp_path):
+def test_unlabeled_data(tmp_path):
     result = CliRunner().invoke(dataset_tool.main, ["--source=digits", f"--dest={tmp_path}/all.zip", "--max-images=40"])
     assert result.exit_code == 0, result.output
     import zipfile

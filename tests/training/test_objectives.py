@@ -31,7 +31,7 @@ def gradients(objective):
 @pytest.mark.parametrize("augment", [None, dict(p=0.5, xflip=1e8, scale=1, translate_frac=1)])
 def test_tdsm_without_noise_is_dsm(augment):
     config, data = make_config(augment=augment), Data()
-    # Zero-initialised output layers would make most gradients zero; the scale of the others is what is compared.
+    # Zero-initialized output layers would make most gradients zero; the scale of the others is what is compared.
     a, grads_a = gradients(ready(DSM, config, data, CPU))
     b, grads_b = gradients(
         ready(TDSM, config, data, CPU, classifier=FixedClassifier(), transition=np.eye(4), posterior="clean")
@@ -255,7 +255,7 @@ def test_batch_gpu_changes_nothing():
             torch.testing.assert_close(other[k], g, rtol=1e-4, atol=1e-5 * float(g.abs().max() + 1))
 
 
-def test_update_ramps_sanitises_and_averages():
+def test_update_ramps_cleans_and_averages():
     net = torch.nn.Linear(2, 1, bias=False)
     torch.nn.init.constant_(net.weight, 1.0)
     trained = TrainedNetwork(

@@ -344,8 +344,8 @@ def test_the_robust_cost_of_the_mean_is_the_mahalanobis_distance_beyond_what_is_
     precision = np.linalg.inv(np.cov(members.T, bias=True))
     x_next = (cost.mean[3] @ cost.axes.T).reshape(1, 1, 8, 8).expand(512, -1, -1, -1)
     for factor, usual in ((1, True), (3, False)):
-        centred = factor * x - members.mean(axis=0)
-        want = np.maximum((centred @ precision * centred).mean(axis=1) - 4, 0)
+        centered = factor * x - members.mean(axis=0)
+        want = np.maximum((centered @ precision * centered).mean(axis=1) - 4, 0)
         got = cost(torch.from_numpy(factor * x).float().reshape(-1, 1, 8, 8), x_next, torch.full([512], 2))
         np.testing.assert_allclose(got, want, rtol=1e-3)
         assert (want == 0).all() == usual and (want > 0).all() != usual

@@ -12,16 +12,15 @@ import torch
 from click.testing import CliRunner
 from torch.distributed.fsdp import FSDPModule
 
-import dnnlib
 import generate
+import train
 from archives.label_file import LabelFile, save_label_file
 from tests.support.faults import KILLED
 from tests.support.paths import ROOT
 from tests.support.runs import assert_same, errors
 from tests.support.synth import make_archive, pictures
-from torch_utils import checkpoint, persistence
+from torch_utils import checkpoint, distributed, persistence
 from training.networks_resnet import Classifier
-from training.sharding import Shards
 
 CLASSES = 4
 STEP = 24  # images; three micro-batches on each of two processes, two on each of three
@@ -224,10 +223,12 @@ def test_a_machine_that_computes_wrongly_is_found(run, tmp_path):
     assert "processes 0 and 1 have drifted apart" in errors(answer)[0] and errors(answer)[1] == ""
 
 
-def test_a_pytorch_without_what_is_needed_is_refused(monkeypatch):
+def test_a_pytorch_without_what_is_needed_is_refused(monkeypatch, tmp_path):
     monkeypatch.delattr(FSDPModule, "set_reshard_after_forward")
-    with pytest.raises(dnnlib.UserError, match="PyTorch .* is too old for sharding"):
-        Shards(torch.nn.Linear(1, 1), torch.nn.Linear(1, 1), torch.device("cpu"))
+    monkeypatch.setattr(distributed, "get_world_size", lambda: 2)
+    asked = ["--data=x.zip", f"--outdir={tmp_path}", "--batch=2", "--device=cpu", "--shard=1"]
+    result = CliRunner().invoke(train.main, asked)
+    assert result.exit_code == 1 and result.output.startswith("Error: --shard=1: PyTorch"), result.output
 
 
 def test_a_state_of_another_network_is_refused(run, folder, tmp_path):
