@@ -20,6 +20,7 @@ from training import options
 from training.config import RunConfig, differences, to_dict
 from training.objective import Objective
 from training.saver import DrawSamples
+from training.sharding import check_pytorch
 from training.training_loop import last_nimg, training_loop
 
 __all__ = ["start"]
@@ -44,6 +45,9 @@ def start(
     """
     options.check_usage(opts, method, require_labels)
     device = distributed.init(opts["device"])
+    if opts["shard"] and distributed.get_world_size() > 1:
+        with blame("--shard=1"):
+            check_pytorch()
     dataset = ImageDataset(opts["data"], use_labels=opts["cond"], xflip=opts["xflip"], cache=opts["cache"])
     if opts["cond"] and not dataset.has_labels:
         raise dnnlib.UserError(f"--cond=1: {opts['data']} has no labels")

@@ -23,7 +23,7 @@ from torch_utils import distributed
 from training.networks import UNetBlock
 from training.networks_resnet import ResBlock
 
-__all__ = ["Shards", "whole"]
+__all__ = ["Shards", "check_pytorch", "whole"]
 
 UNITS = (UNetBlock, ResBlock)  # each is gathered and freed as one unit; the rest of the network is one more unit
 
@@ -31,6 +31,15 @@ UNITS = (UNetBlock, ResBlock)  # each is gathered and freed as one unit; the res
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """Return the whole tensor that a slice belongs to (collective), or any other tensor as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def check_pytorch() -> None:
+    """Raise UserError if the FSDP2 of this PyTorch is too old."""
+    if not hasattr(FSDPModule, "set_reshard_after_forward"):
+        raise dnnlib.UserError(
+            f"PyTorch {torch.__version__} is too old for sharding: its FSDP2 cannot keep weights gathered between "
+            "passes; install a newer one, or do not shard"
+        )
 
 
 def _mesh(device: torch.device) -> DeviceMesh:
@@ -46,16 +55,10 @@ class Shards:
 
     The constructor replaces the weights of both networks, which must be whole, on the CPU, and the same on every
     process. `params` holds the slices of `net` as plain parameters, and their `grad` is a view of `flat_grads`. An
-    optimizer that works element by element can use them like any other parameters. Raises UserError if PyTorch's FSDP2
-    is too old.
+    optimizer that works element by element can use them like any other parameters. See `check_pytorch`.
     """
 
     def __init__(self, net: torch.nn.Module, ema: torch.nn.Module, device: torch.device):
-        if not hasattr(FSDPModule, "set_reshard_after_forward"):
-            raise dnnlib.UserError(
-                f"PyTorch {torch.__version__} is too old for sharding: its FSDP2 cannot keep weights gathered between "
-                "passes; install a newer one, or do not shard"
-            )
         self.mesh = _mesh(device)
         self.net, self.ema = net, ema
         for module in (net, ema):

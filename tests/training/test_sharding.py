@@ -182,7 +182,7 @@ def test_states_go_between_ddp_and_shards_and_numbers_of_processes(run, folder, 
         assert_same_run(tmp_path / before, tmp_path / "whole")
     for name in ("0 then 1 process", "1 then 1 process"):
         answer = run(tmp_path / name, *dsm, "--shard=1", f"--resume={tmp_path / name}", steps=4, ranks=1)
-        assert "1 processes go on where 2 were" in answer["out"][0]
+        assert "1 processes continue where 2 were" in answer["out"][0]
     assert_same_run(tmp_path / "1 then 1 process", tmp_path / "0 then 1 process")
     # The snapshots of sharded runs are like any others.
     pkl = tmp_path / "0" / "network-snapshot-000000.pkl"
@@ -238,4 +238,4 @@ def test_a_state_of_another_network_is_refused(run, folder, tmp_path):
     kept["objective"]["net"]["net"]["layers.0.weight"] = torch.zeros(2, 7)
     checkpoint.save_state(path, kept)
     answer = run(tmp_path / "a", "tiny", "--augment=0", "--shard=1", f"--resume={path}", codes=1)
-    assert "the state does not fit this run (layers.0.weight is [2, 7], expected [2, 64])" in errors(answer)[0]
+    assert "the training state does not fit this run (layers.0.weight is [2, 7], expected [2, 64])" in errors(answer)[0]
