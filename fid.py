@@ -46,7 +46,7 @@ def main(ctx: click.Context) -> None:
 # fmt: off
 @main.command(epilog="Example:\n  python fid.py calc --images=out --ref=ref.npz --num=1000 --detector=pixels")
 @click.option("--images", metavar="PATH", required=True, help="Generated images: folder, ZIP, or .npz (arr_0)")
-@click.option("--ref", metavar="NPZ|URL", required=True, help="Reference written by 'fid.py ref', or one of EDM")
+@click.option("--ref", metavar="NPZ|URL", required=True, help="Reference: a file of 'fid.py ref' or of EDM")
 @click.option("--num", type=click.IntRange(min=2), default=50000, help="Number of images to use")
 @detector_option
 @precision_option

@@ -131,7 +131,7 @@ def prdc(
     coverage   share of reals whose own ball has a fake inside
 
     With `counts` [B,M], return values [B] of B resampled sets; set b holds row m of `fake` `counts[b,m]` times. The
-    radii stay those of the whole set `fake`, since copies of a point would shrink its ball to nothing.
+    radii stay those of the whole set `fake`, since k copies of a point would shrink its ball to nothing.
 
     `block` is the number of rows of distances held at a time (by default what suits the device). Beyond the features,
     this takes memory for a float64 copy of them and a few blocks. Raise ValueError if a set has at most k points, or

@@ -16,7 +16,7 @@ CLASSES = 3
 
 
 def bands(n, seed, channels=1):
-    """A band of light in one of three places: [n,8,8,channels] uint8, and its place."""
+    """Return images [n,8,8,channels] uint8 with a band of light in one of three places, and the places."""
     rng = np.random.default_rng(seed)
     labels = rng.permutation(np.arange(n) % CLASSES)
     images = rng.integers(0, 60, [n, 8, 8, channels])

@@ -151,7 +151,7 @@ def test_a_detector_must_say_how_its_network_runs():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# torch-fidelity. The package may be missing, so these tests run with one of their own making that works the same way.
+# torch-fidelity. The package may be missing, so these tests use a stand-in that works the same way.
 
 
 class Extractor(torch.nn.Module):
@@ -178,7 +178,7 @@ class WithoutLogits(Extractor):
 
 
 def own_extractor(name, **constants):
-    """A class of torch-fidelity whose constructor wants weights; the constants of its module say which."""
+    """Return a module and a class that look like torch-fidelity. The constants say which weights the class needs."""
     module = types.ModuleType(f"torch_fidelity.{name.lower()}")
     vars(module).update(constants)
 
@@ -207,7 +207,7 @@ OWN = {
 
 @pytest.fixture
 def fidelity(tmp_path, monkeypatch):
-    """The package, and the folder where torch.hub keeps weights."""
+    """Install the stand-in, and return the folder where torch.hub keeps weights."""
     registry, utils = types.ModuleType("torch_fidelity.registry"), types.ModuleType("torch_fidelity.utils")
     registry.FEATURE_EXTRACTORS_REGISTRY = {"toy": Extractor, "toy-without-logits": WithoutLogits}
     for name, (module, cls) in OWN.items():

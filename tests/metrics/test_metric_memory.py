@@ -56,7 +56,7 @@ def test_no_array_of_all_pairs():
 
 @pytest.mark.long
 def test_fifty_thousand_images():
-    """Under 1.5 GiB beyond the features, and on a subset what the form with all pairs at once gives."""
+    """Memory stays under 1.5 GiB beyond the features. A subset has the values of the form with all pairs at once."""
     found = measured(50_000, 256, "neighbours")
     assert found["mib"] < 1536
     rng = np.random.default_rng(0)

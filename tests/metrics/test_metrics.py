@@ -69,14 +69,14 @@ def test_frechet_closed_forms():
     q = scipy.linalg.qr(rng.standard_normal((d, d)))[0]
     v1, v2 = rng.uniform(0.1, 5, d), rng.uniform(0.1, 5, d)
     mu1, mu2 = rng.standard_normal(d), rng.standard_normal(d)
-    # Covariances that commute: sum of (standard deviation differences)^2.
+    # For covariances that commute, it is the sum of squared differences between standard deviations.
     expected = np.sum((mu1 - mu2) ** 2) + np.sum((np.sqrt(v1) - np.sqrt(v2)) ** 2)
     assert frechet_distance(mu1, q * v1 @ q.T, mu2, q * v2 @ q.T) == pytest.approx(expected, rel=1e-9)
     # The same with three dimensions in which one or both have no variance.
     v1[:2] = v2[1:3] = 0
     expected = np.sum((mu1 - mu2) ** 2) + np.sum((np.sqrt(v1) - np.sqrt(v2)) ** 2)
     assert frechet_distance(mu1, q * v1 @ q.T, mu2, q * v2 @ q.T) == pytest.approx(expected, rel=1e-9)
-    # Invertible, but with eigenvalues whose product drowns in rounding errors.
+    # Invertible, but the product of the eigenvalues is smaller than rounding errors.
     v1, v2 = np.geomspace(1, 1e-14, d), np.geomspace(3, 1e-14, d)
     assert trace_of_root(q * v1 @ q.T, q * v2 @ q.T) == pytest.approx(np.sqrt(v1 * v2).sum(), rel=1e-9)
     assert frechet_distance([1.0], [[4.0]], [3.0], [[9.0]]) == pytest.approx(4 + 1, rel=1e-12)
@@ -141,7 +141,7 @@ def test_running_statistics_are_those_of_the_whole():
 
 
 def prdc_by_definition(real, fake, k):
-    """All distances at once, from differences."""
+    """Compute all distances at once, from differences."""
 
     def distances(a, b):
         return ((a[:, None].astype(np.float64) - b[None].astype(np.float64)) ** 2).sum(axis=2)
@@ -226,9 +226,9 @@ def test_blocked_kernel_distance_follows_the_definition(block):
 
 def test_inception_score_closed_forms():
     one_hot = np.tile(np.eye(4), (6, 1))
-    assert inception_score(one_hot) == pytest.approx(4, rel=1e-12)  # certain and balanced: the number of classes
+    assert inception_score(one_hot) == pytest.approx(4, rel=1e-12)  # certain and balanced, so the number of classes
     assert inception_score(np.full((9, 4), 0.25)) == pytest.approx(1, rel=1e-12)
-    # Splits of 24 of which the last has 4 images of one class: (4 + 1) / 2.
+    # The second split has 4 images of one class: (4 + 1) / 2.
     assert inception_score(np.concatenate([one_hot, one_hot[[0] * 4]]), split=24) == pytest.approx(2.5, rel=1e-12)
 
 

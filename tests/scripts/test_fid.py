@@ -154,7 +154,7 @@ def test_table_of_pixels(files):
     assert metrics["cw_fid"] == pytest.approx(np.mean(of_classes), rel=1e-4)
     assert result["classes"]["1"]["fid"] == pytest.approx(of_classes[1], rel=1e-4)
     assert result["classes"]["1"]["name"] == "b"
-    assert metrics["label_accuracy"] == pytest.approx(32 / 37)  # five were asked for as something else
+    assert metrics["label_accuracy"] == pytest.approx(32 / 37)  # five images show another class than the one asked for
     assert result["judge"]["accuracy"] == 1 and result["judge"]["num"] == 12
     assert metrics["is"] is None and "probabilities" in result["notes"]["is"]
     assert {"kid", "precision_k3", "recall_k3", "density_k3", "coverage_k3", "cw_kid", "cw_coverage_k3"} < set(metrics)
@@ -196,7 +196,7 @@ def test_small_class_is_listed(files, tmp_path):
     small = write_zip(tmp_path / "small.zip", images[labels < 2], labels=labels[labels < 2])
     result, text = evaluate({**files, "small": small}, "small", "--nearest_k=4")
     assert result["notes"]["cw_fid"].startswith("mean of 2 of 3 classes") and result["notes"]["cw_fid"].endswith(": c")
-    # Class a has 5 images, b only 4, which is too few for 4 neighbours.
+    # Class a has 5 images. Class b has only 4, which is too few for 4 neighbors.
     assert "mean of 1 of 3 classes" in text and result["notes"]["cw_density_k4"].endswith(": b, c")
     assert result["metrics"]["cw_density_k4"] == result["classes"]["0"]["density_k4"]
     assert "fid" not in result["classes"]["2"]
@@ -338,7 +338,7 @@ def run_two(*args):
 
 
 def test_two_processes_give_the_same_table(files, tmp_path):
-    """37 images in batches of 8: the shares are unequal."""
+    """37 images in batches of 8 make unequal shares."""
     args = [
         "--batch=8",
         f"--judge={files['small']}",
@@ -350,7 +350,7 @@ def test_two_processes_give_the_same_table(files, tmp_path):
     one, _ = evaluate(files, "zip", *args, detector=files["small"])
     out, cache = tmp_path / "two.json", tmp_path / "features.npz"
     args.append(f"--features={cache}")
-    evaluate(files, "data", *args[:2], args[-1], detector=files["small"])  # keeps the reference's features
+    evaluate(files, "data", *args[:2], args[-1], detector=files["small"])  # keeps the features of the reference
     codes, stdout, stderr = run_two(
         "evaluate",
         f"--images={files['zip']}",
