@@ -19,7 +19,7 @@ from torch_utils.distributed import print0
 from training import options
 from training.config import RunConfig, differences, to_dict
 from training.objective import Objective
-from training.saver import DrawSamples
+from training.saver import Best, DrawSamples
 from training.sharding import check_pytorch
 from training.training_loop import last_nimg, training_loop
 
@@ -68,6 +68,10 @@ def start(
     objective = make_objective(config, dataset, device)
     with blame(network_options):
         objective.setup()
+    nimg, best = 0, Best()
+    if state is not None:
+        with blame("--resume"):
+            nimg, best = load_state(objective, state)
     if opts["transfer"] and state is None:
         with blame("--transfer"):
             transfer(objective, opts["transfer"], opts["trust_pickle"])
@@ -79,7 +83,7 @@ def start(
         with dnnlib.Logger(log_file, mode="a"):
             print_summary(config, dataset, run_dir, device)
             print0("".join(f"{line}\n" for line in objective.notes()), end="")
-            training_loop(objective, dataset, config, run_dir, device, state, draw_samples)
+            training_loop(objective, dataset, config, run_dir, device, nimg, best, draw_samples)
         distributed.barrier()
     finally:
         objective.close()
@@ -165,6 +169,16 @@ def check_same_run(old: dict[str, Any], config: RunConfig, name: str) -> None:
         print0(
             f"{config.num_processes} processes continue where {before} were: the random numbers change from here on."
         )
+
+
+def load_state(objective: Objective, state: dict[str, Any]) -> tuple[int, Best]:
+    """Continue the objective from a state. Returns the images seen, and the best snapshot so far."""
+    try:
+        objective.load_state_dict(state["objective"])
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        # What modules and optimizers raise for parts of another size, or for missing parts.
+        raise dnnlib.UserError(f"the training state does not fit this run ({error})") from None
+    return state["nimg"], Best(**state["best"])
 
 
 # The run directory.

@@ -37,13 +37,15 @@ def training_loop(
     config: RunConfig,
     run_dir: str,
     device: torch.device,
-    state: dict | None = None,
+    nimg: int = 0,
+    best: Best | None = None,
     draw_samples: DrawSamples | None = None,
 ) -> None:
     """Train `objective` to `config.total_nimg` images, and write logs, snapshots and states into `run_dir`.
 
-    `state` (of `checkpoint.load_state`) continues an interrupted run bit for bit. SIGTERM and Ctrl-C finish the step,
-    save a state and exit with 143 or 130. `draw_samples(net, path)` writes a picture of samples beside each snapshot.
+    A run that resumes has seen `nimg` images, its objective has loaded the state, and `best` comes from the state: it
+    continues bit for bit. SIGTERM and Ctrl-C finish the step, save a state and exit with 143 or 130.
+    `draw_samples(net, path)` writes a picture of samples beside each snapshot.
     """
     torch.backends.cudnn.benchmark = config.cudnn_bench
     tf32 = config.precision != "fp32"
@@ -51,16 +53,9 @@ def training_loop(
     rank, world = distributed.get_rank(), distributed.get_world_size()
     batch, total, tick_nimg = config.batch_size, config.total_nimg, max(int(config.kimg_per_tick * 1000), 1)
 
-    nimg, best = 0, Best()
-    if state is not None:
-        nimg, best = state["nimg"], Best(**state["best"])
-        try:
-            objective.load_state_dict(state["objective"])
-        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-            # What modules and optimizers raise for parts of another size, or for missing parts.
-            raise dnnlib.UserError(f"the training state does not fit this run ({error})") from None
+    if nimg:
         print0(f"Resuming at {nimg / 1000:.1f} kimg.")
-    saver = Saver(objective, config, run_dir, best, draw_samples)
+    saver = Saver(objective, config, run_dir, best or Best(), draw_samples)
     log = distributed.together(lambda: TickLog(run_dir, config, nimg) if rank == 0 else None)
     stats, start_time = Stats(device), time.time()
     tick_time, start_nimg, tick_start, maintenance = start_time, nimg, nimg, 0.0
