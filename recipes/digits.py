@@ -108,9 +108,9 @@ def report(outdir: str, seed: int, only: Sequence[str], seconds: Mapping[str, fl
     """Return the section of the report on a finished plan."""
     methods = finished(outdir, rows(outdir, only), seconds)
     notes = [
-        f"Each row: {num:,} images, {num // 10} a class, seeds 0 to {num - 1}, 18 steps. Training seed {seed}.",
-        "The training time of TDSM includes its classifier's, that of SBDC the model's that it corrects and the"
-        " detection's.",
+        f"Each row: {num:,} images, {num // 10} per class, seeds 0 to {num - 1}, 18 steps. Training seed {seed}.",
+        "The training time of TDSM includes its classifier. The training time of SBDC includes the model that it"
+        " corrects, and the detection.",
         "FD: Frechet distance of pixels in [-1,1] to the whole clean archive; class-wise: the mean over classes.",
     ]
     pictures = []
@@ -118,8 +118,8 @@ def report(outdir: str, seed: int, only: Sequence[str], seconds: Mapping[str, fl
         with open(f"{outdir}/logs/detect.txt") as f:
             notes += [line.strip() for line in f if line.startswith("Detection:")][-1:]
         notes.append(
-            "SBDC, constant: weight 0.9 at 1.5 <= sigma <= 50, as in the paper's example; calibrated: weight "
-            f"{WEIGHT} at all noise levels; on top of TDSM: weight 1 for a rest of 10% wrong labels."
+            "SBDC with constant weight: 0.9 at 1.5 <= sigma <= 50, as in the paper's example. With calibrated weight: "
+            f"{WEIGHT} at all noise levels. On top of TDSM: weight 1, for 10% wrong labels that TDSM has left."
         )
         with open(f"{outdir}/sweep/sweep.md") as f:
             verdict = f.read().splitlines()[-1]
