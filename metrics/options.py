@@ -35,7 +35,8 @@ POSITIVE = click.IntRange(min=1)
 D = EvaluationSettings  # its class attributes are the defaults
 
 
-def need_detector(_ctx: click.Context, param: click.Parameter, value: str | None) -> str:
+def _need_detector(_ctx: click.Context, param: click.Parameter, value: str | None) -> str:
+    """Say which detectors there are when the option is missing."""
     if value is None:
         raise click.BadParameter(f"is missing; choose {DETECTORS}", param=param)
     return value
@@ -47,7 +48,7 @@ def output_option(*names: str, metavar: str, help: str, **kwargs: Any) -> Callab
 
 
 # fmt: off
-detector_option = click.option("--detector", metavar="NAME", callback=need_detector, help=f"What turns images into features (required): {DETECTORS}")
+detector_option = click.option("--detector", metavar="NAME", callback=_need_detector, help=f"What turns images into features (required): {DETECTORS}")
 precision_option = click.option("--precision", type=click.Choice(PRECISIONS), default=D.precision, help="Arithmetic of the detector. bf16 is faster on a GPU, but its values only compare with other bf16 values")
 batch_option = click.option("--batch", type=POSITIVE, default=D.batch, help="Images per batch and process")
 seed_option = click.option("--seed", type=click.IntRange(min=0), default=D.seed, help="Random seed; it also chooses the images if there are more than --num")

@@ -57,7 +57,7 @@ def test_no_array_of_all_pairs():
 @pytest.mark.long
 def test_fifty_thousand_images():
     """Memory stays under 1.5 GiB beyond the features. A subset has the values of the form with all pairs at once."""
-    found = measured(50_000, 256, "neighbours")
+    found = measured(50_000, 256, "neighbors")
     assert found["mib"] < 1536
     rng = np.random.default_rng(0)
     real, fake = (scale * rng.standard_normal((50_000, 256), dtype=np.float32) for scale in (1.0, 0.95))
