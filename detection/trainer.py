@@ -21,9 +21,8 @@ __all__ = ["Progress", "Settings", "Trainer"]
 
 DROPOUT = 0.3
 SHIFT = 0.125  # largest random shift, as a share of the image size
-Loss = Callable[
-    [torch.Tensor, torch.Tensor], torch.Tensor
-]  # from log-probabilities [n,C] and observed labels [n] to [n]
+# From log-probabilities [n,C] and observed labels [n] to the loss of each image [n].
+Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 @dataclass

@@ -22,7 +22,6 @@ from dnnlib import UserError, atomic_open
 from torch_utils import distributed, safe_pickle
 
 __all__ = [
-    "atomic_open",
     "latest_run",
     "latest_state",
     "load_state",

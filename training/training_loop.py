@@ -118,7 +118,7 @@ def training_loop(
                 raise distributed.shared(
                     dnnlib.UserError(
                         f"the last {bad} steps, to {nimg / 1000:.1f} kimg, had non-finite losses or gradients "
-                        f"(the limit is {config.max_bad_steps}); {saver.newest()}"
+                        f"(max_bad_steps is {config.max_bad_steps}); {saver.newest()}"
                     )
                 )
             if bad >= few and (snapshot or keep):
