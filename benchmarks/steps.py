@@ -1,9 +1,9 @@
-"""Training steps, one a turn, for a process of its own (core.FormProcess).
+"""Run training steps in a process of their own, one step per turn (see `benchmarks.core.FormProcess`).
 
 python -m benchmarks.steps '{"form": "ours", "script": "train", "args": ["--data=...", ...]}'
 
-'ours' is the script itself, loop, data and process settings included, made to wait before every step. 'plain' is the
-same method in the plain form, without the loop, on a batch that lies ready.
+The form 'ours' is the script itself, with its loop, data and process settings; it waits before every step. The form
+'plain' is the same method without the loop, on a batch that is already in memory.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ OBJECTIVES = {
     "train_noise": (train_noise, "TDSM"),
     "train_discriminator": (train_discriminator, "DiscriminatorObjective"),
 }
-# Long enough to be stopped from outside, without a tick in between.
+# The run lasts until it is stopped from outside, and no tick interrupts it.
 ENDLESS = ["--duration=1000", "--tick=1e9", "--snap=1000000", "--dump=1000000", "--seed=0"]
 NIMG = 10_000
 
@@ -52,7 +52,7 @@ def _paced(cls: type[Objective], turn: Callable[[Any], bool]) -> type[Objective]
         _start: float | None = None
 
         def step(self, *args: Any, **kwargs: Any) -> None:
-            # From here to here is all of a step, what the loop does around it included.
+            # The time from one call to the next is a whole step, with the loop's work around it.
             _wait_for(self.device)
             if not turn(None if self._start is None else time.perf_counter() - self._start):
                 sys.exit(0)
@@ -63,15 +63,17 @@ def _paced(cls: type[Objective], turn: Callable[[Any], bool]) -> type[Objective]
 
 
 def ours(script: str, args: Sequence[str], turn: Callable[[Any], bool]) -> None:
-    """Train as `python script.py ARGS` does. Before every step `turn(seconds of the last one)` decides whether to go on
-    (the first time: None)."""
+    """Train as `python script.py ARGS` does.
+
+    Before every step, `turn(seconds of the last step, or None)` decides whether the training continues.
+    """
     module, name = OBJECTIVES[script]
     with mock.patch.object(module, name, _paced(getattr(module, name), turn)):
         module.main([*args, *ENDLESS], standalone_mode=False)
 
 
 def plain(script: str, args: Sequence[str], serve: Callable[[Callable[[], None], dict], None]) -> None:
-    """Build the method of `script` with its options in the plain form and `serve(step, facts)`.
+    """Build the method of `script` in the plain form, with the script's options, and call `serve(step, facts)`.
 
     `facts`: FLOPs and bytes of a step, and the number of parameters.
     """
