@@ -206,10 +206,11 @@ def test_gate_picks_the_denoiser_of_each_image_when_it_is_called_directly():
         assert gated.at_step(2, level) is (second if inside else plain)
 
 
-def test_weights_of_the_two_orders():
+@pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS)
+def test_weights_of_the_two_orders(sampler):
     def calls(*weights):
         net, probe = Recorder(denoise), Recorder(linear)
-        sample(gated_discriminator(net, probe, weights=weights), heun_sampler)
+        sample(gated_discriminator(net, probe, weights=weights), sampler)
         return [[round(float(sigma), 6) for _, sigma, _ in r.calls] for r in (net, probe)]
 
     levels, first = calls(1, 0)
