@@ -130,7 +130,7 @@ def find_partners(dataset: ImageDataset, device, embed: str, path: str | None, t
         with blame("--cls"):
             classifier = persistence.load_snapshot(path, trust_pickle=trust_pickle, kind="classifier")["ema"].to(device)
             check_classifier(classifier, dataset, path)
-    with blame("--simix=1"):
+    with blame(f"--simix=1 --embed={embed}"):
         return nearest_partners(dataset, embed, classifier, device)
 
 

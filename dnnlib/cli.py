@@ -8,7 +8,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import click
@@ -22,6 +22,7 @@ __all__ = [
     "Command",
     "FloatRange",
     "Group",
+    "add_options",
     "blame",
     "given_options",
     "output_file",
@@ -125,6 +126,17 @@ class _FloatList(click.ParamType):
 INT_LIST = _IntList()
 FLOAT_LIST = _FloatList()
 BOOL = _Bool()
+
+
+def add_options(table: Sequence[Callable]) -> Callable:
+    """Return a decorator that adds click options, so that --help shows them in this order."""
+
+    def decorate(function: Callable) -> Callable:
+        for option in reversed(table):
+            function = option(function)
+        return function
+
+    return decorate
 
 
 @contextlib.contextmanager

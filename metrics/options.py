@@ -8,7 +8,7 @@ from typing import Any
 import click
 import torch
 
-from dnnlib.cli import blame, output_file
+from dnnlib.cli import add_options, blame, output_file
 from metrics.bootstrap import LEVEL
 from metrics.cas import CAS_ARCHS, CAS_EPOCHS, check_arch, check_test
 from metrics.detectors import DETECTORS, PRECISIONS, Detector, in_precision, load_detector
@@ -54,7 +54,8 @@ batch_option = click.option("--batch", type=POSITIVE, default=D.batch, help="Ima
 seed_option = click.option("--seed", type=click.IntRange(min=0), default=D.seed, help="Random seed; it also chooses the images if there are more than --num")
 device_option = click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto", help="Where the detector runs")
 
-EVALUATION_OPTIONS = [
+# What `fid.py evaluate` and `fid.py compare` share: the fields of EvaluationSettings, --device.
+evaluation_options = add_options([
     click.option("--data", metavar="PATH", required=True, help="Archive of real images, the reference. Its clean labels are used if it has any, and the outliers that it records are left out"),
     detector_option,
     precision_option,
@@ -70,15 +71,8 @@ EVALUATION_OPTIONS = [
     click.option("--cas_arch", type=click.Choice(CAS_ARCHS), default=D.cas_arch, help="Classifier of CAS; resnet50 needs torchvision"),
     click.option("--outlier_data", metavar="PATH", help="Archive that records its outliers. Adds the outlier ratio, by a classifier trained on this archive  [default: --data, if it records any]"),
     device_option,
-]
+])
 # fmt: on
-
-
-def evaluation_options(function: Callable) -> Callable:
-    """Add the options that `fid.py evaluate` and `fid.py compare` share: the fields of EvaluationSettings, --device."""
-    for option in reversed(EVALUATION_OPTIONS):
-        function = option(function)
-    return function
 
 
 def open_detector(name: str, precision: str, device: torch.device) -> Detector:

@@ -15,12 +15,11 @@ import torch
 
 import dnnlib
 from archives.writer import is_zip
-from dnnlib.cli import FLOAT_LIST, INT_LIST, FloatRange, given_options
+from dnnlib.cli import FLOAT_LIST, INT_LIST, FloatRange, add_options, given_options
 from sampling.ddgan import is_generator
 from sampling.loading import DEFAULT_WEIGHTS, PRECISIONS
 from sampling.samplers import SOLVERS
 from sampling.schedules import DISCRETIZATIONS, SCALINGS, SCHEDULES
-from training.options import add_options
 
 __all__ = [
     "check_network",

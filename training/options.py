@@ -10,7 +10,7 @@ import numpy as np
 
 from archives.dataset import ImageDataset
 from archives.label_noise import load_matrix, transition_matrix
-from dnnlib.cli import BOOL, INT_LIST, FloatRange, blame
+from dnnlib.cli import BOOL, INT_LIST, FloatRange, add_options, blame
 from torch_utils import distributed
 from training.augment import default_augment
 from training.config import DatasetConfig, NetworkConfig, OptimizerConfig, RunConfig
@@ -39,17 +39,6 @@ LENGTH, LENGTH_OR_0 = (
     FloatRange(min=0, min_open=True, max=1e12),
     FloatRange(min=0, max=1e12),
 )  # become numbers of images
-
-
-def add_options(table: list[Callable]) -> Callable:
-    """Return a decorator that adds click options, so that --help shows them in this order."""
-
-    def decorate(function: Callable) -> Callable:
-        for option in reversed(table):
-            function = option(function)
-        return function
-
-    return decorate
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -186,7 +186,12 @@ def test_label_files_that_do_not_fit(world, tmp_path):
 
 def test_open_clip_is_optional(world, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "open_clip", None)
-    fail(1, "--embed=clip needs the package open_clip", train_discriminator, *train_args(world, tmp_path, embed="clip"))
+    fail(
+        1,
+        "--embed=clip: CLIP features need the package open_clip",
+        train_discriminator,
+        *train_args(world, tmp_path, embed="clip"),
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
