@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import textwrap
 from collections.abc import Callable
 from typing import Any
 
@@ -141,7 +143,9 @@ def preset_help(script: str) -> str:
     lines = ["", "Presets:"]
     for name, preset in presets_of(script).items():
         options = " ".join(f"--{key}={_shown(value)}" for key, value in preset.options.items())
-        lines += [f"  {name}: {preset.result}", f"    {options}"]
+        wrap = functools.partial(textwrap.wrap, width=118, break_on_hyphens=False)
+        lines += wrap(f"{name}: {preset.result}", initial_indent="  ", subsequent_indent="    ")
+        lines += wrap(options, initial_indent="      ", subsequent_indent="      ")
     return "\n".join(lines) + "\n"
 
 

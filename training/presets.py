@@ -138,19 +138,19 @@ PRESETS = [
     Preset(
         "cifar10",
         "train.py",
-        "EDM's settings for 32x32; not measured here",
+        "32x32 images, with EDM's settings; not measured here",
         _CIFAR10 | dict(duration=200, batch=512, lr=1e-3, lr_rampup_kimg=10000, ema=0.5, dropout=0.13, augment=0.12),
     ),
     Preset(
         "cifar10",
         "train_classifier.py",
-        "the published settings of TDSM; not measured here",
+        "32x32 images, after the settings of the TDSM paper; not measured here",
         _CIFAR10 | dict(duration=10, batch=1024, lr=1e-3, lr_rampup_kimg=10000, ema=0.05, dropout=0.3, augment=0.12),
     ),
     Preset(
         "cifar10",
         "train_noise.py",
-        "the published settings of TDSM; not measured here",
+        "32x32 images, after the settings of the TDSM paper; not measured here",
         _CIFAR10
         | dict(duration=200, batch=512, lr=1e-3, lr_rampup_kimg=10000, ema=0.5, dropout=0.13, augment=0.12)
         | dict(tau=0.01, temp=1.0),
@@ -158,14 +158,14 @@ PRESETS = [
     Preset(
         "cifar10",
         "train_discriminator.py",
-        "the published settings of SBDC; not measured here",
+        "32x32 images, after the settings of the SBDC paper; not measured here",
         _CIFAR10
         | dict(duration=10, batch=1024, lr=1e-3, lr_rampup_kimg=10000, ema=0.05, dropout=0.1, augment=0.12, simix=True),
     ),
     Preset(
         "cifar10",
         "train_rduot.py",
-        "the published settings of RDUOT; not measured here",
+        "32x32 images, after the settings of the RDUOT paper; not measured here",
         dict(num_timesteps=4, num_channels_dae=128, ch_mult="1,2,2,2", num_res_blocks=2, ngf=64, n_mlp=4)
         | dict(nz=100, z_emb_dim=256, cost="pixels", tau=1e-3, phi1="softplus", phi2="softplus", duration=90)
         | dict(batch=256, lr_g=1.6e-4, lr_d=1.25e-4, r1_gamma=0.02, lazy_reg=15, ema_decay=0.9999),
