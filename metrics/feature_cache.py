@@ -39,7 +39,7 @@ class FeatureCache:
         self._sets: list[tuple[dict[str, Any], dict[str, np.ndarray]]] = []
         self._changed = False
         if path is not None:
-            distributed.together(lambda: self._read() if distributed.get_rank() == 0 else None)
+            distributed.on_rank0(self._read)
 
     def _read(self) -> None:
         if not os.path.exists(self.path):

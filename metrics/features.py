@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import dnnlib
 from archives.workers import ordered_map
@@ -42,8 +41,7 @@ def _batches(
     extractor.check(source)
     starts = range(0, len(source), batch)[distributed.get_rank() :: distributed.get_world_size()]
     mine = [np.arange(start, min(start + batch, len(source))) for start in starts]
-    show = None if distributed.get_rank() == 0 else True  # None: on a terminal only
-    with tqdm(total=sum(map(len, mine)), desc=text, unit="img", disable=show, leave=False) as bar:
+    with distributed.progress_bar(total=sum(map(len, mine)), desc=text, unit="img") as bar:
         for indices, images in zip(mine, ordered_map(source.images, mine, WORKERS), strict=True):
             yield indices, images.to(device)
             bar.update(len(indices))
