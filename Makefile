@@ -24,15 +24,15 @@ demo-full: $(STAMP)
 	$(BIN)/python quickstart.py --outdir=demo-full --only=all
 
 test: $(STAMP)
-	$(BIN)/python -m pytest --numprocesses=auto --dist=loadfile
+	$(BIN)/python -m pytest --numprocesses=auto --dist=loadfile --no-loadscope-reorder
 
 # The packages without whole scripts, attacks and benchmarks: under a minute.
 test-quick: $(STAMP)
-	$(BIN)/python -m pytest --numprocesses=auto --dist=loadfile -m "not long and not slow" \
+	$(BIN)/python -m pytest --numprocesses=auto --dist=loadfile --no-loadscope-reorder -m "not long and not slow" \
 	  --ignore=tests/scripts --ignore=tests/hostile --ignore=tests/benchmarks
 
 test-long: $(STAMP)
-	$(BIN)/python -m pytest --numprocesses=auto --dist=loadfile -m "long or not long"
+	$(BIN)/python -m pytest --numprocesses=auto --dist=loadfile --no-loadscope-reorder -m "long or not long"
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

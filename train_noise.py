@@ -1,7 +1,7 @@
 """Train a diffusion model by TDSM: it learns clean-label scores from noisy labels and a classifier of those labels.
 
-The classifier's snapshot says what T is and what kind of posterior it learned. --noise_type and --noise_rate state T
-where the snapshot does not.
+T is the transition matrix: T[y,o] is the probability that an image of class y is labeled o. The classifier's snapshot
+usually holds it. --noise_type and its companions state it where the snapshot does not.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ Examples:
 @click.option("--cls", metavar="PKL|DIR|URL", required=True,
               help="Classifier: a snapshot of train_classifier.py, or its run directory")
 @click.option("--tau", metavar="W", type=FloatRange(min=0, max=1), default=0.01,
-              help="Leave out other classes whose weight is at most this")
+              help="Ignore other possible classes whose weight is at most this")
 @click.option("--pairs", metavar="K", type=click.IntRange(min=1),
-              help="Keep at most the K heaviest other classes per image, for data with many  [default: no limit]")
+              help="Keep at most the K heaviest other classes per image; faster with many  [default: no limit]")
 @click.option("--temp", metavar="FLOAT", type=FloatRange(min=0, min_open=True), default=1.0,
-              help="Divide the classifier's logits by this")
+              help="Divide the classifier's logits by this; below 1 makes it more certain")
 @click.option("--resume_sub", metavar="PKL|URL", help="The same as --transfer")
 # fmt: on
 def main(**opts) -> None:

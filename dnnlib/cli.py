@@ -30,6 +30,7 @@ __all__ = [
 ]
 
 _MAX_INTS = 10_000_000
+TECHNICAL_LIMIT = 1e12  # upper limits from here on only keep numbers representable; --help leaves them out
 
 
 def parse_int_list(text: str) -> list[int]:
@@ -79,6 +80,8 @@ class FloatRange(click.FloatRange):
         self._finite = finite
 
     def _describe_range(self) -> str:
+        if self.max is not None and self.max >= TECHNICAL_LIMIT:  # of no interest to people
+            return f"x{'>' if self.min_open else '>='}{self.min:g}"
         return "" if self.min is None and self.max is None else super()._describe_range()
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:

@@ -88,7 +88,7 @@ def discriminator_option(required: bool = False) -> Callable:
 
 
 network_option = click.option("--network", metavar="PKL|DIR|URL", required=True, help="Snapshot to sample, or its run directory")
-steps_option = click.option("--steps", "num_steps", metavar="INT", type=COUNT, default=18, help="Number of sampling steps")
+steps_option = click.option("--steps", "num_steps", metavar="INT", type=COUNT, default=18, help="Number of sampling steps; not for RDUOT and DDGAN, whose steps are fixed")
 noise_rate_option = click.option("--noise_rate", metavar="R", type=RATE, help="Share of wrong labels, for calibrated weights  [default: that of each class in the label file]")
 device_option = click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto", help="Where to run")
 trust_option = click.option("--trust_pickle", is_flag=True, help="Run code that a snapshot contains; only for files that you trust")
@@ -116,7 +116,7 @@ sampler_options = add_options([
     click.option("--S_max", "S_max", metavar="FLOAT", type=NOT_NEGATIVE_OR_INF, default=math.inf, help="Highest noise level at which they add it"),
     click.option("--S_noise", "S_noise", metavar="FLOAT", type=NOT_NEGATIVE, default=1, help="Standard deviation of that noise"),
     click.option("--solver", type=click.Choice(SOLVERS), help="One or two evaluations per step. This option and the next three choose the general sampler of the EDM paper  [default: heun]"),
-    click.option("--disc", "discretization", type=click.Choice(DISCRETIZATIONS), help="Where the steps lie  [default: edm]"),
+    click.option("--disc", "discretization", type=click.Choice(DISCRETIZATIONS), help="Spacing of the noise levels  [default: edm]"),
     click.option("--schedule", type=click.Choice(SCHEDULES), help="Noise schedule sigma(t)  [default: linear]"),
     click.option("--scaling", type=click.Choice(SCALINGS), help="Signal scaling s(t)  [default: none]"),
 ])
@@ -128,14 +128,14 @@ guidance_options = add_options([
     discriminator_option(),
     click.option("--dg_mode", type=click.Choice(list(DEFAULT_WEIGHTS)), help="Weight of the discriminator's gradient: constant, or multiplied by the probability that the label is wrong for this image  [default: constant]"),
     click.option("--dg_weight_1st_order", metavar="W", type=FloatRange(), help="Weight at the first evaluation of each step  [default: constant 2, calibrated 1]"),
-    click.option("--dg_weight_2nd_order", metavar="W", type=FloatRange(), help="Weight at the second evaluation of each step  [default: constant 0, calibrated 1]"),
+    click.option("--dg_weight_2nd_order", metavar="W", type=FloatRange(), help="Weight at the second evaluation of each step of --solver=heun  [default: constant 0, calibrated 1]"),
     clip_options,
     noise_rate_option,
 ])
 
 output_options = add_options([
     click.option("--grid", metavar="PNG", type=click.Path(dir_okay=False), help="Also write all images as one picture  [default: no picture]"),
-    click.option("--save_each_sample", is_flag=True, expose_value=False, help="Write every image; this is always so"),
+    click.option("--save_each_sample", is_flag=True, expose_value=False, help="No effect; accepted for old commands"),
 ])
 
 run_options = add_options([

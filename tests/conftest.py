@@ -6,3 +6,12 @@ import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+
+# Whole scripts take longest. They come first, so that no process is left with one of them at the end.
+LONGEST = ("test_training.py", "test_quickstart", "test_train", "test_faults", "test_published", "test_fid", "scripts/")
+
+
+def pytest_collection_modifyitems(items):
+    """Run the slowest files first."""
+    items.sort(key=lambda item: next((i for i, name in enumerate(LONGEST) if name in str(item.path)), len(LONGEST)))

@@ -184,13 +184,18 @@ def _savable(value: Any, where: str) -> Any:
 def find_snapshot(pattern: str | os.PathLike[str]) -> str:
     """Return the path of the snapshot that `pattern` means.
 
-    `pattern` is a file, a URL, a run directory, or a glob such as `dir/network-snapshot-*.pkl`, since shells do not
-    expand a glob inside an option. Of several files, the one with the highest kimg number is chosen. Raises UserError
-    when nothing matches.
+    `pattern` is a file, a URL, a run directory, or a glob of one, such as `runs/00000-*` or
+    `dir/network-snapshot-*.pkl`, since shells do not expand a glob inside an option. Of several files, the one with the
+    highest kimg number is chosen. Raises UserError when nothing matches, or several run directories do.
     """
     pattern = os.fspath(pattern)
     if is_url(pattern) or os.path.isfile(pattern):
         return pattern
+    if glob.has_magic(pattern) and not os.path.isdir(pattern):
+        folders = sorted(path for path in glob.glob(pattern) if os.path.isdir(path))
+        if len(folders) > 1:
+            raise UserError(f"{pattern}: matches {len(folders)} folders, {folders[0]} and others; name one of them")
+        pattern = folders[0] if folders else pattern
     if os.path.isdir(pattern):
         found = glob.glob(os.path.join(glob.escape(pattern), "network-snapshot-*.pkl"))
         missing = "no network-snapshot-*.pkl in this folder"

@@ -55,7 +55,7 @@ def run_options(script: str, *, cond: bool = False, duration: float = 200.0, bat
         click.option("--data", metavar="ZIP|DIR", required=True, help="Training images: an archive of dataset_tool.py, or a folder"),
         preset_option(script),
         click.option("--cond", type=BOOL, default=cond, help="Train a class-conditional model on the archive's labels"),
-        click.option("--duration", metavar="MIMG", type=LENGTH, default=duration, help="Length of training in millions of images"),
+        click.option("--duration", metavar="MIMG", type=LENGTH, default=duration, help="Length of training in millions of images; on a CPU start from --preset, or from a value below 1"),
         click.option("--batch", "--batch_size", "batch", metavar="INT", type=COUNT, default=batch, help="Batch size over all processes"),
         click.option("--batch-gpu", metavar="INT", type=COUNT, help="Images at a time on one process  [default: its whole share]"),
         click.option("--dropout", metavar="P", type=SHARE, default=dropout, help="Dropout probability"),
@@ -76,7 +76,7 @@ def run_options(script: str, *, cond: bool = False, duration: float = 200.0, bat
         click.option("--max_bad_steps", metavar="INT", type=COUNT, default=100, help="Stop after so many steps in a row with non-finite losses or gradients"),
         click.option("--seed", metavar="INT", type=COUNT_OR_0, help="Random seed  [default: random]"),
         click.option("--transfer", metavar="PKL|URL", help="Start from the weights of a snapshot"),
-        click.option("--resume", metavar="PT|DIR|latest", help="Continue a run: a training state, a run directory, or the newest run in --outdir"),
+        click.option("--resume", metavar="PT|DIR|latest", help="Continue a run: a training state, a run directory, or the newest run in --outdir (a new run if there is none)"),
         click.option("--tensorboard", type=BOOL, default=False, help="Write the statistics for TensorBoard too"),
         click.option("--wandb", metavar="PROJECT", help="Send the statistics to this Weights & Biases project too"),
         click.option("--trust_pickle", is_flag=True, help="Run the code inside snapshots of other programs; only for files that you trust"),
@@ -87,9 +87,9 @@ def run_options(script: str, *, cond: bool = False, duration: float = 200.0, bat
 def noise_level_options(*, lr: float = 1e-3, ema: float = 0.5) -> Callable:
     """Return a decorator for the options of networks that see noise levels sigma: U-Nets and ResNets."""
     return add_options([
-        click.option("--arch", type=click.Choice(ARCHS), default="ddpmpp", help="Network architecture; classifiers take a ResNet that goes with it"),
+        click.option("--arch", type=click.Choice(ARCHS), default="ddpmpp", metavar="|".join(ARCHS), help="Network: ddpmpp or ncsnpp for 32x32, adm for 64x64, ddpmpp_mnist and ddpmpp_tiny for small images on a CPU; classifiers take a ResNet of similar size"),
         click.option("--precond", type=click.Choice(["vp", "ve", "edm"]), default="edm", help="Preconditioning and noise distribution"),
-        click.option("--P_mean", "P_mean", metavar="FLOAT", type=FloatRange(), help="Mean of ln sigma in training, for --precond=edm; small images want more noise  [default: -1.2]"),
+        click.option("--P_mean", "P_mean", metavar="FLOAT", type=FloatRange(), help="Mean of ln sigma in training, for --precond=edm; use a larger value for small images  [default: -1.2]"),
         click.option("--P_std", "P_std", metavar="FLOAT", type=POSITIVE, help="Standard deviation of ln sigma in training, for --precond=edm  [default: 1.2]"),
         click.option("--cbase", metavar="INT", type=COUNT, help="Channels of the network's first level  [default: by architecture]"),
         click.option("--cres", metavar="LIST", type=INT_LIST, help="Channel multiplier of each level, e.g. 1,2,2  [default: by architecture]"),
@@ -98,7 +98,7 @@ def noise_level_options(*, lr: float = 1e-3, ema: float = 0.5) -> Callable:
         click.option("--ema", metavar="MIMG", type=LENGTH_OR_0, default=ema, help="Half-life of the weights' moving average in millions of images"),
         click.option("--augment", metavar="P", type=SHARE, default=0.12, help="Probability of each non-leaking augmentation; 0 for none"),
         click.option("--fp16", type=BOOL, default=False, help="The same as --precision=fp16"),
-        click.option("--ls", metavar="FLOAT", type=POSITIVE, default=1.0, help="Loss scaling"),
+        click.option("--ls", metavar="FLOAT", type=POSITIVE, default=1.0, help="Multiply the loss by this while gradients are computed, for fp16"),
     ])
 
 
@@ -115,7 +115,7 @@ def noise_options(*names: str) -> Callable:
     return add_options([
         click.option("--noise_type", type=click.Choice(names), help="How the labels were corrupted"),
         click.option("--noise_rate", metavar="R", type=SHARE, help="Share of wrong labels"),
-        click.option("--noise_matrix", metavar="FILE", help="T [C,C] for --noise_type=matrix: .npy, .json or a label file of detect_noise.py; rows are clean labels"),
+        click.option("--noise_matrix", metavar="FILE", help="T for --noise_type=matrix, T[y,o] = P(labeled o | class y): .npy, .json or a label file of detect_noise.py"),
     ])
 # fmt: on
 

@@ -48,7 +48,8 @@ def start(
     if opts["shard"] and distributed.get_world_size() > 1:
         with blame("--shard=1"):
             check_pytorch()
-    dataset = ImageDataset(opts["data"], use_labels=opts["cond"], xflip=opts["xflip"], cache=opts["cache"])
+    with blame("--data"):
+        dataset = ImageDataset(opts["data"], use_labels=opts["cond"], xflip=opts["xflip"], cache=opts["cache"])
     if opts["cond"] and not dataset.has_labels:
         raise dnnlib.UserError(f"--cond=1: {opts['data']} has no labels")
 

@@ -59,7 +59,7 @@ def test_second_call_goes_on_where_the_first_stopped(demo):
 def test_other_options_and_strange_folders_are_refused(demo, tmp_path):
     outdir, _ = demo
     (tmp_path / "mine.txt").write_text("keep me")
-    for folder, words in ((outdir, "other options"), (tmp_path, "not empty")):
+    for folder, words in ((outdir, "other options"), (tmp_path, "files that are not of a quickstart")):
         result = CliRunner().invoke(quickstart.main, [f"--outdir={folder}", "--seed=2"])
         assert result.exit_code == 1 and result.stderr.startswith("Error: --outdir") and words in result.stderr
 

@@ -476,6 +476,10 @@ def test_find_snapshot(tmp_path):
     assert find_snapshot(glob.escape(str(run)) + "/network-snapshot-*.pkl") == newest
     assert find_snapshot(f"{tmp_path}/*/*-0*.pkl") == str(run / "network-snapshot-000009.pkl")
     assert find_snapshot(run / "zzz.pkl") == str(run / "zzz.pkl")
+    assert find_snapshot(f"{tmp_path}/00000-*") == newest  # a glob of one run directory
+    (tmp_path / "00000-other").mkdir()
+    with pytest.raises(UserError, match="matches 2 folders"):
+        find_snapshot(f"{tmp_path}/00000-*")
     assert find_snapshot("https://x.org/a*.pkl") == "https://x.org/a*.pkl"
     for missing, message in (
         (tmp_path, "no network-snapshot"),
