@@ -108,6 +108,13 @@ def describe(dataset: ImageDataset, found: LabelFile) -> str:
     lines += [
         f"  {names[c]:<16.16} {counts[c]:>8,} images, {rates[c]:6.1%} wrong" + in_truth(true_rates[c]) for c in chosen
     ]
+    emptied = [names[c] for c in np.flatnonzero((counts > 0) & (rates == 1))]
+    if emptied:
+        shown = ", ".join(emptied[:5]) + (" ..." if len(emptied) > 5 else "")
+        lines.append(
+            f"Warning: all images labeled {shown} are believed wrong; without them this class may have no image left. "
+            "Look at the picture, or train longer"
+        )
     if len(names) <= TABLE:
         lines += [
             "Estimated transition, %: one row per class that images probably show, one column per label",

@@ -161,6 +161,14 @@ def test_tables_of_many_classes_are_short(tmp_path):
     assert text.startswith("Noise rate:  3.3% of 30 labels")
 
 
+def test_a_class_that_would_be_lost_is_named(tmp_path):
+    path = make_archive(tmp_path / "a.zip", pictures(4), [0, 0, 1, 1], class_names=["cat", "dog"])
+    dataset = ImageDataset(str(path))
+    all_dogs, one_dog = np.array([[0.1, 0.9]] * 4), np.array([[0.9, 0.1], [0.1, 0.9], [0.1, 0.9], [0.1, 0.9]])
+    assert "Warning: all images labeled cat are believed wrong" in describe(dataset, label_file(dataset, all_dogs))
+    assert "Warning" not in describe(dataset, label_file(dataset, one_dog))
+
+
 @pytest.mark.parametrize(
     "names, captions", [(None, ["1 > 0", "0 > 1"]), (["a", "longer"], ["longer\n> a", "a\n> longer"])]
 )
