@@ -24,5 +24,6 @@ def save_samples(net: torch.nn.Module, path: str) -> None:
     classes = [c for c in range(rows) for _ in range(COLUMNS)] if net.label_dim else None
     sampler = ddgan_sampler if is_generator(net) else heun_sampler
     device = next(net.parameters()).device
-    batches = generate_images(net, list(range(COLUMNS)) * rows, class_idx=classes, device=device, sampler=sampler)
+    seeds = list(range(COLUMNS)) * rows
+    batches = generate_images(net, seeds, class_idx=classes, device=device, batch=len(seeds), sampler=sampler)
     save_grid([image for _, images, _ in batches for image in images], path, columns=COLUMNS)

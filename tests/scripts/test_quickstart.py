@@ -14,7 +14,7 @@ from reports.page import Report, Section
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
     outdir = tmp_path_factory.mktemp("quickstart") / "demo"
-    result = CliRunner().invoke(quickstart.main, [f"--outdir={outdir}", "--minutes=0.01", "--seed=1", "--num=60"])
+    result = CliRunner().invoke(quickstart.main, [f"--outdir={outdir}", "--minutes=0.01", "--seed=1", "--num=20"])
     assert result.exit_code == 0, result.output + repr(result.exception)
     return outdir, result.output
 
@@ -33,7 +33,7 @@ def test_report_is_complete(demo):
     assert "n/a" not in rows[1] + rows[2]
     table = json.loads((outdir / "tables" / "tdsm.json").read_text())
     assert f"{table['metrics']['label_accuracy']:.3f}" in rows[2] and all(
-        c["num_images"] == 6 for c in table["classes"].values()
+        c["num_images"] == 2 for c in table["classes"].values()
     )
     inlined = re.findall(r"data:image/png;base64,([^']+)'", html)
     assert len(inlined) >= 9 and all(base64.b64decode(data).startswith(b"\x89PNG") for data in inlined)
@@ -51,7 +51,7 @@ def test_second_call_goes_on_where_the_first_stopped(demo):
     assert [*journal["seconds"]] == [s["name"] for s in journal["steps"]]
     del journal["seconds"]["tdsm-table"]
     (outdir / "quickstart.json").write_text(json.dumps(journal))
-    result = CliRunner().invoke(quickstart.main, [f"--outdir={outdir}", "--minutes=0.01", "--seed=1", "--num=60"])
+    result = CliRunner().invoke(quickstart.main, [f"--outdir={outdir}", "--minutes=0.01", "--seed=1", "--num=20"])
     assert result.exit_code == 0 and re.findall(r"\[(\d+)/18\]", result.output) == ["11"]
     assert (outdir / "report.html").exists()
 
