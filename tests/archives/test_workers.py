@@ -165,6 +165,7 @@ def test_rare_compression_is_read_by_every_process(tmp_path):
     assert (tmp_path / "rare-out.zip").read_bytes() == (tmp_path / "plain-out.zip").read_bytes()
 
 
+@pytest.mark.slow
 def test_interrupted_workers_end_too(tmp_path):
     """A Ctrl-C reaches all processes, as from a terminal; a kill reaches only the first process."""
     script = (

@@ -49,6 +49,7 @@ def measured(n, d, what):
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 def test_no_array_of_all_pairs():
     """6,000 x 6,000 pairs would be 275 MiB in float64 and 34 MiB as bits."""
     assert measured(6000, 8, "all")["mib"] < 100

@@ -51,6 +51,7 @@ def test_plots_are_pictures(tmp_path):
     assert (tmp_path / "new" / "bars.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", ["reports.page", "reports.plots", "reports.comparison", "examples.toy2d"])
 def test_importing_sets_no_backend(module):
     code = f"import sys, {module}; print('matplotlib.pyplot' in sys.modules)"

@@ -97,6 +97,7 @@ json.dump(result, open(sys.argv[1] + str(rank), "w"))
 """
 
 
+@pytest.mark.slow
 def test_two_processes(tmp_path):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))

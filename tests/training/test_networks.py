@@ -464,6 +464,7 @@ def test_the_source_runs_where_persistent_class_derives_a_class(monkeypatch):
     torch.testing.assert_close(net(**args), want, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kwargs", [{}, dict(model_type="DhariwalUNet", model_channels=32)])
 def test_compiles_without_graph_breaks(kwargs):
     net, (x, sigma, labels) = small(augment_dim=2, label_dropout=0.5, **kwargs), inputs()

@@ -133,6 +133,7 @@ def train_gaussians(cls, **kwargs):
     return toy.trained["net"].ema
 
 
+@pytest.mark.slow
 def test_gaussian_classes():
     """TDSM recovers each clean class's denoiser; DSM what is best for the mixture behind each observed label."""
     gain = SPREAD**2 / (SPREAD**2 + SIGMA**2)

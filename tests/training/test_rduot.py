@@ -268,6 +268,7 @@ distributed.shutdown()
 """
 
 
+@pytest.mark.slow
 def test_two_processes_average_to_one(tmp_path):
     objective = make()
     draws = batch(objective)[3]

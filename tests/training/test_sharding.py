@@ -160,6 +160,7 @@ def arguments(method, folder):
     return [text.format(folder) for text in METHODS[method]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_learns_the_same_as_with_ddp(run, folder, tmp_path, method):
     ranks = 3 if method == "discriminator" else 2  # three: slices of unequal size, and empty ones
@@ -170,6 +171,7 @@ def test_every_method_learns_the_same_as_with_ddp(run, folder, tmp_path, method)
     assert_alike(kept[1]["ema"].state_dict(), kept[0]["ema"].state_dict(), 1e-6)
 
 
+@pytest.mark.slow
 def test_states_go_between_ddp_and_shards_and_numbers_of_processes(run, folder, tmp_path):
     dsm = arguments("dsm", folder)
     run(tmp_path / "whole", *dsm, steps=4)

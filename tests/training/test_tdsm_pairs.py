@@ -153,6 +153,7 @@ class Denoiser(torch.nn.Module):
         return x / (1 + sigma) + self.labels(class_labels).reshape(x.shape)
 
 
+@pytest.mark.slow
 def test_one_compilation_for_any_number_of_pairs():
     objective = make_objective(compile=True)
     assert objective.fixed_size
