@@ -44,7 +44,7 @@ PHI = click.Choice(list(CONJUGATES))
 @click.option("--tau", metavar="FLOAT", type=FloatRange(min=0), help="Weight of the transport cost; compare "
               "Potential/tau_cost with Potential/size in stats.jsonl  [default: 0.001; with --cost=robust 6]")
 @click.option("--cost", type=click.Choice(COSTS), default="pixels",
-              help="What the transport cost compares; we recommend robust for images of up to 4,096 values")
+              help="What the transport cost compares; robust has shown good results at 8x8 pixels")
 @click.option("--r1_gamma", metavar="FLOAT", type=FloatRange(min=0), default=0.02, help="Weight of the penalty R1")
 @click.option("--lazy_reg", metavar="STEPS", type=COUNT, default=15, help="Apply R1 every so many steps")
 @click.option("--lr_g", metavar="FLOAT", type=POSITIVE, default=1.6e-4, help="Learning rate of the generator")
