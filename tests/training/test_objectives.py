@@ -226,6 +226,22 @@ def test_forward_correction_and_learned_transition():
     )
 
 
+def test_a_label_that_never_occurs_leaves_the_gradients_finite():
+    """Its column of T is all zero: no class turns into it."""
+    data = Data()
+    data.labels = np.arange(len(data)) % 3
+    t = np.eye(4)
+    t[3] = [0.5, 0.5, 0, 0]
+    config = make_config()
+    config.network.kwargs = dict(depth="small", model_channels=8, channel_mult=[1, 2, 4], dropout=0.0)
+    loss, grads = gradients(ready(ClassifierObjective, config, data, CPU, transition=t))
+    assert np.isfinite(loss) and all(g.isfinite().all() for g in grads.values())
+    assert any(g.abs().max() > 0 for g in grads.values())
+    data.labels[5] = 3
+    with pytest.raises(UserError, match="label 3 occurs in the data, but column 3"):
+        ClassifierObjective(config, data, CPU, transition=t)
+
+
 def test_shift_images():
     images = torch.arange(2 * 9.0).reshape(2, 1, 3, 3)
     got = shift_images(images, torch.tensor([[1, 0], [0, -1]]))

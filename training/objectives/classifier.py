@@ -16,6 +16,7 @@ import torch
 
 import dnnlib
 from archives.dataset import ImageDataset, to_float
+from archives.label_noise import check_observed
 from torch_utils import misc
 from torch_utils.training_stats import Stats
 from training.augment import draw_shifts, shift_images
@@ -27,6 +28,7 @@ from training.trained_network import TrainedNetwork
 __all__ = ["ClassifierObjective", "LearnedTransition", "check_classifier"]
 
 VOLUME_WEIGHT = 1e-4  # lambda
+LOG_ZERO = -1e4  # stands for ln 0: its exponential is 0, and it is finite
 VALIDATION_DRAWS = 4096  # a validation value is the mean over at least so many noisy images
 # Learning rate of the learned T: share of the run -> factor; then T stays fixed (published: 1.5, 3, 7.5 of 10 Mimg).
 TRANSITION_SCHEDULE = ((0.15, 1.0), (0.30, 0.1), (0.75, 0.01))
@@ -55,7 +57,9 @@ class ClassifierObjective(Objective):
         """Return ln P(o | x_t) [n,C] for the classifier's ln p: ln (T^T p), or ln p without T."""
         if transition is None:
             return log_p
-        return torch.logsumexp(log_p[:, :, None] + transition.log()[None], dim=1)
+        # A label that no class turns into must not make the other labels' gradients NaN.
+        log_transition = transition.log().clamp_min(LOG_ZERO)
+        return torch.logsumexp(log_p[:, :, None] + log_transition[None], dim=1)
 
     def loss(self, images: torch.Tensor, labels: torch.Tensor, draws: dict, stats: Stats) -> torch.Tensor:
         """Compute -ln (T^T p)_o, [n]; with a learned T plus its volume penalty."""
@@ -83,6 +87,8 @@ class ClassifierObjective(Objective):
     ):
         super().__init__(config, dataset, device)
         self.learn = learn
+        if transition is not None and dataset.labels is not None:
+            check_observed(transition, dataset.labels)
         self.fixed = None if transition is None else torch.as_tensor(transition, dtype=torch.float32).to(device)
         # Which images are held out follows from the seed alone; their mirror images are held out with them.
         raw = dataset.num_raw
