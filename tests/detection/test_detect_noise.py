@@ -25,6 +25,8 @@ from tests.support.paths import ROOT
 from tests.support.synth import make_archive, pictures
 from torch_utils import persistence
 
+pytestmark = pytest.mark.slow
+
 
 def invoke(*args):
     return CliRunner().invoke(detect_noise.main, [str(a) for a in args])
@@ -93,7 +95,6 @@ def test_what_is_written_and_printed(data, detected):
     assert snapshot["ema"].label_dim == 3 and snapshot["info"]["method"] == "detector"
 
 
-@pytest.mark.slow
 def test_same_seed_same_file_other_seed_another(data, detected, tmp_path):
     folder, _ = detected
     for seed in (0, 1):
@@ -212,7 +213,6 @@ def test_cleanlab_that_is_missing(data, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.slow
 def test_confident_learning(data, tmp_path):
     pytest.importorskip("cleanlab", reason="needs the optional package cleanlab")
     output = succeed(f"--data={data}", f"--dest={tmp_path}/l.npz", "--method=confident", "--epochs=8", "--batch=16")

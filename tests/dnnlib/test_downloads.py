@@ -200,6 +200,7 @@ def drip(handler, _number):
         handler.wfile.flush()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "behave, reason, requests",
     [

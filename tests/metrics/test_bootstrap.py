@@ -88,6 +88,7 @@ def test_interval_is_as_wide_as_the_spread_between_sets():
     assert result["intervals"].keys() == {"fid", "kid", "precision_k5", "recall_k5", "density_k5", "coverage_k5"}
 
 
+@pytest.mark.slow
 def test_intervals_of_the_table():
     """Label accuracy has the binomial interval within classes. Class-wise means come from the same draws."""
     rng = np.random.default_rng(3)

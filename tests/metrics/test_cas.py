@@ -12,6 +12,8 @@ from metrics.cas import classification_accuracy_score
 from metrics.images import NpzImages
 from tests.support.synth import make_archive
 
+pytestmark = pytest.mark.slow
+
 CLASSES = 3
 
 

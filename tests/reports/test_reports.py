@@ -28,6 +28,7 @@ def test_where_one_curve_is_above_the_other(a, b, words):
     assert re.search(words, compare_tradeoffs(dict(a=a, b=b), (0.5, 0.5), "a", "b"))
 
 
+@pytest.mark.slow
 def test_plots_are_pictures(tmp_path):
     path = tmp_path / "plot.png"
 

@@ -23,6 +23,8 @@ from tests.support.generated import FAST, assert_same_images, make, random_netwo
 from torch_utils import persistence
 from training.networks_ddgan import DDGANGenerator
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 
 
@@ -219,7 +221,6 @@ def test_an_archive_that_cannot_grow_ends_the_run(tmp_path, monkeypatch):
 # The benchmark.
 
 
-@pytest.mark.slow
 def test_benchmark_rows(monkeypatch):
     monkeypatch.setattr(sampling_rows, "CASES", [("ddpmpp_tiny", None, 1, 8, 8)])
     default, bf16 = sampling_rows.rows(1, forms=("default", "bf16"), steps=3)

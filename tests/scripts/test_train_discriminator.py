@@ -368,7 +368,7 @@ def test_sweep(world, trained, tmp_path, monkeypatch):
     fail(2, "must be above 0", sweep, *args, "--weights=0,1")
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.long), 2])
 def test_published_commands(tmp_path, processes):
     """The paper's two commands as they are typed, on a synthetic archive of CIFAR-10's layout."""
     source, _, labels = make_cifar10(tmp_path / "cifar-10-python.tar.gz")

@@ -296,7 +296,7 @@ def test_two_processes_killed_and_resumed(what, count, data, tmp_path):
     assert_same(final_weights(outdir / expected.name)["objective"], final_weights(expected)["objective"])
 
 
-@pytest.mark.parametrize(("what", "code"), [("term", 143), ("int", 130)])
+@pytest.mark.parametrize(("what", "code"), [("term", 143), pytest.param("int", 130, marks=pytest.mark.long)])
 def test_signals_save_and_say_how_to_resume(what, code, data, trained, tmp_path):
     args = ["train", f"--outdir={tmp_path}/runs", f"--data={data}", "--cond=1", "--duration=0.00048", *TINY]
     stopped = run_killed(tmp_path, what, 5, *args)

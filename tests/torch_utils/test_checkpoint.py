@@ -14,6 +14,8 @@ from dnnlib import EasyDict, UserError
 from torch_utils import checkpoint
 from torch_utils.checkpoint import latest_run, latest_state, load_state, prune_states, remove_leftovers, save_state
 
+pytestmark = pytest.mark.slow
+
 
 def state(value=1.0, size=100):
     net = torch.nn.Linear(size, 2)

@@ -96,6 +96,7 @@ def test_the_levels_of_iddpm_are_the_published_floats():
     np.testing.assert_allclose(built.numpy(), np.load(path)["state/u"], rtol=1e-6)  # Sines differ in the last bit.
 
 
+@pytest.mark.slow
 @settings(max_examples=20, deadline=None)
 @given(
     st.sampled_from(ARCHS),

@@ -31,6 +31,7 @@ def inputs(n, size=8, channels=1, labels=0, seed=0):
     return x, torch.arange(n) % 4, x_next, torch.randn([n, SMALL["nz"]], generator=rng), onehot
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size, channels", itertools.product([8, 16, 32, 64], [1, 3]))
 def test_any_batch_resolution_and_channels(size, channels):
     generator = shaken(DDGANGenerator(size, channels, **SMALL))

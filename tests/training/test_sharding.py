@@ -22,6 +22,8 @@ from tests.support.synth import make_archive, pictures
 from torch_utils import checkpoint, distributed, persistence
 from training.networks_resnet import Classifier
 
+pytestmark = pytest.mark.slow
+
 CLASSES = 4
 STEP = 24  # images; three micro-batches on each of two processes, two on each of three
 COMMON = [
@@ -160,7 +162,6 @@ def arguments(method, folder):
     return [text.format(folder) for text in METHODS[method]]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_learns_the_same_as_with_ddp(run, folder, tmp_path, method):
     ranks = 3 if method == "discriminator" else 2  # three: slices of unequal size, and empty ones
@@ -171,7 +172,6 @@ def test_every_method_learns_the_same_as_with_ddp(run, folder, tmp_path, method)
     assert_alike(kept[1]["ema"].state_dict(), kept[0]["ema"].state_dict(), 1e-6)
 
 
-@pytest.mark.slow
 def test_states_go_between_ddp_and_shards_and_numbers_of_processes(run, folder, tmp_path):
     dsm = arguments("dsm", folder)
     run(tmp_path / "whole", *dsm, steps=4)
