@@ -43,9 +43,7 @@ def main(**opts) -> None:
         return ClassifierObjective(config, dataset, device, transition=transition, learn=noise_type == "learn")
 
     section = ClassifierConfig(
-        noise_type=noise_type or "clean",
-        noise_rate=opts["noise_rate"],
-        noise_matrix=opts["noise_matrix"],
+        **options.noise_settings(opts) | dict(noise_type=noise_type or "clean"),
         val=opts["val"],
         shift=opts["shift"],
     )

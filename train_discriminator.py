@@ -56,7 +56,7 @@ def main(**opts) -> None:
     def make(config, dataset, device):
         with blame("--label-path"):
             known = load_label_file(opts["label_path"], dataset)
-        stated = options.stated_transition(opts["noise_type"], opts["noise_rate"], opts["noise_matrix"], dataset)
+        stated = options.stated_transition(**options.noise_settings(opts), dataset=dataset)
         transition = choose_transition(opts["shuffle"], stated, known, opts["label_path"])
         partners = None
         if opts["simix"]:
@@ -83,9 +83,7 @@ def main(**opts) -> None:
         embed=embed,
         cls=path,
         shift=opts["shift"],
-        noise_type=opts["noise_type"],
-        noise_rate=opts["noise_rate"],
-        noise_matrix=opts["noise_matrix"],
+        **options.noise_settings(opts),
     )
     method = DiscriminatorObjective.method
     run.start(opts, method, make, options.resnet, require_labels=True, discriminator=section)

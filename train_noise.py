@@ -54,7 +54,7 @@ def main(**opts) -> None:
         with blame("--cls"):
             snapshot = persistence.load_snapshot(path, trust_pickle=opts["trust_pickle"], kind="classifier")
             check_classifier(snapshot["ema"], dataset, path)
-        stated = options.stated_transition(opts["noise_type"], opts["noise_rate"], opts["noise_matrix"], dataset)
+        stated = options.stated_transition(**options.noise_settings(opts), dataset=dataset)
         with blame("--noise_type"):
             transition, posterior = known_transition(snapshot["info"], stated, dataset, path)
         return TDSM(config, dataset, device, classifier=snapshot["ema"], transition=transition, posterior=posterior)
@@ -64,9 +64,7 @@ def main(**opts) -> None:
         tau=opts["tau"],
         pairs=opts["pairs"],
         temp=opts["temp"],
-        noise_type=opts["noise_type"],
-        noise_rate=opts["noise_rate"],
-        noise_matrix=opts["noise_matrix"],
+        **options.noise_settings(opts),
     )
     run.start(opts, TDSM.method, make, require_labels=True, draw_samples=save_samples, tdsm=section)
 

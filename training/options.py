@@ -26,6 +26,7 @@ __all__ = [
     "make_config",
     "noise_level_options",
     "noise_options",
+    "noise_settings",
     "preset_help",
     "preset_option",
     "resnet",
@@ -232,18 +233,23 @@ def resnet(opts: dict[str, Any], dataset: ImageDataset) -> dict[str, Any]:
     return sigma_settings(opts, kwargs | dict(dropout=opts["dropout"]))
 
 
+def noise_settings(opts: dict[str, Any]) -> dict[str, Any]:
+    """Return what the options of `noise_options` say, for the method's section of the configuration."""
+    return {name: opts[name] for name in ("noise_type", "noise_rate", "noise_matrix")}
+
+
 def stated_transition(
-    noise_type: str | None, rate: float | None, matrix: str | None, dataset: ImageDataset
+    noise_type: str | None, noise_rate: float | None, noise_matrix: str | None, dataset: ImageDataset
 ) -> np.ndarray | None:
     """Return T [C,C] that the options of `noise_options` state for this data set; None when they state none."""
-    if (noise_type == "matrix") != (matrix is not None):
+    if (noise_type == "matrix") != (noise_matrix is not None):
         raise click.UsageError("--noise_type=matrix and --noise_matrix=FILE go together")
-    if (noise_type in ("sym", "asym", "pair")) != (rate is not None):
+    if (noise_type in ("sym", "asym", "pair")) != (noise_rate is not None):
         raise click.UsageError("--noise_rate goes with --noise_type=sym, asym or pair, and they with it")
     if noise_type in (None, "learn"):
         return None
     if noise_type == "clean":
         return np.eye(dataset.label_dim)
     with blame(f"--noise_type={noise_type}"):
-        T = load_matrix(matrix, dataset.label_dim) if matrix else None
-        return transition_matrix(noise_type, rate, dataset.label_dim, family=dataset.family, matrix=T)
+        T = load_matrix(noise_matrix, dataset.label_dim) if noise_matrix else None
+        return transition_matrix(noise_type, noise_rate, dataset.label_dim, family=dataset.family, matrix=T)

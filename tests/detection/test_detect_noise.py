@@ -1,8 +1,6 @@
 """detect_noise.py: what it writes and prints, cleaned archives, bad input."""
 
 import math
-import os
-import subprocess
 import sys
 
 import numpy as np
@@ -21,7 +19,7 @@ from archives.label_noise import load_matrix
 from archives.reader import ArchiveReader
 from detection import cores
 from detection.quality import label_file, quality
-from tests.support.paths import ROOT
+from tests.support.runs import torchrun
 from tests.support.synth import make_archive, pictures
 from torch_utils import persistence
 
@@ -249,20 +247,13 @@ def test_digits_with_40_percent_wrong_labels(tmp_path):
 
 @pytest.mark.long
 def test_two_processes_agree_with_one(data, detected, tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
+    done = torchrun(
         "detect_noise.py",
         f"--data={data}",
         f"--dest={tmp_path}/l.npz",
         f"--cleaned={tmp_path}/c.zip",
         *TINY,
-    ]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
+    )
     assert done.stdout.count("Noise rate") == 1 and len(ArchiveReader(str(tmp_path / "c.zip")).names) == 120
     one, two = np.load(detected[0] / "new" / "labels.npz"), np.load(tmp_path / "l.npz")
     # Dropout differs; the images and their order do not.

@@ -4,8 +4,6 @@ import errno
 import io
 import json
 import os
-import subprocess
-import sys
 import zipfile
 
 import numpy as np
@@ -22,7 +20,7 @@ from sampling.generation import generate_images, share_of
 from sampling.grid import image_sheet, save_grid
 from sampling.output import save_images
 from tests.support.generated import FAST, assert_same_images, make, random_network, read, run
-from tests.support.paths import ROOT
+from tests.support.runs import torchrun
 from torch_utils import persistence
 from training.networks_resnet import Classifier
 
@@ -93,12 +91,7 @@ def test_images_do_not_depend_on_the_batch(pkl, reference, tmp_path, batch):
 
 @pytest.mark.parametrize("outdir", ["out", "out.zip"])
 def test_images_do_not_depend_on_the_number_of_processes(pkl, reference, tmp_path, outdir):
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
+    result = torchrun(
         "generate.py",
         *FAST,
         f"--network={pkl['cond']}",
@@ -106,10 +99,7 @@ def test_images_do_not_depend_on_the_number_of_processes(pkl, reference, tmp_pat
         "--batch=4",
         "--S_churn=20",
         f"--outdir={tmp_path / outdir}",
-    ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    )
     assert os.listdir(tmp_path) == [outdir]
     images, labels = read(tmp_path / outdir)
     assert_same_images(images, reference[0])

@@ -1,10 +1,7 @@
 """train_rduot.py and generate.py on what it makes, through their command lines."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -14,8 +11,7 @@ import generate
 import train_rduot
 from archives.dataset import ImageDataset
 from tests.support.generated import assert_same_images, read
-from tests.support.paths import ROOT
-from tests.support.runs import assert_same, final_weights
+from tests.support.runs import assert_same, final_weights, torchrun
 from tests.support.synth import make_archive, pictures
 from torch_utils import persistence
 
@@ -203,21 +199,13 @@ def test_sampling(trained, data, tmp_path):
     ones = read(tmp_path / "c")
     assert (ones[1] == 1).all() and np.array_equal(ones[0][labels == 1], images[labels == 1])  # the same noise
     assert (ones[0][labels == 0] != images[labels == 0]).any()
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
+    torchrun(
         "generate.py",
         *base,
         "--seeds=0-12",
         "--batch=4",
         f"--outdir={tmp_path}/d",
-    ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    )
     assert_same_images(read(tmp_path / "d")[0], images)
 
 

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import torch
 
+from tests.support.paths import ROOT
 from torch_utils import checkpoint
 
 TINY = [
@@ -42,3 +47,13 @@ def assert_same(a, b):
 def errors(run):
     assert not [text for text in run["err"] if "Traceback" in text or "left behind" in text], run["err"]
     return [text.strip() for text in run["err"]]
+
+
+def torchrun(script, *args, processes=2):
+    """Run a script under torchrun on the CPU; it must succeed."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command = [*launcher, script, *map(str, args)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result

@@ -110,7 +110,8 @@ class TDSM(DSM):
         w = self.weights(x, sigma, observed, augment_labels)
         w_observed = w.gather(1, observed[:, None])
         w_others = w.scatter(1, observed[:, None], 0)
-        count = read_later((w_others > 0).sum())  # the number arrives while the device computes the next line
+        pairs = (w_others > 0).sum(dim=1)
+        count = read_later(pairs.sum())  # the number arrives while the device computes the next line
 
         net = self.trained["net"]
         denoised = net.forward(x, sigma, labels, augment_labels=augment_labels) * w_observed[:, :, None, None]
@@ -123,7 +124,7 @@ class TDSM(DSM):
 
             others = sum_over_pairs(denoise, w_others, count(), self.pass_size, self.fixed_size, like=denoised)
 
-        stats.add("TDSM/pairs_per_image", (w_others > 0).sum(dim=1))
+        stats.add("TDSM/pairs_per_image", pairs)
         stats.add("TDSM/observed_weight", w_observed)
         stats.add("TDSM/cut_weight", 1 - w.sum(dim=1))
         stats.add("TDSM/corrected", (w.argmax(dim=1) != observed).float())
