@@ -5,6 +5,8 @@ python dataset_tool.py --source=digits --dest=datasets/digits-8x8.zip
 
 from __future__ import annotations
 
+import dnnlib.before_torch
+
 import click
 
 import dnnlib

@@ -7,6 +7,8 @@ torchrun --standalone --nproc_per_node=8 detect_noise.py --data=datasets/cifar10
 
 from __future__ import annotations
 
+import dnnlib.before_torch
+
 import os
 
 import click

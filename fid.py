@@ -11,6 +11,8 @@ Examples:
 
 from __future__ import annotations
 
+import dnnlib.before_torch
+
 from typing import Any
 
 import click

@@ -9,6 +9,8 @@ command given again continues where the last one stopped.
 
 from __future__ import annotations
 
+import dnnlib.before_torch
+
 import click
 
 import dataset_tool

@@ -5,6 +5,8 @@ The script writes sweep.png, sweep.md and sweep.json into --outdir. The same com
 
 from __future__ import annotations
 
+import dnnlib.before_torch
+
 import functools
 import itertools
 import json

@@ -6,6 +6,8 @@ Without --noise_type it learns the noisy posterior. With a known transition (sym
 
 from __future__ import annotations
 
+import dnnlib.before_torch
+
 import click
 
 import dnnlib.cli

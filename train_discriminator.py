@@ -5,10 +5,13 @@ Its gradient corrects the sampling of a diffusion model that was trained on nois
 
 from __future__ import annotations
 
+import dnnlib.before_torch
+
 import os
 
 import click
 import numpy as np
+import torch
 
 import dnnlib.cli
 from archives.dataset import ImageDataset
@@ -60,7 +63,7 @@ def main(**opts) -> None:
         transition = choose_transition(opts["shuffle"], stated, known, opts["label_path"])
         partners = None
         if opts["simix"]:
-            partners = distributed.together(lambda: find_partners(dataset, device, embed, path, opts["trust_pickle"]))
+            partners = find_partners(dataset, device, embed, path, opts["trust_pickle"])
         print0(
             f"Labels believed right: {known.is_clean.mean():.1%}. "
             f"Shuffle: {'uniform' if transition is None else 'transition'}. "
@@ -122,12 +125,15 @@ def choose_transition(
 
 
 def find_partners(dataset: ImageDataset, device, embed: str, path: str | None, trust_pickle: bool) -> np.ndarray:
-    """Return which images SiMix mixes with each image, int64 [N,2]."""
-    classifier = None
-    if path is not None:
-        with blame("--cls"):
-            classifier = persistence.load_snapshot(path, trust_pickle=trust_pickle, kind="classifier")["ema"].to(device)
-            check_classifier(classifier, dataset, path)
+    """Return which images SiMix mixes with each image, int64 [N,2]. Collective."""
+
+    def load() -> torch.nn.Module:
+        net = persistence.load_snapshot(path, trust_pickle=trust_pickle, kind="classifier")["ema"].to(device)
+        check_classifier(net, dataset, path)
+        return net
+
+    with blame("--cls"):
+        classifier = None if path is None else distributed.together(load)
     with blame(f"--simix=1 --embed={embed}"):
         return nearest_partners(dataset, embed, classifier, device)
 

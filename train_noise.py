@@ -6,6 +6,8 @@ usually holds it. --noise_type and its companions state it where the snapshot do
 
 from __future__ import annotations
 
+import dnnlib.before_torch
+
 import click
 
 import dnnlib.cli

@@ -6,6 +6,8 @@ outliers, the run says before it starts whether they are the expensive ones.
 
 from __future__ import annotations
 
+import dnnlib.before_torch
+
 from typing import Any
 
 import click

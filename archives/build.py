@@ -8,7 +8,6 @@ mistakes before the work begins.
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -31,6 +30,7 @@ from archives.writer import (
     image_names,
     with_channels,
 )
+from dnnlib.threads import usable_cores
 
 __all__ = ["Noise", "Outliers", "Summary", "build_archive", "clean_source", "plan_noise", "plan_outliers",
            "replace_labels"]  # fmt: skip
@@ -217,7 +217,7 @@ def build_archive(
     foreign = {} if outliers is None else outliers.images
     encoder = Encoder(source, transform, channels, foreign, keep=noise is not None and noise.type == "instance")
     with ArchiveWriter(dest) as archive:
-        kept = encoder.run(archive, count, workers or available_cores())
+        kept = encoder.run(archive, count, workers or usable_cores())
         if not len(kept):
             raise dnnlib.UserError(
                 f"all {count} images are smaller than the resolution, none is left: "
@@ -233,11 +233,6 @@ def build_archive(
             archive.add_metadata(make_metadata(record, encoder.names, source.class_names))
     outlier_count = None if record.outliers is None else int(record.outliers.sum())
     return Summary(dest, len(kept), count - len(kept), classes, encoder.shape, rate, outlier_count)
-
-
-def available_cores() -> int:
-    """Return the number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Encoded(NamedTuple):

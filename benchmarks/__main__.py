@@ -10,6 +10,8 @@ also says how near our code comes to the limit of this machine. docs/performance
 
 from __future__ import annotations
 
+import dnnlib.before_torch
+
 import datetime
 import importlib
 import os

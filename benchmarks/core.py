@@ -63,15 +63,16 @@ class FormProcess:
     """A form in a process of its own, which lives until `close` and computes only when it is called.
 
     The process runs `python -m module ARGUMENTS` and answers through `Turns`. `facts` is its first answer, a
-    description of its work. Raises UserError if the process ends too early.
+    description of its work. `environment` is added to this process's. Raises UserError if the process ends too early.
     """
 
-    def __init__(self, module: str, arguments: dict[str, Any]):
+    def __init__(self, module: str, arguments: dict[str, Any], environment: dict[str, str] | None = None):
         self._name = f"{module} {json.dumps(arguments)}"
         self._errors = tempfile.TemporaryFile("w+")
         self._process = subprocess.Popen(
             [sys.executable, "-m", module, json.dumps(arguments)],
             text=True,
+            env=os.environ | (environment or {}),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
@@ -110,7 +111,7 @@ class FormProcess:
 
 @contextlib.contextmanager
 def processes(**forms: tuple) -> Iterator[dict[str, FormProcess]]:
-    """Start a FormProcess for each pair (module, arguments), by name, for `compare`. End them with the block."""
+    """Start a FormProcess from the arguments of each, by name, for `compare`. End them with the block."""
     with contextlib.ExitStack() as stack:
         yield {name: stack.enter_context(contextlib.closing(FormProcess(*form))) for name, form in forms.items()}
 

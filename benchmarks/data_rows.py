@@ -19,6 +19,7 @@ from archives.sources import Source, open_source
 from archives.writer import make_transform
 from benchmarks.archives import random_pixels, write_archive
 from benchmarks.core import Row, compare, processes
+from dnnlib.threads import usable_cores
 
 __all__ = ["rows"]
 
@@ -55,14 +56,14 @@ def building_rows(repeats: int) -> Iterator[Row]:
         def ours() -> None:
             build_archive(Source("random", RAW, images.__getitem__), dest, make_transform(None, None), workers=1)
 
-        t = compare(dict(all=lambda: build(os.cpu_count() or 1), one=lambda: build(1), ours=ours, plain=plain), repeats)
+        t = compare(dict(all=lambda: build(usable_cores()), one=lambda: build(1), ours=ours, plain=plain), repeats)
     yield Row("photographs to a 64x64 archive, all cores; plain: one core", t["all"], t["one"], images=PHOTOS)
     yield Row("raw 32x32 images to an archive; plain: Pillow and zipfile", t["ours"], t["plain"], images=RAW)
 
 
 def cifar_rows(repeats: int) -> Iterator[Row]:
     """Measure archives of CIFAR-10's size: writing from memory and from an archive, and reading in shuffled order."""
-    cores = os.cpu_count() or 1
+    cores = usable_cores()
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
         archive = write_archive(os.path.join(folder, "in.zip"), CIFAR, 3, 32, 10)
         sources = dict(memory=None, ZIP=archive)

@@ -8,6 +8,8 @@ The form 'ours' is the script itself, with its loop, data and process settings; 
 
 from __future__ import annotations
 
+import dnnlib.before_torch  # noqa: F401  (PyTorch reads once what it sets)
+
 import itertools
 import json
 import sys

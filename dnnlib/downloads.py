@@ -20,7 +20,7 @@ from urllib3.exceptions import HTTPError
 
 from dnnlib.util import UserError, open_file, sync_directory
 
-__all__ = ["is_url", "open_url", "read_bytes"]
+__all__ = ["cache_folder", "is_url", "make_private", "open_url", "read_bytes"]
 
 _MAX_FILE = 16 << 30  # bytes, of a download and of a file that is read whole
 _MAX_REDIRECTS = 10
@@ -66,7 +66,7 @@ def open_url(
         if verbose:
             print(f"Downloading {url}")
         try:
-            _make_private(path.parent)
+            make_private(path.parent)
             _download(url, path, allow_http, sha256)
         except _BROKEN as e:
             raise UserError(f"{url}: download failed ({e}); to go on without it, put the file at {path}") from e
@@ -88,14 +88,20 @@ def _checksum(url: str, sha256: str | None) -> tuple[str, str | None]:
 
 
 def _cache_path(url: str, cache_dir: str | os.PathLike[str] | None, sha256: str | None) -> Path:
-    base = cache_dir or os.environ.get("DNNLIB_CACHE_DIR") or Path.home() / ".cache" / "cleanscore"
+    base = Path(cache_dir) if cache_dir else cache_folder()
     if sha256 is not None:
-        return Path(base) / f"sha256-{sha256}"
+        return base / f"sha256-{sha256}"
     name = re.sub(r"[^A-Za-z0-9._-]+", "_", os.path.basename(urlsplit(url).path))[-80:] or "download"
-    return Path(base) / f"{hashlib.sha256(url.encode()).hexdigest()[:32]}_{name}"
+    return base / f"{hashlib.sha256(url.encode()).hexdigest()[:32]}_{name}"
 
 
-def _make_private(folder: Path) -> None:
+def cache_folder() -> Path:
+    """Return the folder for files that can be made or downloaded again: $DNNLIB_CACHE_DIR or ~/.cache/cleanscore."""
+    return Path(os.environ.get("DNNLIB_CACHE_DIR") or Path.home() / ".cache" / "cleanscore")
+
+
+def make_private(folder: Path) -> None:
+    """Make a folder that only this user can read. Raise OSError when everybody may write into it."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     if os.name == "posix" and folder.stat().st_mode & stat.S_IWOTH:
         raise _FinalError(

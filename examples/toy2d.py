@@ -9,6 +9,8 @@ With the defaults, 5% outliers in the data and seeds 0, 1, 2, DDGAN makes 3.45, 
 
 from __future__ import annotations
 
+import dnnlib.before_torch
+
 import json
 import os
 import time

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -11,6 +10,7 @@ import torch
 
 import dnnlib
 from archives.workers import ordered_map
+from dnnlib.threads import usable_cores
 from metrics.detectors import ClassifierDetector, Detector
 from metrics.images import ImageSource
 from metrics.reference import RunningStatistics
@@ -18,7 +18,7 @@ from torch_utils import distributed
 
 __all__ = ["Features", "compute_features", "compute_statistics", "feature_width"]
 
-WORKERS = min(4, os.cpu_count() or 1)  # threads that decode the next images while the detector runs
+WORKERS = min(4, usable_cores())  # threads that decode the next images while the detector runs
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from PIL import Image
 import dnnlib
 from archives.reader import EXTENSIONS, METADATA, ArchiveReader
 from archives.writer import ArchiveWriter, is_zip
+from dnnlib.threads import usable_cores
 from sampling.grid import save_grid
 from torch_utils import distributed
 
@@ -96,7 +97,7 @@ def _write(batches: Batches, archive: ArchiveWriter, subdirs: bool) -> list[list
             archive.add(name, png)
 
     entries, stored = [], None
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as encoders, ThreadPoolExecutor(1) as writer:
+    with ThreadPoolExecutor(min(8, usable_cores())) as encoders, ThreadPoolExecutor(1) as writer:
         for seeds, images, classes in batches:
             if stored is not None:
                 stored.result()  # So at most two batches are in memory: this one and the one before.
