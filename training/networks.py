@@ -306,7 +306,7 @@ class UNetBlock(torch.nn.Module):
 
 @persistent_class
 class UNet(torch.nn.Module):
-    """Base class of the U-Nets: encoder `enc`, decoder `dec` and label dropout.
+    """Base class of the U-Nets: encoder `enc` and decoder `dec`.
 
     Each level of the encoder has half the resolution of the level before. The name of a level is its resolution, such
     as '32x32'. Subclasses define two methods: `_embed(noise_labels, class_labels, augment_labels)` returns the
@@ -322,7 +322,7 @@ class UNet(torch.nn.Module):
         num_blocks: int,  # residual blocks per level; the decoder has one more
         attn_resolutions: Sequence[int],  # resolutions with self-attention
         attn_in_all_decoder_blocks: bool,  # False: only in the last block of a level
-        label_dropout: float,  # probability that training drops a class label
+        label_dropout: float,  # how often the training objective drops a class label; the network only records it
         stem: dict,  # further arguments of the first convolution
         block: dict,  # further arguments of all blocks
     ):
@@ -360,13 +360,6 @@ class UNet(torch.nn.Module):
     def _block(self, in_channels: int, out_channels: int, **kwargs) -> UNetBlock:
         # Subclasses override this method to build other blocks.
         return UNetBlock(in_channels, out_channels, **kwargs)
-
-    def _drop_labels(self, class_labels: torch.Tensor) -> torch.Tensor:
-        # Images without labels train the unconditional model that classifier-free guidance needs.
-        if not (self.training and self.label_dropout):
-            return class_labels
-        kept = torch.rand([len(class_labels), 1], device=class_labels.device) >= self.label_dropout
-        return class_labels * kept.to(class_labels.dtype)
 
     def _join_input(self, name: str, x: torch.Tensor, aux: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         # Subclasses with a second path `aux` of the input add it to x here, once per level, after the halving.
@@ -423,7 +416,7 @@ class SongUNet(UNet):
         num_blocks: int                 = 4,            # residual blocks per level
         attn_resolutions: Sequence[int] = (16,),        # resolutions with self-attention
         dropout: float                  = 0.10,         # dropout probability in the blocks
-        label_dropout: float            = 0,            # probability that training drops a class label
+        label_dropout: float            = 0,            # how often training drops a class label, for the record
         embedding_type: str             = "positional", # noise embedding: positional (DDPM++), fourier (NCSN++)
         channel_mult_noise: int         = 1,            # its width in multiples of model_channels: 1, 2 (NCSN++)
         encoder_type: str               = "standard",   # standard (DDPM++), residual (NCSN++), skip
@@ -499,7 +492,7 @@ class SongUNet(UNet):
         emb = self.map_noise(noise_labels)
         emb = emb.roll(emb.shape[1] // 2, dims=1)  # Published weights expect [sin, cos].
         if self.map_label is not None and class_labels is not None:
-            emb = emb + self.map_label(self._drop_labels(class_labels) * self.label_scale)
+            emb = emb + self.map_label(class_labels * self.label_scale)
         if self.map_augment is not None and augment_labels is not None:
             emb = emb + self.map_augment(augment_labels)
         return F.silu(self.map_layer1(F.silu(self.map_layer0(emb))))
@@ -536,7 +529,7 @@ class DhariwalUNet(UNet):
         num_blocks: int                 = 3,            # residual blocks per level
         attn_resolutions: Sequence[int] = (32, 16, 8),  # resolutions with self-attention
         dropout: float                  = 0.10,         # dropout probability in the blocks
-        label_dropout: float            = 0,            # probability that training drops a class label
+        label_dropout: float            = 0,            # how often training drops a class label, for the record
     ):  # fmt: skip
         gain = (1 / 3) ** 0.5
         init = dict(init_mode="kaiming_uniform", init_weight=gain, init_bias=gain)
@@ -571,7 +564,7 @@ class DhariwalUNet(UNet):
             emb = emb + self.map_augment(augment_labels)
         emb = self.map_layer1(F.silu(self.map_layer0(emb)))
         if self.map_label is not None and class_labels is not None:
-            emb = emb + self.map_label(self._drop_labels(class_labels))
+            emb = emb + self.map_label(class_labels)
         return F.silu(emb)
 
     def _output(self, name: str, x: torch.Tensor, total: torch.Tensor | None) -> torch.Tensor | None:

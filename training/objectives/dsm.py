@@ -1,6 +1,9 @@
 """Denoising score matching: the baseline, which takes every label at its word (docs/methods/edm.md, Objectives).
 
 E lambda(sigma) ||D(y + n; sigma, c) - y||^2,    n ~ N(0, sigma^2 I)      (Karras et al. 2022, Eq. 2)
+
+Label dropout replaces some labels c by none, a row of zeros. On these images D(.; none) learns the unconditional
+denoiser, which classifier-free guidance needs.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ from training.objective import Objective
 from training.presets import precond_class
 from training.trained_network import TrainedNetwork
 
-__all__ = ["DSM"]
+__all__ = ["DSM", "without"]
 
 
 class DSM(Objective):
@@ -25,6 +28,7 @@ class DSM(Objective):
         y, augment_labels = self.prepare(images, draws)
         sigma = draws["sigma"].reshape(-1, 1, 1, 1)
         x = y + sigma * draws["noise"]
+        labels = without(labels, draws.get("dropped"))
         denoised = self.trained["net"].forward(x, sigma, labels, augment_labels=augment_labels)
         return self.noise_levels.weight(sigma) * (denoised - y).square()
 
@@ -40,3 +44,17 @@ class DSM(Objective):
             **network.kwargs,
         )
         return {"net": self.trained_network(net)}
+
+    def draw(self, images: torch.Tensor, generator: torch.Generator) -> dict:
+        """Draw what every objective draws, and with label dropout which images lose their label, bool [n]."""
+        draws = super().draw(images, generator)
+        probability = self.config.network.kwargs.get("label_dropout", 0)
+        if probability and self.dataset.label_dim:
+            # The default generator, which every step seeds: runs of version 0.1 continue with the same labels dropped.
+            draws["dropped"] = torch.rand(len(images), device=self.device) < probability
+        return draws
+
+
+def without(labels: torch.Tensor, dropped: torch.Tensor | None) -> torch.Tensor:
+    """Return the labels [n,C] with zeros in the rows that `dropped` (bool [n]; None: no row) marks."""
+    return labels if dropped is None else labels * ~dropped[:, None]

@@ -4,6 +4,8 @@
 
     w_c = P(clean = c | x_t, observed = o)  is proportional to  T[c, o] P(clean = c | x_t)
 
+An image that loses its label (label dropout) has the loss of plain denoising, || D(x_t; none) - y ||^2.
+
 y: image; x_t = y + n: the image at noise level sigma; o: its observed label; D(x_t; c): the denoiser asked for class c;
 T[c, o]: probability that an image of class c is labeled o; sg: no gradient. P(clean | x_t) comes from a classifier.
 """
@@ -21,7 +23,7 @@ from archives.label_noise import check_matrix, check_observed, impossible_label,
 from torch_utils import distributed
 from torch_utils.training_stats import Stats
 from training.config import RunConfig
-from training.objectives.dsm import DSM
+from training.objectives.dsm import DSM, without
 from training.objectives.pair_passes import pass_size, read_later, sum_over_pairs
 
 __all__ = ["TDSM", "clean_posterior", "cut_weights", "known_transition", "posterior_weights", "survivors"]
@@ -94,7 +96,7 @@ class TDSM(DSM):
         y, augment_labels = self.prepare(images, draws)
         sigma = draws["sigma"].reshape(-1, 1, 1, 1)
         x = y + sigma * draws["noise"]
-        denoised = self.combine(x, sigma, labels, augment_labels, stats)
+        denoised = self.combine(x, sigma, labels, augment_labels, stats, draws.get("dropped"))
         return self.noise_levels.weight(sigma) * (denoised - y).square()
 
     def combine(
@@ -104,10 +106,15 @@ class TDSM(DSM):
         labels: torch.Tensor,
         augment_labels: torch.Tensor | None,
         stats: Stats,
+        dropped: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Compute w_o D(x; o) + sum_c w_c sg[D(x; c)], [n,C,H,W]."""
+        """Compute w_o D(x; o) + sum_c w_c sg[D(x; c)], and D(x; none) where `dropped` (bool [n]) says so, [n,C,H,W]."""
         observed = labels.argmax(dim=1)
         w = self.weights(x, sigma, observed, augment_labels)
+        kept = None
+        if dropped is not None:
+            # The whole weight is on the one pass with gradients, which gets no label.
+            w, labels, kept = torch.where(dropped[:, None], labels, w), without(labels, dropped), ~dropped
         w_observed = w.gather(1, observed[:, None])
         w_others = w.scatter(1, observed[:, None], 0)
         pairs = (w_others > 0).sum(dim=1)
@@ -124,10 +131,10 @@ class TDSM(DSM):
 
             others = sum_over_pairs(denoise, w_others, count(), self.pass_size, self.fixed_size, like=denoised)
 
-        stats.add("TDSM/pairs_per_image", pairs)
-        stats.add("TDSM/observed_weight", w_observed)
-        stats.add("TDSM/cut_weight", 1 - w.sum(dim=1))
-        stats.add("TDSM/corrected", (w.argmax(dim=1) != observed).float())
+        stats.add("TDSM/pairs_per_image", pairs, kept)
+        stats.add("TDSM/observed_weight", w_observed[:, 0], kept)
+        stats.add("TDSM/cut_weight", 1 - w.sum(dim=1), kept)
+        stats.add("TDSM/corrected", (w.argmax(dim=1) != observed).float(), kept)
         return denoised + others
 
     @torch.no_grad()
