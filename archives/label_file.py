@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,8 @@ if TYPE_CHECKING:  # needs PyTorch, which dataset_tool.py avoids because it load
 __all__ = ["LabelFile", "class_noise_rates", "load_label_file", "save_label_file"]
 
 FIELDS = ("names", "labels", "is_clean", "score", "suggested", "noise_rate", "per_class_noise_rate")
+PER_IMAGE = ("suggested_score", "outlier_score", "is_outlier", "duplicate_of")
+OPTIONAL = ("transition", "noise_interval", *PER_IMAGE)
 EXPECTED = (
     "expected a label file of detect_noise.py, or arr_0 with flags (1: label believed right), or arr_0 with "
     "labels or images, arr_1 labels, arr_2 flags"
@@ -38,9 +41,15 @@ class LabelFile:
     is_clean: np.ndarray  # [N] bool, whether the label is believed right
     score: np.ndarray  # [N] float32, probability that the label is right
     suggested: np.ndarray  # [N] int64, the class that the image probably has
-    noise_rate: float  # share of labels believed wrong
+    noise_rate: float  # estimated share of wrong labels
     per_class_noise_rate: np.ndarray  # [C] float32, that share among the images observed as each class, or 0
-    transition: np.ndarray | None = None  # [C,C] float64, estimate of T[clean, observed], where one exists
+    # None where unknown:
+    transition: np.ndarray | None = None  # [C,C] float64, estimate of T[clean, observed]
+    noise_interval: tuple[float, float] | None = None  # lower and upper limit of the noise rate
+    suggested_score: np.ndarray | None = None  # [N] float32, probability that the suggested label is right
+    outlier_score: np.ndarray | None = None  # [N] float32, larger for images that are more foreign
+    is_outlier: np.ndarray | None = None  # [N] bool, whether the image is believed foreign
+    duplicate_of: np.ndarray | None = None  # [N] int64, the first image that it equals or nearly equals, or itself
 
 
 def class_noise_rates(labels: np.ndarray, is_clean: np.ndarray, num_classes: int) -> np.ndarray:
@@ -55,10 +64,9 @@ def class_noise_rates(labels: np.ndarray, is_clean: np.ndarray, num_classes: int
 
 
 def save_label_file(path: str | os.PathLike[str], file: LabelFile) -> None:
-    """Write a label file, complete or not at all. `transition` is left out where it is unknown. Nothing is pickled."""
-    arrays = {name: np.asarray(getattr(file, name)) for name in FIELDS}
-    if file.transition is not None:
-        arrays["transition"] = file.transition
+    """Write a label file, complete or not at all. Unknown fields are left out. Nothing is pickled."""
+    known = [name for name in (*FIELDS, *OPTIONAL) if getattr(file, name) is not None]
+    arrays = {name: np.asarray(getattr(file, name)) for name in known}
     with dnnlib.atomic_open(path) as f:
         np.savez(f, **arrays)
 
@@ -72,7 +80,7 @@ def load_label_file(path: str | os.PathLike[str], dataset: ImageDataset) -> Labe
     is the flag and the suggested label is the observed one; the noise rates are counted.
 
     UserError: the file is missing, has no known layout, holds pickled objects, another number of images or flags other
-    than 0 and 1, lacks names, or its labels are not those of the archive.
+    than 0 and 1, lacks names, or its labels are not those of the archive; or a field is outside its range.
     """
     if dataset.labels is None:
         raise dnnlib.UserError(
@@ -88,42 +96,80 @@ def _load_ours(path: str, arrays: dict[str, np.ndarray], dataset: ImageDataset) 
     missing = [name for name in FIELDS if name not in arrays]
     if missing:
         raise dnnlib.UserError(f"{path}: lacks {', '.join(missing)}; {EXPECTED}")
+    order = _match_names(path, arrays, ("labels", "is_clean", "score", "suggested", *PER_IMAGE), dataset)
+    labels = _check_labels(_classes(arrays["labels"], f"{path}: labels")[order], dataset, path)
+    suggested = _classes(arrays["suggested"], f"{path}: suggested")[order]
+    rates = _shares(path, arrays, "per_class_noise_rate")
+    if rates.shape != (dataset.label_dim,) or suggested.max() >= dataset.label_dim:
+        raise dnnlib.UserError(
+            f"{path}: per_class_noise_rate is {list(rates.shape)}, suggested labels go up to "
+            f"{suggested.max()}, but {dataset.path} has {dataset.label_dim} classes"
+        )
+    file = LabelFile(
+        dataset.file_names,
+        labels,
+        _flags(arrays["is_clean"], f"{path}: is_clean")[order],
+        _shares(path, arrays, "score")[order].astype(np.float32),
+        suggested,
+        float(_shares(path, arrays, "noise_rate").mean()),
+        rates.astype(np.float32),
+    )
+    if "transition" in arrays:
+        file.transition = check_matrix(arrays["transition"], dataset.label_dim, f"{path}: transition")
+    if "noise_interval" in arrays:
+        limits = arrays["noise_interval"]
+        if limits.shape != (2,) or limits.dtype.kind != "f" or not 0 <= limits[0] <= limits[1] <= 1:
+            raise dnnlib.UserError(f"{path}: noise_interval must be two numbers, 0 <= lower <= upper <= 1")
+        file.noise_interval = (float(limits[0]), float(limits[1]))
+    if "suggested_score" in arrays:
+        file.suggested_score = _shares(path, arrays, "suggested_score")[order].astype(np.float32)
+    if "outlier_score" in arrays:
+        values = arrays["outlier_score"]
+        if values.dtype.kind not in "iuf" or not np.isfinite(values).all():
+            raise dnnlib.UserError(f"{path}: outlier_score must be finite numbers")
+        file.outlier_score = values[order].astype(np.float32)
+    if "is_outlier" in arrays:
+        file.is_outlier = _flags(arrays["is_outlier"], f"{path}: is_outlier")[order]
+    if "duplicate_of" in arrays:
+        file.duplicate_of = _duplicates(path, arrays["duplicate_of"], order, dataset)
+    return file
+
+
+def _match_names(path: str, arrays: dict[str, np.ndarray], fields: Iterable[str], dataset: ImageDataset) -> np.ndarray:
+    """Return the rows [items] of the file that hold the items of the data set. Check the lengths of `fields`."""
     names = arrays["names"].reshape(-1).tolist()
-    for field in ("labels", "is_clean", "score", "suggested"):
-        if arrays[field].shape != (len(names),):
+    for field in fields:
+        if field in arrays and arrays[field].shape != (len(names),):
             raise dnnlib.UserError(f"{path}: {field} is {list(arrays[field].shape)}, but there are {len(names)} names")
-    for field in ("score", "noise_rate", "per_class_noise_rate"):
-        values = arrays[field]
-        if values.dtype.kind not in "biuf" or not ((values >= 0) & (values <= 1)).all():
-            raise dnnlib.UserError(f"{path}: {field} must be from 0 to 1")
     row = {name: i for i, name in enumerate(names)}
     absent = [name for name in dataset.file_names if name not in row]
     if absent:
         raise dnnlib.UserError(
             f"{path}: lacks {len(set(absent))} of the {dataset.num_raw} images of {dataset.path}, first '{absent[0]}'"
         )
-    order = np.array([row[name] for name in dataset.file_names])
-    labels = _check_labels(_classes(arrays["labels"], f"{path}: labels")[order], dataset, path)
-    suggested = _classes(arrays["suggested"], f"{path}: suggested")[order]
-    rates = arrays["per_class_noise_rate"]
-    if rates.shape != (dataset.label_dim,) or suggested.max() >= dataset.label_dim:
-        raise dnnlib.UserError(
-            f"{path}: per_class_noise_rate is {list(rates.shape)}, suggested labels go up to "
-            f"{suggested.max()}, but {dataset.path} has {dataset.label_dim} classes"
-        )
-    transition = arrays.get("transition")
-    if transition is not None:
-        transition = check_matrix(transition, dataset.label_dim, f"{path}: transition")
-    return LabelFile(
-        dataset.file_names,
-        labels,
-        _flags(arrays["is_clean"], f"{path}: is_clean")[order],
-        arrays["score"][order].astype(np.float32),
-        suggested,
-        float(arrays["noise_rate"].mean()),
-        rates.astype(np.float32),
-        transition,
-    )
+    return np.array([row[name] for name in dataset.file_names])
+
+
+def _shares(path: str, arrays: dict[str, np.ndarray], field: str) -> np.ndarray:
+    """Return an array of the file, checked to hold numbers from 0 to 1."""
+    values = arrays[field]
+    if values.dtype.kind not in "biuf" or not ((values >= 0) & (values <= 1)).all():
+        raise dnnlib.UserError(f"{path}: {field} must be from 0 to 1")
+    return values
+
+
+def _duplicates(path: str, values: np.ndarray, order: np.ndarray, dataset: ImageDataset) -> np.ndarray:
+    """Return for each item the first item of its group, int64 [items], from rows of the file, int [N].
+
+    The first image of a group may be absent from the data set. Mirrored copies have groups of their own.
+    """
+    n = len(values)
+    if values.dtype.kind not in "iu" or not ((values >= 0) & (values < n)).all() or (values[values] != values).any():
+        raise dnnlib.UserError(f"{path}: duplicate_of must name the first image of each group, by its row 0..{n - 1}")
+    groups = values[order[: dataset.num_raw]]
+    _, first, group = np.unique(groups, return_index=True, return_inverse=True)
+    copies = np.arange(len(order) // dataset.num_raw) * dataset.num_raw
+    return (first[group] + copies[:, None]).reshape(-1)
 
 
 def _load_published(path: str, arrays: dict[str, np.ndarray], dataset: ImageDataset) -> LabelFile:

@@ -54,9 +54,23 @@ def refused(path, dataset, *words):
     assert str(path) in error.value.message and all(word in error.value.message for word in words), error.value.message
 
 
-@pytest.mark.parametrize("transition", [np.array([[0.5, 0.5, 0], [0, 1, 0], [0.25, 0.25, 0.5]]), None])
-def test_round_trip(dataset, tmp_path, transition):
-    file = ours(dataset, transition=transition)
+FURTHER = dict(
+    noise_interval=(0.25, 0.5),
+    suggested_score=np.linspace(1, 0, 6, dtype=np.float32),
+    outlier_score=np.array([3, -1, 0, 700, 2, 5], np.float32),
+    is_outlier=np.array([0, 0, 0, 1, 0, 1], bool),
+    duplicate_of=np.array([0, 1, 0, 3, 1, 1]),
+)
+PER_IMAGE = ("names", "labels", "is_clean", "score", "suggested", "suggested_score", "outlier_score", "is_outlier")
+
+
+@pytest.mark.parametrize("changes", [
+    dict(transition=np.array([[0.5, 0.5, 0], [0, 1, 0], [0.25, 0.25, 0.5]])),
+    dict(transition=None),
+    FURTHER,
+])  # fmt: skip
+def test_round_trip(dataset, tmp_path, changes):
+    file = ours(dataset, **changes)
     save_label_file(tmp_path / "labels.npz", file)
     loaded = load_label_file(tmp_path / "labels.npz", dataset)
     assert_same(loaded, file)
@@ -66,11 +80,10 @@ def test_round_trip(dataset, tmp_path, transition):
 
 
 def test_ours_is_matched_by_name_in_any_order_and_to_subsets_and_mirrored_sets(archive, dataset, tmp_path):
-    file, order = ours(dataset), np.array([3, 1, 5, 0, 2, 4])
-    shuffled = ours(
-        dataset,
-        **{k: np.asarray(getattr(file, k))[order] for k in ("names", "labels", "is_clean", "score", "suggested")},
-    )
+    file, order = ours(dataset, **FURTHER), np.array([3, 1, 5, 0, 2, 4])
+    moved = {k: np.asarray(getattr(file, k))[order] for k in PER_IMAGE}
+    moved["duplicate_of"] = np.array([0, 1, 1, 3, 3, 1])  # groups 3 | 1, 5, 4 | 0, 2
+    shuffled = ours(dataset, **(FURTHER | moved))
     save_label_file(tmp_path / "labels.npz", shuffled)
     assert_same(load_label_file(tmp_path / "labels.npz", dataset), file)
     for other in (ImageDataset(archive, max_size=4, seed=1), ImageDataset(archive, xflip=True)):
@@ -79,6 +92,17 @@ def test_ours_is_matched_by_name_in_any_order_and_to_subsets_and_mirrored_sets(a
         assert loaded.names == other.file_names and len(loaded.labels) == len(other) != 6
         np.testing.assert_array_equal(loaded.score, file.score[items])
         np.testing.assert_array_equal(loaded.is_clean, file.is_clean[items])
+        np.testing.assert_array_equal(loaded.outlier_score, file.outlier_score[items])
+
+
+def test_groups_of_duplicates_follow_the_items(archive, dataset, tmp_path):
+    save_label_file(tmp_path / "labels.npz", ours(dataset, **FURTHER))
+    mirrored = ImageDataset(archive, xflip=True)
+    loaded = load_label_file(tmp_path / "labels.npz", mirrored).duplicate_of
+    np.testing.assert_array_equal(loaded, [0, 1, 0, 3, 1, 1, 6, 7, 6, 9, 7, 7])
+    subset = ImageDataset(archive, max_size=4, seed=2)
+    assert subset.file_names == [dataset.file_names[i] for i in (2, 3, 4, 5)]  # without images 0 and 1, the first ones
+    assert load_label_file(tmp_path / "labels.npz", subset).duplicate_of.tolist() == [0, 1, 2, 2]
 
 
 ONEHOT = np.eye(3, dtype=np.float32)[LABELS]
@@ -149,9 +173,18 @@ def test_published_mistakes_are_named(dataset, tmp_path, arrays, words):
     (dict(per_class_noise_rate=np.zeros(4)), ["per_class_noise_rate is [4]", "3 classes"]),
     (dict(transition=np.ones([3, 3])), ["transition", "row-stochastic"]),
     (dict(names=np.array(["a"] * 6, dtype=object)), ["Python objects"]),
+    (dict(noise_interval=np.array([0.5, 0.2])), ["noise_interval", "lower <= upper"]),
+    (dict(noise_interval=np.array([0.5])), ["noise_interval", "two numbers"]),
+    (dict(suggested_score=np.full(6, -0.1)), ["suggested_score must be from 0 to 1"]),
+    (dict(outlier_score=np.full(6, np.nan)), ["outlier_score", "finite"]),
+    (dict(outlier_score=np.zeros(7)), ["outlier_score is [7]", "6 names"]),
+    (dict(is_outlier=np.full(6, 2)), ["is_outlier holds 2"]),
+    (dict(duplicate_of=np.array([0, 1, 2, 3, 4, 6])), ["duplicate_of", "row 0..5"]),
+    (dict(duplicate_of=np.array([1, 2, 2, 3, 4, 5])), ["duplicate_of", "first image"]),
+    (dict(duplicate_of=np.zeros(6)), ["duplicate_of", "row 0..5"]),
 ])  # fmt: skip
 def test_mistakes_in_ours_are_named(dataset, tmp_path, changes, words):
-    fields = vars(ours(dataset)) | changes
+    fields = {k: v for k, v in vars(ours(dataset)).items() if v is not None} | changes
     refused(write(tmp_path, **fields), dataset, *words)
 
 
