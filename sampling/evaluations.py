@@ -8,13 +8,15 @@ import torch
 
 from sampling.guidance import Denoiser, at_step
 from sampling.schedules import Function
+from torch_utils import misc
+from torch_utils.precision import widest
 
 __all__ = ["EvaluationMeter", "Stopwatch", "evaluations", "on_host", "precise"]
 
 
 def precise(latents: torch.Tensor) -> torch.Tensor:
     """Return the latents in the samplers' dtype: float64, or float32 on MPS, which has no float64."""
-    return latents.to(torch.float32 if latents.device.type == "mps" else torch.float64)
+    return latents.to(widest(latents.device))
 
 
 def on_host(*values: torch.Tensor) -> list[list[float]]:
@@ -31,9 +33,7 @@ def evaluations(
     by `order` and sigma_i. The functions take and return tensors of the device and dtype of `x`, whatever dtype `net`
     computes in.
     """
-    # A copy from memory that the system may move would wait for all that the GPU still has to do.
-    levels = sigmas.to(x.dtype)
-    levels = (levels.pin_memory() if x.is_cuda else levels).to(x.device, non_blocking=True)
+    levels = misc.to_device(sigmas.to(x.dtype), x.device)
 
     def evaluation(denoiser: Denoiser, sigma: torch.Tensor) -> Function:
         return lambda x: denoiser(x, sigma, class_labels).to(x.dtype)

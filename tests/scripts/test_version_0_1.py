@@ -29,6 +29,9 @@ SCRIPTS = {
     f"{module.__name__}.py": module
     for module in (train, train_classifier, train_noise, train_discriminator, train_rduot)
 }
+# Version 0.1 computed ln (T^T p) as a sum of exponentials in float32. Now it is a product in float64, which changes the
+# last bit of some weights.
+ROUNDED = ("classifier", "learned")
 METHODS = ["dsm", "classifier", "learned", "tdsm", "discriminator", "rduot", "ddgan"]
 
 
@@ -109,4 +112,4 @@ def test_runs_resume_as_before(old, name, tmp_path, monkeypatch):
     assert state["nimg"] == 80
     for part, trained in state["objective"].items():
         weights = torch.cat([value.flatten().float() for value in trained["ema"].values()])
-        compare(weights.numpy(), expected[f"{name}.{part}"], exact, 1e-3)
+        compare(weights.numpy(), expected[f"{name}.{part}"], exact and name not in ROUNDED, 1e-6 if exact else 1e-3)

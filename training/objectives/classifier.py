@@ -17,7 +17,8 @@ import torch
 import dnnlib
 from archives.dataset import ImageDataset, to_float
 from archives.label_noise import check_observed
-from torch_utils import misc
+from torch_utils import distributed, misc
+from torch_utils.precision import widest
 from torch_utils.training_stats import Stats
 from training.augment import draw_shifts, shift_images
 from training.config import RunConfig
@@ -28,7 +29,6 @@ from training.trained_network import TrainedNetwork
 __all__ = ["ClassifierObjective", "LearnedTransition", "check_classifier"]
 
 VOLUME_WEIGHT = 1e-4  # lambda
-LOG_ZERO = -1e4  # stands for ln 0: its exponential is 0, and it is finite
 VALIDATION_DRAWS = 4096  # a validation value is the mean over at least so many noisy images
 # Learning rate of the learned T: share of the run -> factor; then T stays fixed (published: 1.5, 3, 7.5 of 10 Mimg).
 TRANSITION_SCHEDULE = ((0.15, 1.0), (0.30, 0.1), (0.75, 0.01))
@@ -57,9 +57,11 @@ class ClassifierObjective(Objective):
         """Return ln P(o | x_t) [n,C] for the classifier's ln p: ln (T^T p), or ln p without T."""
         if transition is None:
             return log_p
-        # A label that no class turns into must not make the other labels' gradients NaN.
-        log_transition = transition.log().clamp_min(LOG_ZERO)
-        return torch.logsumexp(log_p[:, :, None] + log_transition[None], dim=1)
+        # In float64 probabilities down to 1e-308 are exact, and no autocast rounds the product. A label that no class
+        # turns into has probability 0; its finite logarithm keeps the other labels' gradients finite.
+        dtype = widest(log_p.device)
+        q = log_p.to(dtype).exp() @ transition.to(dtype)
+        return q.clamp_min(torch.finfo(dtype).tiny).log().to(log_p.dtype)
 
     def loss(self, images: torch.Tensor, labels: torch.Tensor, draws: dict, stats: Stats) -> torch.Tensor:
         """Compute -ln (T^T p)_o, [n]; with a learned T plus its volume penalty."""
@@ -130,13 +132,15 @@ class ClassifierObjective(Objective):
         generator = misc.step_generator(self.config.seed, 0, 0, self.device, stream=4)
         transition = self.trained["transition"].net() if self.learn else self.fixed
         indices = self.val_indices.repeat(-(-VALIDATION_DRAWS // n))
+        size = self.config.batch_gpu or self.config.batch_size // distributed.get_world_size()
         total = torch.zeros([], dtype=torch.float64, device=self.device)
         for part in indices.split(max(self.config.batch_size, 256)):
             y = to_float(self.dataset.images(part).to(self.device))
             labels = self.dataset.onehot(part).to(self.device)
             sigma = self.noise_levels.sample(len(part), generator, self.device)
             x = y + sigma.reshape(-1, 1, 1, 1) * torch.randn(y.shape, generator=generator, device=self.device)
-            logits = self.trained["net"].ema(x, sigma)
+            # The network sees as many images at a time as in training, whose memory is known to suffice.
+            logits = torch.cat([*map(self.trained["net"].ema, x.split(size), sigma.split(size))])
             total -= (self.noisy_log_probs(torch.log_softmax(logits, dim=1), transition) * labels).sum()
         return float(total) / len(indices)
 

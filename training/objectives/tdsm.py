@@ -21,6 +21,7 @@ import dnnlib
 from archives.dataset import ImageDataset
 from archives.label_noise import check_matrix, check_observed, impossible_label, inverse_transition
 from torch_utils import distributed
+from torch_utils.precision import widest
 from torch_utils.training_stats import Stats
 from training.config import RunConfig
 from training.objectives.dsm import DSM, without
@@ -77,8 +78,7 @@ def clean_posterior(
     """
     if inverse is None:
         inverse = inverse_transition(torch.as_tensor(T).detach().cpu().numpy())
-    dtype = torch.float32 if noisy_log_probs.device.type == "mps" else torch.float64  # MPS has no float64
-    q = noisy_log_probs.to(dtype).exp()
+    q = noisy_log_probs.to(widest(noisy_log_probs.device)).exp()
     p = (q @ torch.as_tensor(inverse).to(q)).clamp(min=0)
     return (p / p.sum(dim=1, keepdim=True)).to(noisy_log_probs.dtype)
 
@@ -175,8 +175,7 @@ class TDSM(DSM):
         # Only a classifier of noisy labels needs the inverse of T; a T without one is refused before the first step.
         self.inverse = None
         if posterior == "noisy":
-            dtype = torch.float32 if device.type == "mps" else torch.float64
-            self.inverse = torch.as_tensor(inverse_transition(transition), dtype=dtype, device=device)
+            self.inverse = torch.as_tensor(inverse_transition(transition), dtype=widest(device), device=device)
 
         self.classifier = classifier.to(device)
         if config.compile:

@@ -1,0 +1,33 @@
+"""The precision of arithmetic: TF32, which CUDA may use for float32, and the widest type of a device."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+__all__ = ["tf32", "widest"]
+
+
+@contextlib.contextmanager
+def tf32(allowed: bool) -> Iterator[None]:
+    """Let CUDA round the factors of float32 products and convolutions to TF32's ten-bit fractions inside, or forbid it.
+
+    PyTorch forbids it in matrix products and allows it in convolutions unless told otherwise. The setting holds for the
+    whole process, also for threads. Functions and methods take this as a decorator, too.
+    """
+    backends = (torch.backends.cudnn, torch.backends.cuda.matmul)
+    before = [backend.allow_tf32 for backend in backends]
+    try:
+        for backend in backends:
+            backend.allow_tf32 = allowed
+        yield
+    finally:
+        for backend, value in zip(backends, before, strict=True):
+            backend.allow_tf32 = value
+
+
+def widest(device: torch.device) -> torch.dtype:
+    """Return float64, or float32 on MPS, which has nothing wider."""
+    return torch.float32 if device.type == "mps" else torch.float64
