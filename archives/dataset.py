@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -218,6 +218,10 @@ class BatchStream:
 
     The attribute `items` [b] holds the items of the latest batch: on the device if the images are kept there (then only
     the order of each epoch travels to it), else on the CPU.
+
+    `choose_companions(items, nimg)` says which other item a loss will read beside each item of the batch that begins at
+    image number nimg, int64 [b], -1: none. The threads that decode the batch decode them too, and the attribute
+    `companions` uint8 [b, C, H, W] holds them, zeros for none. It is None where the images are kept on the device.
     """
 
     def __init__(
@@ -232,17 +236,21 @@ class BatchStream:
         workers: int = 1,
         memory_limit: int = MEMORY_LIMIT,
         indices: Sequence[int] | np.ndarray | torch.Tensor | None = None,
+        choose_companions: Callable[[torch.Tensor, int], torch.Tensor] | None = None,
     ) -> None:
         self._items = np.arange(len(dataset)) if indices is None else np.asarray(indices, dtype=np.int64)
         if not len(self._items):
             raise dnnlib.UserError(f"{dataset.path}: no images are left to train on")
         self._dataset, self._batch, self._device = dataset, batch_per_rank, torch.device(device)
         self._stride, self._seed = batch_per_rank * world_size, seed
-        self._position = start_nimg + rank * batch_per_rank
+        self._before = rank * batch_per_rank  # images of other ranks that come first in a global batch
+        self._position = start_nimg + self._before
+        self._choose_companions = choose_companions
         self._orders: dict[int, torch.Tensor] = {}
         self._pool: ThreadPoolExecutor | None = None
-        self._pending: deque[tuple[torch.Tensor, Future[tuple[torch.Tensor, torch.Tensor]]]] = deque()
+        self._pending: deque[tuple[torch.Tensor, Future[list[torch.Tensor]]]] = deque()
         self.items = torch.empty(0, dtype=torch.int64)
+        self.companions: torch.Tensor | None = None
         self._on_device = dataset.cache and dataset.hold(self._device, workers, memory_limit)
         if self._on_device:
             source = dataset._vectors if dataset._vectors is not None else dataset.labels
@@ -259,11 +267,12 @@ class BatchStream:
             self.items = self._next_indices()
             return self._dataset.images_on(self._device, self.items), self._take_labels(self.items)
         while len(self._pending) < self._depth:
-            items = self._next_indices()
-            self._pending.append((items, self._pool.submit(self._fetch, items)))
+            nimg, items = self._position - self._before, self._next_indices()
+            self._pending.append((items, self._pool.submit(self._fetch, items, nimg)))
         self.items, pending = self._pending.popleft()
-        images, labels = pending.result()
-        return images.to(self._device, non_blocking=True), labels.to(self._device, non_blocking=True)
+        images, labels, *rest = (x.to(self._device, non_blocking=True) for x in pending.result())
+        self.companions = rest[0] if rest else None
+        return images, labels
 
     def close(self) -> None:
         """Stop reading ahead."""
@@ -288,11 +297,14 @@ class BatchStream:
         labels = self._labels[indices]
         return labels if labels.ndim == 2 else _onehot(labels, self._dataset.label_dim)
 
-    def _fetch(self, indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        batch = self._dataset.images(indices), self._dataset.onehot(indices)
-        if self._device.type == "cuda":  # from pinned memory, the copy overlaps with the previous step
-            return batch[0].pin_memory(), batch[1].pin_memory()
-        return batch
+    def _fetch(self, indices: torch.Tensor, nimg: int) -> list[torch.Tensor]:
+        batch = [self._dataset.images(indices), self._dataset.onehot(indices)]
+        if self._choose_companions is not None:
+            chosen = self._choose_companions(indices, nimg)
+            batch.append(torch.zeros_like(batch[0]))
+            batch[2][chosen >= 0] = self._dataset.images(chosen[chosen >= 0])
+        # From pinned memory, the copy overlaps with the previous step.
+        return [x.pin_memory() for x in batch] if self._device.type == "cuda" else batch
 
 
 def _take(pixels: torch.Tensor, indices: torch.Tensor, copies: int) -> torch.Tensor:

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from metrics.prdc import as_features, block_rows
+from metrics.prdc import as_features
+from torch_utils.misc import block_rows
 
 __all__ = ["kid_from_features"]
 

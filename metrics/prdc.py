@@ -16,7 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 
-__all__ = ["as_features", "block_rows", "prdc"]
+from torch_utils.misc import block_rows
+
+__all__ = ["as_features", "prdc"]
 
 PAIR_CHUNK = 4096  # pairs compared at a time
 SPARE = 2  # candidates beyond the k-th neighbor, so that few rows need a second search
@@ -27,14 +29,6 @@ def as_features(x: Any) -> torch.Tensor:
     if not torch.is_tensor(x):
         x = torch.from_numpy(np.require(x, requirements=["C", "W"]))
     return x.cpu() if x.device.type == "mps" else x
-
-
-def block_rows(width: int, device: torch.device) -> int:
-    """Return the number of rows in a float64 block with `width` columns.
-
-    A block has 8 MiB on a CPU, where it fits into the cache, and 512 MiB on a GPU.
-    """
-    return max((2**26 if device.type == "cuda" else 2**20) // max(width, 1), 1)
 
 
 class _Points:

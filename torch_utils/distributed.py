@@ -29,6 +29,7 @@ __all__ = [
     "all_reduce_max",
     "all_reduce_sum",
     "barrier",
+    "broadcast",
     "broadcast_object",
     "get_rank",
     "get_world_size",
@@ -37,8 +38,10 @@ __all__ = [
     "on_rank0",
     "print0",
     "progress_bar",
+    "share",
     "shared",
     "shutdown",
+    "to_rank0",
     "together",
 ]
 
@@ -153,6 +156,30 @@ def broadcast_object(obj: Any) -> Any:
     box = [obj]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def share(count: int, rank: int | None = None) -> range:
+    """Return which of `count` things are the share of process `rank` (None: this one): a part of 0 .. count - 1.
+
+    The shares of all processes follow each other, and their lengths differ by at most 1.
+    """
+    rank, processes = get_rank() if rank is None else rank, get_world_size()
+    return range(count * rank // processes, count * (rank + 1) // processes)
+
+
+def broadcast(tensor: torch.Tensor, source: int) -> torch.Tensor:
+    """Fill `tensor` with that of process `source` on every process, and return it."""
+    if get_world_size() > 1:
+        dist.broadcast(tensor, source)
+    return tensor
+
+
+def to_rank0(tensor: torch.Tensor, source: int) -> None:
+    """Fill the CPU tensor of rank 0 with that of process `source`. Only these two take part."""
+    if source and get_rank() == 0:
+        dist.recv(tensor, source)
+    elif source and get_rank() == source:
+        dist.send(tensor, 0)
 
 
 def all_gather_object(obj: Any) -> list[Any]:

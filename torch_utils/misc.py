@@ -1,4 +1,4 @@
-"""Seeds of training steps, the size of networks, and what the process does with freed memory."""
+"""Seeds of training steps, sizes of networks and of blocks, and what the process does with freed memory."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import platform
 
 import torch
 
-__all__ = ["count_parameters", "keep_freed_memory", "step_generator", "step_seed"]
+__all__ = ["block_rows", "count_parameters", "keep_freed_memory", "step_generator", "step_seed", "to_device"]
 
 _MASK = (1 << 64) - 1
 
@@ -34,9 +34,27 @@ def step_generator(seed: int, rank: int, nimg: int, device: torch.device | str, 
     return torch.Generator(device).manual_seed(step_seed(seed, rank, nimg, stream))
 
 
+def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return a tensor of the CPU on `device`, without waiting for the work that the device still has to do.
+
+    A copy from memory that the system may move would wait, so the tensor goes through pinned memory first.
+    """
+    if device.type == "cuda" and x.device.type == "cpu":
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)
+
+
 def count_parameters(module: torch.nn.Module) -> int:
     """Return the number of parameters. A shared parameter counts once."""
     return sum(p.numel() for p in module.parameters())
+
+
+def block_rows(width: int, device: torch.device) -> int:
+    """Return the number of rows to compute at a time in a table with `width` columns.
+
+    Such a block has 2^20 elements on a CPU, where it fits into the cache, and 2^26 on a GPU.
+    """
+    return max((2**26 if device.type == "cuda" else 2**20) // max(width, 1), 1)
 
 
 def keep_freed_memory() -> None:

@@ -33,6 +33,7 @@ class Objective:
 
     method: str = ""  # name in the configuration and in the snapshot's info
     snapshot_on_best = False  # write a snapshot only when the validation value improves
+    companions: Callable[[torch.Tensor, int], torch.Tensor] | None = None  # other images to read with each batch
 
     def __init__(self, config: RunConfig, dataset: ImageDataset, device: torch.device):
         self.config, self.dataset, self.device = config, dataset, device
@@ -128,6 +129,11 @@ class Objective:
             draws["augment"] = self.augment.draw(n, generator, self.device)
         return draws
 
+    def draw_step(self, images: torch.Tensor, nimg: int) -> dict:
+        """Draw the random numbers of this rank's step after `nimg` images. Of `images`, only the shape matters."""
+        seed = (self.config.seed, distributed.get_rank(), nimg)
+        return self.draw(images, misc.step_generator(*seed, self.device, stream=3))
+
     def prepare(self, images: torch.Tensor, draws: dict) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return uint8 images [n,C,H,W] as floats in [-1,1], augmented, and their augment labels or None."""
         images = to_float(images)
@@ -146,17 +152,21 @@ class Objective:
         nimg: int,
         stats: Stats,
         items: torch.Tensor | None = None,
+        companions: torch.Tensor | None = None,
     ) -> None:
         """Take one optimizer step per phase on this rank's batch: uint8 [b,C,H,W], float labels [b,label_dim].
 
         `nimg`: images seen before this step. `items` int64 [b]: which images of the data set these are, for methods
-        that know something about each image.
+        that know something about each image. `companions` uint8 [b,C,H,W]: the images that the attribute `companions`
+        asked `BatchStream` for, if it has read them.
         """
         seed = (self.config.seed, distributed.get_rank(), nimg)
         torch.manual_seed(misc.step_seed(*seed, stream=2))  # for dropout
-        draws = self.draw(images, misc.step_generator(*seed, self.device, stream=3))
+        draws = self.draw_step(images, nimg)
         if items is not None:
             draws["items"] = items.to(self.device, non_blocking=True)
+        if companions is not None:
+            draws["companions"] = companions
         n = len(images)
         size = self.config.batch_gpu or n
         bad = torch.zeros_like(self.bad_steps)

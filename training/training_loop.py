@@ -74,13 +74,14 @@ def training_loop(
                 device,
                 config.workers,
                 indices=objective.train_indices,
+                choose_companions=objective.companions,
             )
         ) as stream,
         distributed.progress_bar(total=total, initial=nimg, unit="img", desc=objective.method) as bar,
     ):
         while nimg < total:
             images, labels = next(stream)
-            objective.step(images, labels, nimg, stats, stream.items)
+            objective.step(images, labels, nimg, stats, stream.items, stream.companions)
             first, previous, nimg = nimg == 0, nimg, nimg + batch
             bar.update(batch)
             stopping = stop.agreed()

@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -115,6 +116,17 @@ def test_resume_is_bit_exact(world, trained, tmp_path):
     shorter = [a if not a.startswith("--duration") else "--duration=0.000192" for a in args]
     succeed(train_discriminator, *shorter)
     assert "Resuming at 0.2 kimg" in succeed(train_discriminator, *args, "--resume=latest")
+    assert_same(final_weights(tmp_path / trained.name)["objective"], final_weights(trained)["objective"])
+
+
+def test_partners_are_decoded_ahead_and_change_no_number(world, trained, tmp_path, monkeypatch):
+    """Without room for the decoded images, the threads that read batches ahead read the partners too."""
+    decode, readers = ImageDataset._decode, []
+    monkeypatch.setattr(
+        ImageDataset, "_decode", lambda *args: (readers.append(threading.current_thread()), decode(*args))[1]
+    )
+    succeed(train_discriminator, *train_args(world, tmp_path, cls=world / "cls.pkl"), "--cache=0", "--workers=2")
+    assert len(readers) > 480 and threading.main_thread() not in readers
     assert_same(final_weights(tmp_path / trained.name)["objective"], final_weights(trained)["objective"])
 
 

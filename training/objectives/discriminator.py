@@ -86,6 +86,19 @@ class DiscriminatorObjective(Objective):
         onehot = torch.nn.functional.one_hot(label, rows.shape[1]).to(torch.float32)
         return onehot, (clean & ~flipped).to(torch.float32)
 
+    def partners_of(self, items: torch.Tensor, choice: torch.Tensor) -> torch.Tensor:
+        """Return the item that each of `items` [n] would be mixed up with, int64 [n], by the drawn `choice` [n]."""
+        return choice if self.partners is None else self.partners[items, choice]
+
+    def companions(self, items: torch.Tensor, nimg: int) -> torch.Tensor:
+        """Return the partners of a batch, -1 for images that are not mixed, int64 [n] on the CPU.
+
+        It repeats the draws of the step after `nimg` images, so that `BatchStream` can read the partners ahead.
+        """
+        draws = self.draw_step(torch.empty([len(items), *self.dataset.image_shape], device="meta"), nimg)
+        partners = self.partners_of(items.to(self.device), draws["partner"]).cpu()
+        return torch.where(draws["mixed"], partners, -1)
+
     def loss(self, images: torch.Tensor, labels: torch.Tensor, draws: dict, stats: Stats) -> torch.Tensor:
         """Compute the cross-entropy of each pair, [n]; labels follow from `draws["items"]`, the images' numbers."""
         items = draws["items"]
@@ -93,10 +106,11 @@ class DiscriminatorObjective(Objective):
         labels, targets = self.pairs(items, draws["shuffle"])
         rows = draws["mixed"].nonzero()[:, 0].to(self.device, non_blocking=True)
         if len(rows):
-            choice = draws["partner"][rows]
-            partner = choice if self.partners is None else self.partners[items[rows], choice]
+            partner = self.partners_of(items, draws["partner"])[rows]
             other_labels, other_targets = self.pairs(partner, draws["partner_shuffle"][rows])
-            other_images = self.dataset.images_on(self.device, partner).to(torch.float32)
+            read_ahead = draws.get("companions")
+            other_images = self.dataset.images_on(self.device, partner) if read_ahead is None else read_ahead[rows]
+            other_images = other_images.to(torch.float32)
             share = draws["mixing"][rows]
             images[rows] = images[rows].lerp(other_images, 1 - share.reshape(-1, 1, 1, 1))
             labels[rows] = labels[rows].lerp(other_labels, 1 - share[:, None])

@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from sklearn.neighbors import NearestNeighbors
-from tqdm import tqdm
 
 import dnnlib
 from archives.dataset import ImageDataset, to_float
+from archives.workers import ordered_map
+from torch_utils import distributed, misc
 from training.noise_levels import LOWEST_SIGMA
 
 __all__ = ["EMBEDDINGS", "nearest_partners"]
@@ -18,35 +18,76 @@ __all__ = ["EMBEDDINGS", "nearest_partners"]
 EMBEDDINGS = ("classifier", "clip", "pixels")
 CLIP = ("ViT-B-32", "laion2b_s34b_b79k")  # architecture and weights, by open_clip's names
 BATCH = 256
+KEYS = 4096  # rows that all processes compare theirs with at a time
+SPARE = 3  # candidates beyond the k nearest: the row itself, and those that rounding may have kept out
 
 
 def nearest_partners(
     dataset: ImageDataset, embed: str, classifier: torch.nn.Module | None, device: torch.device, k: int = 2
 ) -> np.ndarray:
-    """Return the `k` nearest neighbors of each item among the data set's images, int64 [N,k].
+    """Return the `k` nearest neighbors of each item among the data set's images, nearest first, int64 [N,k].
 
     A mirrored copy gets mirrored neighbors. `embed`: 'classifier' (penultimate features of `classifier` at the lowest
-    sigma), 'clip' or 'pixels'. UserError: fewer than k + 1 images, or a package that is not installed.
+    sigma), 'clip' or 'pixels'. Collective: every process computes a share, and all get the whole. UserError: fewer than
+    k + 1 images, or a package that is not installed.
     """
     if dataset.num_raw <= k:
         raise dnnlib.UserError(f"{dataset.path} has {dataset.num_raw} images; similar ones need at least {k + 1}")
-    function = {
-        "classifier": lambda: _classifier_embedding(classifier),
-        "clip": lambda: _clip_embedding(device),
-        "pixels": lambda: _pixel_embedding,
-    }[embed]()
-    parts = []
-    with torch.no_grad():
-        for part in tqdm(torch.arange(dataset.num_raw).split(BATCH), desc="SiMix embedding", leave=False, disable=None):
-            images = to_float(dataset.images_on(device, part))
-            parts.append(function(images).to(torch.float32).cpu())
-    features = torch.cat(parts).numpy()
-    # One more than needed: the nearest neighbor is the image itself, or a copy of it.
-    found = NearestNeighbors(n_neighbors=k + 1, algorithm="brute").fit(features).kneighbors(return_distance=False)
-    own = found == np.arange(len(found))[:, None]
-    own[~own.any(axis=1), -1] = True  # many copies can hide the image itself: drop the farthest
-    raw = found[~own].reshape(-1, k).astype(np.int64)
+
+    @torch.no_grad()
+    def embed_share() -> torch.Tensor:
+        function = {
+            "classifier": lambda: _classifier_embedding(classifier),
+            "clip": lambda: _clip_embedding(device),
+            "pixels": lambda: _pixel_embedding,
+        }[embed]()
+        mine, features = torch.tensor(distributed.share(dataset.num_raw), dtype=torch.int64), []
+        with distributed.progress_bar(total=len(mine), desc="SiMix embedding", unit="img") as bar:
+            for images in ordered_map(lambda part: dataset.images_on(device, part), mine.split(BATCH), workers=2):
+                features.append(function(to_float(images)).to(torch.float32))
+                bar.update(len(images))
+        return torch.cat(features)
+
+    found = nearest_rows(distributed.together(embed_share), dataset.num_raw, k).cpu().numpy()
+    raw = np.concatenate(distributed.all_gather_object(found))
     return np.concatenate([raw + copy * dataset.num_raw for copy in range(len(dataset) // dataset.num_raw)])
+
+
+def nearest_rows(own: torch.Tensor, count: int, k: int) -> torch.Tensor:
+    """Return the numbers of the `k` rows nearest to each row of `own`, itself left out, int64 [n,k], nearest first.
+
+    `own` float32 [n,d] is this process's share of a table with `count` > k rows. Collective: the table travels from
+    process to process in blocks, so none holds more than its share and a block, and no [count,count] table exists.
+
+    Blocks of |x|^2 + |y|^2 - 2 x.y choose candidates, a few more than needed because this form rounds. Their order
+    comes from |x - y|, which hardly rounds.
+    """
+    d, mine = own.shape[1], distributed.share(count)
+    center = distributed.all_reduce_sum(own.sum(dim=0)) / count  # small numbers round less
+    numbers = torch.arange(mine.start, mine.stop, device=own.device)
+    rows = misc.block_rows(KEYS, own.device)
+    nearest = torch.full([len(own), k], torch.inf, device=own.device)
+    found = torch.zeros([len(own), k], dtype=torch.int64, device=own.device)
+    for owner in range(distributed.get_world_size()):
+        theirs = distributed.share(count, owner)
+        for first in theirs[::KEYS]:
+            n = min(KEYS, theirs.stop - first)
+            held = own[first - mine.start :][:n] if theirs == mine else own.new_empty([n, d])
+            keys = distributed.broadcast(held.contiguous(), owner)
+            centered = keys - center
+            norms = centered.square().sum(dim=1)
+            for start in range(0, len(own), rows):
+                part = slice(start, start + rows)
+                x = own[part]
+                block = torch.addmm(norms, x - center, centered.T, alpha=-2)  # without |x|^2, the same in a row
+                picked = block.topk(min(k + SPARE, n), dim=1, largest=False).indices.sort(dim=1).values
+                exact = [torch.linalg.vector_norm(x - keys[column], dim=1) for column in picked.T]
+                distance = torch.stack(exact, dim=1).masked_fill_(picked + first == numbers[part, None], torch.inf)
+                # The sort is stable: equally near rows come in the order of their numbers.
+                distance, order = torch.cat([nearest[part], distance], dim=1).sort(dim=1, stable=True)
+                nearest[part] = distance[:, :k]
+                found[part] = torch.cat([found[part], picked + first], dim=1).gather(1, order[:, :k])
+    return found
 
 
 def _classifier_embedding(classifier: torch.nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
