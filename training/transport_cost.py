@@ -77,7 +77,7 @@ class TransportCost:
 
     def _embed(self, x: torch.Tensor) -> torch.Tensor:
         if self.net is not None:
-            return self.net.features(x, torch.tensor(LOWEST_SIGMA))
+            return self.net.features(x, torch.full([], LOWEST_SIGMA, device=x.device))
         return x.flatten(1) if self.axes is None else x.flatten(1) @ self.axes
 
     def __call__(self, x_0: torch.Tensor, x_next: torch.Tensor, t: torch.Tensor) -> torch.Tensor:

@@ -16,6 +16,7 @@ import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from archives.dataset import ImageDataset
+from torch_utils import misc
 from torch_utils.training_stats import Stats
 from training.augment import draw_shifts, shift_images
 from training.config import RunConfig
@@ -104,7 +105,7 @@ class DiscriminatorObjective(Objective):
         items = draws["items"]
         images = images.to(torch.float32)
         labels, targets = self.pairs(items, draws["shuffle"])
-        rows = draws["mixed"].nonzero()[:, 0].to(self.device, non_blocking=True)
+        rows = misc.to_device(draws["mixed"].nonzero()[:, 0], self.device)
         if len(rows):
             partner = self.partners_of(items, draws["partner"])[rows]
             other_labels, other_targets = self.pairs(partner, draws["partner_shuffle"][rows])
@@ -121,7 +122,7 @@ class DiscriminatorObjective(Objective):
         x = y + sigma.reshape(-1, 1, 1, 1) * draws["noise"]
         logits = self.trained["net"].forward(x, sigma, labels, augment_labels=augment_labels)
 
-        plain = ~draws["mixed"].to(self.device, non_blocking=True)
+        plain = ~misc.to_device(draws["mixed"], self.device)
         correct = ((logits > 0) == (targets > 0.5)).float()
         stats.add("Discriminator/correction_rate", correct, plain)
         for low, high in zip(SIGMA_BANDS, SIGMA_BANDS[1:], strict=False):
@@ -173,7 +174,7 @@ class DiscriminatorObjective(Objective):
             shuffle=torch.rand([n, 2], **where),
             partner_shuffle=torch.rand([n, 2], **where),
             partner=torch.randint(choices, [n], **where),
-            mixing=torch.from_numpy(mixing).to(self.device),
+            mixing=misc.to_device(torch.from_numpy(mixing), self.device),
             mixed=torch.arange(n) >= n // 2,  # on the CPU, where reading it waits for nothing
         )
         shift = draw_shifts(n, self.config.discriminator.shift, images.shape[-1], **where)
