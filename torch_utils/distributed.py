@@ -10,6 +10,7 @@ import atexit
 import contextlib
 import os
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -38,6 +39,7 @@ __all__ = [
     "on_rank0",
     "print0",
     "progress_bar",
+    "rows_to_rank0",
     "share",
     "shared",
     "shutdown",
@@ -46,6 +48,7 @@ __all__ = [
 ]
 
 _device: torch.device | None = None
+_exit_code: int | None = None  # of a process that an error ends while others may still wait for it
 _processes: list[tuple[str, int]] = []  # machine and process id of every rank
 _PATIENCE = 3.0  # seconds after which a process that has lost its connections has ended
 
@@ -120,8 +123,7 @@ def init(device: str = "auto") -> torch.device:
         # Objects travel over gloo even beside NCCL, so that they need no GPU memory and no GPU synchronization.
         backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=_store(), rank=get_rank(), world_size=world_size)
-        # If the group still exists when Python begins to shut down, the process aborts.
-        atexit.register(shutdown)
+        atexit.register(_at_exit)
         _processes[:] = all_gather_object((socket.gethostname(), os.getpid()))
     _device = chosen
     return chosen
@@ -180,6 +182,21 @@ def to_rank0(tensor: torch.Tensor, source: int) -> None:
         dist.recv(tensor, source)
     elif source and get_rank() == source:
         dist.send(tensor, 0)
+
+
+def rows_to_rank0(own: torch.Tensor, count: int) -> torch.Tensor | None:
+    """Return on rank 0 the rows of all processes' shares of `count` rows, on its CPU; None elsewhere."""
+    own, rank = own.cpu().contiguous(), get_rank()
+    if get_world_size() == 1:
+        return own
+    if rank != 0:
+        return to_rank0(own, rank)
+    whole = own.new_empty([count, *own.shape[1:]])
+    whole[: len(own)] = own
+    for source in range(1, get_world_size()):
+        rows = share(count, source)
+        to_rank0(whole[rows.start : rows.stop], source)
+    return whole
 
 
 def all_gather_object(obj: Any) -> list[Any]:
@@ -298,8 +315,25 @@ def _describe(error: Exception) -> str:
 
 
 def shutdown() -> None:
-    """Leave the other processes and forget the device. This is allowed at any time."""
-    global _device
+    """Leave the other processes and forget the device. This is allowed at any time.
+
+    While an error passes, as in a `finally` clause, this does not wait for the other processes: NCCL would, for up to
+    half an hour, and they may be waiting for this one. The process then ends hard, once it has reported the error.
+    """
+    global _device, _exit_code
+    error = sys.exc_info()[1]
     if dist.is_available() and dist.is_initialized():
-        dist.destroy_process_group()
+        if error is None or isinstance(error, (SystemExit, click.exceptions.Exit)):  # all processes exit together
+            dist.destroy_process_group()
+        else:
+            _exit_code = getattr(error, "exit_code", 130 if isinstance(error, KeyboardInterrupt) else 1)
     _device = None
+
+
+def _at_exit() -> None:
+    if _exit_code is not None:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(_exit_code)
+    shutdown()  # If the group still exists when Python begins to shut down, the process aborts.

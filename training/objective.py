@@ -7,6 +7,7 @@ import zlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import numpy as np
 import torch
 
 import dnnlib
@@ -15,6 +16,7 @@ from torch_utils import distributed, misc
 from torch_utils.training_stats import Stats
 from training.augment import AugmentPipe
 from training.config import RunConfig
+from training.loss_scale import LossScale
 from training.noise_levels import NoiseLevels
 from training.sharding import whole
 from training.trained_network import TrainedNetwork, linear_rampup
@@ -40,6 +42,7 @@ class Objective:
         self.noise_levels = NoiseLevels(**config.noise_levels) if config.noise_levels else None
         self.augment = AugmentPipe(**config.augment) if config.augment else None
         self.autocast_dtype = {"bf16": torch.bfloat16}.get(config.precision)
+        self.loss_scale = LossScale(config.loss_scaling)
         self.train_indices: torch.Tensor | None = None  # the items of the data set to train on; None: all of them
         # Steps in a row with a non-finite loss or gradient, counted on the device: reading the number waits for it.
         self.bad_steps = torch.zeros([], dtype=torch.int64, device=device)
@@ -91,8 +94,10 @@ class Objective:
 
     def resnet(self, cls: type[torch.nn.Module]) -> torch.nn.Module:
         """Build a network of `training.networks_resnet` for this data and the run's settings."""
-        if self.config.precision == "fp16" and self.device.type == "cuda":
+        if self.config.precision == "fp16":
             self.autocast_dtype = torch.float16  # these networks do not cast their input themselves, as the U-Nets do
+            # At scale 1 most of their gradients would vanish. The U-Nets keep EDM's fixed scale.
+            self.loss_scale = LossScale(self.config.loss_scaling, self.device)
         network = self.config.network
         return cls(
             img_resolution=self.dataset.resolution,
@@ -111,7 +116,7 @@ class Objective:
             optimizer=c.optimizer.name,
             ema_halflife=c.ema_halflife_nimg,
             lr_factor=linear_rampup(c.lr_rampup_nimg),
-            loss_scaling=c.loss_scaling,
+            loss_scale=self.loss_scale,
             compile=c.compile,
             channels_last=self.device.type == "cuda" and c.precision != "fp32",
             shard=c.shard,
@@ -164,7 +169,7 @@ class Objective:
         torch.manual_seed(misc.step_seed(*seed, stream=2))  # for dropout
         draws = self.draw_step(images, nimg)
         if items is not None:
-            draws["items"] = items.to(self.device, non_blocking=True)
+            draws["items"] = misc.to_device(items, self.device)
         if companions is not None:
             draws["companions"] = companions
         n = len(images)
@@ -183,36 +188,43 @@ class Objective:
                     stack.enter_context(self.autocast())
                     loss = loss_of(images[part], labels[part], _slice(draws, part), stats)
                     bad += _add_loss(name, loss.detach(), stats)
-                    (loss.sum() * (active[0].loss_scaling / n)).backward()
+                    (loss.sum() * (self.loss_scale.factor / n)).backward()
+            bad_grads = torch.zeros_like(bad)
             for trained in active:
                 trained.update(nimg, self.config.batch_size)
-                bad_grads = trained.take_bad_grads()
-                stats.add("Health/bad_gradients", bad_grads)
-                bad += bad_grads
+                bad_grads += trained.take_bad_grads()
+            if self.loss_scale.adapts:
+                stats.add("Health/loss_scale", self.loss_scale.factor)
+                stats.add("Health/skipped_steps", bad_grads > 0)
+                bad_grads = self.loss_scale.update(bad_grads)
+            stats.add("Health/bad_gradients", bad_grads)
+            bad += bad_grads
             for trained in frozen:
                 trained.requires_grad_(True)
         self.bad_steps = torch.where(bad > 0, self.bad_steps + 1, 0)
 
-    def probe(self, nimg: int) -> list[float]:
-        """Compute what all processes must agree on: a checksum of the weights, and the losses of a few images.
+    def probe(self, nimg: int) -> list[int | np.ndarray]:
+        """Compute what all processes must agree on: a checksum of the weights, and per phase the losses of some images.
 
         The images and random numbers are the same on every process. Nothing is trained.
         """
         # As many images as a network sees at a time in training: compiled networks take no other number.
-        n = self.config.batch_gpu or self.config.batch_size // distributed.get_world_size()
+        share = self.config.batch_size // distributed.get_world_size()
+        n = min(self.config.batch_gpu or share, share)
         items = torch.arange(n) % len(self.dataset)
         images, labels = self.dataset.images(items).to(self.device), self.dataset.onehot(items).to(self.device)
         seed = (self.config.seed, 0, nimg)
         torch.manual_seed(misc.step_seed(*seed, stream=5))
         draws = self.draw(images, misc.step_generator(*seed, self.device, stream=6))
         draws["items"] = items.to(self.device)
-        values = [float(_checksum(trained.net for trained in self.trained.values()))]
+        values: list[int | np.ndarray] = [_checksum(trained.net for trained in self.trained.values())]
         for _, loss_of, _ in self.phases(nimg):
             with contextlib.ExitStack() as stack:
                 for trained in self.trained.values():
                     stack.enter_context(trained.accumulate(last=False))
                 stack.enter_context(self.autocast())
-                values.append(float(loss_of(images, labels, draws, Stats(self.device)).detach().sum() / n))
+                loss = loss_of(images, labels, draws, Stats(self.device)).detach()
+                values.append(loss.reshape(n, -1).sum(dim=1).double().cpu().numpy())
         return values
 
     def snapshot(self) -> dict[str, Any]:
@@ -232,12 +244,15 @@ class Objective:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a training state holds of the objective; complete on rank 0. All ranks call it."""
-        return {name: trained.state_dict() for name, trained in self.trained.items()}
+        scale = dict(loss_scale=self.loss_scale.state_dict()) if self.loss_scale.adapts else {}
+        return {name: trained.state_dict() for name, trained in self.trained.items()} | scale
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from what `state_dict` returned."""
         for name, trained in self.trained.items():
             trained.load_state_dict(state[name])
+        if self.loss_scale.adapts and "loss_scale" in state:  # version 0.1 had none
+            self.loss_scale.load_state_dict(state["loss_scale"])
 
 
 def _checksum(modules: Iterable[torch.nn.Module]) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 import numpy as np
+import torch
 
 from archives.dataset import ImageDataset
 from archives.label_noise import load_matrix, transition_matrix
@@ -21,6 +22,7 @@ from training.noise_levels import NoiseLevels
 from training.presets import ARCHS, network_kwargs, presets_of
 
 __all__ = [
+    "check_precision",
     "check_usage",
     "denoiser_options",
     "make_config",
@@ -169,6 +171,26 @@ def check_usage(opts: dict[str, Any], method: str, require_labels: bool) -> None
     world = distributed.get_world_size()
     if opts["batch"] % world:
         raise click.UsageError(f"--batch={opts['batch']} must be divisible by the number of processes ({world})")
+    share = opts["batch"] // world
+    if opts["compile"] and share % min(opts["batch_gpu"] or share, share):
+        raise click.UsageError(
+            f"--compile=1: compiled networks take batches of one size, so --batch-gpu={opts['batch_gpu']} must divide the "
+            f"{share} images of a process"
+        )
+
+
+def check_precision(opts: dict[str, Any], device: torch.device) -> None:
+    """Raise UsageError for float16 on a device that does not train in it; say where TF32 has no effect."""
+    precision = _precision(opts)
+    if precision == "fp16" and device.type != "cuda":
+        option = f"--precision={precision}" if opts["precision"] else "--fp16=1"
+        raise click.UsageError(f"{option}: for CUDA only, this is {device.type}; use fp32 or bf16")
+    if precision == "tf32" and device.type != "cuda":
+        distributed.print0(f"--precision=tf32: only CUDA has TF32; on {device.type} the run computes in float32.")
+
+
+def _precision(opts: dict[str, Any]) -> str:
+    return opts["precision"] or ("fp16" if opts.get("fp16") else "fp32")
 
 
 def make_config(
@@ -191,7 +213,7 @@ def make_config(
         snapshot_ticks=opts["snap"],
         state_ticks=opts["dump"],
         keep=opts["keep"],
-        precision=opts["precision"] or ("fp16" if opts.get("fp16") else "fp32"),
+        precision=_precision(opts),
         cudnn_bench=opts["bench"],
         compile=opts["compile"],
         shard=opts["shard"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -44,39 +45,42 @@ def start(
     the networks, for errors. `draw_samples(net, path)` writes a picture of samples beside each snapshot.
     """
     options.check_usage(opts, method, require_labels)
-    device = distributed.init(opts["device"])
-    if opts["shard"] and distributed.get_world_size() > 1:
-        with blame("--shard=1"):
-            check_pytorch()
-    with blame("--data"):
-        dataset = ImageDataset(opts["data"], use_labels=opts["cond"], xflip=opts["xflip"], cache=opts["cache"])
-    if opts["cond"] and not dataset.has_labels:
-        raise dnnlib.UserError(f"--cond=1: {opts['data']} has no labels")
+    with contextlib.ExitStack() as at_end:
+        at_end.callback(distributed.shutdown)
+        device = distributed.init(opts["device"])
+        options.check_precision(opts, device)
+        if opts["shard"] and distributed.get_world_size() > 1:
+            with blame("--shard=1"):
+                check_pytorch()
+        with blame("--data"):
+            dataset = ImageDataset(opts["data"], use_labels=opts["cond"], xflip=opts["xflip"], cache=opts["cache"])
+        if opts["cond"] and not dataset.has_labels:
+            raise dnnlib.UserError(f"--cond=1: {opts['data']} has no labels")
 
-    config = options.make_config(opts, method, dataset, settings(opts, dataset), **sections)
-    with blame("--resume"):
-        state, run_dir = find_state(opts["resume"], opts["outdir"], opts["nosubdir"])
-        config.seed = choose_seed(opts["seed"], state)
-        if state is not None:
-            check_same_run(state["config"], config, opts["resume"])
-    if run_dir is None:
-        run_dir = opts["outdir"] if opts["nosubdir"] else new_run_dir(opts["outdir"], dataset, config)
-    if opts["dry_run"]:
-        print_summary(config, dataset, run_dir, device)
-        print0("Dry run; exiting.")
-        return None
-
-    objective = make_objective(config, dataset, device)
-    with blame(network_options):
-        objective.setup()
-    nimg, best = 0, Best()
-    if state is not None:
+        config = options.make_config(opts, method, dataset, settings(opts, dataset), **sections)
         with blame("--resume"):
-            nimg, best = load_state(objective, state)
-    if opts["transfer"] and state is None:
-        with blame("--transfer"):
-            transfer(objective, opts["transfer"], opts["trust_pickle"])
-    try:
+            state, run_dir = find_state(opts["resume"], opts["outdir"], opts["nosubdir"])
+            config.seed = choose_seed(opts["seed"], state)
+            if state is not None:
+                check_same_run(state["config"], config, opts["resume"])
+        if run_dir is None:
+            run_dir = opts["outdir"] if opts["nosubdir"] else new_run_dir(opts["outdir"], dataset, config)
+        if opts["dry_run"]:
+            print_summary(config, dataset, run_dir, device)
+            print0("Dry run; exiting.")
+            return None
+
+        objective = make_objective(config, dataset, device)
+        at_end.callback(objective.close)
+        with blame(network_options):
+            objective.setup()
+        nimg, best = 0, Best()
+        if state is not None:
+            with blame("--resume"):
+                nimg, best = load_state(objective, state)
+        if opts["transfer"] and state is None:
+            with blame("--transfer"):
+                transfer(objective, opts["transfer"], opts["trust_pickle"])
         with blame("--outdir"):
             fresh, again = state is None, opts["resume"] == "latest"
             distributed.on_rank0(functools.partial(make_run_dir, run_dir, config, fresh, again))
@@ -86,9 +90,6 @@ def start(
             print0("".join(f"{line}\n" for line in objective.notes()), end="")
             training_loop(objective, dataset, config, run_dir, device, nimg, best, draw_samples)
         distributed.barrier()
-    finally:
-        objective.close()
-        distributed.shutdown()
     return run_dir
 
 
@@ -239,7 +240,7 @@ def print_summary(config: RunConfig, dataset: ImageDataset, run_dir: str, device
     shape = f"{dataset.num_channels} x {dataset.resolution} x {dataset.resolution}"
     rows = {
         "Output directory": run_dir,
-        "Data set": f"{config.dataset.path} ({len(dataset)} images, {shape})",
+        "Data set": f"{dataset.path} ({len(dataset)} images, {shape})",
         "Classes": dataset.label_dim or "unconditional",
         "Method": config.method,
         "Architecture": config.network.arch,

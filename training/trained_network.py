@@ -14,6 +14,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 
 import dnnlib
 from torch_utils import distributed
+from training.loss_scale import LossScale
 from training.sharding import UNITS, Shards
 
 __all__ = ["TrainedNetwork", "cosine_decay", "linear_rampup", "make_optimizer"]
@@ -60,7 +61,7 @@ class TrainedNetwork:
         lr_factor: Callable[[int], float] = lambda nimg: 1.0,
         ema_halflife: float = 0.0,
         ema_rampup: float = 0.05,
-        loss_scaling: float = 1.0,
+        loss_scale: LossScale | None = None,
         compile: bool = False,
         channels_last: bool = False,
         shard: bool = False,
@@ -75,8 +76,9 @@ class TrainedNetwork:
         self.exported = self.ema if not shard else copy.deepcopy(self.ema) if distributed.get_rank() == 0 else None
         self.device = device
         self.lr, self.lr_factor, self.ema_halflife = lr, lr_factor, ema_halflife
-        self.ema_rampup, self.loss_scaling = ema_rampup, loss_scaling
+        self.ema_rampup, self.loss_scale = ema_rampup, loss_scale or LossScale()
         self.bad_grads = torch.zeros([], dtype=torch.int64, device=device)
+        self._buckets: list[torch.Tensor] = []  # DDP's gradients of this step, averaged
         if compile:
             # Collectives stay outside the compiled code.
             for module in (m for m in self.net.modules() if isinstance(m, UNITS)) if shard else (self.net,):
@@ -84,6 +86,10 @@ class TrainedNetwork:
         self._shards = Shards(self.net, self.ema, device) if shard else None
         self.params = self._shards.params if shard else list(self.net.parameters())
         self.optimizer = make_optimizer(self.params, optimizer, lr, device, betas)
+        if optimizer == "sgd" and self.loss_scale.adapts:
+            # If the first step is skipped, PyTorch leaves the momentum uninitialized.
+            for p in self.params:
+                self.optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
         if shard:
             self.forward, self._flat_grads = self.net, self._shards.flat_grads
         elif distributed.get_world_size() > 1:
@@ -93,12 +99,11 @@ class TrainedNetwork:
             # Gradients of 1x1 kernels have other strides in dimensions of size 1 only, which changes nothing.
             warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
             self.forward = torch.nn.parallel.DistributedDataParallel(
-                self.net,
-                device_ids=[device] if device.type == "cuda" else None,
+                self.net,  # without device_ids, for which DDP would look at the first input: some networks have none
                 gradient_as_bucket_view=True,
                 **constant,
             )
-            self.forward.register_comm_hook(None, self._reduce_bucket)
+            self.forward.register_comm_hook(None, self._keep_bucket)
             self._flat_grads = None
         else:
             self.forward = self.net
@@ -112,16 +117,22 @@ class TrainedNetwork:
             p.grad = chunk.as_strided(p.size(), p.stride())
         return flat
 
-    def _clean(self, flat: torch.Tensor) -> torch.Tensor:
-        if self.loss_scaling != 1:
-            flat.mul_(1 / self.loss_scaling)
-        self.bad_grads += torch.count_nonzero(flat * 0)  # zero times a non-finite number is not zero
-        return torch.nan_to_num_(flat, nan=0.0, posinf=1e5, neginf=-1e5)
+    def _clean(self, grads: list[torch.Tensor]) -> torch.Tensor:
+        # Undo the loss scale and make all elements finite, in place. Returns how many were not.
+        bad = torch.zeros_like(self.bad_grads)
+        for flat in grads:
+            if self.loss_scale.adapts or self.loss_scale.factor != 1:
+                flat.mul_(1 / self.loss_scale.factor)
+            bad += torch.count_nonzero(flat * 0)  # zero times a non-finite number is not zero
+            torch.nan_to_num_(flat, nan=0.0, posinf=1e5, neginf=-1e5)
+        return bad if self._shards is None else self._shards.sum(bad)
 
-    def _reduce_bucket(
+    def _keep_bucket(
         self, _state, bucket
     ):  # no annotations: DDP compares them with its types, and ours would be strings
-        return allreduce_hook(None, bucket).then(lambda future: self._clean(future.value()))
+        # Hooks of several buckets run on several CUDA streams at a time, so they must not add to one counter.
+        self._buckets.append(bucket.buffer())
+        return allreduce_hook(None, bucket)
 
     @contextlib.contextmanager
     def accumulate(self, last: bool):
@@ -144,11 +155,17 @@ class TrainedNetwork:
 
     @torch.no_grad()  # otherwise the average would keep a graph of all its updates
     def update(self, nimg: int, batch_size: int) -> None:
-        """Take one optimizer step from the accumulated gradients and update the EMA. `nimg`: images seen before it."""
+        """Take one optimizer step from the accumulated gradients and update the EMA. `nimg`: images seen before it.
+
+        With a loss scale that adapts, non-finite gradients leave the weights as they are.
+        """
         if self._shards is not None:
             self._shards.take_grads()
-        if self._flat_grads is not None:
-            self._clean(self._flat_grads)
+        buckets, self._buckets = self._buckets, []
+        bad = self._clean(buckets if self._flat_grads is None else [self._flat_grads])
+        self.bad_grads = self.bad_grads + bad
+        if self.loss_scale.adapts:
+            self.optimizer.found_inf = (bad > 0).to(torch.float32)  # fused optimizers skip the step on the device
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * self.lr_factor(nimg)
         self.optimizer.step()
@@ -165,7 +182,7 @@ class TrainedNetwork:
     def take_bad_grads(self) -> torch.Tensor:
         """Return the number of non-finite gradient elements since the last call, a tensor on the device."""
         count, self.bad_grads = self.bad_grads, torch.zeros_like(self.bad_grads)
-        return count if self._shards is None else self._shards.sum(count)
+        return count
 
     def transfer(self, source: torch.nn.Module, name: str) -> int:
         """Copy parameters and buffers of equal name and shape from `source` into network and EMA; return how many.
@@ -221,6 +238,11 @@ class TrainedNetwork:
         self._load(self.ema, state["ema"])
         optimizer = state["optimizer"]
         self.optimizer.load_state_dict(optimizer if self._shards is None else self._shards.slice_optimizer(optimizer))
+        # The moments come in the memory layout of the run that saved them. Fused kernels need that of the weights.
+        for p, values in self.optimizer.state.items():
+            for name, value in values.items():
+                if torch.is_tensor(value) and value.shape == p.shape and value.stride() != p.stride():
+                    values[name] = torch.empty_like(p).copy_(value)
 
     def _load(self, module: torch.nn.Module, state: dict, strict: bool = True) -> None:
         if self._shards is None:

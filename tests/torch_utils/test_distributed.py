@@ -67,8 +67,9 @@ def test_missing_devices_are_usage_errors(monkeypatch, name, cuda, mps, processe
 
 
 PROGRAM = """
-import json, sys
+import json, sys, time
 import torch
+import dnnlib, dnnlib.cli
 from torch_utils import distributed as d
 from torch_utils.training_stats import Stats
 
@@ -92,13 +93,28 @@ except RuntimeError as e:
 stats = Stats(device)
 stats.add("a", torch.arange(3.0) + 10 * rank)
 result["stats"] = stats.reduce()
-d.shutdown()
 json.dump(result, open(sys.argv[1] + str(rank), "w"))
+if rank == 0:
+    d.shutdown()
+else:  # As NCCL does, the group waits for the others, which never come.
+    torch.distributed.destroy_process_group = lambda: time.sleep(1000)
+
+    @dnnlib.cli.click.command(cls=dnnlib.cli.Command)
+    def main():
+        try:
+            print("begins")
+            raise d._LoneError("the disk of process 1 is full")
+        finally:
+            d.shutdown()
+
+    sys.argv = sys.argv[:1]
+    main()
 """
 
 
 @pytest.mark.slow
 def test_two_processes(tmp_path):
+    """The second one ends by an error, at once: it does not wait for the first, which may be waiting for it."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -116,11 +132,16 @@ def test_two_processes(tmp_path):
         }
         processes.append(
             subprocess.Popen(
-                [sys.executable, "-c", PROGRAM, tmp_path / "rank"], env=env, stdout=subprocess.PIPE, text=True
+                [sys.executable, "-c", PROGRAM, tmp_path / "rank"],
+                env=env,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
             )
         )
-    outputs = [process.communicate(timeout=120)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0] and outputs == ["only once\n", ""]
+    outputs = [process.communicate(timeout=120) for process in processes]
+    assert outputs == [("only once\n", ""), ("begins\n", "Error: the disk of process 1 is full\n")]
+    assert [process.returncode for process in processes] == [0, 1]
     for rank in range(2):
         result = json.loads((tmp_path / f"rank{rank}").read_text())
         assert result.pop("before") == [rank, 2] and result.pop("rank") == rank

@@ -11,6 +11,7 @@ from tests.support.objectives import CPU, Data, FixedClassifier, make_config, re
 from torch_utils.persistence import load_snapshot, save_snapshot
 from torch_utils.training_stats import Stats
 from training.augment import shift_images
+from training.loss_scale import LossScale
 from training.objectives.classifier import ClassifierObjective, LearnedTransition, check_classifier
 from training.objectives.dsm import DSM
 from training.objectives.tdsm import TDSM, known_transition
@@ -276,7 +277,7 @@ def test_update_ramps_cleans_and_averages():
     net = torch.nn.Linear(2, 1, bias=False)
     torch.nn.init.constant_(net.weight, 1.0)
     trained = TrainedNetwork(
-        net, CPU, lr=0.1, optimizer="sgd", lr_factor=linear_rampup(100), ema_halflife=10, loss_scaling=4.0
+        net, CPU, lr=0.1, optimizer="sgd", lr_factor=linear_rampup(100), ema_halflife=10, loss_scale=LossScale(4.0)
     )
     trained.optimizer.param_groups[0]["momentum"] = 0
     net.weight.grad.copy_(torch.tensor([[float("nan"), 8.0]]))
