@@ -16,6 +16,7 @@ import torch
 
 import dnnlib
 import dnnlib.cli
+from archives.archive_set import SEVERAL
 from archives.build import build_archive, clean_source
 from archives.dataset import ImageDataset
 from archives.label_file import LabelFile, save_label_file
@@ -41,7 +42,7 @@ Example:
 
 # fmt: off
 @click.command(cls=dnnlib.cli.Command, epilog=EPILOG + options.preset_help("detect_noise.py"))
-@click.option("--data", required=True, metavar="ZIP|DIR", help="Archive to examine")
+@click.option("--data", required=True, metavar="ZIP|DIR", help=f"Archive to examine. {SEVERAL}")
 @options.preset_option("detect_noise.py")
 @click.option("--dest", required=True, metavar="NPZ", callback=output_file, help="Label file to write")
 @click.option("--method", type=click.Choice(["cores", "confident"]), default="cores", help="How to find wrong labels")

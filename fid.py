@@ -18,6 +18,7 @@ from typing import Any
 import click
 
 import dnnlib.cli
+from archives.archive_set import SEVERAL
 from dnnlib.cli import blame
 from metrics.features import compute_statistics, feature_width
 from metrics.fid import frechet_distance
@@ -75,7 +76,8 @@ def calc(images: str, ref: str, num: int, detector: str, precision: str, seed: i
 
 # fmt: off
 @main.command(epilog="Example:\n  python fid.py ref --data=datasets/digits.zip --dest=ref.npz --detector=pixels")
-@click.option("--data", metavar="PATH", required=True, help="Archive of real images: ZIP, folder, or .npz (arr_0)")
+@click.option("--data", metavar="PATH", required=True,
+              help=f"Archive of real images: ZIP, folder, or .npz (arr_0). {SEVERAL}")
 @output_option("--dest", metavar="NPZ", required=True, help="Reference file to write")
 @detector_option
 @precision_option

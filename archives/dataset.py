@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 import dnnlib
-from archives.reader import ArchiveReader, image_shape
+from archives.archive_set import open_archives
+from archives.reader import image_shape
 from archives.workers import ordered_map
 
 __all__ = ["MEMORY_LIMIT", "BatchStream", "ImageDataset", "to_float"]
@@ -26,9 +27,12 @@ def to_float(images: torch.Tensor) -> torch.Tensor:
 
 
 class ImageDataset:
-    """The images and labels of an archive (ZIP or folder). Opening reads the names, the labels and one image header.
+    """The images and labels of one or several archives (ZIPs or folders).
 
-    path        ZIP or folder as written by the dataset tools of this project, EDM, StyleGAN or TDSM
+    Opening reads the names, the labels and one image header of each archive.
+
+    path        ZIP or folder as written by the dataset tools of this project, EDM, StyleGAN or TDSM; or several of
+                them, which are one set: a glob or a list with commas (see `find_archives`)
     use_labels  False ignores the labels of the archive
     resolution  expected side in pixels; None accepts any
     max_size    use a random subset of this many images, chosen by `seed`
@@ -51,14 +55,21 @@ class ImageDataset:
         cache: bool = True,
         square: bool = True,
     ) -> None:
+        self._reader = reader = open_archives(path)
+        self.archives = reader.paths
         self._kwargs = dict(
-            path=path, use_labels=use_labels, resolution=resolution, max_size=max_size, xflip=xflip, seed=seed
+            path=",".join(self.archives),
+            use_labels=use_labels,
+            resolution=resolution,
+            max_size=max_size,
+            xflip=xflip,
+            seed=seed,
         )
         self.path, self.cache = path, cache
-        self.name = os.path.splitext(os.path.basename(os.path.abspath(path)))[0]
-        self._reader = reader = ArchiveReader(path)
-        first = reader.names[0]
-        height, width, self.num_channels = image_shape(reader.read(first), reader.where(first))
+        self.name = os.path.splitext(os.path.basename(os.path.abspath(self.archives[0])))[0]
+        if len(self.archives) > 1:
+            self.name += f"+{len(self.archives) - 1}"
+        height, width, self.num_channels = image_shape(reader.read(0), reader.where(0))
         self.image_shape = (self.num_channels, height, width)
         if square and (height != width or height & (height - 1)):
             raise dnnlib.UserError(
@@ -87,12 +98,13 @@ class ImageDataset:
                 clean = _from_onehot(clean)
 
         # The subset is drawn before images are mirrored, so it holds both copies of an image or none.
-        self._raw = np.arange(len(reader))
+        self._raw: np.ndarray | None = None  # the rows of a subset; None: all
+        self.num_raw = len(reader)
         if max_size is not None and max_size < len(reader):
             if max_size < 1:
                 raise dnnlib.UserError(f"{path}: a subset must have at least 1 image, found {max_size}")
             self._raw = np.sort(np.random.default_rng(seed).permutation(len(reader))[:max_size])
-        self.num_raw = len(self._raw)
+            self.num_raw = max_size
         self._copies = 2 if xflip else 1
         self.labels = self._select(labels)
         self.clean_labels = self._select(clean)
@@ -114,7 +126,9 @@ class ImageDataset:
         return count
 
     def _select(self, array: np.ndarray | None) -> np.ndarray | None:
-        return None if array is None else np.concatenate([array[self._raw]] * self._copies)
+        if array is not None and self._raw is not None:
+            array = array[self._raw]
+        return array if array is None or self._copies == 1 else np.concatenate([array] * self._copies)
 
     def __len__(self) -> int:
         return self.num_raw * self._copies
@@ -126,7 +140,8 @@ class ImageDataset:
     @property
     def file_names(self) -> list[str]:
         """The image names in the archive, one per item."""
-        return [self._reader.names[i] for i in self._raw] * self._copies
+        names = self._reader.names
+        return (list(names) if self._raw is None else [names[i] for i in self._raw]) * self._copies
 
     @property
     def nbytes(self) -> int:
@@ -194,12 +209,12 @@ class ImageDataset:
         return torch.empty([n, *self.image_shape], dtype=torch.uint8)
 
     def _decode(self, raw: int) -> np.ndarray:
-        name = self._reader.names[self._raw[raw]]
-        image, (channels, height, width) = self._reader.image(name), self.image_shape
+        row = raw if self._raw is None else int(self._raw[raw])
+        image, (channels, height, width) = self._reader.image(row), self.image_shape
         if image.shape != (height, width, channels):
             found = f"{image.shape[1]}x{image.shape[0]} with {image.shape[2]} channels"
             raise dnnlib.UserError(
-                f"{self._reader.where(name)}: image is {found}, the first one is {width}x{height} with {channels}"
+                f"{self._reader.where(row)}: image is {found}, the first one is {width}x{height} with {channels}"
             )
         return np.ascontiguousarray(image.transpose(2, 0, 1))
 

@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 import dnnlib
-from archives.reader import match_labels, plain_labels
+from archives.json_lists import in_pieces, load_lists
+from archives.labels import match_labels, plain_labels
 from torch_utils import safe_files
 
 __all__ = ["load_labels"]
 
 _READERS = {
-    ".json": safe_files.load_json,
+    ".json": load_lists,
     ".npy": safe_files.load_npy,
     ".npz": safe_files.load_npz,
     ".pt": safe_files.load_pt,
 }
 
 
-def load_labels(path: str, names: list[list[str]], count: int, key: str | None = None) -> np.ndarray:
+def load_labels(path: str, names: list[Sequence[str]], count: int, key: str | None = None) -> np.ndarray:
     """Return the labels of `count` images from a file: int64 [N], or float32 [N, D] from a `.json` of vectors.
 
     names  lists of image names, one of which a `.json` must use
@@ -41,10 +43,11 @@ def load_labels(path: str, names: list[list[str]], count: int, key: str | None =
     values = _choose(found, key, path)
     where = f"{path}: '{key}'" if key else path
     if suffix == ".json":
-        if not isinstance(values, list):
+        if in_pieces(values) is None:
             raise dnnlib.UserError(f"{where}: must be a list of [file name, label] pairs")
-        _check_length(len(values), count, where)
-        first = values[0][0] if isinstance(values[0], list) and values[0] else None
+        _check_length(sum(map(len, in_pieces(values))), count, where)
+        pair = next(in_pieces(values))[0]
+        first = pair[0] if isinstance(pair, list) and pair else None
         used = next((known for known in names if first in known), names[0])
         return match_labels(values, used, where)
     array = values.detach().cpu().numpy() if hasattr(values, "detach") else np.asarray(values)

@@ -15,7 +15,7 @@ import numpy as np
 
 import dnnlib
 from archives.label_noise import check_matrix
-from archives.reader import plain_labels
+from archives.labels import plain_labels
 from torch_utils import safe_files
 
 if TYPE_CHECKING:  # needs PyTorch, which dataset_tool.py avoids because it loads slowly

@@ -7,15 +7,15 @@ folders of images.
 from __future__ import annotations
 
 import io
-import json
 import lzma
 import os
 import re
 import stat
 import struct
+import threading
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -23,15 +23,19 @@ import PIL.Image
 import PIL.ImageFile
 
 import dnnlib
-from torch_utils.safe_files import load_json, read_member, unpacked_limit
+from archives.index_file import fingerprint, load_index, one_at_a_time, save_index
+from archives.json_lists import in_pieces, load_lists
+from archives.labels import match_labels
+from archives.names import Names
+from archives.zip_directory import find_directory, read_members
+from torch_utils.safe_files import MAX_JSON, read_member, unpacked_limit
 
 try:
     import pyspng
 except ImportError:  # Pillow decodes PNGs as well, only slower
     pyspng = None
 
-__all__ = ["EXTENSIONS", "METADATA", "ArchiveReader", "check_name", "decode_image", "image_shape", "match_labels",
-           "plain_labels"]  # fmt: skip
+__all__ = ["EXTENSIONS", "METADATA", "ArchiveReader", "decode_image", "image_shape"]
 
 # The formats that are decoded, by Pillow's names, and the file names under which they are found. Pillow goes by
 # content, not by name, and knows more formats. Some of them (EPS) it hands to other programs, which run what they hold.
@@ -45,6 +49,7 @@ FORMATS = {
     "PPM": (".ppm", ".pgm", ".pbm", ".pnm", ".pfm"),
 }
 EXTENSIONS = frozenset(extension for extensions in FORMATS.values() for extension in extensions)
+ENDINGS = tuple(extension.encode() for extension in EXTENSIONS)
 METADATA = "dataset.json"
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 SHARD = re.compile(r"\d{5,6}")  # the numbered folders in archives of this project and of EDM are not classes
@@ -53,55 +58,110 @@ DAMAGED = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, OSError
            ArithmeticError)  # fmt: skip
 # What Pillow raises for damaged images.
 DAMAGED_IMAGE = (*DAMAGED, SyntaxError, MemoryError, LookupError, TypeError, AttributeError)
-MEMBER_LIMIT = unpacked_limit(0)  # the most bytes that one member of a ZIP may have
+MEMBER_LIMIT = unpacked_limit(0)  # the most bytes that an image in a ZIP may have
+INDEX_FROM = 1 << 20  # bytes of a ZIP's directory from which on its index is kept in a file: some 15,000 images
 
 
 class ArchiveReader:
     """The images of a ZIP or a folder, in sorted order, and its `dataset.json`. Opening an archive reads no image.
 
-    names     image names relative to the root, with '/' between folders
-    metadata  the parsed `dataset.json`, or None without one
+    Images are numbered by row, 0 .. N - 1. `names` are their names relative to the root, with '/' between folders.
+    Names, places and labels are arrays. Those of a large ZIP are mapped from its index file (`index_file`).
 
     UserError: the file is missing, unreadable or not a ZIP; it holds no images; `dataset.json` is not a JSON object
     with `labels`; members lead out of the archive, overlap, or are links or devices.
     """
 
-    @dnnlib.no_garbage()  # makes a ZIP entry and a label for each image, and throws nothing away
     def __init__(self, path: str) -> None:
-        self.path = path
+        self.path, self.paths = path, [path]
         self._file = None
+        self._known: dict[str, Any] = {}  # what has been found out: labels, clean_labels, outliers, ...
         if os.path.isdir(path):
-            files = sorted(_walk(path))
-            self._root = ""
-        else:
-            self._open_zip(path)
-            files = sorted(name for name in self._entries if not name.endswith("/"))
-            files = self._strip_root(files)
-        self.names = [name for name in files if _is_image(name)]
-        if not self.names:
-            kind = "folder" if self._file is None else "ZIP"
-            raise dnnlib.UserError(f"{path}: {kind} without images (.png, .jpg, ...)")
-        self.metadata = self._parse_metadata() if METADATA in files else None
-
-    def _open_zip(self, path: str) -> None:
+            self._list_folder()
+            return
         self._file = dnnlib.open_file(path)  # stays open until `close`
         try:
-            self._zip = zipfile.ZipFile(self._file)
-            _check_members(self._zip.infolist(), path)
+            self._open_zip()
         except (zipfile.BadZipFile, ValueError, struct.error, OSError, OverflowError, RuntimeError):
-            self._file.close()
+            self.close()
             raise dnnlib.UserError(f"{path}: not a ZIP file (or an incomplete one)") from None
         except dnnlib.UserError:
-            self._file.close()
+            self.close()
             raise
-        self._entries = {info.filename: info for info in self._zip.infolist()}
-        self._owner = os.getpid()
 
-    def _strip_root(self, files: list[str]) -> list[str]:
-        """Return the files below the folder of `dataset.json`, which is not the root when a whole folder was zipped."""
-        found = [name for name in files if name.split("/")[-1] == METADATA]
-        self._root = found[0][: -len(METADATA)] if len(found) == 1 else ""
-        return [name[len(self._root) :] for name in files if name.startswith(self._root)]
+    def _list_folder(self) -> None:
+        files = [os.fsencode(name) for name in sorted(_walk(self.path))]
+        self._set_names(files, "folder")
+        data = self._read_file(METADATA) if METADATA.encode() in files else None
+        self._size = 0 if data is None else len(data)
+        self._metadata = None if data is None else self._parse(data)
+
+    def _open_zip(self) -> None:
+        fd, self._size, self._lock = self._file.fileno(), os.fstat(self._file.fileno()).st_size, threading.Lock()
+        directory = find_directory(fd, self._size)
+        if directory[1] < INDEX_FROM:
+            self._read_directory(*directory)
+            return
+        key = fingerprint(fd, *directory[:2], self._size)
+        found = load_index(self.path, key)
+        if found is None:
+            with one_at_a_time(self._file):
+                found = load_index(self.path, key)  # another process may have made it
+                if found is None:
+                    self._read_directory(*directory)
+                    self._save(key)
+                    found = load_index(self.path, key)  # its pages are shared, and the lists become garbage
+        if found is not None:
+            arrays, record = found
+            self.names, self._entries = Names(arrays["names"], arrays["starts"]), arrays["entries"]
+            self._root, self._metadata = record["root"], None
+            self._known = {key: arrays.get(key) for key in ("labels", "clean_labels")} | {
+                "outliers": arrays["outliers"].astype(bool) if "outliers" in arrays else None,
+                "class_names": record["class_names"],
+                "corruption": record["corruption"],
+            }
+
+    @dnnlib.no_garbage()  # makes objects for each image, and throws few away
+    def _read_directory(self, start: int, length: int, ahead: int) -> None:
+        members = read_members(_read_fully(self._file.fileno(), length, start), self.path, ahead)
+        files, self._entries = members.names, members.entries
+        self._root = ""
+        found = [
+            name for name in files if name.endswith(METADATA.encode()) and name.split(b"/")[-1] == METADATA.encode()
+        ]
+        if len(found) == 1:  # which is not in the root when a whole folder was zipped
+            root = found[0][: -len(METADATA)]
+            self._root = root.decode()
+            below = [row for row, name in enumerate(files) if name.startswith(root)] if root else None
+            if below is not None:
+                files, self._entries = [files[row][len(root) :] for row in below], self._entries[below]
+        metadata = files.index(METADATA.encode()) if METADATA.encode() in files else None
+        entry = None if metadata is None else self._entries[metadata].item()
+        rows = self._set_names(files, "ZIP")
+        self._entries = self._entries[rows]
+        self._metadata = (
+            None if entry is None else self._parse(self._read_zip(entry, METADATA, unpacked_limit(self._size)))
+        )
+
+    def _set_names(self, files: list[bytes], kind: str) -> list[int]:
+        """Take the names of the images among sorted files, and return their rows."""
+        rows = _image_rows(files)
+        if not rows:
+            raise dnnlib.UserError(f"{self.path}: {kind} without images (.png, .jpg, ...)")
+        self.names = Names.of([files[row] for row in rows])
+        return rows
+
+    def _save(self, key: str) -> None:
+        """Write the index file, unless something in `dataset.json` is wrong: that is said only when it is needed."""
+        try:
+            found = {key: self.labels(key) for key in ("labels", "clean_labels")} | {"outliers": self.outliers()}
+            record = dict(root=self._root, class_names=self.class_names(), corruption=self.corruption())
+        except dnnlib.UserError:
+            return
+        arrays = dict(names=self.names.text, starts=self.names.starts, entries=self._entries)
+        arrays |= {name: array.view(f"u{array.itemsize}") if array.dtype == bool else array
+                   for name, array in found.items() if array is not None}  # fmt: skip
+        save_index(self.path, key, arrays, record)
 
     def close(self) -> None:
         """Close the ZIP. A folder has nothing to close."""
@@ -111,98 +171,121 @@ class ArchiveReader:
     def __len__(self) -> int:
         return len(self.names)
 
-    def where(self, name: str) -> str:
-        """Return the name of a member for error messages: 'archive.zip: 00000/img00000000.png'."""
-        return f"{self.path}: {name}"
+    def where(self, row: int) -> str:
+        """Return the name of an image for error messages: 'archive.zip: 00000/img00000000.png'."""
+        return f"{self.path}: {self.names[row]}"
 
-    def read(self, name: str) -> bytes:
-        """Return the bytes of a member. Threads need no lock. UserError names a member that is damaged."""
+    def read(self, row: int) -> bytes:
+        """Return the bytes of an image file. Threads need no lock. UserError names a file that is damaged."""
         if self._file is None:
-            try:
-                with open(os.path.join(self.path, name), "rb") as f:
-                    return f.read()
-            except OSError as err:
-                raise dnnlib.UserError(f"{self.where(name)}: cannot be read ({err.strerror or err})") from None
+            return self._read_file(self.names[row])
+        return self._read_zip(self._entries[row].item(), row, MEMBER_LIMIT)
+
+    def _read_file(self, name: str) -> bytes:
         try:
-            return self._read_zip(self._entries[self._root + name])
-        except DAMAGED:
-            raise dnnlib.UserError(f"{self.where(name)}: damaged (or encrypted) in the ZIP") from None
+            with open(os.path.join(self.path, name), "rb") as f:
+                return f.read()
+        except OSError as err:
+            raise dnnlib.UserError(f"{self.path}: {name}: cannot be read ({err.strerror or err})") from None
 
-    def _read_zip(self, info: zipfile.ZipInfo) -> bytes:
+    def _read_zip(self, entry: tuple[int, ...], member: int | str, limit: int) -> bytes:
         """Read at given positions of the one open file: threads share no position, so they need no lock."""
-        if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or info.flag_bits & 1:
-            return self._read_rare(info)
-        if max(info.file_size, info.compress_size) > MEMBER_LIMIT:
-            raise zipfile.BadZipFile
-        fd = self._file.fileno()
-        header = os.pread(fd, 30, info.header_offset)
-        signature, name_length, extra_length = struct.unpack("<4s22xHH", header)
-        if signature != b"PK\x03\x04":
-            raise zipfile.BadZipFile
-        data = os.pread(fd, info.compress_size, info.header_offset + 30 + name_length + extra_length)
-        if info.compress_type == zipfile.ZIP_DEFLATED:
-            data = zlib.decompressobj(-15).decompress(data, info.file_size + 1)
-        if len(data) != info.file_size or zlib.crc32(data) != info.CRC:
-            raise zipfile.BadZipFile
-        return data
+        offset, packed, size, crc, method, flags = entry
+        try:
+            if method not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or flags & 1:
+                return self._read_rare(self._name(member), limit)
+            if max(size, packed) > limit:
+                raise zipfile.BadZipFile
+            fd = self._file.fileno()
+            signature, name_length, extra_length = struct.unpack("<4s22xHH", os.pread(fd, 30, offset))
+            if signature != b"PK\x03\x04":
+                raise zipfile.BadZipFile
+            data = _read_fully(fd, packed, offset + 30 + name_length + extra_length)
+            if method == zipfile.ZIP_DEFLATED:
+                data = zlib.decompressobj(-15).decompress(data, size + 1)
+            if len(data) != size or zlib.crc32(data) != crc:
+                raise zipfile.BadZipFile
+            return data
+        except DAMAGED:
+            raise dnnlib.UserError(f"{self.path}: {self._name(member)}: damaged (or encrypted) in the ZIP") from None
 
-    def _read_rare(self, info: zipfile.ZipInfo) -> bytes:
+    def _name(self, member: int | str) -> str:
+        return member if isinstance(member, str) else self.names[member]
+
+    def _read_rare(self, name: str, limit: int) -> bytes:
         """Read an unusual compression with `zipfile`, which uses a lock and the position of the file.
 
         Forked processes would share that position, so each of them opens the file again.
         """
-        if self._owner != os.getpid():
-            self._zip, self._owner = zipfile.ZipFile(self.path), os.getpid()
-        return read_member(self._zip, info, MEMBER_LIMIT)
+        with self._lock:
+            if getattr(self, "_owner", None) != os.getpid():
+                self._zip, self._owner = zipfile.ZipFile(self.path), os.getpid()
+        return read_member(self._zip, self._zip.getinfo(self._root + name), limit)
 
-    def image(self, name: str) -> np.ndarray:
+    def image(self, row: int) -> np.ndarray:
         """Return a decoded image, uint8 [H, W, C] with C = 1 or 3."""
-        return decode_image(self.read(name), self.where(name))
+        return decode_image(self.read(row), self.where(row))
 
-    def _parse_metadata(self) -> dict[str, Any]:
-        where = self.where(METADATA)
-        metadata = load_json(self.read(METADATA), where)
+    def _parse(self, data: bytes) -> dict[str, Any]:
+        where = f"{self.path}: {METADATA}"
+        metadata = load_lists(data, where, max(MAX_JSON, 16 * self._size))
         if not isinstance(metadata, dict) or "labels" not in metadata:
             raise dnnlib.UserError(f'{where}: lacks "labels" (a list of [file name, label] pairs, or null)')
         return metadata
 
+    def _find(self, key: str, find: Callable[[], Any]) -> Any:
+        if key not in self._known:
+            self._known[key] = find()
+        return self._known[key]
+
     def labels(self, key: str = "labels") -> np.ndarray | None:
-        """Return the labels in the order of `names`: int64 [N], float32 [N, D], or None when the archive has none.
+        """Return the labels of all rows: int64 [N], float32 [N, D], or None when the archive has none.
 
         Without a `dataset.json`, images in two or more subfolders are labeled by folder (`class_names`).
         """
-        if self.metadata is None:
+        return self._find(key, lambda: self._find_labels(key))
+
+    def _find_labels(self, key: str) -> np.ndarray | None:
+        if self._metadata is None:
             return self._folder_labels()[0] if key == "labels" else None
-        if self.metadata.get(key) is None:
+        if self._metadata.get(key) is None:
             return None
-        return match_labels(self.metadata[key], self.names, f'{self.where(METADATA)}: "{key}"')
+        return match_labels(self._metadata[key], self.names, f'{self.path}: {METADATA}: "{key}"')
 
     def class_names(self) -> list[str] | None:
         """Return the names of the classes: those in the metadata, else those of the subfolders, else None."""
-        if self.metadata is None:
+        names = self._find("class_names", self._find_class_names)
+        return names if names is None else list(names)
+
+    def _find_class_names(self) -> list[str] | None:
+        if self._metadata is None:
             return self._folder_labels()[1]
-        names = self.metadata.get("class_names")
-        if names is None:
-            return None
-        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise dnnlib.UserError(f'{self.where(METADATA)}: "class_names" must be a list of strings')
-        return list(names)
+        names = self._metadata.get("class_names")
+        if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+            raise dnnlib.UserError(f'{self.path}: {METADATA}: "class_names" must be a list of strings')
+        return names
 
     def outliers(self) -> np.ndarray | None:
-        """Return which images came from another source, bool [N] in the order of `names`; None without a record."""
-        listed = (self.metadata or {}).get("outliers")
+        """Return which images came from another source, bool [N]; None without a record."""
+        return self._find("outliers", self._find_outliers)
+
+    def _find_outliers(self) -> np.ndarray | None:
+        listed = (self._metadata or {}).get("outliers")
         if listed is None:
             return None
-        where = f'{self.where(METADATA)}: "outliers"'
-        if not isinstance(listed, list) or not all(isinstance(name, str) for name in listed):
-            raise dnnlib.UserError(f"{where} must be a list of file names")
-        if absent := sorted(set(listed).difference(self.names)):
-            raise dnnlib.UserError(f"{where} names '{absent[0]}', which is not among the {len(self)} images")
-        return np.isin(self.names, listed)
+        where, found = f'{self.path}: {METADATA}: "outliers"', np.zeros(len(self), dtype=bool)
+        for piece in in_pieces(listed) or [[None]]:
+            if not all(isinstance(name, str) for name in piece):
+                raise dnnlib.UserError(f"{where} must be a list of file names")
+            rows = {name: self.names.find(name) for name in piece}
+            if absent := sorted(name for name, row in rows.items() if row is None):
+                raise dnnlib.UserError(f"{where} names '{absent[0]}', which is not among the {len(self)} images")
+            found[list(rows.values())] = True
+        return found
 
     def corruption(self) -> dict[str, Any]:
         """Return what the archive records about its label noise and outliers, an empty dict without a record."""
-        found = (self.metadata or {}).get("corruption")
+        found = self._find("corruption", lambda: (self._metadata or {}).get("corruption"))
         return dict(found) if isinstance(found, dict) else {}
 
     def _folder_labels(self) -> tuple[np.ndarray | None, list[str] | None]:
@@ -218,6 +301,23 @@ class ArchiveReader:
         return np.array([number[name] for name in folders], dtype=np.int64), classes
 
 
+def _read_fully(fd: int, size: int, offset: int) -> bytes:
+    """Return `size` bytes, fewer at the end of the file. One call of `pread` returns at most 2 GiB."""
+    data = os.pread(fd, size, offset)
+    while 0 < len(data) < size and (more := os.pread(fd, size - len(data), offset + len(data))):
+        data += more
+    return data
+
+
+def _image_rows(files: list[bytes]) -> list[int]:
+    """Return which of the names in UTF-8 are images, and not hidden."""
+    rows = [row for row, name in enumerate(files) if name.lower().endswith(ENDINGS)]
+    text = b"/".join([b"", *files])
+    if b"/." in text or b"/__MACOSX" in text:
+        rows = [row for row in rows if not files[row].startswith(b"__MACOSX/") and b"/." not in b"/" + files[row]]
+    return rows
+
+
 def _walk(path: str) -> Iterator[str]:
     def fail(err: OSError) -> None:
         raise dnnlib.UserError(f"{err.filename or path}: cannot be read ({err.strerror or err})")
@@ -227,7 +327,7 @@ def _walk(path: str) -> Iterator[str]:
         prefix = os.path.relpath(folder, path).replace(os.sep, "/")
         for name in files:
             member = name if prefix == "." else f"{prefix}/{name}"
-            if _is_image(member) or member == METADATA:
+            if member == METADATA or _image_rows([os.fsencode(member)]):
                 _check_file(os.path.join(folder, name), root, f"{path}: {member}")
             yield member
 
@@ -244,88 +344,6 @@ def _check_file(path: str, root: str, where: str) -> None:
         raise dnnlib.UserError(f"{where}: cannot be read ({getattr(err, 'strerror', None) or err})") from None
     if not stat.S_ISREG(mode):
         raise dnnlib.UserError(f"{where}: is not a regular file")
-
-
-def _check_members(members: list[zipfile.ZipInfo], path: str) -> None:
-    """Raise UserError for members that lead out of the archive, occur twice, are links, or overlap."""
-    seen: set[str] = set()
-    end = 0
-    for info in sorted(members, key=lambda info: info.header_offset):
-        where = f"{path}: {info.filename}"
-        check_name(info.filename, where)
-        if info.filename in seen:
-            raise dnnlib.UserError(f"{where}: occurs twice in the ZIP")
-        seen.add(info.filename)
-        kind = stat.S_IFMT(info.external_attr >> 16)
-        if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
-            raise dnnlib.UserError(f"{where}: is a {'link' if kind == stat.S_IFLNK else 'special file'}, not an image")
-        if info.header_offset < end:  # a few bytes could unfold into very many images
-            raise dnnlib.UserError(f"{where}: overlaps the member before it")
-        end = info.header_offset + 30 + len(info.filename) + info.compress_size
-
-
-def check_name(name: str, where: str) -> None:
-    """Raise UserError for a name that would lead out of the folder into which the member is unpacked."""
-    if re.match(r"[/\\]|[A-Za-z]:", name) or ".." in re.split(r"[/\\]", name):
-        raise dnnlib.UserError(f"{where}: the name leads out of the archive")
-
-
-def _is_image(name: str) -> bool:
-    parts = name.split("/")
-    hidden = parts[0] == "__MACOSX" or any(part.startswith(".") for part in parts)
-    return not hidden and os.path.splitext(name)[1].lower() in EXTENSIONS
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Labels.
-
-
-def plain_labels(values: Any, where: str) -> np.ndarray:
-    """Check a list of labels and return it as int64 [N], or as float32 [N, D] when each label is a vector.
-
-    UserError names the first label that is negative or not an integer, and says when vectors differ in length.
-    """
-    kinds = set(map(type, values))
-    if kinds & {list, tuple}:
-        if not kinds <= {list, tuple} or len(set(map(len, values))) > 1:
-            raise dnnlib.UserError(f"{where}: labels are ragged (all must be integers, or all vectors of one length)")
-        try:
-            array = np.array(values, dtype=np.float32)
-        except (TypeError, ValueError):
-            array = np.zeros(0)
-        if array.ndim != 2 or not array.size or not np.isfinite(array).all():
-            raise dnnlib.UserError(f"{where}: label vectors must hold finite numbers")
-        return array
-    if kinds != {int}:  # bool is a type of its own, so true and false are refused too
-        bad = [v for v in values if type(v) is not int and not (type(v) is float and v.is_integer())]
-        if bad:
-            raise dnnlib.UserError(f"{where}: label {json.dumps(bad[0], default=str)} is not an integer")
-    low, high = min(values, default=0), max(values, default=0)
-    if low < 0 or high >= 1 << 31:
-        raise dnnlib.UserError(f"{where}: label {low if low < 0 else high} is {'negative' if low < 0 else 'too large'}")
-    return np.array(values, dtype=np.int64)
-
-
-def match_labels(pairs: Any, names: list[str], where: str) -> np.ndarray:
-    """Return labels given as [[name, label], ...] in the order of `names`: int64 [N] or float32 [N, D].
-
-    UserError: an entry is not a pair, names an unknown file or occurs twice, or an image has no label.
-    """
-    if not isinstance(pairs, list) or not all(
-        isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str) for pair in pairs
-    ):
-        raise dnnlib.UserError(f"{where}: must be a list of [file name, label] pairs, or null")
-    table = {name.replace("\\", "/"): label for name, label in pairs}
-    known = set(names)
-    absent = next((name for name in table if name not in known), None)
-    if absent is not None:
-        raise dnnlib.UserError(f"{where}: names '{absent}', which is not among the {len(names)} images")
-    missing = next((name for name in names if name not in table), None)
-    if missing is not None:
-        raise dnnlib.UserError(f"{where}: has {len(table)} labels for {len(names)} images, none for '{missing}'")
-    if len(table) != len(pairs):
-        raise dnnlib.UserError(f"{where}: {len(pairs) - len(table)} files are listed twice")
-    return plain_labels([table[name] for name in names], where)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

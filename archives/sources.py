@@ -15,14 +15,16 @@ import tarfile
 import threading
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 import dnnlib
-from archives.reader import ArchiveReader, decode_image, plain_labels
+from archives.archive_set import find_archives, open_archives
+from archives.labels import plain_labels
+from archives.reader import decode_image
 from torch_utils import safe_pickle
 from torch_utils.safe_files import unpacked_limit
 
@@ -45,7 +47,7 @@ class Source:
     labels: np.ndarray | None = None  # int64 [N] or float32 [N, D], as observed
     clean_labels: np.ndarray | None = None  # the labels before noise, where they are known
     class_names: list[str] | None = None
-    names: list[str] | None = None  # [N], where the images have names
+    names: Sequence[str] | None = None  # [N], where the images have names
     outliers: np.ndarray | None = None  # bool [N], which images came from another source; None without a record
     corruption: dict[str, Any] = field(default_factory=dict)  # family of the images; how labels and images were changed
 
@@ -57,13 +59,18 @@ class Source:
 def open_source(path: str, test: bool = False, number: int = PHOTO_CROPS, seed: int = 0) -> Source:
     """Open `digits`, `photos`, a folder, a ZIP, CIFAR-10/100 (.tar.gz), (Fashion-)MNIST (idx files) or an LSUN LMDB.
 
-    `test` chooses the test part of CIFAR and MNIST. `number` and `seed` belong to `photos`, which can have any number
-    of images. UserError: the source is missing, unreadable, of an unknown kind, or has no test part.
+    Folders and ZIPs can be several, which are one set (`find_archives`). `test` chooses the test part of CIFAR and
+    MNIST. `number` and `seed` belong to `photos`, which can have any number of images.
+    UserError: the source is missing, unreadable, of an unknown kind, or has no test part.
     """
+    several = False
     if path not in BUILT_IN:
-        if not os.path.exists(path):
+        archives = find_archives(path)
+        several = len(archives) > 1
+        path = path if several else archives[0]
+        if not several and not os.path.exists(path):
             raise dnnlib.UserError(f"{path}: no such file or folder (built-in sources: {', '.join(BUILT_IN)})")
-        if not os.path.isdir(path):
+        if not several and not os.path.isdir(path):
             dnnlib.open_file(path).close()  # UserError for devices and pipes, before they are read
     if os.path.isfile(path) and IDX_NAME.fullmatch(os.path.basename(path)):
         part = IDX_NAME.fullmatch(os.path.basename(path))[1]
@@ -80,7 +87,7 @@ def open_source(path: str, test: bool = False, number: int = PHOTO_CROPS, seed: 
         return _open_photos(number, seed)
     if os.path.isdir(path) and os.path.isfile(os.path.join(path, "data.mdb")):
         return _open_lmdb(path)
-    if os.path.isdir(path) or path.lower().endswith(".zip") or zipfile.is_zipfile(path):
+    if several or os.path.isdir(path) or path.lower().endswith(".zip") or zipfile.is_zipfile(path):
         return _open_images(path)
     raise dnnlib.UserError(
         f"{path}: not a folder, a ZIP, a CIFAR archive (.tar.gz) or an MNIST file (...-images-idx3-ubyte.gz)"
@@ -130,11 +137,11 @@ def _open_photos(number: int, seed: int) -> Source:
 
 def _open_images(path: str) -> Source:
     """Open a folder or ZIP in the layout of this project, EDM, StyleGAN or TDSM, or with one subfolder per class."""
-    reader = ArchiveReader(path)
+    reader = open_archives(path)
     return Source(
         path=path,
         length=len(reader),
-        image=lambda index: reader.image(reader.names[index]),
+        image=reader.image,
         labels=reader.labels(),
         clean_labels=reader.labels("clean_labels"),
         class_names=reader.class_names(),

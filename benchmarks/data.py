@@ -20,7 +20,7 @@ class RandomImages:
         self.num_channels, self.resolution, self.label_dim = channels, resolution, classes
         self.labels = np.random.RandomState(1).randint(classes, size=n)
         self.pixels = torch.from_numpy(random_pixels(n, channels, resolution)).permute(0, 3, 1, 2).contiguous()
-        self.name, self.class_names = "random", None
+        self.name, self.archives, self.class_names = "random", ["random"], None
 
     def onehot(self) -> torch.Tensor:
         """Return all labels, float32 [N,label_dim]."""

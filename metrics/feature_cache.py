@@ -73,7 +73,7 @@ class FeatureCache:
         what = json.loads(
             json.dumps(
                 dict(
-                    images=os.path.abspath(source.path),
+                    images=",".join(map(os.path.abspath, source.archives)),
                     version=_version_of_images(source),
                     count=len(source),
                     choice=choice,
@@ -132,7 +132,10 @@ def _version(path: str) -> list[int] | None:
 
 
 def _version_of_images(source: ImageSource) -> Any:
-    if not os.path.isdir(source.path):
-        return _version(source.path)
-    files = [[name, _version(os.path.join(source.path, name))] for name in source.file_names]
+    versions = [_version(path) for path in source.archives]
+    if not any(map(os.path.isdir, source.archives)):
+        return versions[0] if len(versions) == 1 else versions
+    files = [[path, _version(path)] for path in source.archives] if len(versions) > 1 else []
+    root = os.path.commonpath(map(os.path.abspath, source.archives))
+    files += [[name, _version(os.path.join(root, name))] for name in source.file_names]
     return hashlib.sha256(json.dumps(files).encode()).hexdigest()

@@ -9,7 +9,7 @@ import torch
 
 import dnnlib
 from archives.dataset import ImageDataset
-from archives.reader import plain_labels
+from archives.labels import plain_labels
 from torch_utils import safe_files
 
 __all__ = ["ImageSource", "NpzImages", "best_labels", "check_same_shape", "describe_shape", "open_images"]
@@ -19,6 +19,7 @@ class ImageSource(Protocol):
     """What the metrics need from a set of images. `archives.dataset.ImageDataset` fits."""
 
     path: str
+    archives: list[str]  # the files or folders that hold the images: one, or those of a set
     image_shape: tuple[int, int, int]  # channels, height, width
     label_dim: int  # number of classes
     labels: np.ndarray | None  # int64 [N]
@@ -43,7 +44,7 @@ class NpzImages:
     """
 
     def __init__(self, path: str, max_size: int | None = None, seed: int = 0):
-        self.path = path
+        self.path, self.archives = path, [path]
         arrays = safe_files.read_npz(path, "expected arr_0, images [N,H,W,C] uint8")
         images, labels = arrays.get("arr_0"), arrays.get("arr_1")
         if images is None or images.ndim != 4 or images.dtype != np.uint8 or images.shape[3] not in (1, 3):

@@ -8,6 +8,7 @@ from typing import Any
 import click
 import torch
 
+from archives.archive_set import SEVERAL
 from dnnlib.cli import add_options, blame, output_file
 from metrics.bootstrap import LEVEL
 from metrics.cas import CAS_ARCHS, CAS_EPOCHS, check_arch, check_test
@@ -56,7 +57,7 @@ device_option = click.option("--device", type=click.Choice(["auto", "cpu", "cuda
 
 # What `fid.py evaluate` and `fid.py compare` share: the fields of EvaluationSettings, --device.
 evaluation_options = add_options([
-    click.option("--data", metavar="PATH", required=True, help="Archive of real images, the reference. Its clean labels are used if it has any, and the outliers that it records are left out"),
+    click.option("--data", metavar="PATH", required=True, help=f"Archive of real images, the reference. Its clean labels are used if it has any, and the outliers that it records are left out. {SEVERAL}"),
     detector_option,
     precision_option,
     click.option("--num", type=click.IntRange(min=2), help="Number of generated images to use  [default: all]"),

@@ -14,6 +14,7 @@ import click
 import torch
 
 import dnnlib
+from archives.archive_set import SEVERAL
 from archives.writer import is_zip
 from dnnlib.cli import FLOAT_LIST, INT_LIST, FloatRange, add_options, given_options
 from sampling.ddgan import is_generator
@@ -150,7 +151,7 @@ generate_options = add_options([image_options, sampler_options, guidance_options
 sweep_options = add_options([
     network_option,
     discriminator_option(required=True),
-    click.option("--data", metavar="PATH", required=True, help="Reference archive, with clean labels for its judge"),
+    click.option("--data", metavar="PATH", required=True, help=f"Reference archive, with clean labels for its judge. {SEVERAL}"),
     click.option("--detector", metavar="NAME", required=True, help="As in fid.py evaluate"),
     click.option("--judge", metavar="svm|PKL", default="svm", help="As in fid.py evaluate"),
     click.option("--outdir", metavar="DIR", required=True, help="Folder for the plot, the table and the images"),

@@ -120,7 +120,7 @@ def save_sheet(file: str, path: str, seeds: Sequence[int], subdirs: bool = False
     """Write the images of `seeds` that `save_images` put into `path` as one sheet, the PNG `file`."""
     os.makedirs(os.path.dirname(file) or ".", exist_ok=True)
     with contextlib.closing(ArchiveReader(path)) as reader:
-        save_grid([reader.image(image_name(seed, subdirs)) for seed in seeds], file)
+        save_grid([reader.image(reader.names.find(image_name(seed, subdirs))) for seed in seeds], file)
 
 
 def progress(batches: Batches, total: int) -> Iterator[tuple[list[int], np.ndarray, np.ndarray | None]]:

@@ -11,6 +11,7 @@ import json
 import math
 import tokenize
 import zipfile
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -18,13 +19,25 @@ import numpy as np
 from dnnlib import UserError, read_bytes
 from torch_utils import safe_pickle
 
-__all__ = ["load_json", "load_npy", "load_npz", "load_pt", "read_member", "read_npz", "unpacked_limit"]
+__all__ = [
+    "MAX_JSON",
+    "json_levels",
+    "load_json",
+    "load_npy",
+    "load_npz",
+    "load_pt",
+    "read_member",
+    "read_npz",
+    "unpacked_limit",
+]
 
 MAX_JSON = 1 << 30  # bytes of objects a JSON file may become, estimated from its punctuation
 MAX_DEPTH = 64
 MAX_UNPACKED = 512 << 20
 _CHUNK = 1 << 20
-_QUOTE, _BACKSLASH, _OPEN, _CLOSE = b'"', b"\\", b"[{", b"]}"
+_QUOTE, _BACKSLASH = b'"', b"\\"
+_STEP = np.zeros(256, dtype=np.int8)  # what each byte adds to the depth of a JSON text
+_STEP[list(b"[{")], _STEP[list(b"]}")] = 1, -1
 # What the parsers below raise for damaged bytes. MemoryError means that a number in the file asked for too much.
 _DAMAGED = (ArithmeticError, AttributeError, EOFError, LookupError, MemoryError, OSError, RuntimeError, SyntaxError,
             TypeError, ValueError, tokenize.TokenError, zipfile.BadZipFile)  # fmt: skip
@@ -35,16 +48,16 @@ def unpacked_limit(size: int) -> int:
     return max(MAX_UNPACKED, 10 * size)
 
 
-def load_json(data: bytes, name: str) -> Any:
+def load_json(data: bytes, name: str, limit: int = MAX_JSON) -> Any:
     """Return the value of a JSON text in UTF-8.
 
-    Raise UserError that names `name` when it is not JSON, is nested too deeply, or would become too large.
+    Raise UserError that names `name` when it is not JSON, is nested too deeply, or would take more than `limit` bytes.
     """
     # In CPython a list takes 64 bytes and more, a dictionary 240, an item with its string or number about 60.
     objects = 64 * (data.count(b"[") + data.count(b",")) + 240 * data.count(b"{")
-    if objects + len(data) * (1 if data.isascii() else 4) > MAX_JSON:
+    if objects + len(data) * (1 if data.isascii() else 4) > limit:
         raise UserError(f"{name}: JSON of {len(data):,} bytes is too large to be read safely")
-    if _depth(data) > MAX_DEPTH:
+    if max((int(levels.max()) for _, levels, _ in json_levels(data)), default=0) > MAX_DEPTH:
         raise UserError(f"{name}: not valid JSON for this purpose, it is nested more than {MAX_DEPTH} levels deep")
     try:
         return json.loads(data.decode("utf-8-sig"))
@@ -52,20 +65,20 @@ def load_json(data: bytes, name: str) -> Any:
         raise UserError(f"{name}: not valid JSON") from None
 
 
-def _depth(data: bytes) -> int:
-    """Return how deep the brackets outside strings nest, without building anything."""
+def json_levels(data: bytes) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """Yield for each chunk of a JSON text where it starts, how deep the brackets are nested after each byte (int), and
+    which bytes are outside of strings (bool). Nothing is built."""
     if _BACKSLASH in data:
         # Escaped characters do not matter here, and without them every quote begins or ends a string.
         data = data.replace(rb"\\", b"__").replace(rb"\"", b"__")
-    deepest = level = inside = 0
+    level = inside = 0
     for start in range(0, len(data), _CHUNK):
         text = np.frombuffer(data, np.uint8, min(_CHUNK, len(data) - start), start)
         quotes = inside + np.cumsum(text == ord(_QUOTE), dtype=np.int32)
-        step = np.isin(text, list(_OPEN)).astype(np.int32) - np.isin(text, list(_CLOSE))
-        step[quotes % 2 == 1] = 0
-        levels = level + np.cumsum(step)
-        deepest, level, inside = max(deepest, int(levels.max())), int(levels[-1]), int(quotes[-1]) % 2
-    return deepest
+        outside = quotes % 2 == 0
+        levels = level + np.cumsum(_STEP[text] * outside, dtype=np.int32)
+        level, inside = int(levels[-1]), int(quotes[-1]) % 2
+        yield start, levels, outside
 
 
 def load_npy(data: bytes, name: str, hint: str = "") -> np.ndarray:

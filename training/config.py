@@ -36,7 +36,7 @@ def changeable(**kwargs: Any) -> Any:
 class DatasetConfig:
     """The training images."""
 
-    path: str  # archive: ZIP or folder
+    path: str  # archive: ZIP or folder; the archives of a set, with commas between them
     use_labels: bool = True  # train a class-conditional network
     xflip: bool = False  # add the mirror image of every image
     cache: bool = changeable(default=True)  # keep decoded images in memory

@@ -11,6 +11,7 @@ import click
 import numpy as np
 import torch
 
+from archives.archive_set import SEVERAL
 from archives.dataset import ImageDataset
 from archives.label_noise import load_matrix, transition_matrix
 from dnnlib.cli import BOOL, INT_LIST, FloatRange, add_options, blame
@@ -55,7 +56,7 @@ def run_options(script: str, *, cond: bool = False, duration: float = 200.0, bat
     """Return a decorator for the options of every training script; the arguments are the script's own defaults."""
     return add_options([
         click.option("--outdir", metavar="DIR", required=True, help="Where to make the run directory"),
-        click.option("--data", metavar="ZIP|DIR", required=True, help="Training images: an archive of dataset_tool.py, or a folder"),
+        click.option("--data", metavar="ZIP|DIR", required=True, help=f"Training images: an archive of dataset_tool.py, or a folder. {SEVERAL}"),
         preset_option(script),
         click.option("--cond", type=BOOL, default=cond, help="Train a class-conditional model on the archive's labels"),
         click.option("--duration", metavar="MIMG", type=LENGTH, default=duration, help="Length of training in millions of images; on a CPU start from --preset, or from a value below 1"),
@@ -204,7 +205,7 @@ def make_config(
     nimg = opts["duration"] * 1e6 if opts.get("num_epoch") is None else opts["num_epoch"] * len(dataset)
     return RunConfig(
         method=method,
-        dataset=DatasetConfig(opts["data"], opts["cond"], opts["xflip"], opts["cache"]),
+        dataset=DatasetConfig(",".join(dataset.archives), opts["cond"], opts["xflip"], opts["cache"]),
         batch_size=opts["batch"],
         batch_gpu=opts["batch_gpu"],
         num_processes=distributed.get_world_size(),

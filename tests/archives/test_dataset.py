@@ -157,15 +157,15 @@ def test_subset_and_mirrors(archive):
 
 
 def test_opening_reads_one_image(archive, monkeypatch):
-    read, original = [], reader.ArchiveReader.read
+    read, original = [], reader.ArchiveReader._read_zip
 
-    def spy(self, name):
-        read.append(name)
-        return original(self, name)
+    def spy(self, entry, member, limit):
+        read.append(member)
+        return original(self, entry, member, limit)
 
-    monkeypatch.setattr(reader.ArchiveReader, "read", spy)
+    monkeypatch.setattr(reader.ArchiveReader, "_read_zip", spy)
     ImageDataset(str(archive[0]))
-    assert sorted(read) == ["00000/img00000000.png", "dataset.json"]
+    assert read == ["dataset.json", 0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

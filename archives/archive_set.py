@@ -1,0 +1,168 @@
+"""Several archives as one set of images: what `--data` may name, and a reader of all of them."""
+
+from __future__ import annotations
+
+import glob
+import os
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+import dnnlib
+from archives.reader import ArchiveReader, image_shape
+
+__all__ = ["SEVERAL", "ArchiveSet", "find_archives", "open_archives"]
+
+SEVERAL = "Several archives, given as a quoted glob or with commas between them, are one set"  # for --help
+MAGIC = set("*?[")
+
+
+def find_archives(data: str) -> list[str]:
+    """Return the archives that `data` names: one path, a glob, or several of both with commas between them.
+
+    What exists under its whole name is that file or folder, whatever characters the name has. A glob stands for the
+    archives that it matches, sorted by name; a list keeps its order. UserError: nothing matches, a part is empty, or an
+    archive is named twice.
+    """
+    parts, found = data.split(","), []
+    while parts:
+        # Names may have commas, so the longest run of parts that exists is one name.
+        length = next((n for n in range(len(parts), 0, -1) if os.path.exists(",".join(parts[:n]))), 1)
+        part, parts = ",".join(parts[:length]), parts[length:]
+        if not part and (found or parts):
+            raise dnnlib.UserError(f"{data}: a name between the commas is empty")
+        if os.path.exists(part) or not MAGIC & set(part):
+            found.append(part)
+            continue
+        matches = sorted(path for path in glob.glob(part) if not path.endswith(".index"))
+        if not matches:
+            raise dnnlib.UserError(f"{part}: no archive matches")
+        found += matches
+    same = [os.path.realpath(path) for path in found]
+    twice = next((path for i, path in enumerate(found) if same[i] in same[:i]), None) if len(found) > 1 else None
+    if twice is not None:
+        raise dnnlib.UserError(f"{data}: {twice} is named twice")
+    return found
+
+
+def open_archives(data: str) -> ArchiveReader | ArchiveSet:
+    """Return a reader of what `data` names (see `find_archives`)."""
+    paths = find_archives(data)
+    return ArchiveReader(paths[0]) if len(paths) == 1 else ArchiveSet(data, paths)
+
+
+class SetNames(Sequence[str]):
+    """The names of the images of several archives: the name of the archive, '/', the name in the archive."""
+
+    def __init__(self, readers: list[ArchiveReader], starts: list[int]):
+        folder = os.path.commonpath([os.path.abspath(reader.path) for reader in readers])
+        self._names = [(os.path.relpath(reader.path, folder).replace(os.sep, "/"), reader.names) for reader in readers]
+        self._starts = starts
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def __getitem__(self, index: Any) -> Any:
+        rows = range(len(self))[index]
+        if isinstance(rows, range):
+            return [self[row] for row in rows]
+        number = bisect_right(self._starts, rows) - 1
+        archive, names = self._names[number]
+        return f"{archive}/{names[rows - self._starts[number]]}"
+
+    def __iter__(self) -> Iterator[str]:
+        for archive, names in self._names:
+            yield from (f"{archive}/{name}" for name in names)
+
+
+class ArchiveSet:
+    """The images of several archives, one after the other, as `ArchiveReader` gives those of one.
+
+    UserError: an archive cannot be used, or they differ in the size or channels of their images, in class names, or in
+    what they know about them: labels, clean labels, outliers.
+    """
+
+    def __init__(self, data: str, paths: list[str]):
+        self.path, self.paths = data, paths
+        self._readers = [ArchiveReader(path) for path in paths]
+        self._starts = [0, *np.cumsum([len(reader) for reader in self._readers]).tolist()]
+        self.names = SetNames(self._readers, self._starts)
+        self._agree("images of ", lambda reader: _describe(image_shape(reader.read(0), reader.where(0))))
+
+    def _agree(self, what: str, find: Callable[[ArchiveReader], Any]) -> list[Any]:
+        """Return what `find` says of each archive. UserError: two archives differ in that."""
+        first, *others = self._readers
+        found = [find(first)]
+        for reader in others:
+            found.append(find(reader))
+            if found[-1] != found[0]:
+                raise dnnlib.UserError(
+                    f"{reader.path} has {what}{found[-1]}, but {first.path} has {what}{found[0]}: archives of one "
+                    "set must agree"
+                )
+        return found
+
+    def close(self) -> None:
+        """Close the archives."""
+        for reader in self._readers:
+            reader.close()
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def _place(self, row: int) -> tuple[ArchiveReader, int]:
+        number = bisect_right(self._starts, row) - 1
+        return self._readers[number], row - self._starts[number]
+
+    def where(self, row: int) -> str:
+        """Return the name of an image for error messages: 'archive.zip: 00000/img00000000.png'."""
+        reader, row = self._place(row)
+        return reader.where(row)
+
+    def read(self, row: int) -> bytes:
+        """Return the bytes of an image file."""
+        reader, row = self._place(row)
+        return reader.read(row)
+
+    def image(self, row: int) -> np.ndarray:
+        """Return a decoded image, uint8 [H, W, C] with C = 1 or 3."""
+        reader, row = self._place(row)
+        return reader.image(row)
+
+    def labels(self, key: str = "labels") -> np.ndarray | None:
+        """Return the labels of all rows, like `ArchiveReader.labels`."""
+        self.class_names()
+        return self._join(key.replace("_", " "), lambda reader: reader.labels(key))
+
+    def outliers(self) -> np.ndarray | None:
+        """Return which images came from another source, bool [N]; None without a record."""
+        return self._join("a record of outliers", lambda reader: reader.outliers())
+
+    def _join(self, what: str, find: Callable[[ArchiveReader], np.ndarray | None]) -> np.ndarray | None:
+        kinds = self._agree("", lambda reader: _kind(find(reader), what))
+        return None if kinds[0].startswith("no ") else np.concatenate([find(reader) for reader in self._readers])
+
+    def class_names(self) -> list[str] | None:
+        """Return the names of the classes, None without names."""
+        return self._agree("the class names ", lambda reader: reader.class_names())[0]
+
+    def corruption(self) -> dict[str, Any]:
+        """Return what all archives record alike about their label noise and outliers, and the mean realized rate."""
+        found = [reader.corruption() for reader in self._readers]
+        alike = {key: v for key, v in found[0].items() if all(key in c and c[key] == v for c in found)}
+        rates = [c.get("realised_rate") for c in found]
+        if all(isinstance(rate, (int, float)) for rate in rates):
+            alike["realised_rate"] = float(np.average(rates, weights=np.diff(self._starts)))
+        return alike
+
+
+def _describe(shape: tuple[int, ...]) -> str:
+    return f"{shape[1]}x{shape[0]} with {shape[2]} channels"
+
+
+def _kind(array: np.ndarray | None, what: str) -> str:
+    if array is None:
+        return f"no {what}"
+    return what if array.ndim == 1 else f"{what} that are vectors of {array.shape[1]}"
