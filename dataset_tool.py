@@ -55,7 +55,8 @@ With outliers, each of which takes the size, the channels and the label of the i
 @click.option("--channels", type=click.Choice(["1", "3"]), help="Make all images gray (1) or RGB (3)")
 @click.option("--outliers", metavar="PATH|digits|photos", help="Replace some of the images by images of this source")
 @click.option("--perturb_percent", type=FloatRange(0, 100), metavar="FLOAT", help="How many of them, in percent")
-@click.option("--labels", metavar="FILE", help="Replace the labels by those in a .json, .npy, .npz or .pt file")
+@click.option("--labels", metavar="FILE", help="Replace the labels by those in a .json, .npy, .npz or .pt file, "
+              "or follow the decisions in a .csv")
 @click.option("--label_key", metavar="NAME", help="Entry of the --labels file, if it has several")
 @click.option("--noise_type", type=click.Choice(NOISE_TYPES), help="Add label noise of this type")
 @click.option("--noise_rate", type=FloatRange(0, 1), metavar="FLOAT", help="Probability of a wrong label, 0 to 1")

@@ -8,7 +8,7 @@ mistakes before the work begins.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 import dnnlib
 from archives import label_noise
+from archives.decisions import load_decisions
 from archives.imported_labels import load_labels
 from archives.label_file import LabelFile
 from archives.sources import Source, open_source
@@ -100,22 +101,52 @@ def clean_source(source: Source, file: LabelFile, classes: int, fix: str) -> Non
     The old record of the noise no longer describes the labels, so it moves to `corruption["cleaned"]["before"]`.
     UserError: no image would be left.
     """
-    before = {k: v for k, v in source.corruption.items() if k != "family"}
-    cleaned = dict(fix=fix, images=int(np.sum(~file.is_clean)), before=before)
-    source.corruption = dict(family=source.corruption.get("family"), cleaned=cleaned)
-    if source.class_names is None:  # the corrected labels may not show how many classes there are
-        source.class_names = [str(i) for i in range(classes)]
+    record_cleaning(source, classes, fix=fix, images=int(np.sum(~file.is_clean)))
     if fix == "relabel":
         source.labels = np.where(file.is_clean, file.labels, file.suggested)
         return
-    rows, image = np.flatnonzero(file.is_clean), source.image
-    if not len(rows):
+    source.labels = file.labels
+    select_images(source, file.is_clean, "labels are believed wrong")
+
+
+def decide(source: Source, path: str, names: Sequence[str]) -> None:
+    """Correct labels and leave out images as a CSV says, which calls the images `names` (see `load_decisions`).
+
+    UserError: the source has no class numbers, the CSV does not fit it, or no image would be left.
+    """
+    if source.labels is None or source.labels.ndim != 1:
         raise dnnlib.UserError(
-            f"{source.path}: all {source.length} labels are believed wrong, so no image would be left"
+            f"{path}: cannot be used with {source.path}, which has no labels with one class per image"
         )
-    source.image, source.length, source.labels = lambda index: image(rows[index]), len(rows), file.labels[rows]
-    source.clean_labels = None if source.clean_labels is None else source.clean_labels[rows]
-    source.names = [source.names[i] for i in rows]
+    classes = count_classes(source)
+    found = load_decisions(path, names, source.labels, source.class_names, classes)
+    counts = dict(kept=len(found.keep), relabeled=len(found.relabel), dropped=len(found.drop))
+    record_cleaning(source, classes, fix="decisions", **counts)
+    source.labels = source.labels.copy()
+    source.labels[found.relabel] = found.new_labels
+    left = np.ones(source.length, dtype=bool)
+    left[found.drop] = False
+    select_images(source, left, "images are to be dropped")
+
+
+def record_cleaning(source: Source, classes: int, **what: Any) -> None:
+    """Record `what` was done to the labels; the record of their noise no longer describes them."""
+    before = {k: v for k, v in source.corruption.items() if k != "family"}
+    source.corruption = dict(family=source.corruption.get("family"), cleaned=dict(**what, before=before))
+    if source.class_names is None:  # the corrected labels may not show how many classes there are
+        source.class_names = [str(i) for i in range(classes)]
+
+
+def select_images(source: Source, chosen: np.ndarray, problem: str) -> None:
+    """Leave out all images but the `chosen`, bool [N]. UserError: none is left, because of the `problem` of all."""
+    rows, image = np.flatnonzero(chosen), source.image
+    if not len(rows):
+        raise dnnlib.UserError(f"{source.path}: all {source.length} {problem}, so no image would be left")
+    source.image, source.length = lambda index: image(rows[index]), len(rows)
+    for name in ("labels", "clean_labels", "outliers"):
+        if (values := getattr(source, name)) is not None:
+            setattr(source, name, values[rows])
+    source.names = None if source.names is None else [source.names[i] for i in rows]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,164 @@
+"""Decisions: what a person decided about single images on the review page, as CSV (docs/formats.md, "Decisions").
+
+    file,label,decision,new_label
+    "00000/img00000007.png","Dress","relabel","Bag"
+
+The CSV names classes so that a person can read it and spreadsheets can open it: see `class_keys` and `_plain`.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+import dnnlib
+from archives.label_file import LabelFile
+
+__all__ = ["Decisions", "apply_to_labels", "class_keys", "load_decisions"]
+
+COLUMNS = ("file", "label", "decision", "new_label")
+KINDS = ("keep", "relabel", "drop")
+# A spreadsheet takes a cell that begins with one of these for a formula. The page puts ' in front of it.
+FORMULA = "=+-@\t\r'"
+
+
+@dataclass
+class Decisions:
+    """What was decided about some of the images of an archive, each at most once. All arrays hold rows, int64."""
+
+    keep: np.ndarray  # the label is right
+    relabel: np.ndarray  # the label is wrong, `new_labels` has the right one
+    new_labels: np.ndarray  # one per row in `relabel`
+    drop: np.ndarray  # the image does not belong in the set
+
+
+def class_keys(class_names: Sequence[str] | None, classes: int) -> list[str]:
+    """Return how a CSV writes each class: by its name if all names are different and not empty, else by its number."""
+    if class_names is not None and len(set(class_names) - {""}) == classes:
+        return list(class_names)
+    return [str(c) for c in range(classes)]
+
+
+def load_decisions(
+    path: str, names: Sequence[str], labels: np.ndarray, class_names: Sequence[str] | None, classes: int
+) -> Decisions:
+    """Read decisions about the images `names` [N] of an archive with `labels` int64 [N].
+
+    Classes are read by name, and by number where no class has that name. UserError: the file is no such CSV, or some of
+    its lines name unknown files, labels that are not the archive's, unknown classes or decisions, or a file twice. The
+    message says how many lines do and shows the first.
+    """
+    lines = _read(path)
+    keys = class_keys(class_names, classes)
+    by_key = {str(c): c for c in range(classes)} | {key: c for c, key in enumerate(keys)}
+    by_name = {name: row for row, name in enumerate(names)}
+    rows = [by_name.get(_plain(line["file"])) for line in lines]
+    stated = [by_key.get(_plain(line["label"])) for line in lines]
+    kinds = [line["decision"].strip().lower() for line in lines]
+    new = [by_key.get(_plain(line["new_label"])) for line in lines]
+
+    def refuse(bad: list[int], problem: str, field: str, hint: str = "") -> None:
+        if bad:
+            line = lines[bad[0]]
+            of = f" of '{line['file']}'" if field != "file" else ""
+            raise dnnlib.UserError(
+                f"{path}: {len(bad)} of {len(lines)} lines {problem}, first line {line['line']}: "
+                f"{field} '{line[field]}'{of}{hint}"
+            )
+
+    each = range(len(lines))
+    shown = ", ".join(keys[:10]) + (", ..." if classes > 10 else "")
+    refuse([i for i in each if rows[i] is None], f"name a file that is not among the {len(names)} images", "file")
+    refuse([i for i in each if kinds[i] not in KINDS], "hold no decision", "decision", f", expected {', '.join(KINDS)}")
+    refuse(
+        [i for i in each if stated[i] != labels[rows[i]]],
+        "have a label that is not the archive's",
+        "label",
+        ": the decisions belong to another archive, or to other labels",
+    )
+    refuse(
+        [i for i in each if kinds[i] == "relabel" and new[i] is None],
+        "have an unknown class as new label",
+        "new_label",
+        f", expected one of: {shown}",
+    )
+    refuse(
+        [i for i in each if kinds[i] != "relabel" and lines[i]["new_label"]],
+        "have a new label, but the decision is not 'relabel'",
+        "new_label",
+    )
+    seen: set[int] = set()
+    refuse([i for i in each if rows[i] in seen or seen.add(rows[i])], "name a file that was named before", "file")
+
+    kinds = ["keep" if k == "relabel" and new[i] == stated[i] else k for i, k in enumerate(kinds)]
+
+    def chosen(kind: str, values: list[int]) -> np.ndarray:
+        return np.array([value for value, k in zip(values, kinds, strict=True) if k == kind], dtype=np.int64)
+
+    return Decisions(chosen("keep", rows), chosen("relabel", rows), chosen("relabel", new), chosen("drop", rows))
+
+
+def apply_to_labels(found: LabelFile, decisions: Decisions) -> LabelFile:
+    """Return a label file that believes the decisions: their labels are right or wrong with certainty.
+
+    An image to drop becomes an outlier with a wrong label, others are none. The noise rates become the means of
+    1 - `score`, and the interval moves with them.
+    """
+    keep, relabel, drop = decisions.keep, decisions.relabel, decisions.drop
+    is_clean, score, suggested = found.is_clean.copy(), found.score.copy(), found.suggested.copy()
+    is_clean[keep], score[keep], suggested[keep] = True, 1, found.labels[keep]
+    is_clean[relabel], score[relabel], suggested[relabel] = False, 0, decisions.new_labels
+    is_clean[drop], score[drop] = False, 0
+    classes = len(found.per_class_noise_rate)
+    count, sums = (np.bincount(found.labels, weights=w, minlength=classes) for w in (None, 1 - score))
+    rate = float(np.mean(1 - score))
+    result = replace(
+        found,
+        is_clean=is_clean,
+        score=score,
+        suggested=suggested,
+        noise_rate=rate,
+        per_class_noise_rate=(sums / np.maximum(count, 1)).astype(np.float32),
+    )
+    if found.noise_interval is not None:
+        moved = np.clip(np.array(found.noise_interval) + rate - found.noise_rate, 0, 1)
+        result.noise_interval = (float(moved[0]), float(moved[1]))
+    if found.suggested_score is not None:
+        result.suggested_score = found.suggested_score.copy()
+        result.suggested_score[np.concatenate([keep, relabel])] = 1
+    if found.is_outlier is not None or len(drop):
+        result.is_outlier = np.zeros(len(score), dtype=bool) if found.is_outlier is None else found.is_outlier.copy()
+        result.is_outlier[np.concatenate([keep, relabel])] = False
+        result.is_outlier[drop] = True
+    return result
+
+
+def _plain(cell: str) -> str:
+    """Return a cell without the ' that guards it against being taken for a formula."""
+    return cell[1:] if cell[:1] == "'" and cell[1:2] and cell[1] in FORMULA else cell
+
+
+def _read(path: str) -> list[dict[str, str]]:
+    """Return the lines of a CSV with our columns, and the number of each as `line`. Blank lines do not count."""
+    expected = f"expected a CSV with the columns {', '.join(COLUMNS)}, as the review page saves it"
+    try:
+        text = dnnlib.read_bytes(path).decode("utf-8-sig")  # spreadsheets put a mark of byte order in front
+        reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+        header = [cell.strip().lower() for cell in next(reader, [])]
+        if sorted(header) != sorted(COLUMNS):
+            raise dnnlib.UserError(f"{path}: {f'has the columns {header}'[:200] if header else 'is empty'}, {expected}")
+        lines = []
+        for cells in reader:
+            if cells and len(cells) != len(header):
+                raise dnnlib.UserError(f"{path}: line {reader.line_num} has {len(cells)} cells; {expected}")
+            if any(cells):
+                lines.append({**dict(zip(header, cells, strict=True)), "line": str(reader.line_num)})
+    except (UnicodeDecodeError, csv.Error) as e:
+        raise dnnlib.UserError(f"{path}: is not a CSV in UTF-8 ({e}); {expected}") from e
+    if not lines:
+        raise dnnlib.UserError(f"{path}: holds no decisions")
+    return lines
