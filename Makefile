@@ -1,9 +1,9 @@
-# make demo | demo-full | test | test-quick | test-long | lint | bench | clean. Each makes .venv on first use.
+# make demo | demo-full | test | test-quick | test-long | lint | bench | gpu | clean. Each makes .venv on first use.
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo demo-full test test-quick test-long lint bench clean
+.PHONY: demo demo-full test test-quick test-long lint bench gpu clean
 .DEFAULT_GOAL := demo
 
 # On a machine without an NVIDIA GPU the lock's CPU build of PyTorch is enough (and small); elsewhere take the newest.
@@ -40,6 +40,9 @@ lint: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks
+
+gpu: $(STAMP)
+	$(BIN)/python -m benchmarks.gpu
 
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis demo demo-full

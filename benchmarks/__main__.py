@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dnnlib.before_torch
 
-import datetime
 import importlib
 import os
 import pkgutil
@@ -26,7 +25,6 @@ import benchmarks
 import dnnlib.cli
 from benchmarks import table
 from benchmarks.roofline import measure_peaks
-from benchmarks.table import RESULTS
 
 # Each module here named TOPIC_rows is a topic. Its `rows(repeats)` yields Rows, its SECONDS says how long that takes.
 TOPICS = {
@@ -49,13 +47,6 @@ class Topics(click.ParamType):
         if unknown:
             self.fail(f"'{unknown[0]}' is not one of {', '.join(TOPICS)}", param, ctx)
         return [topic for topic in TOPICS if topic in value.split(",")]
-
-
-def dated_file(device: torch.device) -> str:
-    """Return the path `results/DATE-DEVICE.json`, with a number at the end if that file exists."""
-    start = os.path.join(RESULTS, f"{datetime.date.today()}-{device.type}")
-    names = [f"{start}.json", *(f"{start}-{i}.json" for i in range(2, 1000))]
-    return next(name for name in names if not os.path.exists(name))
 
 
 @click.command(cls=dnnlib.cli.Command, help=__doc__)
@@ -100,7 +91,7 @@ def main(only: list[str], repeats: int, threads: int | None, out: str | None) ->
                 found.append(table.record(topic, row, peaks))
                 tqdm.write(table.line(found[-1]))
             bar.update(round(costs[topic]))
-    out = out or dated_file(device)
+    out = out or table.dated_file(device.type)
     table.save(out, machine, found)
     click.echo(f"\nSaved to {out} after {dnnlib.format_time(time.time() - start)}.")
 

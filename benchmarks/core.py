@@ -96,6 +96,10 @@ class FormProcess:
             self._process.stdin.flush()
         return self._read()
 
+    def kill(self) -> None:
+        """End the process at once, so that a running call raises UserError."""
+        self._process.kill()
+
     def close(self) -> None:
         """End the process. It has nothing to save."""
         with contextlib.suppress(BrokenPipeError):

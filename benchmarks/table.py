@@ -15,7 +15,7 @@ import dnnlib
 from benchmarks.core import Row
 from benchmarks.roofline import Peaks, bound
 
-__all__ = ["HEAD", "RESULTS", "describe", "line", "machine", "record", "save"]
+__all__ = ["HEAD", "RESULTS", "dated_file", "describe", "line", "machine", "record", "save"]
 
 RESULTS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "results")  # tables from real machines, by date
 COLUMNS = {
@@ -28,6 +28,13 @@ COLUMNS = {
     "reached": ">7",
 }
 HEAD = "  ".join(f"{name:{form}}" for name, form in COLUMNS.items())
+
+
+def dated_file(name: str) -> str:
+    """Return the path `results/DATE-NAME.json`, with a number at the end if that file exists."""
+    start = os.path.join(RESULTS, f"{datetime.date.today()}-{name}")
+    names = [f"{start}.json", *(f"{start}-{i}.json" for i in range(2, 1000))]
+    return next(name for name in names if not os.path.exists(name))
 
 
 def machine(device: torch.device, peaks: Peaks) -> dict[str, Any]:

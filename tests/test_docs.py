@@ -17,7 +17,14 @@ CODE = [
     for path in sorted(ROOT.rglob("*.py"))
     if not any(part.startswith(".") for part in path.relative_to(ROOT).parts)
 ]
-MODULES = ("benchmarks", "benchmarks.operators", "benchmarks.precision", "benchmarks.scaling", "examples.toy2d")
+MODULES = (
+    "benchmarks",
+    "benchmarks.gpu",
+    "benchmarks.operators",
+    "benchmarks.precision",
+    "benchmarks.scaling",
+    "examples.toy2d",
+)
 # Options of programs that are not ours.
 FOREIGN = {"--standalone", "--nproc-per-node", "--nproc_per_node", "--nnodes", "--max-restarts"}
 

@@ -1,93 +1,124 @@
-"""Test the code of the rows about GPUs, on the CPU with tiny networks."""
+"""Test `python -m benchmarks.gpu`: on the CPU at a tiny size, and with lines that fail, hang and end their process."""
+
+import json
+import os
+import time
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from click.testing import CliRunner
 
-from benchmarks import gpu_rows, steps
-from benchmarks.core import Row
-from benchmarks.roofline import Peaks, bound
+from benchmarks import gpu, gpu_lines
+from benchmarks.core import FormProcess, Row
+from benchmarks.gpu_lines import Line, Skip, Wrong, lines_of, perform
+from benchmarks.gpu_speed import FORMS, _layers
+from training.networks import GroupNorm
 
-TINY = ["--arch=ddpmpp_tiny", "--cbase=8", "--batch=4", "--batch-gpu=2", "--device=cpu"]
-
-
-@pytest.fixture(scope="module")
-def options(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("gpu")
-    return {script: [*args, f"--outdir={folder}"] for script, args in gpu_rows.prepare(str(folder), 32).items()}
+MACHINE = dict(
+    processor="p", cpus=1, threads=1, load=0.0, torch="2", date="2026-01-01", peak_flops={"fp32": 1e9}, bandwidth=1e9
+)
 
 
-@pytest.mark.parametrize("script", gpu_rows.STEPS)
-def test_each_script_steps_in_both_forms(options, script):
-    answers, facts = [], {}
-
-    def turn(answer):
-        answers.append(answer)
-        return len(answers) < 3
-
-    with pytest.raises(SystemExit):
-        steps.ours(script, [*options[script], *TINY, "--precision=bf16"], turn)
-    assert answers[0] is None and len(answers) == 3 and min(answers[1:]) > 0
-    steps.plain(script, [*options[script], *TINY], lambda step, known: (step(), facts.update(known)))
-    assert facts["flops"] > 0
-
-
-def test_noise_of_type_pair_leaves_one_other_class(options):
-    found = []
-    steps.plain("train_noise", [*options["train_noise"], *TINY], lambda step, facts: found.append(step))
-    objective = next(cell.cell_contents for cell in found[0].__closure__ if hasattr(cell.cell_contents, "trained"))
-    observed = torch.arange(4)
-    w = objective.weights(torch.randn(4, 3, 32, 32), torch.ones(4, 1, 1, 1), observed, None)
-    assert (w > 0).sum(dim=1).tolist() == [2] * 4 and (w.gather(1, observed[:, None]) > 0).all()
+@pytest.mark.slow
+def test_both_parts_run_to_their_end(tmp_path):
+    result = CliRunner().invoke(gpu.main, ["--tiny", f"--out={tmp_path}/new/out"])
+    lines = json.loads((tmp_path / "new/out.json").read_text())["lines"]
+    assert [line["name"] for line in lines] == [line.name for part in gpu_lines.PARTS for line in lines_of(part, True)]
+    assert [line for line in lines if line["status"] == "FAIL"] == [] and result.exit_code == 0, result.output
+    # On a CPU without compilation these do not apply.
+    skipped = {line["name"] for line in lines if line["status"] == "SKIP"}
+    assert all("fp16" in name or "compiled" in name or "suite" in name for name in skipped)
+    rows = [line["row"] for line in lines if line["part"] == "speed" and line["row"]]
+    assert all(row["images_per_second"] > 0 and row["reached"] > 0 for row in rows) and len(rows) >= 19
+    assert all(f"| {line['name']} | {line['status']} |" in (tmp_path / "new/out.md").read_text() for line in lines)
 
 
-def test_step_rows_are_eager_and_each_form_over_it(monkeypatch):
-    asked = []
-
-    def step_row(name, script, args, plain_args, batch, repeats, *, steps, precision):
-        asked.append((script, args, plain_args))
-        return Row(name, 1.0, 4.0, 8, 8, "note", batch, precision)
-
-    monkeypatch.setattr(gpu_rows, "step_row", step_row)
-    found = list(gpu_rows.step_rows("train", ["--batch=4"], 4, 5))
-    assert [(row.precision, row.ours_seconds, row.plain_seconds) for row in found] == [
-        ("fp32", 4.0, None),
-        ("tf32", 1.0, 4.0),
-        ("bf16", 1.0, 4.0),
-        ("bf16", 1.0, 4.0),
-    ]
-    assert asked[2] == ("train", ["--batch=4", "--precision=bf16", "--compile=1"], ["--batch=4"])
-    # The peak of its own precision limits each row.
-    peaks = Peaks(dict(fp32=1, tf32=2, bf16=4), 8)
-    assert [bound(row, peaks) for row in found] == [8, 4, 2, 2]
+def wrong():
+    raise Wrong("distance 1, at most 0.1 allowed")
 
 
-def test_sampling_rows(monkeypatch):
-    compiled, dtypes = [], []
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(self))
-    conv = torch.nn.functional.conv2d
-    monkeypatch.setattr(
-        torch.nn.functional, "conv2d", lambda *args, **kwargs: dtypes.append(out := conv(*args, **kwargs)) or out
-    )
-    found = list(gpu_rows.sampling_rows(torch.device("cpu"), 1, batch=2, steps=2, model_channels=8, channel_mult=[1]))
-    assert [row.name for row in found] == [
-        "sampling, eager float32",
-        "sampling, tf32",
-        "sampling, bf16",
-        "sampling, bf16, compiled",
-    ]
-    assert [row.plain_seconds for row in found] == [None] + 3 * [found[0].ours_seconds]
-    assert len(compiled) == 1 and {out.dtype for out in dtypes} == {torch.float32, torch.bfloat16}
-    assert all(row.flops == 3 * gpu_work(compiled[0]) and row.images == 2 for row in found)
+def skip():
+    raise Skip("float16 needs CUDA")
 
 
-def gpu_work(net):
-    with FlopCounterMode(display=False) as flops, torch.no_grad():
-        net(torch.zeros(2, 3, 32, 32), torch.ones(2))
-    return flops.get_total_flops()
+@pytest.mark.parametrize(
+    "work, status, detail",
+    [
+        (lambda: "distance 0", "PASS", "distance 0"),
+        (wrong, "FAIL", "distance 1, at most 0.1 allowed"),
+        (skip, "SKIP", "float16 needs CUDA"),
+        (lambda: 1 / 0, "FAIL", "ZeroDivisionError: division by zero"),
+    ],
+)
+def test_result_of_a_line(work, status, detail):
+    result = perform(Line("x", work, 1))
+    assert (result["name"], result["status"], result["detail"]) == ("x", status, detail)
+
+
+class Process(FormProcess):
+    """A process whose lines do what their number says: 1 ends it, 2 takes too long, the others pass."""
+
+    started = []
+
+    def __init__(self, module, arguments):
+        self.number, self.facts, self.killed = arguments["first"], MACHINE, False
+        self.started.append(self.number)
+
+    def __call__(self):
+        number, self.number = self.number, self.number + 1
+        if number == 1:
+            raise gpu.dnnlib.UserError("benchmarks.gpu_lines {} ended with code -11: Segmentation fault")
+        while number == 2 and not self.killed:
+            time.sleep(0.01)
+        if self.killed:
+            raise gpu.dnnlib.UserError("benchmarks.gpu_lines {} ended with code -9: it did not say why")
+        return dict(name=str(number), status="PASS", detail="", seconds=0.0, row=None)
+
+    def kill(self):
+        self.killed = True
+
+    def close(self):
+        pass
+
+
+def test_a_line_that_fails_stops_no_other(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "FormProcess", Process)
+    Process.started.clear()
+    report = gpu.Report(str(tmp_path / "out"))
+    gpu.run_part("correct", True, report, [Line(str(i), None, 0.2) for i in range(4)])
+    assert [line["status"] for line in report.lines] == ["PASS", "FAIL", "FAIL", "PASS"]
+    assert report.lines[1]["detail"] == "ended with code -11: Segmentation fault"
+    assert report.lines[2]["detail"] == "took longer than 0 seconds"
+    assert Process.started == [0, 2, 3]
+    assert json.loads((tmp_path / "out.json").read_text())["lines"] == report.lines
+    gpu.run_part("speed", True, report, [Line("late", None, 1)], minutes=0)
+    assert report.lines[-1]["status"] == "SKIP"
+
+
+def test_a_failed_line_gives_exit_code_1(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "FormProcess", Process)
+    monkeypatch.setattr(gpu, "lines_of", lambda part, tiny: [Line(str(i), None, 5) for i in range(2)])
+    result = CliRunner().invoke(gpu.main, ["--tiny", "--part=correct", f"--out={tmp_path}/out"])
+    assert result.exit_code == 1 and "1 PASS, 1 FAIL, 0 SKIP" in result.output
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tests what happens without CUDA")
-def test_without_cuda_a_line_says_so(capsys):
-    assert list(gpu_rows.rows(5)) == []
-    assert "no CUDA device" in capsys.readouterr().out
+def test_without_cuda_it_offers_a_tiny_run():
+    result = CliRunner().invoke(gpu.main, [])
+    assert result.exit_code == 1 and "no CUDA device; --tiny" in result.output
+
+
+@pytest.mark.parametrize("form", [form for form in FORMS if form.norm], ids=lambda form: form.name)
+def test_forms_of_group_norm_compute_the_same(form):
+    norm, x = GroupNorm(16), torch.randn(2, 16, 4, 4).to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        norm.weight.normal_(), norm.bias.normal_()
+        wanted = norm(x)
+        with _layers(form.norm):
+            assert torch.allclose(norm(x), wanted, atol=1e-5)
+            assert norm(x.bfloat16()).dtype == torch.bfloat16
+
+
+def test_rows_keep_what_the_table_needs():
+    result = perform(Line("x", lambda: Row("x", 1.0, images=4), 1))
+    assert result["row"].images == 4 and os.path.basename(gpu.Report("a/b").start) == "b"
