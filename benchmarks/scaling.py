@@ -316,7 +316,9 @@ OPENING = {
     "images in the ZIP": ("images", 1),
     "labels": ("labels", 1),
     "directory, MB": ("directory", 1e6),
-    "opened in, CPU s": ("seconds", 1),
+    "first opened in, CPU s": ("first", 1),
+    "with at most, MB": ("peak", 1e6),
+    "later opened in, CPU s": ("seconds", 1),
     "memory per process, MB": ("bytes", 1e6),
 }
 
