@@ -27,6 +27,7 @@ from detection.quality import describe, save_picture
 from detection.trainer import Settings
 from dnnlib.cli import FloatRange, blame, output_file
 from torch_utils import distributed, persistence
+from torch_utils.precision import tf32
 from training import options
 from training.objectives.classifier import check_classifier
 from training.presets import ARCHS
@@ -75,6 +76,7 @@ def main(data: str, dest: str, cls: str | None, method: str, cleaned: str | None
         with blame("--cleaned"):
             check_destination(cleaned)  # before the work
     click.get_current_context().call_on_close(distributed.shutdown)
+    click.get_current_context().with_resource(tf32(False))
     device = distributed.init(device)
     dataset = ImageDataset(data)
     with blame("--data"):

@@ -38,12 +38,14 @@ from metrics.options import (
 from metrics.reference import load_reference, save_reference
 from reports.plots import bar_chart
 from torch_utils import distributed
+from torch_utils.precision import tf32
 
 
 @click.group(cls=dnnlib.cli.Group, help=__doc__)
 @click.pass_context
 def main(ctx: click.Context) -> None:
     ctx.call_on_close(distributed.shutdown)
+    ctx.with_resource(tf32(False))  # PyTorch itself would let convolutions use it
 
 
 # fmt: off

@@ -27,6 +27,7 @@ from sampling.output import check_free, progress, save_images
 from sampling.samplers import choose_sampler
 from torch_utils import distributed, safe_files
 from torch_utils.distributed import print0
+from torch_utils.precision import tf32
 
 EXAMPLES = """
 Examples:
@@ -43,7 +44,8 @@ COLUMNS = ["mode", "weight", "label accuracy", "FD", "FD / unguided"]
 def main(**opts) -> None:
     o = dnnlib.EasyDict(opts)
     try:
-        run(o, distributed.init(o.device))
+        with tf32(False):
+            run(o, distributed.init(o.device))
     finally:
         distributed.shutdown()
 

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from benchmarks.core import Row
+from torch_utils.precision import tf32
 
 __all__ = ["Peaks", "Work", "bound", "count", "measure_peaks", "precision_of"]
 
@@ -82,15 +83,8 @@ def bound(row: Row, peaks: Peaks) -> float | None:
 @contextlib.contextmanager
 def precision_of(name: str) -> Iterator[torch.dtype]:
     """Yield the dtype of 'fp32', 'tf32' or 'bf16', and let CUDA use TF32 in float32 products for 'tf32' only."""
-    backends = (torch.backends.cuda.matmul, torch.backends.cudnn)
-    before = [backend.allow_tf32 for backend in backends]
-    try:
-        for backend in backends:
-            backend.allow_tf32 = name == "tf32"
+    with tf32(name == "tf32"):
         yield torch.bfloat16 if name == "bf16" else torch.float32
-    finally:
-        for backend, allowed in zip(backends, before, strict=True):
-            backend.allow_tf32 = allowed
 
 
 def measure_peaks(device: torch.device, size: int | None = None, elements: int | None = None) -> Peaks:

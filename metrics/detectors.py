@@ -95,7 +95,7 @@ class ClassifierDetector:
         """See Detector."""
         x = to_float(images)
         features = self.net.features(x, torch.full([len(x)], LOWEST_SIGMA, device=x.device))
-        return features.to(torch.float32), self.net.head(features).to(torch.float32).softmax(dim=1)
+        return features, self.net.logits(features).softmax(dim=1)
 
 
 class BFloat16Detector:

@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 
 import dnnlib
+from torch_utils.precision import full_float32
 
 __all__ = [
     "AffineGuidance",
@@ -138,7 +139,7 @@ class DiscriminatorGuidance(Guidance):
 
     def correction(self, x: torch.Tensor, sigma: torch.Tensor, class_labels: torch.Tensor) -> torch.Tensor:
         """Return grad_x f [N,C,H,W]; with noise rates, multiplied by the probability that the label is wrong."""
-        with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
+        with torch.enable_grad(), full_float32(x.device):
             x = x.detach().requires_grad_(True)
             logits = self.discriminator(x, sigma, class_labels)
             # An output that does not depend on x has the gradient zero.

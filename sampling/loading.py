@@ -12,6 +12,7 @@ from sampling.evaluations import Stopwatch
 from sampling.guidance import GatedGuidance, gated_discriminator
 from torch_utils import persistence
 from torch_utils.distributed import print0
+from torch_utils.precision import tf32
 from training import networks, networks_ddgan, networks_resnet  # noqa: F401  They register what a snapshot may hold.
 
 __all__ = [
@@ -72,7 +73,7 @@ def prepare(net: torch.nn.Module, precision: str | None = None, compile: bool = 
     if precision is not None:
         net.use_fp16 = False  # the snapshot's own choice
     # Ten-bit products stay off unless they are asked for: with them an image would depend on its batch.
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = precision not in (None, "fp32")
+    _scope_tf32(net, precision not in (None, "fp32"))
     if precision in LOWER:
         # Without this, attention by plain operations returns to float32. Its softmax adds up in float32 either way.
         torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
@@ -84,6 +85,21 @@ def prepare(net: torch.nn.Module, precision: str | None = None, compile: bool = 
     if compile:
         net.model.compile(dynamic=False, options={"freezing": device.type == "cpu"})
     return net
+
+
+def _scope_tf32(net: torch.nn.Module, allowed: bool) -> None:
+    # The setting is the process's, but what guides the network has a precision of its own.
+    entered = []
+
+    def enter(*_) -> None:
+        entered.append(tf32(allowed))
+        entered[-1].__enter__()
+
+    def leave(*_) -> None:  # What a hook returns would replace the output.
+        entered.pop().__exit__(None, None, None)
+
+    net.register_forward_pre_hook(enter)
+    net.register_forward_hook(leave, prepend=True, always_call=True)
 
 
 def _lower(layer: torch.nn.Module, dtype: torch.dtype, stays: bool) -> None:

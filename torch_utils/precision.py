@@ -1,4 +1,4 @@
-"""The precision of arithmetic: TF32, which CUDA may use for float32, and the widest type of a device."""
+"""The precision of arithmetic: TF32, which CUDA may use for float32, autocast, and the widest type of a device."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import torch
 
-__all__ = ["tf32", "widest"]
+__all__ = ["full_float32", "tf32", "widest"]
 
 
 @contextlib.contextmanager
@@ -26,6 +26,13 @@ def tf32(allowed: bool) -> Iterator[None]:
     finally:
         for backend, value in zip(backends, before, strict=True):
             backend.allow_tf32 = value
+
+
+@contextlib.contextmanager
+def full_float32(device: torch.device) -> Iterator[None]:
+    """Compute float32 in all its digits inside, whatever autocast and TF32 do outside."""
+    with tf32(False), torch.autocast(device.type, enabled=False):
+        yield
 
 
 def widest(device: torch.device) -> torch.dtype:

@@ -10,6 +10,8 @@ import math
 
 import torch
 
+from torch_utils.precision import full_float32
+
 __all__ = ["AugmentPipe", "default_augment", "draw_shifts", "shift_images"]
 
 SCALE_STD, ANISO_STD, TRANSLATE_STD = 0.2, 0.2, 0.125  # The scales are in octaves, the translation in image sizes.
@@ -108,7 +110,7 @@ class AugmentPipe:
 
         Each image depends on its own parameters only, so both arguments may be split along N.
         """
-        with torch.autocast(images.device.type, enabled=False):  # Coordinates need float32.
+        with full_float32(images.device):  # with ten bits, pixels are off by up to 63 gray levels at 256x256
             images = _flip(images, params)
             if params.keys() & {"scale", "rotate_frac", "aniso", "translate_frac"}:
                 images = _warp(images, _output_to_input(params, *images.shape[2:]))
@@ -166,8 +168,9 @@ def _output_to_input(params: dict[str, torch.Tensor], height: int, width: int) -
         factors += [_rotation(-axis), stretch, _rotation(axis)]
     if "translate_frac" in params:
         shift = torch.eye(3, device=params["translate_frac"].device).repeat(len(params["translate_frac"]), 1, 1)
-        size = torch.tensor([width, height], device=shift.device)
-        shift[:, :2, 2] = -TRANSLATE_STD * size * params["translate_frac"]
+        # A tensor made from numbers of the host would make it wait for a GPU.
+        shift[:, 0, 2] = -TRANSLATE_STD * width * params["translate_frac"][:, 0]
+        shift[:, 1, 2] = -TRANSLATE_STD * height * params["translate_frac"][:, 1]
         factors.append(shift)
     return functools.reduce(torch.matmul, factors)
 
@@ -209,7 +212,7 @@ def _warp(images: torch.Tensor, output_to_input: torch.Tensor) -> torch.Tensor:
 
     # The centered coordinate q is index 2q - 1/2, counted from the middle of `fine`. grid_sample expects it divided by
     # half the size, so that -1 and 1 are the centers of the first and the last pixel.
-    half_size = torch.tensor([fine.shape[3] - 1, fine.shape[2] - 1], device=images.device) / 2
+    half_size = torch.stack([x.new_full([], (fine.shape[axis] - 1) / 2) for axis in (3, 2)])
     grid = (2 * source - 0.5) / half_size
     warped = torch.nn.functional.grid_sample(fine, grid, mode="bilinear", padding_mode="zeros", align_corners=True)
     return down_y @ warped @ down_x.T

@@ -192,7 +192,8 @@ class Potential(torch.nn.Module):
         for block in self.blocks:
             h = block(h, emb)
         h = leaky_relu(self.conv(torch.cat([h, minibatch_std(h).to(h.dtype)], dim=1)), 0.2)
-        return self.head(h.sum(dim=[2, 3])).flatten().to(torch.float32)
+        with torch.autocast(h.device.type, enabled=False):  # 8 bits are too few for a potential
+            return self.head(h.sum(dim=[2, 3], dtype=torch.float32)).flatten()
 
 
 def minibatch_std(x: torch.Tensor) -> torch.Tensor:

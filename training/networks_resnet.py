@@ -124,12 +124,12 @@ class _ResNet(torch.nn.Module):
         return emb
 
     def body(self, x: torch.Tensor, c_in: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
-        """Return the activations before the head, averaged over the image, [N,d]."""
+        """Return the activations before the head, averaged over the image, float32 [N,d]."""
         emb = silu(self.map_layer1(silu(emb)))
         h = self.stem(x.to(torch.float32) * c_in)
         for stage, affine in zip(self.stages, self.affines, strict=True):
             h = stage(h) + affine(emb)[:, :, None, None]
-        return silu(self.norm_out(h)).mean(dim=[2, 3])
+        return silu(self.norm_out(h)).mean(dim=[2, 3], dtype=torch.float32)
 
     def coefs(self, x: torch.Tensor, sigma: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the preconditioner's c_in [N or 1,1,1,1] and c_noise [N] at `sigma` ([] or [N])."""
@@ -139,7 +139,8 @@ class _ResNet(torch.nn.Module):
 
     def logits(self, features: torch.Tensor) -> torch.Tensor:
         """Return the head's float32 output [N,outputs] for the activations [N,d] of `body`."""
-        return self.head(dropout(features, self.dropout, self.training)).to(torch.float32)
+        with torch.autocast(features.device.type, enabled=False):  # 8 bits are too few for a logit
+            return self.head(dropout(features, self.dropout, self.training))
 
 
 @persistent_class(embed_source=False)

@@ -10,7 +10,9 @@ from click.testing import CliRunner
 import fid
 from metrics.detectors import in_precision, load_detector
 from tests.support.synth import make_archive, pictures
+from tests.support.tf32 import SimulatedTF32
 from torch_utils.persistence import save_snapshot
+from torch_utils.precision import tf32
 from training.networks_resnet import Classifier
 
 
@@ -53,6 +55,12 @@ def test_features_are_rounded_and_little_else(files, net):
     assert b.dtype == torch.float32
     assert 0 < (a - b).abs().max() < 0.03 * a.abs().max()
     assert exact(images)[0].equal(a)  # autocast ends with the call
+
+
+def test_float32_is_not_tf32(files, tmp_path):
+    with tf32(True), SimulatedTF32() as products:
+        run("ref", f"--data={files['data']}", f"--dest={tmp_path / 'ref.npz'}", f"--detector={files['net']}")
+    assert len(products.seen) > 5 and not any(products.seen)
 
 
 def test_the_table_says_so_and_the_judge_stays_exact(files):

@@ -9,6 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.paths import FIXTURES
+from tests.support.tf32 import SimulatedTF32
+from torch_utils.precision import tf32
 from training.augment import AugmentPipe, default_augment
 
 DATA = {k: torch.from_numpy(v) for k, v in np.load(FIXTURES / "augment.npz").items()}
@@ -144,8 +146,9 @@ def test_draws_depend_only_on_the_generator_and_settings_make_an_equal_pipe():
     assert some.label_dim == 3 and some.draw(2, generator(), CPU).keys() == {"xflip", "translate_frac"}
 
 
-def test_autocast_does_not_coarsen_images():
+@pytest.mark.parametrize("precision", ["bf16", "tf32"])
+def test_coordinates_are_float32_whatever_the_precision(precision):
     images, params = DATA["images"], params_of("all")
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with tf32(precision == "tf32"), SimulatedTF32(), torch.autocast("cpu", torch.bfloat16, precision == "bf16"):
         got = default_augment(1).apply(images, params)[0]
     assert (got - DATA["all/out"]).abs().max() < 2e-4
