@@ -10,8 +10,9 @@ import torch
 import dnnlib
 from archives.dataset import ImageDataset, to_float
 from archives.label_file import LabelFile
+from archives.label_noise import inverse_transition
 from archives.workers import ordered_map
-from detection.quality import confusion, label_file
+from detection.quality import confusion, whole_label_file
 from torch_utils import distributed
 from training.noise_levels import LOWEST_SIGMA
 from training.objectives.tdsm import clean_posterior
@@ -42,18 +43,19 @@ def clean_sigma(x: torch.Tensor) -> torch.Tensor:
 def log_posterior(
     net: torch.nn.Module, dataset: ImageDataset, device: torch.device, items: np.ndarray | None = None
 ) -> torch.Tensor:
-    """Return the log-probabilities [n,C] that `net`, in eval mode, gives the images `items` (None: all).
+    """Return the log-probabilities [n,C] that `net`, in eval mode, gives this process's share of the images `items`.
 
-    Collective: every process computes a share, and all get the whole.
+    Without `items`, it is the share of all images. With many images and classes, the table of all is too large for
+    every process; `distributed.rows_to_rank0` puts it together.
     """
     items = np.arange(len(dataset)) if items is None else items
-    own = np.array_split(np.arange(len(items)), distributed.get_world_size())[distributed.get_rank()]
-    table = torch.zeros([len(items), dataset.label_dim], device=device)
+    own = np.asarray(items)[distributed.share(len(items))]
+    table = torch.empty([len(own), dataset.label_dim], device=device)
     parts = np.split(own, range(READ, len(own), READ))
-    for part, images in zip(parts, ordered_map(lambda p: dataset.images(items[p]), parts, workers=2), strict=True):
+    for rows, images in zip(table.split(READ), ordered_map(dataset.images, parts, workers=2), strict=True):
         x = to_float(images.to(device))
-        table[torch.from_numpy(part).to(device)] = torch.log_softmax(net(x, clean_sigma(x)), dim=1)
-    return distributed.all_reduce_sum(table)
+        rows.copy_(torch.log_softmax(net(x, clean_sigma(x)), dim=1))
+    return table
 
 
 def detect(net: torch.nn.Module, posterior: str, dataset: ImageDataset, device: torch.device) -> LabelFile:
@@ -61,12 +63,16 @@ def detect(net: torch.nn.Module, posterior: str, dataset: ImageDataset, device: 
 
     `posterior` says what the classifier estimates: the probability of the 'clean' class or of the 'noisy' label. A
     noisy posterior q becomes the clean posterior p by solving T^T p = q. The transition T is counted: of the images
-    with the same most probable class, the share that is observed as each label. Raises UserError when T has no usable
-    inverse.
+    with the same most probable class, the share that is observed as each label. Collective. Raises UserError when T has
+    no usable inverse.
     """
-    log_probs = log_posterior(net.to(device), dataset, device).cpu()
+    table = log_posterior(net.to(device), dataset, device).cpu()
     if posterior == "noisy":
-        probs = clean_posterior(log_probs, confusion(log_probs.argmax(dim=1).numpy(), dataset))
+        classes = np.concatenate(distributed.all_gather_object(table.argmax(dim=1).numpy()))
+        transition = confusion(classes, dataset)
+        inverse = inverse_transition(transition)
+        for rows in table.split(READ):  # in place: there is no room for a second table
+            rows.copy_(clean_posterior(rows, transition, inverse))
     else:
-        probs = log_probs.exp()
-    return label_file(dataset, probs.numpy())
+        table.exp_()
+    return whole_label_file(dataset, table)

@@ -11,8 +11,9 @@ import torch
 import dnnlib
 from archives.dataset import ImageDataset
 from archives.label_file import LabelFile
+from archives.label_noise import inverse_transition
 from detection.classifier import cross_entropies
-from detection.quality import label_file, row_stochastic
+from detection.quality import ROWS, from_rank0, label_file, row_stochastic
 from detection.trainer import Progress, Settings, Trainer
 from torch_utils import distributed
 from training.objectives.tdsm import clean_posterior
@@ -22,24 +23,26 @@ __all__ = ["detect", "out_of_fold_posterior"]
 FOLDS, EPOCHS = 5, 20  # the parts that the images are split into; the epochs that each classifier is trained for
 
 
-def out_of_fold_posterior(dataset: ImageDataset, device: torch.device, settings: Settings) -> np.ndarray:
-    """Return noisy posteriors, float64 [N,C], each from a classifier that has not seen the image.
+def out_of_fold_posterior(dataset: ImageDataset, device: torch.device, settings: Settings) -> np.ndarray | None:
+    """Return noisy posteriors, float64 [N,C], each from a classifier that has not seen the image; None beside rank 0.
 
     One classifier per part of the images is trained, on the labels as they are, on the images of all other parts.
     """
     epochs = settings.epochs or EPOCHS
     order = np.random.default_rng(settings.seed).permutation(len(dataset))
     folds = np.array_split(order, min(FOLDS, len(dataset)))
-    log_probs = torch.zeros([len(dataset), dataset.label_dim], device=device)
+    probs = np.empty([len(dataset), dataset.label_dim]) if distributed.get_rank() == 0 else None
     progress = Progress("confident", epochs * len(folds))
     for i, held_out in enumerate(folds):
         trainer, rest = Trainer(dataset, device, settings, stream=i), np.setdiff1d(order, held_out)
         for epoch in range(epochs):
             trainer.epoch(epoch, rest, cross_entropy, progress.advance)
             progress.end_epoch(f"fold {i + 1}/{len(folds)}")
-        log_probs[torch.from_numpy(held_out).to(device)] = trainer.posterior(held_out)
+        found = distributed.rows_to_rank0(trainer.posterior(held_out).exp_(), len(held_out))
+        if probs is not None:
+            probs[held_out] = found.numpy()
         trainer.close()
-    return log_probs.exp().cpu().double().numpy()
+    return probs
 
 
 def cross_entropy(log_probs: torch.Tensor, observed: torch.Tensor) -> torch.Tensor:
@@ -61,12 +64,19 @@ def detect(dataset: ImageDataset, device: torch.device, settings: Settings) -> L
     except ImportError:
         raise dnnlib.UserError("confident learning needs the package cleanlab: pip install cleanlab") from None
     probs = out_of_fold_posterior(dataset, device, settings)
-    joint = compute_confident_joint(dataset.labels, probs)
-    _, given, _ = estimate_latent(joint, dataset.labels)  # P(observed = row | clean = column)
-    is_clean = ~find_label_issues(dataset.labels, probs, confident_joint=joint, n_jobs=1)
-    transition = row_stochastic(np.nan_to_num(given.T))  # NaN: a class that no image seems to have
-    try:
-        probs = clean_posterior(torch.from_numpy(probs).log(), transition).numpy()
-    except dnnlib.UserError as e:
-        distributed.print0(f"Warning: the scores are those of the noisy posterior: {e.message}")
-    return label_file(dataset, probs, is_clean, transition)
+
+    def decide() -> LabelFile:
+        joint = compute_confident_joint(dataset.labels, probs)
+        _, given, _ = estimate_latent(joint, dataset.labels)  # P(observed = row | clean = column)
+        is_clean = ~find_label_issues(dataset.labels, probs, confident_joint=joint, n_jobs=1)
+        transition = row_stochastic(np.nan_to_num(given.T))  # NaN: a class that no image seems to have
+        try:
+            inverse = inverse_transition(transition)
+        except dnnlib.UserError as e:
+            print(f"Warning: the scores are those of the noisy posterior: {e.message}")
+        else:
+            for rows in torch.from_numpy(probs).split(ROWS):  # in place: there is no room for a second table
+                rows.copy_(clean_posterior(rows.log(), transition, inverse))
+        return label_file(dataset, probs, is_clean, transition)
+
+    return from_rank0(decide)

@@ -15,8 +15,9 @@ import torch
 from archives.dataset import ImageDataset
 from archives.label_file import LabelFile
 from detection.classifier import cross_entropies
-from detection.quality import label_file
+from detection.quality import ROWS, whole_label_file
 from detection.trainer import Progress, Settings, Trainer
+from torch_utils import distributed
 
 __all__ = ["detect", "keep", "regularized_loss", "schedule"]
 
@@ -59,19 +60,26 @@ def detect(dataset: ImageDataset, device: torch.device, settings: Settings) -> t
     """
     epochs = settings.epochs or EPOCHS
     trainer, n = Trainer(dataset, device, settings), len(dataset)
-    kept, log_probs = torch.ones(n, dtype=torch.bool, device=device), None
-    mean, averaged = 0, 0
+    kept, own = torch.ones(n, dtype=torch.bool, device=device), distributed.share(n)
+    labels = trainer.labels[own.start : own.stop].split(ROWS)
+    log_probs = torch.empty(0)  # of this process's share; only one such table and their mean have room
+    mean, averaged = torch.zeros([len(own), dataset.label_dim], device=device), 0
     progress = Progress("cores", epochs)
     for epoch in range(epochs):
         beta, sieving = schedule(epoch, epochs)
         if sieving:  # never in the first epoch
-            kept = keep(log_probs, trainer.labels)
+            # One process decides about each image, since GPUs may round differently: all train on the same images.
+            decided = torch.cat([keep(*rows) for rows in zip(log_probs.split(ROWS), labels, strict=True)])
+            kept = torch.cat(distributed.all_gather_object(decided.cpu())).to(device)
         rho = torch.bincount(trainer.labels[kept], minlength=dataset.label_dim) / kept.sum()
         loss = partial(regularized_loss, rho=rho, beta=beta)
+        del log_probs
         trainer.epoch(epoch, kept.nonzero()[:, 0].cpu().numpy(), loss, progress.advance)
         log_probs = trainer.posterior()
         if beta >= BETA / 2 or epoch == epochs - 1:
-            mean, averaged = mean + log_probs.exp(), averaged + 1
+            averaged += 1
+            for total, rows in zip(mean.split(ROWS), log_probs.split(ROWS), strict=True):
+                total += rows.exp()
         progress.end_epoch(f"beta {beta:.2f}  kept {kept.float().mean():.1%}")
     trainer.close()
-    return label_file(dataset, (mean / averaged).cpu().numpy()), trainer.ema
+    return whole_label_file(dataset, mean.div_(averaged)), trainer.ema

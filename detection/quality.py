@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
+import torch
 
 from archives.dataset import ImageDataset
 from archives.label_file import LabelFile, class_noise_rates
 from sampling.grid import save_grid
+from torch_utils import distributed
 
-__all__ = ["confusion", "describe", "label_file", "quality", "row_stochastic", "save_picture"]
+__all__ = [
+    "ROWS",
+    "confusion",
+    "describe",
+    "from_rank0",
+    "label_file",
+    "quality",
+    "row_stochastic",
+    "save_picture",
+    "whole_label_file",
+]
 
+ROWS = 4096  # of a table [N,C] that are copied at a time
 TABLE = 20  # tables of up to so many classes are printed in full
 PICTURE = 64  # images in the picture
 CAPTION = 9  # letters that fit below a small image
@@ -30,6 +45,21 @@ def confusion(classes: np.ndarray, dataset: ImageDataset) -> np.ndarray:
     return row_stochastic(np.bincount(classes * c + dataset.labels, minlength=c * c).reshape(c, c))
 
 
+def whole_label_file(dataset: ImageDataset, own: torch.Tensor) -> LabelFile:
+    """Return the label file that follows from a clean posterior, of which each process gives its share of the rows.
+
+    Collective. Rank 0 alone holds the whole posterior, and all get the label file.
+    """
+    posterior = distributed.rows_to_rank0(own, len(dataset))
+    return from_rank0(lambda: label_file(dataset, posterior.numpy()))
+
+
+def from_rank0(make: Callable[[], LabelFile]) -> LabelFile:
+    """Return the label file that `make` makes on rank 0, on every process. Collective."""
+    first = distributed.get_rank() == 0
+    return distributed.broadcast_object(distributed.together(lambda: make() if first else None))
+
+
 def label_file(
     dataset: ImageDataset,
     posterior: np.ndarray,
@@ -41,13 +71,15 @@ def label_file(
     By default a label `is_clean` when no class is more probable, and `transition` is the `confusion` of suggested
     and observed labels. That estimate is too close to the identity when the detector misses wrong labels.
     """
-    observed, rows = dataset.labels, np.arange(len(dataset))
-    score = posterior[rows, observed]
+    observed = dataset.labels
+    score = posterior[np.arange(len(dataset)), observed]
     if is_clean is None:
         is_clean = score >= posterior.max(axis=1)
-    others = posterior.copy()
-    others[rows, observed] = -1
-    suggested = np.where(is_clean, observed, others.argmax(axis=1))
+    suggested, wrong = observed.copy(), np.flatnonzero(~is_clean)
+    for rows in np.split(wrong, range(ROWS, len(wrong), ROWS)):
+        others = posterior[rows]
+        others[np.arange(len(rows)), observed[rows]] = -1
+        suggested[rows] = others.argmax(axis=1)
     if transition is None:
         transition = confusion(suggested, dataset)
     return LabelFile(

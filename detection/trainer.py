@@ -95,7 +95,7 @@ class Trainer:
         stream.close()
 
     def posterior(self, items: np.ndarray | None = None) -> torch.Tensor:
-        """Return the EMA's log-probabilities [n,C] for the images `items` (None: all). Collective."""
+        """Return the EMA's log-probabilities [n,C] for this process's share of the images `items` (None: of all)."""
         return log_posterior(self.ema, self.dataset, self.device, items)
 
     def close(self) -> None:

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from metrics.memo import Memo
+
 __all__ = ["ClassWise", "class_wise"]
 
 
@@ -29,13 +31,15 @@ def class_wise(
     minimum: int,
     num_classes: int = 0,
     counts: np.ndarray | None = None,
+    memo: Memo | None = None,
 ) -> ClassWise:
     """Return the metrics of each class, and their means over the classes with equal weights.
 
     `metric(real, fake)` receives the features of one class and returns name -> value. A value may be an array. `real`
     is [N,d], `fake` [M,d], their labels are integers [N] and [M]. The classes are 0 to `num_classes` - 1 and all that
     occur. A class with fewer than `minimum` images on one side has no value and is listed as missing. With `counts`
-    [B,M], the metric receives the columns of its class as a third argument.
+    [B,M], the metric receives the columns of its class as a third argument. With `memo`, which belongs to `real`, it
+    receives the memo of its class as the argument `memo`.
     """
     real_labels, fake_labels = np.asarray(real_labels), np.asarray(fake_labels)
     per_class, missing = {}, []
@@ -44,7 +48,9 @@ def class_wise(
         if min(len(of_real), len(of_fake)) < minimum:
             missing.append(c)
         else:
-            per_class[c] = metric(real[of_real], fake[of_fake], *(() if counts is None else (counts[:, of_fake],)))
+            more = () if counts is None else (counts[:, of_fake],)
+            known = {} if memo is None else dict(memo=memo.of(c))
+            per_class[c] = metric(real[of_real], fake[of_fake], *more, **known)
     names = next(iter(per_class.values()), {})
     mean = {name: np.mean([values[name] for values in per_class.values()], axis=0) for name in names}
     return ClassWise(mean, per_class, missing)

@@ -14,6 +14,7 @@ from metrics.detectors import ClassifierDetector, Detector, load_detector
 from metrics.feature_cache import FeatureCache
 from metrics.features import Features, compute_features
 from metrics.images import ImageSource, best_labels
+from metrics.memo import Memo
 from metrics.outliers import add_outlier_ratio, select_clean
 from metrics.settings import EvaluationSettings
 from metrics.table import evaluate_features
@@ -84,17 +85,24 @@ def evaluate(inputs: Inputs, settings: EvaluationSettings, device: torch.device 
     if reference.outliers is not None:
         real, left_out = select_clean(real, reference.outliers), int(reference.outliers.sum())
         real_labels = None if real_labels is None else real_labels[~reference.outliers]
-    results = []
+    results, memo = [], Memo()
     for source, fake in zip(inputs.images, fakes, strict=True):
         result = evaluate_features(
-            real, fake, real_labels, source.labels, settings, class_names=reference.class_names, device=device
+            real,
+            fake,
+            real_labels,
+            source.labels,
+            settings,
+            class_names=reference.class_names,
+            device=device,
+            memo=memo,
         )
         if result["judge"] is not None:
             result["judge"]["name"] = inputs.judge.name if inputs.judge else f"SVM on {inputs.detector.name} features"
         if inputs.test is not None:
             result["cas"] = classification_accuracy_score(source, inputs.test, settings.cas_arch, device, settings.seed)
             result["metrics"]["cas"] = result["cas"]["accuracy"]
-        add_outlier_ratio(result, record, known, fake, inputs.detector.name)
+        add_outlier_ratio(result, record, known, fake, inputs.detector.name, memo)
         about = dict(
             images=source.path,
             data=reference.path,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -19,11 +20,12 @@ from torch_utils import distributed
 __all__ = ["Features", "compute_features", "compute_statistics", "feature_width"]
 
 WORKERS = min(4, usable_cores())  # threads that decode the next images while the detector runs
+ROUND = 2048  # images of each process after which rank 0 receives their features
 
 
 @dataclass(frozen=True)
 class Features:
-    """What the metrics are computed from. Every process has the features of all images."""
+    """What the metrics are computed from: the features of all images. Rank 0 alone has them."""
 
     features: torch.Tensor  # [N,d] float32 on the CPU
     probs: torch.Tensor | None  # [N,C] class probabilities by the detector; None: it gives none
@@ -60,37 +62,47 @@ def compute_features(
     device: torch.device | str,
     judge: ClassifierDetector | None = None,
     text: str = "features",
-) -> Features:
+) -> Features | None:
     """Return features, class probabilities and the judge's classes of all images, in the order of the source.
 
-    Every process computes its share and receives the whole. `text` names the images in the progress bar. Raise
-    UserError for images that cannot be used.
+    Every process computes a share. Rank 0 receives the whole, the others return None: they send their batches to rank 0
+    after each round, so that beside the whole no process holds more than a round. `text` names the images in the
+    progress bar. Raise UserError for images that cannot be used.
     """
 
-    def work() -> dict[str, np.ndarray]:
+    def work() -> Iterator[dict[str, torch.Tensor]]:
         if judge is not None:
             judge.check(source)
-        parts: dict[str, list[np.ndarray]] = {}
-        for indices, images in _batches(source, extractor, batch, device, text):
+        for _indices, images in _batches(source, extractor, batch, device, text):
             features, probs = extractor(images)
-            found = dict(index=indices, features=_finite(features, extractor, source).cpu().numpy())
-            if probs is not None:
-                found["probs"] = probs.cpu().numpy()
-            if judge is not None:
-                found["judged"] = judge(images)[1].argmax(dim=1).cpu().numpy()
-            for key, value in found.items():
-                parts.setdefault(key, []).append(value)
-        return {key: np.concatenate(values) for key, values in parts.items()}
+            found = dict(features=_finite(features, extractor, source), probs=probs)
+            found["judged"] = None if judge is None else judge(images)[1].argmax(dim=1)
+            yield {key: value.cpu().contiguous() for key, value in found.items() if value is not None}
 
-    shares = [share for share in distributed.all_gather_object(distributed.together(work)) if share]
-    order = np.argsort(np.concatenate([share.pop("index") for share in shares]))
-    whole = {}
-    for key in list(shares[0]):
-        whole[key] = np.concatenate([share.pop(key) for share in shares])[order]
-    probs = whole.get("probs")
-    return Features(
-        torch.from_numpy(whole["features"]), None if probs is None else torch.from_numpy(probs), whole.get("judged")
-    )
+    rank, processes = distributed.get_rank(), distributed.get_world_size()
+    starts, per_round = range(0, len(source), batch), processes * max(ROUND // batch, 1)
+    mine, whole = work(), {}
+    for first in range(0, len(starts), per_round):
+        turns = starts[first : first + per_round]
+        count = len(turns[rank::processes])
+        found = distributed.together(lambda count=count: list(itertools.islice(mine, count)))
+        if rank != 0:
+            for value in itertools.chain.from_iterable(parts.values() for parts in found):
+                distributed.to_rank0(value, rank)
+            continue
+        for turn, start in enumerate(turns):
+            owner = turn % processes
+            for key, value in found[turn // processes if owner == 0 else 0].items():
+                if key not in whole:
+                    whole[key] = value.new_empty([len(source), *value.shape[1:]])
+                rows = whole[key][start : start + batch]
+                if owner == 0:
+                    rows.copy_(value)
+                else:
+                    distributed.to_rank0(rows, owner)
+    if rank != 0:
+        return None
+    return Features(whole["features"], whole.get("probs"), whole["judged"].numpy() if "judged" in whole else None)
 
 
 def feature_width(source: ImageSource, extractor: Detector, device: torch.device | str) -> int:

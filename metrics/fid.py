@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from metrics.memo import Memo
+
 __all__ = [
     "as_float64",
     "fid_from_features",
@@ -116,16 +118,16 @@ def frechet_distance(mu1: Any, cov1: Any, mu2: Any, cov2: Any) -> float:
     return _Gaussian(mu1, cov1).distance(_Gaussian(mu2, cov2))
 
 
-def fid_from_features(real: Any, fake: Any, counts: np.ndarray | None = None) -> Any:
+def fid_from_features(real: Any, fake: Any, counts: np.ndarray | None = None, *, memo: Memo | None = None) -> Any:
     """Return the Frechet distance between features `real` [N,d] and `fake` [M,d], a float. It is symmetric.
 
     With `counts` [B,M], return the distances [B] of `real` to B resampled sets; set b holds row m of `fake`
-    `counts[b,m]` times. The factors of `real` are then computed only once.
+    `counts[b,m]` times. The factors of `real` are then computed only once; `memo` keeps them for later calls.
 
     A side with no more images than features has a singular covariance. Its exact root are the centered features over
     sqrt(N - 1), so no [d,d] matrix is made for that side. Raise ValueError for fewer than 2 images on a side.
     """
-    reference = _gaussian_of(real)
+    reference = (memo or Memo()).get("gaussian", lambda: _gaussian_of(real))
     if counts is None:
         return reference.distance(_gaussian_of(fake))
     with tqdm(counts, desc="bootstrap", unit="draw", disable=None, leave=False, delay=2) as bar:

@@ -71,9 +71,10 @@ def _interval(result: dict[str, Any], metric: str) -> str:
 
 def _conditions(result: dict[str, Any]) -> list[str]:
     left_out = f", {result['reference_outliers']} outliers left out" if result["reference_outliers"] else ""
+    subset = f", {result['reference_subset']} for KID and neighbors" if result["reference_subset"] else ""
     lines = [
         f"reference  {result['data']}: {result['num_reference']}, {result['reference_labels'] or 'no labels'}"
-        f"{left_out}",
+        f"{left_out}{subset}",
         f"detector   {result['detector']}: {result['num_features']} features"
         f"{', computed in bf16' if result['precision'] == 'bf16' else ''}",
     ]

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from metrics.memo import Memo
 from metrics.prdc import as_features
 from torch_utils.misc import block_rows
 
@@ -44,7 +45,7 @@ def _self_kernel(x: torch.Tensor, rows: int) -> torch.Tensor:
 
 
 def kid_from_features(
-    real: Any, fake: Any, counts: np.ndarray | None = None, *, block: int | None = None
+    real: Any, fake: Any, counts: np.ndarray | None = None, *, block: int | None = None, memo: Memo | None = None
 ) -> float | np.ndarray:
     """Return the unbiased squared MMD of features `real` [N,d] and `fake` [M,d], a float; not multiplied by 1,000.
 
@@ -52,7 +53,7 @@ def kid_from_features(
 
     All images enter one sum; there are no subsets. `block` is the number of kernel rows held at a time (by default
     what suits the device). Beyond the features, this takes memory for a float64 copy of one side and a few blocks.
-    Raise ValueError for fewer than 2 images on a side.
+    `memo` keeps the sum over pairs of `real`. Raise ValueError for fewer than 2 images on a side.
     """
     real, fake = as_features(real), as_features(fake)
     n, m = len(real), len(fake)
@@ -61,9 +62,12 @@ def kid_from_features(
     once = torch.ones([1, n], dtype=torch.float64, device=real.device)
     taken = torch.as_tensor(np.ones([1, m]) if counts is None else counts.astype(np.float64), device=real.device)
     result = -2 / (n * m) * _kernel_sums(real, fake, once, taken, block or block_rows(m, real.device))
-    for x, weights in ((real, once), (fake, taken)):
+
+    def mean_of_pairs(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         rows = block or block_rows(len(x), x.device)
         pairs = _kernel_sums(x, x, weights, weights, rows) - torch.mv(weights, _self_kernel(x, rows))
-        result = result + pairs / (len(x) * (len(x) - 1))
-    result = result.cpu().numpy()
+        return pairs / (len(x) * (len(x) - 1))
+
+    result = result + (memo or Memo()).get("kernel", lambda: mean_of_pairs(real, once))
+    result = (result + mean_of_pairs(fake, taken)).cpu().numpy()
     return float(result[0]) if counts is None else result

@@ -61,6 +61,7 @@ evaluation_options = add_options([
     detector_option,
     precision_option,
     click.option("--num", type=click.IntRange(min=2), help="Number of generated images to use  [default: all]"),
+    click.option("--num_reference", type=click.IntRange(min=2), help="Compare at most this many reference images pair by pair, for KID, precision, recall, density and coverage of the whole sets. Their time grows with its square  [default: all]"),
     seed_option,
     batch_option,
     click.option("--nearest_k", type=POSITIVE, default=D.nearest_k, help="Precision, recall, density and coverage use the distance to this nearest neighbor"),

@@ -15,22 +15,23 @@ import dnnlib
 from metrics.features import Features
 from metrics.images import ImageSource, check_same_shape, open_images
 from metrics.label_accuracy import SvmJudge
+from metrics.memo import Memo
 
 __all__ = ["add_outlier_ratio", "check_reference", "open_record", "outlier_ratio", "select_clean"]
 
 MINIMUM = 5  # images of each kind: with fewer, no held-out ones remain to measure the classifier with
 
 
-def outlier_ratio(known: Features, outliers: np.ndarray, images: Features) -> tuple[float, dict[str, Any]]:
+def outlier_ratio(known: Features, outliers: np.ndarray, images: Features, memo: Memo) -> tuple[float, dict[str, Any]]:
     """Return the share of `images` that an SVM takes for outliers, and a description of the SVM.
 
     The SVM is trained on `known` images; `outliers` [N] (bool) says which of them are outliers. The description holds
     `training_share` (of outliers among `known`), and the `accuracy` (mean over both kinds) on `num` images; `on` says
-    which images these are. Raise ValueError if `known` has too few images of one kind.
+    which images these are. `memo` keeps the SVM. Raise ValueError if `known` has too few images of one kind.
     """
     if min(outliers.sum(), (~outliers).sum()) < MINIMUM:
         raise ValueError(f"needs {MINIMUM} images of either kind, found {outliers.sum()} outliers of {len(outliers)}")
-    machine = SvmJudge(known.features, outliers, balanced=True)
+    machine = memo.get("outlier_svm", lambda: SvmJudge(known.features, outliers, balanced=True))
     on = "held-out images, outliers and clean ones weighing the same"
     return (
         float(machine.predict(images.features).mean()),
@@ -39,7 +40,7 @@ def outlier_ratio(known: Features, outliers: np.ndarray, images: Features) -> tu
 
 
 def add_outlier_ratio(
-    result: dict[str, Any], record: ImageSource | None, known: Features, images: Features, detector: str
+    result: dict[str, Any], record: ImageSource | None, known: Features, images: Features, detector: str, memo: Memo
 ) -> None:
     """Add the outlier ratio of `images` to the table `result`, as `metrics.outlier_ratio` and `outliers`.
 
@@ -51,7 +52,7 @@ def add_outlier_ratio(
     if record is None:
         return
     try:
-        ratio, found = outlier_ratio(known, record.outliers, images)
+        ratio, found = outlier_ratio(known, record.outliers, images, memo)
     except ValueError as e:
         result["metrics"]["outlier_ratio"], result["notes"]["outlier_ratio"] = None, str(e)
         return

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from metrics.memo import Memo
 from torch_utils.misc import block_rows
 
 __all__ = ["as_features", "prdc"]
@@ -112,7 +113,13 @@ def _inside(
 
 
 def prdc(
-    real: Any, fake: Any, k: int = 5, counts: np.ndarray | None = None, *, block: int | None = None
+    real: Any,
+    fake: Any,
+    k: int = 5,
+    counts: np.ndarray | None = None,
+    *,
+    block: int | None = None,
+    memo: Memo | None = None,
 ) -> dict[str, Any]:
     """Return precision, recall, density and coverage of features `fake` [M,d] against `real` [N,d], as floats.
 
@@ -128,8 +135,8 @@ def prdc(
     radii stay those of the whole set `fake`, since k copies of a point would shrink its ball to nothing.
 
     `block` is the number of rows of distances held at a time (by default what suits the device). Beyond the features,
-    this takes memory for a float64 copy of them and a few blocks. Raise ValueError if a set has at most k points, or
-    if the two have different numbers of features.
+    this takes memory for a float64 copy of them and a few blocks. `memo` keeps the radii of `real`. Raise ValueError if
+    a set has at most k points, or if the two have different numbers of features.
     """
     real, fake = as_features(real), as_features(fake)
     if min(len(real), len(fake)) <= k:
@@ -141,7 +148,8 @@ def prdc(
     center = real.to(torch.float64).mean(dim=0)
     real, fake = _Points(real, center), _Points(fake, center)
     (n, width), m, device = real.given.shape, len(fake.given), real.given.device
-    real_radii = _radii(real, k, block or block_rows(n, device))
+    memo = memo or Memo()
+    real_radii = memo.get(f"radii_k{k}", lambda: _radii(real, k, block or block_rows(n, device)))
     fake_radii = _radii(fake, k, block or block_rows(m, device))
     real_tolerance = _tolerance(real.norms, fake.norms, width)
     fake_tolerance = _tolerance(fake.norms, real.norms, width)

@@ -17,6 +17,7 @@ class EvaluationSettings:
     detector: str  # what turns images into features; `metrics.detectors.DETECTORS` lists the choices
     precision: str = "fp32"  # arithmetic of the detector: fp32 or bf16
     num: int | None = None  # generated images to use per set; None: all
+    num_reference: int | None = None  # reference images for KID and neighbors of the whole sets, at most; None: all
     seed: int = 0  # chooses the images if there are more than `num`; also for bootstrap and CAS
     batch: int = 64  # images per batch and process
     nearest_k: int = 5  # precision, recall, density and coverage use the distance to this neighbor

@@ -15,6 +15,7 @@ from metrics.fid import fid_from_features
 from metrics.inception_score import inception_score
 from metrics.kid import kid_from_features
 from metrics.label_accuracy import SvmJudge, label_accuracy
+from metrics.memo import Memo
 from metrics.prdc import prdc
 from metrics.settings import EvaluationSettings
 
@@ -32,13 +33,16 @@ def evaluate_features(
     *,
     class_names: list[str] | None = None,
     device: torch.device | str = "cpu",
+    memo: Memo | None = None,
 ) -> dict[str, Any]:
     """Return all metrics of features `fake` [M,d] against `real` [N,d], with labels [M] and [N].
 
     Without labels (None) on one of the sides there are no class-wise metrics and no label accuracy. The dictionary has
-    these keys:
+    the keys below. `memo` keeps what follows from `real`, its labels and the settings alone, for a call with others
+    than `fake`.
 
     num_images, num_reference, num_features, nearest_k
+    reference_subset  how many reference images the pairs of KID and the neighbors come from; None: all
     metrics    name -> value, or None if there is none
     intervals  name -> [low, high]; empty without bootstrap
     bootstrap  how the intervals were made, or None
@@ -50,17 +54,32 @@ def evaluate_features(
     move = (lambda x: x.to(device)) if torch.device(device).type == "cuda" else (lambda x: x)
     x, y, k = real.features, fake.features, settings.nearest_k
     counts = resample(settings.bootstrap, len(y), fake_labels, settings.seed) if settings.bootstrap else None
-    table = _Table(real_labels, fake_labels, class_names, counts)
-    fast_x, fast_y = move(x), move(y)
-    table.add(["fid"], lambda *sets: dict(fid=fid_from_features(*sets)), x, y, minimum=2)
-    table.add(["kid"], lambda *sets: dict(kid=kid_from_features(*sets)), fast_x, fast_y, minimum=2)
+    memo = memo or Memo()
+    table = _Table(real_labels, fake_labels, class_names, counts, memo)
+    fast_x, fast_y = memo.get("moved", lambda: move(x)), move(y)
+    # Time grows with the square of the reference. Those of single classes are small, so they stay whole.
+    subset = settings.num_reference if (settings.num_reference or len(x)) < len(x) else None
+    few_x = fast_x if subset is None else memo.get("subset", lambda: fast_x[_choose(len(x), subset, settings.seed)])
+    table.add(
+        ["fid"],
+        # The covariances of all classes are too large to be kept.
+        lambda *sets, memo: dict(fid=fid_from_features(*sets, memo=memo if memo is table.memo else None)),
+        x,
+        x,
+        y,
+        minimum=2,
+    )
+    table.add(
+        ["kid"], lambda *sets, memo: dict(kid=kid_from_features(*sets, memo=memo)), few_x, fast_x, fast_y, minimum=2
+    )
     if fake.probs is None:
         table.set("is", None, "the detector gives no class probabilities")
     else:
         table.set("is", inception_score(fake.probs, settings.splits))
     table.add(
         [f"{name}_k{k}" for name in ("precision", "recall", "density", "coverage")],
-        lambda a, b, *counts: {f"{name}_k{k}": value for name, value in prdc(a, b, k, *counts).items()},
+        lambda a, b, *counts, memo: {f"{name}_k{k}": v for name, v in prdc(a, b, k, *counts, memo=memo).items()},
+        few_x,
         fast_x,
         fast_y,
         minimum=k + 1,
@@ -70,6 +89,7 @@ def evaluate_features(
     return dict(
         num_images=len(y),
         num_reference=len(x),
+        reference_subset=subset,
         num_features=x.shape[1],
         nearest_k=k,
         metrics={name: table.metrics[name] for name in whole_first},
@@ -83,6 +103,11 @@ def evaluate_features(
     )
 
 
+def _choose(count: int, chosen: int, seed: int) -> np.ndarray:
+    """Return `chosen` of the numbers 0 .. count - 1, in order."""
+    return np.sort(np.random.default_rng(seed).permutation(count)[:chosen])
+
+
 class _Table:
     """Collects the metrics of the whole sets and of each class, and the reasons why some are missing."""
 
@@ -92,8 +117,9 @@ class _Table:
         fake_labels: np.ndarray | None,
         class_names: list[str] | None,
         counts: np.ndarray | None,
+        memo: Memo,
     ):
-        self.counts = counts
+        self.counts, self.memo = counts, memo
         self.metrics: dict[str, float | None] = {}
         self.intervals: dict[str, list[float]] = {}
         self.notes: dict[str, str] = {}
@@ -121,21 +147,30 @@ class _Table:
         if note:
             self.notes[name] = note
 
-    def add(self, names: list[str], metric: Callable[..., dict[str, Any]], real: Any, fake: Any, minimum: int) -> None:
-        """Enter the metrics `names` of the whole sets and of each class.
+    def add(
+        self,
+        names: list[str],
+        metric: Callable[..., dict[str, Any]],
+        whole: Any,
+        real: Any,
+        fake: Any,
+        minimum: int,
+    ) -> None:
+        """Enter the metrics `names` of all images `fake` against `whole`, and of each class's against those of `real`.
 
-        `metric(real, fake)` returns name -> value, `metric(real, fake, counts)` name -> values of the resampled sets.
-        Sets with fewer than `minimum` images on one side have no value.
+        `metric(real, fake, memo=...)` returns name -> value, `metric(real, fake, counts, memo=...)` name -> values of
+        the resampled sets. Sets with fewer than `minimum` images on one side have no value.
         """
 
-        def values_of(a: Any, b: Any, counts: np.ndarray | None = None) -> dict[str, Any]:
-            values = metric(a, b)
+        def values_of(a: Any, b: Any, counts: np.ndarray | None = None, *, memo: Memo) -> dict[str, Any]:
+            values = metric(a, b, memo=memo)
             if counts is None:
                 return values
-            return {name: np.append(values[name], resampled) for name, resampled in metric(a, b, counts).items()}
+            resampled = metric(a, b, counts, memo=memo)
+            return {name: np.append(values[name], resampled[name]) for name in resampled}
 
-        enough = min(len(real), len(fake)) >= minimum
-        values = values_of(real, fake, self.counts) if enough else {}
+        enough = min(len(whole), len(fake)) >= minimum
+        values = values_of(whole, fake, self.counts, memo=self.memo) if enough else {}
         for name in names:
             self.set(name, values.get(name), None if enough else f"needs {minimum} images on each side")
         if self.without_labels:
@@ -143,7 +178,15 @@ class _Table:
                 self.set(f"cw_{name}", None, self.without_labels)
             return
         found = class_wise(
-            values_of, real, fake, self._real_labels, self._fake_labels, minimum, self._num_classes, self.counts
+            values_of,
+            real,
+            fake,
+            self._real_labels,
+            self._fake_labels,
+            minimum,
+            self._num_classes,
+            self.counts,
+            self.memo,
         )
         for name in names:
             self.set(f"cw_{name}", found.mean.get(name), self._note_missing(found, minimum))
@@ -185,7 +228,7 @@ def _add_label_accuracy(
         accuracy, num = label_accuracy(real.judged, real_labels), len(real_labels)
     else:
         try:
-            machine = SvmJudge(real.features, real_labels)
+            machine = table.memo.get("svm", lambda: SvmJudge(real.features, real_labels))
         except ValueError as e:
             return refuse(str(e))
         judged, on = machine.predict(fake.features), "held-out reference images"

@@ -17,7 +17,9 @@ import torch
 from click.testing import CliRunner
 
 import fid
+from metrics import prdc
 from metrics.fid import fid_from_features
+from metrics.label_accuracy import SvmJudge
 from tests.support.paths import ROOT
 from torch_utils.persistence import persistent_class, save_snapshot
 from training.networks_resnet import Classifier
@@ -235,8 +237,11 @@ def test_intervals_splits_and_cas(files):
     assert "cas        small trained on 37 images" in text
 
 
-def test_compare(files, tmp_path):
-    """The tables are those of `evaluate`, one after the other. The reference is read once."""
+def test_compare(files, tmp_path, monkeypatch):
+    """The tables are those of `evaluate`, one after the other. What follows from the reference is computed once."""
+    calls, radii, fit = [], prdc._radii, SvmJudge._fit
+    monkeypatch.setattr(prdc, "_radii", lambda *args: (calls.append("radii"), radii(*args))[1])
+    monkeypatch.setattr(SvmJudge, "_fit", lambda *args: (calls.append("fit"), fit(*args))[1])
     out, chart, cache = (tmp_path / "new" / name for name in ("tables.json", "chart.png", "features.npz"))
     text = run(
         "compare",
@@ -250,6 +255,8 @@ def test_compare(files, tmp_path):
         "--bootstrap=10",
         "--device=cpu",
     )
+    # Whole and three classes: the reference once, each set of images for its values and for its resampled values.
+    assert calls.count("radii") == 4 + 2 * 8 and calls.count("fit") == 2
     tables = json.loads(out.read_text())
     assert tables == [evaluate(files, name, "--bootstrap=10", data="noisy")[0] for name in ("zip", "data")]
     rows = {line.split()[0]: line for line in text.splitlines() if line}
