@@ -69,7 +69,7 @@ class Tiny(Objective):
     def hooked(self, what):
         return what in self.hook and self.hook.get("rank", int(os.environ["RANK"])) == int(os.environ["RANK"])
 
-    def step(self, images, labels, nimg, stats, items=None):
+    def step(self, images, labels, nimg, stats, *more):
         number = nimg // self.config.batch_size
         self.bad = self.hooked("nan") and number in self.hook["nan"]
         if self.hooked("signal") and number == self.hook["at"]:
@@ -79,7 +79,7 @@ class Tiny(Objective):
             raise getattr(builtins, self.hook["error"])(errno.EIO, "Input/output error", "digits.zip")
         if self.hooked("free") and number == self.hook["at"]:
             checkpoint.shutil.disk_usage = lambda path: dnnlib.EasyDict(free=self.hook["free"])
-        super().step(images, labels, nimg, stats, items)
+        super().step(images, labels, nimg, stats, *more)
         if self.hooked("drift") and number == self.hook["at"]:
             next(self.trained["net"].net.parameters()).data[0, 0] += 1e-6
 
