@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -21,7 +21,15 @@ from torch_utils import safe_files
 if TYPE_CHECKING:  # needs PyTorch, which dataset_tool.py avoids because it loads slowly
     from archives.dataset import ImageDataset
 
-__all__ = ["LabelFile", "class_noise_rates", "load_label_file", "save_label_file"]
+__all__ = [
+    "LabelFile",
+    "check_labels",
+    "class_noise_rates",
+    "load_label_file",
+    "load_outlier_flags",
+    "match_rows",
+    "save_label_file",
+]
 
 FIELDS = ("names", "labels", "is_clean", "score", "suggested", "noise_rate", "per_class_noise_rate")
 PER_IMAGE = ("suggested_score", "outlier_score", "is_outlier", "duplicate_of")
@@ -92,12 +100,27 @@ def load_label_file(path: str | os.PathLike[str], dataset: ImageDataset) -> Labe
     return _load_published(str(path), arrays, dataset)
 
 
+def load_outlier_flags(path: str | os.PathLike[str], dataset: ImageDataset) -> np.ndarray:
+    """Return `is_outlier` of a label file for the items of `dataset`, bool [items]. The set needs no labels.
+
+    UserError: the file holds no outliers, lacks images of the set, or holds other labels than the set.
+    """
+    arrays = safe_files.read_npz(path, EXPECTED)
+    missing = [name for name in ("names", "is_outlier") if name not in arrays]
+    if missing:
+        raise dnnlib.UserError(f"{path}: lacks {', '.join(missing)}, so it does not say which images are foreign")
+    order = _match_names(str(path), arrays, ("labels", "is_outlier"), dataset)
+    if "labels" in arrays and dataset.labels is not None:
+        check_labels(_classes(arrays["labels"], f"{path}: labels")[order], dataset, str(path))
+    return _flags(arrays["is_outlier"], f"{path}: is_outlier")[order]
+
+
 def _load_ours(path: str, arrays: dict[str, np.ndarray], dataset: ImageDataset) -> LabelFile:
     missing = [name for name in FIELDS if name not in arrays]
     if missing:
         raise dnnlib.UserError(f"{path}: lacks {', '.join(missing)}; {EXPECTED}")
     order = _match_names(path, arrays, ("labels", "is_clean", "score", "suggested", *PER_IMAGE), dataset)
-    labels = _check_labels(_classes(arrays["labels"], f"{path}: labels")[order], dataset, path)
+    labels = check_labels(_classes(arrays["labels"], f"{path}: labels")[order], dataset, path)
     suggested = _classes(arrays["suggested"], f"{path}: suggested")[order]
     rates = _shares(path, arrays, "per_class_noise_rate")
     if rates.shape != (dataset.label_dim,) or suggested.max() >= dataset.label_dim:
@@ -141,6 +164,14 @@ def _match_names(path: str, arrays: dict[str, np.ndarray], fields: Iterable[str]
     for field in fields:
         if field in arrays and arrays[field].shape != (len(names),):
             raise dnnlib.UserError(f"{path}: {field} is {list(arrays[field].shape)}, but there are {len(names)} names")
+    return match_rows(path, names, dataset)
+
+
+def match_rows(path: str, names: Sequence[str], dataset: ImageDataset) -> np.ndarray:
+    """Return the rows [items] of a file with these image names that hold the items of the data set.
+
+    UserError: the file lacks some of them.
+    """
     row = {name: i for i, name in enumerate(names)}
     absent = [name for name in dataset.file_names if name not in row]
     if absent:
@@ -190,7 +221,7 @@ def _load_published(path: str, arrays: dict[str, np.ndarray], dataset: ImageData
         if not stated:
             raise dnnlib.UserError(f"{path}: arr_0 and arr_1 are both images; {EXPECTED}")
         if not any((labels == dataset.labels).all() for labels in stated):
-            _check_labels(stated[0], dataset, path)
+            check_labels(stated[0], dataset, path)
     labels = dataset.labels
     return LabelFile(
         dataset.file_names,
@@ -229,7 +260,7 @@ def _classes(values: np.ndarray, where: str) -> np.ndarray:
     return plain_labels(whole.tolist(), where)
 
 
-def _check_labels(labels: np.ndarray, dataset: ImageDataset, path: str) -> np.ndarray:
+def check_labels(labels: np.ndarray, dataset: ImageDataset, path: str) -> np.ndarray:
     """Return the labels if they are the archive's, else raise UserError with their number and the first one."""
     differ = np.flatnonzero(labels != dataset.labels)
     if len(differ):
