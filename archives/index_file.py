@@ -158,6 +158,8 @@ def _check(arrays: dict[str, np.ndarray], record: dict[str, Any]) -> None:
     fits = all(array.shape[:1] == (count,) for name, array in arrays.items() if name not in ("names", "starts"))
     if not fits or not count or arrays["starts"].shape != (count + 1,) or arrays["names"].ndim != 1:
         raise ValueError
+    if arrays["starts"][0] != 0 or arrays["starts"][-1] != len(arrays["names"]):
+        raise ValueError
     if not isinstance(corruption, dict) or not isinstance(record["root"], str):
         raise ValueError
     if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):

@@ -27,7 +27,7 @@ from archives.index_file import fingerprint, load_index, one_at_a_time, save_ind
 from archives.json_lists import in_pieces, load_lists
 from archives.labels import match_labels
 from archives.names import Names
-from archives.zip_directory import find_directory, read_members
+from archives.zip_directory import ENTRY_FIELDS, find_directory, read_members
 from torch_utils.safe_files import MAX_JSON, read_member, unpacked_limit
 
 try:
@@ -115,6 +115,7 @@ class ArchiveReader:
             arrays, record = found
             self.names, self._entries = Names(arrays["names"], arrays["starts"]), arrays["entries"]
             self._root, self._metadata = record["root"], None
+            self._table = self._entries.view(np.uint8)
             self._known = {key: arrays.get(key) for key in ("labels", "clean_labels")} | {
                 "outliers": arrays["outliers"].astype(bool) if "outliers" in arrays else None,
                 "class_names": record["class_names"],
@@ -139,6 +140,7 @@ class ArchiveReader:
         entry = None if metadata is None else self._entries[metadata].item()
         rows = self._set_names(files, "ZIP")
         self._entries = self._entries[rows]
+        self._table = self._entries.view(np.uint8)
         self._metadata = (
             None if entry is None else self._parse(self._read_zip(entry, METADATA, unpacked_limit(self._size)))
         )
@@ -179,7 +181,7 @@ class ArchiveReader:
         """Return the bytes of an image file. Threads need no lock. UserError names a file that is damaged."""
         if self._file is None:
             return self._read_file(self.names[row])
-        return self._read_zip(self._entries[row].item(), row, MEMBER_LIMIT)
+        return self._read_zip(ENTRY_FIELDS.unpack_from(self._table, row * ENTRY_FIELDS.size), row, MEMBER_LIMIT)
 
     def _read_file(self, name: str) -> bytes:
         try:
@@ -200,7 +202,9 @@ class ArchiveReader:
             signature, name_length, extra_length = struct.unpack("<4s22xHH", os.pread(fd, 30, offset))
             if signature != b"PK\x03\x04":
                 raise zipfile.BadZipFile
-            data = _read_fully(fd, packed, offset + 30 + name_length + extra_length)
+            data = os.pread(fd, packed, offset + 30 + name_length + extra_length)
+            if len(data) < packed:
+                data = _read_fully(fd, packed, offset + 30 + name_length + extra_length)
             if method == zipfile.ZIP_DEFLATED:
                 data = zlib.decompressobj(-15).decompress(data, size + 1)
             if len(data) != size or zlib.crc32(data) != crc:
@@ -224,7 +228,7 @@ class ArchiveReader:
 
     def image(self, row: int) -> np.ndarray:
         """Return a decoded image, uint8 [H, W, C] with C = 1 or 3."""
-        return decode_image(self.read(row), self.where(row))
+        return decode_image(self.read(row), _Where(self, row))
 
     def _parse(self, data: bytes) -> dict[str, Any]:
         where = f"{self.path}: {METADATA}"
@@ -301,6 +305,18 @@ class ArchiveReader:
         return np.array([number[name] for name in folders], dtype=np.int64), classes
 
 
+class _Where:
+    """The name of an image for error messages, which is put together only when there is an error."""
+
+    __slots__ = ("_reader", "_row")
+
+    def __init__(self, reader: ArchiveReader, row: int):
+        self._reader, self._row = reader, row
+
+    def __str__(self) -> str:
+        return self._reader.where(self._row)
+
+
 def _read_fully(fd: int, size: int, offset: int) -> bytes:
     """Return `size` bytes, fewer at the end of the file. One call of `pread` returns at most 2 GiB."""
     data = os.pread(fd, size, offset)
@@ -350,7 +366,7 @@ def _check_file(path: str, root: str, where: str) -> None:
 # Images.
 
 
-def decode_image(data: bytes, where: str) -> np.ndarray:
+def decode_image(data: bytes, where: object) -> np.ndarray:
     """Decode an image file into uint8 [H, W, C] with C = 1 (gray) or 3 (RGB).
 
     Palettes and CMYK become RGB, 1-bit images become gray. UserError names the file (`where`) when it is truncated or

@@ -17,12 +17,13 @@ import numpy as np
 
 import dnnlib
 
-__all__ = ["ENTRY", "check_name", "find_directory", "read_members"]
+__all__ = ["ENTRY", "ENTRY_FIELDS", "check_name", "find_directory", "read_members"]
 
 # Where a member is and how it is stored. Members of 4 GiB or more are stated as 4 GiB: no image is as large.
 ENTRY = np.dtype(
     [("offset", "<i8"), ("packed", "<u4"), ("size", "<u4"), ("crc", "<u4"), ("method", "<u2"), ("flags", "<u2")]
 )
+ENTRY_FIELDS = struct.Struct("<q3I2H")  # the same; for one entry it is faster than NumPy
 RECORD = np.dtype(
     [("signature", "<u4"), ("made", "u1"), ("system", "u1"), ("version", "<u2"), ("flags", "<u2"), ("method", "<u2"),
      ("time", "<u4"), ("crc", "<u4"), ("packed", "<u4"), ("size", "<u4"), ("name", "<u2"), ("extra", "<u2"),
