@@ -13,7 +13,7 @@ from tests.support.waits import DOUBLE, WAITS
 from training.networks_ddgan import DDGANGenerator
 from training.networks_resnet import Discriminator
 
-CLASSES, STEPS = 3, 3
+CLASSES, STEPS = 3, 2
 GENERAL = dict(solver="heun", discretization="vp", schedule="vp", scaling="vp", S_churn=10)
 SAMPLERS = {
     "heun": dict(),
@@ -22,6 +22,11 @@ SAMPLERS = {
     "ve": GENERAL | dict(discretization="ve", schedule="ve", scaling="none", alpha=0.5),
     "iddpm, euler": GENERAL | dict(solver="euler", discretization="iddpm", schedule="linear", scaling="none"),
 }
+
+
+def some(names, *repeated):
+    """The names; those that the others cover run in make test-long."""
+    return [pytest.param(name, marks=[pytest.mark.long] * (name in repeated)) for name in names]
 
 
 @pytest.fixture
@@ -43,25 +48,25 @@ def discriminator(**changes):
 
 def images(net, class_idx=None, **settings):
     sampler = choose_sampler(net, **settings)
-    return list(generate_images(net, range(4), device=CUDA, batch=2, class_idx=class_idx, sampler=sampler))
+    return list(generate_images(net, range(2), device=CUDA, batch=1, class_idx=class_idx, sampler=sampler))
 
 
 def check(cuda, net, class_idx=None, **settings):
     """Generate two batches; only their arrival may wait."""
     cuda.used.clear()
     found = images(net, class_idx, num_steps=STEPS, **settings)
-    assert [len(part[1]) for part in found] == [2, 2]
+    assert [len(part[1]) for part in found] == [1, 1]
     assert {place for place in cuda.used if place[0] != "sampling/arrival.py"} == set()
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("name", some(SAMPLERS, "heun", "ve", "iddpm, euler"))
 def test_samplers(cuda, name):
     with cuda.setting_up():
         net = network()
     check(cuda, net, **SAMPLERS[name])
 
 
-@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
+@pytest.mark.parametrize("precision", some(["fp32", "tf32", "bf16"], "fp32", "tf32"))
 def test_precisions(cuda, precision):
     with cuda.setting_up():
         net = prepare(network(), precision)
@@ -84,7 +89,7 @@ GUIDANCES = {
 }
 
 
-@pytest.mark.parametrize("name", GUIDANCES)
+@pytest.mark.parametrize("name", some(GUIDANCES, "unconditional", "discriminator, stated rate, timed"))
 def test_guidance(cuda, name):
     with cuda.setting_up():
         net = GUIDANCES[name](network())
@@ -94,7 +99,7 @@ def test_guidance(cuda, name):
 def test_wanted_classes_travel_once(cuda):
     with cuda.setting_up():
         net = network()
-    images(net, class_idx=[0, 1, 2, 0], num_steps=STEPS)
+    images(net, class_idx=[0, 1], num_steps=STEPS)
     assert ("sampling/generation.py", "generate_images") in cuda.used
 
 

@@ -114,7 +114,14 @@ OBJECTIVES = {
 }
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+# What the others cover in parts runs in make test-long.
+REPEATED = ("dsm", "dsm, bf16", "dsm, vp", "dsm, ve", "tdsm", "classifier, no T, fp16", "discriminator", "rduot, bf16")
+REPEATED += ("rduot, robust",)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.long] * (name in REPEATED)) for name in OBJECTIVES]
+)
 def test_objective_steps_on_the_gpu(cuda, path, name, monkeypatch):
     monkeypatch.setattr("training.objectives.classifier.VALIDATION_DRAWS", 4)
     with cuda.setting_up():
@@ -131,7 +138,7 @@ def test_objective_steps_on_the_gpu(cuda, path, name, monkeypatch):
         assert stats.reduce()["Health/bad_losses"]["mean"] == 0
         objective.validate()
         objective.notes()
-        if name in ("dsm", "rduot, bf16"):
+        if name in ("dsm, fp16", "rduot, bf16"):
             objective.probe(0)
 
 
