@@ -124,8 +124,9 @@ class DiscriminatorGuidance(Guidance):
             raise dnnlib.UserError(f"trained on {_format(discriminator)}; the network makes {_format(net)}")
         self.discriminator, self.weight, self.log_odds = discriminator, weight, None
         if noise_rates is not None:
-            # logit eta + logit R; a label that is never wrong stays at -inf, whatever R is
+            # logit eta + logit R; a label that is never wrong stays at -inf, one that is never right at inf, for any R
             self.log_odds = torch.where(noise_rates > 0, noise_rates.logit() + right_shares.logit(), -math.inf)
+            self.log_odds[noise_rates == 1] = math.inf
         self.stopwatch = stopwatch or nullcontext()
 
     def __call__(self, x: torch.Tensor, sigma: torch.Tensor, class_labels: torch.Tensor | None = None) -> torch.Tensor:

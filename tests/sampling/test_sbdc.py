@@ -275,6 +275,19 @@ def test_extreme_logits_and_rates_stay_finite(size):
     torch.testing.assert_close(change[:, 0, 0, 0], size * wrong)
 
 
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_where_every_label_is_wrong_the_weight_is_one(share):
+    """The posterior probability that the label is wrong is 1, whatever pairs the discriminator has seen."""
+    rates, shares = torch.tensor([1.0, 0.0, 0.4]), torch.tensor([share, 1 - share, 0.5])
+    guided = DiscriminatorGuidance(Recorder(denoise), Recorder(linear), noise_rates=rates, right_shares=shares)
+    x = torch.ones([3, 1, 2, 2])
+    constant = DiscriminatorGuidance(Recorder(denoise), Recorder(linear)).correction(x, torch.tensor(1.0), torch.eye(3))
+    found = guided.correction(x, torch.tensor(1.0), torch.eye(3))
+    assert torch.equal(found[0], constant[0]) and constant[0].any()
+    assert not found[1].any()
+    assert 0 < (found[2] / constant[2]).min() <= (found[2] / constant[2]).max() < 1
+
+
 def test_other_formats_are_refused():
     other = Recorder(linear)
     other.label_dim = 4

@@ -85,8 +85,12 @@ def test_snapshots_sample_as_before(old, name, tmp_path):
     if name not in ("rduot", "ddgan"):
         options.append("--steps=4")
     run(generate, *options, "--seeds=0-3", f"--outdir={tmp_path}/out")
-    images, _ = read(tmp_path / "out")
-    compare(images.transpose(0, 2, 3, 1), expected[f"images.{name}"], exact, 1)
+    images, labels = read(tmp_path / "out")
+    # Version 0.1 did not guide classes that have wrong labels only: their weight was not a number. Classes 0 and 5 have
+    # right labels, too.
+    same = np.isin(labels, [0, 5]) if name == "guided" else slice(None)
+    assert len(images[same])
+    compare(images.transpose(0, 2, 3, 1)[same], expected[f"images.{name}"][same], exact, 1)
 
 
 @pytest.mark.parametrize("name", ["classifier", "learned", "detector", "discriminator"])
