@@ -282,7 +282,7 @@ class Encoder:
     transform  from `make_transform`
     channels   1 or 3 converts all images; None keeps the kind of the first
     foreign    {index of a replaced image: a function that reads the image to put there}
-    keep       keep the pixels that are written, in `images`
+    keep       keep the pixels that are written, in `images`, uint8 [at least N,H,W,C]
 
     After `run`, `shape` is [H, W, C] of the images that were written, and `names` are their names.
     """
@@ -297,7 +297,7 @@ class Encoder:
         self._step = max(1, (1 << 20) // first.size)  # images per task, about a megabyte of pixels
         self.shape: tuple[int, ...] = ()
         self.names: list[str] = []
-        self.images: list[np.ndarray] = []
+        self.images: np.ndarray | None = None
 
     def run(self, archive: ArchiveWriter, count: int, workers: int) -> np.ndarray:
         """Write images 0 .. count - 1. Return the indices of those that the transform did not leave out, int64."""
@@ -306,9 +306,12 @@ class Encoder:
         def place(part: range, found: Encoded) -> tuple[int, int]:
             for shape, index in found.shapes.items():
                 self._check_shape(shape, index)
-            self.images += found.images
             kept.append(found.kept)
             first = len(self.names)
+            if found.images:
+                if self.images is None:  # rows that no image fills take no memory
+                    self.images = np.empty([count, *self.shape], dtype=np.uint8)
+                self.images[first : first + len(found.images)] = found.images
             names = image_names(first, first + len(found.kept))
             self.names += names
             bar.update(len(part))
@@ -394,13 +397,14 @@ def record_outliers(record: Record, outliers: Outliers, kept: np.ndarray) -> Non
         record.corruption["seed"] = outliers.seed
 
 
-def add_noise(record: Record, noise: Noise, classes: int, images: list[np.ndarray]) -> None:
+def add_noise(record: Record, noise: Noise, classes: int, images: np.ndarray | None) -> None:
     """Make the labels noisy, and record how. `images` are needed for instance noise only."""
     record.clean_labels = clean = record.labels
     if noise.T is not None:
         record.labels = label_noise.corrupt_labels(clean, noise.T, noise.seed)
     else:
-        record.labels = label_noise.instance_noise(np.stack(images), clean, noise.rate, classes, noise.seed)
+        pixels = images[: len(clean)]
+        record.labels = label_noise.instance_noise(pixels, clean, noise.rate, classes, noise.seed)
     record.corruption.update(noise_type=noise.type, noise_rate=noise.rate, seed=noise.seed)
     record.corruption["T"] = None if noise.T is None else noise.T.tolist()
 

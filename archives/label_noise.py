@@ -30,6 +30,7 @@ __all__ = [
 
 NOISE_TYPES = ("sym", "asym", "pair", "matrix")  # the types that have a T; instance noise depends on the image
 MAX_CONDITION = 1e6  # the largest condition number of a T that may be inverted
+PIECE = 1 << 24  # pixels that instance noise turns into floats at a time
 
 # CIFAR-100: the five fine classes in each of the 20 superclasses, as published by the authors of the data set.
 CIFAR100_SUPERCLASSES = (
@@ -180,12 +181,15 @@ def instance_noise(images: np.ndarray, labels: np.ndarray, rate: float, num_clas
     uniform = rng.random(len(labels))
     pixels = np.asarray(images).reshape(len(labels), -1)
     observed = np.empty_like(labels)
+    piece = max(min(4096, PIECE // max(pixels.shape[1], 1)), 1)
     order = np.argsort(labels, kind="stable")  # class by class, so that only one W_y is in memory
     groups = np.split(order, np.cumsum(np.bincount(labels, minlength=num_classes))[:-1])
     for y, group in enumerate(groups):
         projection = np.random.default_rng([seed, y]).standard_normal([pixels.shape[1], num_classes], dtype=np.float32)
-        for part in np.split(group, range(4096, len(group), 4096)):
-            logits = (pixels[part].astype(np.float32) / 255 @ projection).astype(np.float64)
+        for part in np.split(group, range(piece, len(group), piece)):
+            x = pixels[part].astype(np.float32)
+            x /= 255
+            logits = (x @ projection).astype(np.float64)
             logits[:, y] = -np.inf
             p = np.exp(logits - logits.max(axis=1, keepdims=True))
             p *= (flip[part] / p.sum(axis=1))[:, None]

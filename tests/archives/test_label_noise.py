@@ -1,6 +1,7 @@
 """Transition matrices, noise drawn from them, and matrices that are refused."""
 
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -9,6 +10,9 @@ from hypothesis import strategies as st
 
 import dnnlib
 from archives import label_noise as tr
+from archives.build import build_archive, plan_noise
+from archives.sources import Source
+from archives.writer import make_transform
 from tests.support.paths import FIXTURES
 
 # CIFAR-100: the superclass of each fine class, written down independently of the table under test.
@@ -158,3 +162,17 @@ def test_load_matrix(tmp_path):
     for name in ("objects.npy", "bad.json", "T.txt", "absent.npy"):
         with pytest.raises(dnnlib.UserError, match=name):
             tr.load_matrix(str(tmp_path / name))
+
+
+def test_instance_noise_keeps_the_pixels_once(tmp_path):
+    """Once as they are, beside the parts in work and the float32 pieces of a class: 1.6 times their size, once 2.65."""
+    shape, labels = (64, 64, 3), np.arange(1000) % 20
+    source = Source("toy", 1000, lambda i: np.full(shape, i % 256, dtype=np.uint8), labels)
+    noise = plan_noise(source, "instance", 0.3, None, seed=0)
+    tracemalloc.start()
+    try:
+        build_archive(source, str(tmp_path / "a.zip"), make_transform(None, None), noise=noise, workers=1)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 2 * 1000 * np.prod(shape)
