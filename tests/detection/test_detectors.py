@@ -13,6 +13,7 @@ from detection.quality import describe, label_file, quality
 from detection.trainer import Settings
 from sampling.grid import image_sheet
 from tests.support.synth import make_archive, pictures
+from torch_utils import distributed
 
 LN2 = math.log(2)
 P = torch.tensor([[0.5, 0.25, 0.25]] * 3).log()
@@ -98,6 +99,18 @@ def test_cores_trains_on_what_it_keeps_and_averages_the_late_posteriors(four, mo
     np.testing.assert_allclose(found.score, [(34 * 0.9 + 0.2) / 35, 0.9, 0.9, 0.2], rtol=1e-5)
     assert found.is_clean.tolist() == [True, True, True, False] and found.suggested.tolist() == [0, 0, 1, 0]
     assert net == "net" and found.noise_rate == 0.25 and found.per_class_noise_rate.tolist() == [0, 0.5]
+
+
+def test_processes_train_on_what_they_decided_together(four, monkeypatch):
+    """One process decides about each image. A process that would round otherwise takes as many steps as the others."""
+
+    def gather(found):
+        return [torch.tensor([True, False, True, True])] if torch.is_tensor(found) else [found]
+
+    monkeypatch.setattr(cores, "Trainer", ScriptedTrainer)
+    monkeypatch.setattr(distributed, "all_gather_object", gather)
+    cores.detect(four, torch.device("cpu"), Settings())
+    assert [items for items, *_ in ScriptedTrainer.last.epochs] == [[0, 1, 2, 3]] * 10 + [[0, 2, 3]] * 50
 
 
 def test_label_file_of_a_posterior(tmp_path):
