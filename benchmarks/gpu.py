@@ -103,7 +103,7 @@ def run_part(part: str, tiny: bool, report: Report, lines: list[Line], minutes: 
             start, limit = time.monotonic(), min(line.seconds, left)
             try:
                 if process is None:
-                    process = FormProcess("benchmarks.gpu_lines", dict(part=part, tiny=tiny, first=number))
+                    process = FormProcess("benchmarks.gpu_process", dict(part=part, tiny=tiny, first=number))
                     report.machine = process.facts
                     start = time.monotonic()
                 result = _limited(limit, process)

@@ -207,7 +207,7 @@ def _same_images(found: np.ndarray, wanted: np.ndarray, precision: str) -> str:
     text = (
         f"{near:.3%} of pixels within a gray level, at least {PIXELS[precision]:.1%} wanted; largest {difference.max()}"
     )
-    if near < PIXELS[precision] or wanted.std() < 10:
+    if near < PIXELS[precision] or wanted.std() < 1:  # Images of one color would show nothing.
         raise Wrong(text)
     return text
 

@@ -1,17 +1,8 @@
-"""Lines of `python -m benchmarks.gpu`, and the process that works through them.
-
-python -m benchmarks.gpu_lines '{"part": "correct", "tiny": false, "first": 0}'
-
-A device that fails can take its process with it. So the lines have a process of their own, which the command replaces.
-"""
+"""Lines of `python -m benchmarks.gpu`: what they are, and how one becomes a result."""
 
 from __future__ import annotations
 
-import dnnlib.before_torch  # noqa: F401  (PyTorch reads once what it sets)
-
 import importlib
-import json
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,9 +10,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import table
-from benchmarks.core import Row, Turns
-from benchmarks.roofline import measure_peaks
+from benchmarks.core import Row
 
 __all__ = ["PARTS", "Line", "Skip", "Wrong", "device_of", "lines_of", "perform"]
 
@@ -69,23 +58,3 @@ def perform(line: Line) -> dict[str, Any]:
         status, detail = "FAIL", f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
     result = dict(name=line.name, status=status, detail=detail, seconds=round(time.perf_counter() - start, 2))
     return result | dict(row=row)
-
-
-def main() -> None:
-    """Perform one line per turn, from number `first` on. The facts are a description of the machine."""
-    turns, wanted = Turns(), json.loads(sys.argv[1])
-    device = device_of(wanted["tiny"])
-    torch.backends.cudnn.benchmark = wanted["part"] == "speed"  # as training does
-    peaks = measure_peaks(device, *([128, 1 << 16] if wanted["tiny"] else []))
-    answer: Any = table.machine(device, peaks)
-    for line in lines_of(wanted["part"], wanted["tiny"])[wanted["first"] :]:
-        if not turns.wait(answer):
-            return
-        answer = perform(line)
-        if answer["row"] is not None:
-            answer["row"] = table.record(wanted["part"], answer["row"], peaks)
-    turns.wait(answer)
-
-
-if __name__ == "__main__":
-    main()

@@ -67,11 +67,11 @@ class Process(FormProcess):
     def __call__(self):
         number, self.number = self.number, self.number + 1
         if number == 1:
-            raise gpu.dnnlib.UserError("benchmarks.gpu_lines {} ended with code -11: Segmentation fault")
+            raise gpu.dnnlib.UserError("benchmarks.gpu_process {} ended with code -11: Segmentation fault")
         while number == 2 and not self.killed:
             time.sleep(0.01)
         if self.killed:
-            raise gpu.dnnlib.UserError("benchmarks.gpu_lines {} ended with code -9: it did not say why")
+            raise gpu.dnnlib.UserError("benchmarks.gpu_process {} ended with code -9: it did not say why")
         return dict(name=str(number), status="PASS", detail="", seconds=0.0, row=None)
 
     def kill(self):
