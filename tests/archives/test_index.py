@@ -130,14 +130,18 @@ def test_foreign_indexes_are_not_believed(tmp_path, monkeypatch):
     index = tmp_path / "b.zip.index"
     index.write_bytes((tmp_path / "a.zip.index").read_bytes())
     assert content(ArchiveReader(paths[1])) == expected[1]
+    data = index.read_bytes()
+    size = index_file.HEAD.size
+    key = json.loads(data[size : size + index_file.HEAD.unpack(data[:size])[1]])["archive"]
+    assert index_file._load(index, key, os.getuid())
     index.chmod(0o666)  # anybody may have written it
     with pytest.raises(ValueError):
-        index_file._load(index, "", os.getuid())
+        index_file._load(index, key, os.getuid())
     index.chmod(0o644)
     monkeypatch.setattr(os, "geteuid", lambda: 12345)
     os.chown(index, 54321, -1) if os.getuid() == 0 else pytest.skip("needs another user's file")
     with pytest.raises(ValueError):
-        index_file._load(index, "", 12345)
+        index_file._load(index, key, 12345)
 
 
 def test_where_the_index_goes(tmp_path, monkeypatch):
