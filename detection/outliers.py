@@ -1,0 +1,210 @@
+"""Find foreign images: those that belong to none of the set's classes (docs/data.md, "Foreign images").
+
+Two signs make an image foreign: it lies far from the core of the set, or the images around it have labels as if drawn
+at random, which no class has, whatever its share of wrong labels. The second sign finds foreign images that resemble
+each other, and so lie close together. It also says which images are the core; where labels tell nothing or there are
+none, `training.robust_core` does.
+
+Notation: anchors are up to ANCHORS images that stand for the set. z is a sign in deviations of usual images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.special import ndtr
+
+from archives.dataset import ImageDataset
+from detection.image_features import image_features
+from training.robust_core import find_core
+
+__all__ = ["FALSE_ALARMS", "Outliers", "find_outliers"]
+
+FALSE_ALARMS = 0.01  # share of a set without foreign images that may at most be flagged
+FALSE_SHARE = 0.1  # expected share of usual images among the flagged ones
+ANCHORS = 5000
+AXES = 32  # principal axes that images are compared along
+LIMIT = 8.0  # features count up to so many deviations, so that no single one decides
+NEIGHBORS = 30  # anchors around an image whose labels count
+NEAREST = 5  # distance to the core: that to this nearest anchor of the core
+CORE = 2.0  # anchors with a larger z are not in the core
+SPREAD = 0.4  # smallest deviation of the logarithm of what labels tell: less is accident
+KNOWN = 5.0  # labels count where they usually tell so many times the deviation of what shuffled ones seem to tell
+CHUNK = 1024  # images that are read and compared at a time
+
+
+@dataclass
+class Outliers:
+    """Which of N images are foreign."""
+
+    score: np.ndarray  # float32 [N], deviations from usual images; larger for images that are more foreign
+    is_outlier: np.ndarray  # bool [N]
+    threshold: float  # images with at least this score are outliers; inf without outliers
+    expected_false: float  # how many usual images at most are expected among the outliers
+
+
+def find_outliers(
+    dataset: ImageDataset,
+    features: np.ndarray | None = None,
+    false_alarms: float = FALSE_ALARMS,
+    seed: int = 0,
+) -> Outliers:
+    """Return which images of a data set are foreign. Mirrored copies are as foreign as their originals.
+
+    features      further features of the images, [N,d] or [num_raw,d], such as a classifier's before its last layer;
+                  they count as much as those of `image_features`
+    false_alarms  share of a set without foreign images that may at most be flagged
+    seed          chooses the anchors
+
+    The scores are turned into p-values by a normal tail, fitted to the better half of the set without its last tenth,
+    and images are flagged by the rule of Benjamini and Hochberg (JRSS B 1995) with a false discovery rate of 10%: a set
+    without foreign images has few or none, and the more there are, the lower is the threshold.
+    """
+    n = dataset.num_raw
+    rng = np.random.default_rng(seed)
+    anchors = np.sort(rng.permutation(n)[:ANCHORS])
+    extra = None if features is None else np.asarray(features, dtype=np.float32)[:n]
+    space = Space(
+        np.concatenate(list(_features(dataset, anchors))),
+        None if extra is None else extra[anchors],
+        np.zeros(len(anchors), np.int64) if dataset.labels is None else dataset.labels[anchors],
+    )
+    points = [
+        space.project(part, None if extra is None else extra[start : start + len(part)])
+        for start, part in zip(range(0, n, CHUNK), _features(dataset, np.arange(n)), strict=True)
+    ]
+    score = foreign_scores(np.concatenate(points), anchors, dataset.labels, rng)
+    p = 2 * ndtr(-score.astype(np.float64))  # the score is the larger one of two signs
+    flagged = _flag(p, false_alarms)
+    copies = len(dataset) // n
+    return Outliers(
+        np.tile(score, copies),
+        np.tile(flagged, copies),
+        float(score[flagged].min()) if flagged.any() else np.inf,
+        float(n * p[flagged].max()) if flagged.any() else 0.0,
+    )
+
+
+def _features(dataset: ImageDataset, items: np.ndarray) -> Iterator[np.ndarray]:
+    for start in range(0, len(items), CHUNK):
+        yield image_features(dataset.images(items[start : start + CHUNK]).numpy())
+
+
+class Space:
+    """Where images are compared: features in robust deviations, along the principal axes of the anchors.
+
+    The deviations are those from the class means, even if some labels are wrong: features that tell classes apart weigh
+    more than others.
+    """
+
+    def __init__(self, features: np.ndarray, extra: np.ndarray | None, labels: np.ndarray):
+        self._blocks = [_robust_scale(block, labels) for block in (features, extra) if block is not None]
+        scaled = self._scale(features, extra)
+        _, axes = np.linalg.eigh(np.cov(scaled.T).reshape(scaled.shape[1], -1))
+        self._axes = axes[:, ::-1][:, :AXES].astype(np.float32)
+
+    def _scale(self, features: np.ndarray, extra: np.ndarray | None) -> np.ndarray:
+        blocks = [block for block in (features, extra) if block is not None]
+        scaled = [
+            np.clip((block - center) / spread, -LIMIT, LIMIT) / np.sqrt(block.shape[1])
+            for block, (center, spread) in zip(blocks, self._blocks, strict=True)
+        ]
+        return np.concatenate(scaled, axis=1)
+
+    def project(self, features: np.ndarray, extra: np.ndarray | None) -> np.ndarray:
+        """Return the coordinates [N,AXES] of images with these features."""
+        return self._scale(features, extra) @ self._axes
+
+
+def _robust_scale(x: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the median and the deviation within classes of each feature, [d]; where it hardly varies, a larger one."""
+    members = np.zeros([len(x), labels.max() + 1], np.float32)
+    members[np.arange(len(x)), labels] = 1
+    means = (members.T @ x) / np.maximum(members.sum(axis=0), 1)[:, None]
+    spread = 1.4826 * np.median(np.abs(x - means[labels]), axis=0)
+    return np.median(x, axis=0), np.maximum(spread, max(0.2 * float(spread.mean()), 1e-6))
+
+
+def foreign_scores(
+    points: np.ndarray, anchors: np.ndarray, labels: np.ndarray | None, rng: np.random.Generator
+) -> np.ndarray:
+    """Return how foreign each point [N,d] is, float32 [N], in deviations of usual points. `labels` are int [>=N]."""
+    around = points[anchors]
+    sign = None if labels is None else _random_labels(points, anchors, labels[anchors], rng)
+    # Without labels, the distance from one mean decides the core only: sets of several classes have long tails of it.
+    apart = _deviations(np.log(np.maximum(find_core(around).distance(around), 1e-9))) if sign is None else sign[anchors]
+    in_core = apart < CORE
+    for _ in range(2):  # the second time without anchors that are far from the core themselves
+        distance, _ = _nearest(points, around[in_core], anchors[in_core], NEAREST)
+        far = _deviations(np.log(np.maximum(distance[:, -1], 1e-9)))
+        in_core &= far[anchors] < CORE
+    return (far if sign is None else np.maximum(sign, far)).astype(np.float32)
+
+
+def _random_labels(
+    points: np.ndarray, anchors: np.ndarray, labels: np.ndarray, rng: np.random.Generator
+) -> np.ndarray | None:
+    """Return how much less than usual the labels around a point tell, in deviations [N]; None if they tell nothing.
+
+    What labels tell is the Kullback-Leibler divergence of their frequencies among the nearest anchors from those in the
+    set, less that of shuffled labels, averaged over nearby anchors.
+    """
+    k = min(NEIGHBORS, len(anchors) - 1)
+    if k < 2:
+        return None
+    _, rows = _nearest(points, points[anchors], anchors, k)
+    told, shuffled = (
+        _divergence(given[rows[anchors]], given)[rows[:, : max(k // 2, 1)]].mean(axis=1)
+        for given in (labels, rng.permutation(labels))
+    )
+    told = told - shuffled.mean()
+    usual = float(np.median(told))
+    if usual <= KNOWN * float(shuffled.std()):
+        return None
+    return _deviations(-np.log(np.maximum(told / usual, 0.02)), SPREAD)
+
+
+def _divergence(around: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Return sum_c q_c ln(q_c / p_c) [n]: q are the frequencies of the labels `around` [n,k], p those of `labels`."""
+    classes, k = int(labels.max()) + 1, around.shape[1]
+    rows = np.arange(len(around))[:, None] * classes
+    q = np.bincount((rows + around).ravel(), minlength=len(around) * classes).reshape(-1, classes) / k
+    p = np.bincount(labels, minlength=classes) / len(labels)
+    return (q * np.log(np.maximum(q, 1e-12) / np.maximum(p, 1e-12))).sum(axis=1)
+
+
+def _nearest(points: np.ndarray, anchors: np.ndarray, own: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return distances and rows [N,k] of the anchors nearest to each point, ascending. A point is not its own anchor.
+
+    `own` int [n] says which point each anchor is.
+    """
+    k = min(k, len(anchors) - 1)
+    norms = np.square(anchors).sum(axis=1)
+    distances, rows = np.empty([len(points), k], np.float32), np.empty([len(points), k], np.int64)
+    for start in range(0, len(points), CHUNK):
+        x = points[start : start + CHUNK]
+        square = np.square(x).sum(axis=1)[:, None] + norms - 2 * x @ anchors.T
+        inside = np.flatnonzero((own >= start) & (own < start + len(x)))
+        square[own[inside] - start, inside] = np.inf
+        found = np.argpartition(square, k - 1, axis=1)[:, :k]
+        values = np.take_along_axis(square, found, axis=1)
+        order = values.argsort(axis=1)
+        rows[start : start + len(x)] = np.take_along_axis(found, order, axis=1)
+        distances[start : start + len(x)] = np.sqrt(np.maximum(np.take_along_axis(values, order, axis=1), 0))
+    return distances, rows
+
+
+def _deviations(values: np.ndarray, least: float = 1e-3) -> np.ndarray:
+    """Return the values less their median, in deviations; from the median to the ninth decile it is 1.28 of them."""
+    median, decile = np.quantile(values, [0.5, 0.9])
+    return (values - median) / max((decile - median) / 1.2816, least)
+
+
+def _flag(p: np.ndarray, false_alarms: float) -> np.ndarray:
+    """Return bool [N]: which p-values Benjamini and Hochberg reject, none of them above `false_alarms`."""
+    ordered = np.sort(p)
+    limit = np.minimum(FALSE_SHARE * np.arange(1, len(p) + 1) / len(p), false_alarms)
+    below = np.flatnonzero(ordered <= limit)
+    return p <= ordered[below[-1]] if len(below) else np.zeros(len(p), dtype=bool)
