@@ -37,8 +37,8 @@ class Decisions:
 
 
 def class_keys(class_names: Sequence[str] | None, classes: int) -> list[str]:
-    """Return how a CSV writes each class: by its name if all names are different and not empty, else by its number."""
-    if class_names is not None and len(set(class_names) - {""}) == classes:
+    """Return how a CSV writes each class: by its name if all names differ and are printable, else by its number."""
+    if class_names is not None and len({name for name in class_names if name and name.isprintable()}) == classes:
         return list(class_names)
     return [str(c) for c in range(classes)]
 
@@ -48,13 +48,15 @@ def load_decisions(
 ) -> Decisions:
     """Read decisions about the images `names` [N] of an archive with `labels` int64 [N].
 
-    Classes are read by name, and by number where no class has that name. UserError: the file is no such CSV, or some of
+    Classes are read by name, and by number where no name is a number. UserError: the file is no such CSV, or some of
     its lines name unknown files, labels that are not the archive's, unknown classes or decisions, or a file twice. The
     message says how many lines do and shows the first.
     """
     lines = _read(path)
     keys = class_keys(class_names, classes)
-    by_key = {str(c): c for c in range(classes)} | {key: c for c, key in enumerate(keys)}
+    by_key = {key: c for c, key in enumerate(keys)}
+    if not any(key.isdecimal() for key in keys):  # else 1 could be what a spreadsheet made of the name 001
+        by_key |= {str(c): c for c in range(classes)}
     by_name = {name: row for row, name in enumerate(names)}
     rows = [by_name.get(_plain(line["file"])) for line in lines]
     stated = [by_key.get(_plain(line["label"])) for line in lines]

@@ -18,6 +18,7 @@ const items = data.names.map((name, index) => ({
   probability: data.probability && data.probability[index], twin: data.twin[index], group: data.group[index],
   suspicious: data.suspicious[index] === 1, foreign: data.foreign[index] === 1, duplicate: data.group[index] >= 0,
 }));
+const groups = new Map([...new Set(data.group)].filter((g) => g >= 0).map((g, i) => [g, i + 1])); // of duplicates
 const percent = (p) => (p > 0.995 ? "over 99%" : p < 0.005 ? "under 1%" : `${Math.round(100 * p)}%`);
 const number = (n) => n.toLocaleString("en-US");
 
@@ -200,7 +201,7 @@ function card(item) {
       item.other === null ? null : element("span", { class: "other" }, `\u2192 ${data.classes[item.other]}`)),
     element("div", { class: "facts" }, `wrong: ${percent(item.wrong)}`,
       item.foreign ? element("span", { class: "badge foreign" }, "foreign") : null,
-      item.duplicate ? element("span", { class: "badge duplicate", title: `same as ${item.twin}` }, "duplicate") : null),
+      item.duplicate ? element("span", { class: "badge duplicate", title: `same as ${item.twin}` }, `duplicate #${groups.get(item.group)}`) : null),
     element("div", { class: "mark" }),
     element("div", { class: "buttons" }, button("keep", "Keep", "Keep the label (k)"), button("relabel", "Relabel", `${to} (r)`),
       button("drop", "Drop", "Drop the image (d)")),
@@ -279,9 +280,12 @@ function draw() {
     visible.sort((a, b) => a.group - b.group || a.index - b.index);
     if (visible.length) parts.push(section("Duplicates", `${number(visible.length)} images, group by group`, visible));
   } else {
-    const groups = new Map();
-    for (const item of visible) groups.set(item.label, [...(groups.get(item.label) || []), item]);
-    for (const [label, members] of groups) {
+    const classes = new Map();
+    for (const item of visible) {
+      if (!classes.has(item.label)) classes.set(item.label, []);
+      classes.get(item.label).push(item);
+    }
+    for (const [label, members] of classes) {
       const of = wanted.kind === "suspicious" ? `of ${number(data.flagged[label])} suspicious labels` : "images";
       parts.push(section(`Labeled ${data.classes[label]}`, `${number(members.length)} ${of}, most suspicious first`, members));
     }

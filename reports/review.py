@@ -184,7 +184,7 @@ REVIEW = """<section id='review' aria-label='Look at the images'><h2>Look at the
 
 
 def _facts(facts: Facts) -> str:
-    parts = [f"<header><h1>What is in {_text(Path(facts.path).name)}</h1>{_lead(facts)}</header>", _advice(facts)]
+    parts = [f"<header><h1>What is in {_text(facts.path)}</h1>{_lead(facts)}</header>", _advice(facts)]
     parts += [_section("facts", "The set", _overview(facts)), _section("classes", "Classes", _classes(facts))]
     if facts.transition is not None:
         parts.append(_section("transition", "Which classes turn into which", _transition(facts)))
@@ -274,7 +274,7 @@ def _range(facts: Facts) -> str:
 
 def _classes(facts: Facts) -> str:
     rows = [
-        (_text(name), f"{count:,}", f"{flagged:,}", f"<meter value='{rate:.3f}'>{rate:.1%}</meter> {rate:.1%}")
+        (_text(name), f"{count:,}", f"{flagged:,}", f"<span class='bar' style='--p:{rate:.3f}'></span>{rate:.1%}")
         for name, count, flagged, rate in zip(
             facts.class_names, facts.counts, facts.flagged, facts.class_rates, strict=True
         )

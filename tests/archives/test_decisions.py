@@ -45,9 +45,15 @@ def test_names_may_hold_anything(tmp_path):
     assert load(write(tmp_path, "".join(lines)), names, None).drop.tolist() == list(range(6))
 
 
+def test_a_number_is_no_class_where_names_are_numbers(tmp_path):
+    path = write(tmp_path, "img0.png,001,relabel,1\n")  # what a spreadsheet makes of 001
+    with pytest.raises(dnnlib.UserError, match="unknown class"):
+        load(path, classes=["001", "002", "x"])
+
+
 def test_classes_without_usable_names_go_by_number():
     assert class_keys(["a", "b"], 2) == ["a", "b"]
-    for names in (None, ["a", "a"], ["a", ""]):
+    for names in (None, ["a", "a"], ["a", ""], ["a", "b\n"], ["a", "\ud800"]):
         assert class_keys(names, 2) == ["0", "1"]
 
 
