@@ -94,19 +94,24 @@ def replace_labels(source: Source, path: str, key: str | None = None) -> None:
         source.corruption["noise_type"] = "imported"
 
 
-def clean_source(source: Source, file: LabelFile, classes: int, fix: str) -> None:
+def clean_source(source: Source, file: LabelFile, classes: int, fix: str, drop_outliers: bool = False) -> None:
     """Correct the labels of a source. `fix`: 'relabel' replaces wrong labels by the suggested ones, 'drop' leaves
-    these images out.
+    these images out. `drop_outliers` leaves out the images that the file believes foreign, too.
 
     The old record of the noise no longer describes the labels, so it moves to `corruption["cleaned"]["before"]`.
-    UserError: no image would be left.
+    UserError: no image would be left, or the file does not say which images are foreign.
     """
-    record_cleaning(source, classes, fix=fix, images=int(np.sum(~file.is_clean)))
-    if fix == "relabel":
-        source.labels = np.where(file.is_clean, file.labels, file.suggested)
-        return
-    source.labels = file.labels
-    select_images(source, file.is_clean, "labels are believed wrong")
+    left = file.is_clean if fix == "drop" else np.ones(source.length, dtype=bool)
+    what: dict[str, Any] = dict(fix=fix, images=int(np.sum(~file.is_clean)))
+    if drop_outliers:
+        if file.is_outlier is None:
+            raise dnnlib.UserError("the label file does not say which images are foreign")
+        left, what["outliers"] = left & ~file.is_outlier, int(file.is_outlier.sum())
+    record_cleaning(source, classes, **what)
+    source.labels = np.where(file.is_clean, file.labels, file.suggested) if fix == "relabel" else file.labels
+    if not left.all():
+        select_images(source, left, "images are foreign or their labels are believed wrong" if drop_outliers
+                      else "labels are believed wrong")  # fmt: skip
 
 
 def decide(source: Source, path: str, names: Sequence[str]) -> None:

@@ -1,0 +1,41 @@
+"""Cleaning a source by a label file: foreign images are left out only when asked for."""
+
+import numpy as np
+import pytest
+
+import dnnlib
+from archives.build import clean_source
+from archives.label_file import LabelFile
+from archives.sources import Source
+
+IMAGES = np.arange(6, dtype=np.uint8)[:, None, None, None]
+LABELS = np.array([0, 1, 1, 0, 1, 0])
+
+
+def found(is_outlier) -> LabelFile:
+    is_clean = np.array([True, False, True, True, True, False])
+    suggested = np.where(is_clean, LABELS, 1 - LABELS)
+    score = is_clean.astype(np.float32)
+    return LabelFile(list("abcdef"), LABELS, is_clean, score, suggested, 1 / 3, np.zeros(2), is_outlier=is_outlier)
+
+
+@pytest.mark.parametrize("fix, drop_outliers, kept, labels", [
+    ("relabel", False, [0, 1, 2, 3, 4, 5], [0, 0, 1, 0, 1, 1]),
+    ("relabel", True, [0, 2, 3, 5], [0, 1, 0, 1]),
+    ("drop", False, [0, 2, 3, 4], [0, 1, 0, 1]),
+    ("drop", True, [0, 2, 3], [0, 1, 0]),
+])  # fmt: skip
+def test_foreign_images_are_left_out_when_asked_for(fix, drop_outliers, kept, labels):
+    source = Source("here", 6, IMAGES.__getitem__, LABELS, names=list("abcdef"))
+    clean_source(source, found(np.array([0, 1, 0, 0, 1, 0], bool)), 2, fix, drop_outliers)
+    assert [int(source.image(i)[0, 0, 0]) for i in range(source.length)] == kept
+    assert source.labels.tolist() == labels and source.names == [list("abcdef")[i] for i in kept]
+    assert source.corruption["cleaned"].get("outliers") == (2 if drop_outliers else None)
+
+
+def test_a_file_that_does_not_tell_is_refused_and_so_is_an_empty_rest():
+    source = Source("here", 6, IMAGES.__getitem__, LABELS, names=list("abcdef"))
+    with pytest.raises(dnnlib.UserError, match="does not say which images are foreign"):
+        clean_source(source, found(None), 2, "relabel", drop_outliers=True)
+    with pytest.raises(dnnlib.UserError, match="all 6 images are foreign"):
+        clean_source(source, found(np.ones(6, bool)), 2, "relabel", drop_outliers=True)
