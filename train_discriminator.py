@@ -15,7 +15,8 @@ import torch
 
 import dnnlib.cli
 from archives.dataset import ImageDataset
-from archives.label_file import LabelFile, load_label_file
+from archives.label_file import LabelFile
+from archives.label_table import load_labels_or_table
 from dnnlib.cli import BOOL, FloatRange, blame
 from torch_utils import distributed, persistence
 from torch_utils.distributed import print0
@@ -58,7 +59,7 @@ def main(**opts) -> None:
 
     def make(config, dataset, device):
         with blame("--label-path"):
-            known = load_label_file(opts["label_path"], dataset)
+            known = load_labels_or_table(opts["label_path"], dataset)
         stated = options.stated_transition(**options.noise_settings(opts), dataset=dataset)
         transition = choose_transition(opts["shuffle"], stated, known, opts["label_path"])
         partners = None

@@ -1,7 +1,7 @@
 """Train a diffusion model of a few steps by RDUOT, which leaves outlier images out, or its baseline DDGAN.
 
 Unbalanced optimal transport leaves out the images that are expensive to make from noise. When the archive records its
-outliers, the run says before it starts whether they are the expensive ones.
+outliers, or a label file names them, the run says before it starts whether they are the expensive ones.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import click
 
 import dnnlib.cli
 from archives.dataset import ImageDataset
+from archives.label_table import load_outliers
 from dnnlib.cli import INT_LIST, FloatRange, blame
 from sampling.sheet import save_samples
 from training import options, run
@@ -47,6 +48,8 @@ PHI = click.Choice(list(CONJUGATES))
               "Potential/tau_cost with Potential/size in stats.jsonl  [default: 0.001; with --cost=robust 6]")
 @click.option("--cost", type=click.Choice(COSTS), default="pixels",
               help="What the transport cost compares; robust has shown good results at 8x8 pixels")
+@click.option("--outlier_data", metavar="NPZ|CSV",
+              help="Label file that says which images are foreign, in place of the archive's record")
 @click.option("--r1_gamma", metavar="FLOAT", type=FloatRange(min=0), default=0.02, help="Weight of the penalty R1")
 @click.option("--lazy_reg", metavar="STEPS", type=COUNT, default=15, help="Apply R1 every so many steps")
 @click.option("--lr_g", metavar="FLOAT", type=POSITIVE, default=1.6e-4, help="Learning rate of the generator")
@@ -77,6 +80,9 @@ def main(**opts) -> None:
     section = RDUOTConfig(**{name: opts[name] for name in names}, schedule_nimg=nimg)
 
     def make(config, dataset, device):
+        if opts["outlier_data"]:
+            with blame("--outlier_data"):
+                dataset.outliers = load_outliers(opts["outlier_data"], dataset)
         with blame(f"--cost={opts['cost']}"):
             return METHODS[opts["method"]](config, dataset, device)
 

@@ -71,7 +71,7 @@ evaluation_options = add_options([
     output_option("--features", metavar="NPZ", help="Keep features in this file, and read them from it in later calls"),
     click.option("--test", metavar="PATH", help=f"Archive of real images. Adds CAS: the accuracy on them of a classifier trained on the generated images for {CAS_EPOCHS} epochs"),
     click.option("--cas_arch", type=click.Choice(CAS_ARCHS), default=D.cas_arch, help="Classifier of CAS; resnet50 needs torchvision"),
-    click.option("--outlier_data", metavar="PATH", help="Archive that records its outliers. Adds the outlier ratio, by a classifier trained on this archive  [default: --data, if it records any]"),
+    click.option("--outlier_data", metavar="PATH", help="Archive that records its outliers, or label file with outliers of --data (.npz, or .csv of cleanlab). Adds the outlier ratio, by a classifier trained on this archive  [default: --data, if it records any]"),
     device_option,
 ])
 # fmt: on

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 
 import dnnlib
+from archives.dataset import ImageDataset
+from archives.label_table import load_outliers
 from metrics.features import Features
 from metrics.images import ImageSource, check_same_shape, open_images
 from metrics.label_accuracy import SvmJudge
@@ -72,11 +74,18 @@ def check_reference(reference: ImageSource) -> None:
 def open_record(path: str | None, reference: ImageSource) -> ImageSource | None:
     """Return the archive that records its outliers: the one at `path`, or else the reference if it records any.
 
-    Return None if there is no such archive. Raise UserError if the archive at `path` records no outliers, or if its
-    images have another shape than those of the reference.
+    Return None if there is no such archive. A label file (`.npz`, or `.csv` in cleanlab's columns) at `path` takes the
+    place of the reference's record. Raise UserError if the archive at `path` records no outliers, if its images have
+    another shape than those of the reference, or if the label file does not fit the reference.
     """
     if path is None:
         return None if reference.outliers is None else reference
+    if path.lower().endswith((".npz", ".csv")):
+        if not isinstance(reference, ImageDataset):
+            raise dnnlib.UserError(f"{path}: cannot be used with {reference.path}, whose images have no names")
+        reference.outliers = load_outliers(path, reference)
+        check_reference(reference)
+        return reference
     source = open_images(path)
     if source.outliers is None:
         raise dnnlib.UserError(f"{path} records no outliers; 'dataset_tool.py --outliers' makes archives that do")

@@ -256,6 +256,17 @@ def test_outlier_data(tmp_path, shades):
     assert table["metrics"]["fid"] == pytest.approx(whole, rel=1e-6)
 
 
+def test_a_label_file_takes_the_place_of_the_record(tmp_path, shades):
+    """The table is the same as with the truth on record."""
+    _, truth, _ = evaluate(tmp_path, shades.fake, shades.data)
+    names = np.array([f"00000/img{i:08d}.png" for i in range(60)])
+    np.savez(tmp_path / "found.npz", names=names[::-1], is_outlier=shades.outliers[::-1])
+    code, table, text = evaluate(tmp_path, shades.fake, shades.plain, f"--outlier_data={tmp_path}/found.npz")
+    assert code == 0, text
+    assert table["metrics"] == truth["metrics"] and table["metrics"]["outlier_ratio"] == 0.3
+    assert table["reference_outliers"] == 12
+
+
 def test_too_few_outliers_to_learn_from(tmp_path, shades):
     few = synth.make_archive(tmp_path / "few.zip", shades.real, outliers=[f"00000/img{i:08d}.png" for i in range(4)])
     code, table, text = evaluate(tmp_path, shades.fake, few)
@@ -293,6 +304,7 @@ def test_a_rare_class_weighs_as_much():
             dict(outlier="large"),
             "--outlier_data: {d}/large.zip has 16x16 gray images, but {d}/data.zip has 8x8 gray",
         ),
+        (dict(outlier="some", suffix="npz"), "--outlier_data: {d}/some.npz: lacks 59 of the 60 images of {d}/data.zip"),
         (dict(data="all"), "--data: {d}/all.zip records 60 of its 60 images as outliers"),
         (dict(outlier="none"), "none.zip"),
     ],
@@ -301,7 +313,10 @@ def test_bad_records(tmp_path, shades, change, message):
     names = [f"00000/img{i:08d}.png" for i in range(60)]
     synth.make_archive(tmp_path / "large.zip", synth.pictures(20, 16, 1), outliers=names[:10])
     synth.make_archive(tmp_path / "all.zip", shades.real, outliers=names)
-    args = [f"--outlier_data={tmp_path}/{change['outlier']}.zip"] if "outlier" in change else []
+    np.savez(tmp_path / "some.npz", names=names[:1], is_outlier=[True])
+    args = (
+        [f"--outlier_data={tmp_path}/{change['outlier']}.{change.get('suffix', 'zip')}"] if "outlier" in change else []
+    )
     code, table, text = evaluate(tmp_path, shades.fake, tmp_path / f"{change.get('data', 'data')}.zip", *args)
     assert code == 1 and table is None and text.count("\n") == 1 and message.format(d=tmp_path) in text, text
 

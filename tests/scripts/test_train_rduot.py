@@ -98,6 +98,18 @@ def test_run_directory(trained):
     assert any((weights["net"][k] != weights["ema"][k]).any() for k in weights["net"])
 
 
+def test_outliers_of_a_label_file_replace_those_on_record(data, tmp_path):
+    """The file calls the usual images outliers, and these are the expensive ones: the warning goes away."""
+    names = [f"00000/img{i:08d}.png" for i in range(64)]
+    np.savez(tmp_path / "l.npz", names=names, is_outlier=np.arange(64) % 8 != 0)  # all but the outliers on record
+    args = [f"--data={data}", "--duration=0.000008", "--cond=1", *TINY]
+    output = succeed(train_rduot, f"--outdir={tmp_path}", f"--outlier_data={tmp_path}/l.npz", *args)
+    assert "Transport cost (pixels), mean" in output and "Warning: the outliers cost less" not in output
+    np.savez(tmp_path / "l.npz", names=names[1:], is_outlier=np.zeros(63, bool))
+    result = CliRunner().invoke(train_rduot.main, [f"--outdir={tmp_path}/b", f"--outlier_data={tmp_path}/l.npz", *args])
+    assert result.exit_code == 1 and f"--outlier_data: {tmp_path}/l.npz: lacks 1 of the 64 images" in result.output
+
+
 def options(output):
     return json.loads(re.search(r"Training options:\n(\{.*?\n\})", output, re.S).group(1))
 
