@@ -114,6 +114,7 @@ def test_kinds_and_arrows(page, dataset):
     assert len(shown(page)) == 24 + 10 + 8 + 2  # the first class shows a part of its 30
     page.click(".more")
     assert sorted(shown(page)) == list(range(50))
+    assert page.run("return [...document.querySelectorAll('.more')].every((b) => b.offsetParent === null)")
     focus(page, shown(page)[0])
     page.press(KEYS["right"] + KEYS["down"] + KEYS["left"] + KEYS["up"])
     assert page.run("return document.activeElement === document.querySelector('.card')")
