@@ -40,7 +40,7 @@ Examples:
 @options.run_options("train_discriminator.py", cond=True, duration=10.0, batch=1024, dropout=0.1)
 @options.noise_level_options(ema=0.05)
 @options.noise_options("sym", "asym", "pair", "matrix")
-@click.option("--label-path", metavar="NPZ", required=True,
+@click.option("--label-path", metavar="NPZ|CSV", required=True,
               help="Which labels are believed right: a label file of detect_noise.py, or one in a published layout")
 @click.option("--shuffle", type=click.Choice(["uniform", "transition"]),
               help="Which label a right pair gets when it is made wrong: any other, or one that the label noise "

@@ -1,4 +1,4 @@
-"""Find foreign images: those that belong to none of the set's classes (docs/data.md, "Foreign images").
+"""Find foreign images: those that belong to none of the classes (docs/data.md, "Foreign images and duplicates").
 
 Two signs make an image foreign: it lies far from the core of the set, or the images around it have labels as if drawn
 at random, which no class has, whatever its share of wrong labels. The second sign finds foreign images that resemble
