@@ -8,7 +8,7 @@ from sklearn.metrics import roc_auc_score
 
 from detection.duplicates import find_duplicates
 from detection.image_features import block_means, image_features
-from detection.outliers import Space, _flag, _nearest, find_outliers
+from detection.outliers import Space, _flag, _nearest, find_outliers, foreign_scores
 from training.robust_core import find_core
 
 
@@ -78,6 +78,19 @@ def test_labels_tell_foreign_images_that_hide_inside_the_set():
     assert roc_auc_score(foreign, find_outliers(Images(images, labels)).score) > 0.99
     assert roc_auc_score(foreign, find_outliers(Images(images)).score) < 0.9
     assert find_outliers(Images(images, rng.permutation(labels))).is_outlier.mean() <= 0.003  # they tell nothing
+
+
+def test_labels_tell_what_distances_do_not():
+    """A dense foreign group between two classes is nearer to them than their own members are to each other."""
+    rng = np.random.default_rng(0)
+    labels = np.repeat([0, 1, 2], [500, 500, 60])
+    points = rng.normal(size=[1060, 16]).astype(np.float32)
+    foreign = labels == 2
+    points[foreign] *= 0.6
+    points[:, 0] += np.array([-3, 3, 0])[labels]
+    labels[foreign] = rng.integers(0, 2, 60)
+    aucs = [roc_auc_score(foreign, foreign_scores(points, np.arange(1060), given, rng)) for given in (labels, None)]
+    assert aucs[0] > 0.97 and aucs[1] < 0.3
 
 
 def test_further_features_count():
