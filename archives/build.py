@@ -77,10 +77,16 @@ class Summary:
 def replace_labels(source: Source, path: str, key: str | None = None) -> None:
     """Give a source the labels of a file (see `load_labels`). Its old labels become its clean labels, if it has none.
 
+    A `.csv` holds decisions about single images instead (see `decide`).
     UserError: the file does not fit the source, or a label exceeds the number of class names.
     """
     own_names = [source.names] if source.names is not None else []
     archive_names = image_names(0, source.length)
+    if path.lower().endswith(".csv"):
+        if key is not None:
+            raise dnnlib.UserError(f"{path}: a CSV has no entry '{key}', it holds decisions")
+        decide(source, path, archive_names if source.names is None else source.names)
+        return
     labels = load_labels(path, [*own_names, archive_names], source.length, key)
     if source.class_names is not None and labels.ndim == 1 and labels.max() >= len(source.class_names):
         raise dnnlib.UserError(
