@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import torch
 
-__all__ = ["full_float32", "tf32", "widest"]
+__all__ = ["full_float32", "no_autocast", "tf32", "widest"]
 
 
 @contextlib.contextmanager
@@ -31,8 +31,14 @@ def tf32(allowed: bool) -> Iterator[None]:
 @contextlib.contextmanager
 def full_float32(device: torch.device) -> Iterator[None]:
     """Compute float32 in all its digits inside, whatever autocast and TF32 do outside."""
-    with tf32(False), torch.autocast(device.type, enabled=False):
+    with tf32(False), no_autocast(device):
         yield
+
+
+def no_autocast(device: torch.device) -> contextlib.AbstractContextManager:
+    """Compute in the types that the tensors have, whatever autocast does outside."""
+    # The device "meta", on which networks are only counted, has no autocast.
+    return contextlib.nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 def widest(device: torch.device) -> torch.dtype:

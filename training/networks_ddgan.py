@@ -11,6 +11,7 @@ import torch
 from torch.nn.functional import leaky_relu, silu
 
 from torch_utils.persistence import persistent_class
+from torch_utils.precision import no_autocast
 from training.networks import EMBEDDINGS, Conv2d, GroupNorm, Linear, SongUNet, UNetBlock
 
 __all__ = ["GROUP", "DDGANGenerator", "Potential"]
@@ -192,7 +193,7 @@ class Potential(torch.nn.Module):
         for block in self.blocks:
             h = block(h, emb)
         h = leaky_relu(self.conv(torch.cat([h, minibatch_std(h).to(h.dtype)], dim=1)), 0.2)
-        with torch.autocast(h.device.type, enabled=False):  # 8 bits are too few for a potential
+        with no_autocast(h.device):  # 8 bits are too few for a potential
             return self.head(h.sum(dim=[2, 3], dtype=torch.float32)).flatten()
 
 

@@ -11,6 +11,7 @@ import torch
 from torch.nn.functional import dropout, silu
 
 from torch_utils.persistence import persistent_class
+from torch_utils.precision import no_autocast
 from training.networks import EMBEDDINGS, Conv2d, GroupNorm, Linear, edm_coefs, ve_coefs, vp_coefs
 
 __all__ = ["Classifier", "Discriminator", "resnet_kwargs"]
@@ -139,7 +140,7 @@ class _ResNet(torch.nn.Module):
 
     def logits(self, features: torch.Tensor) -> torch.Tensor:
         """Return the head's float32 output [N,outputs] for the activations [N,d] of `body`."""
-        with torch.autocast(features.device.type, enabled=False):  # 8 bits are too few for a logit
+        with no_autocast(features.device):  # 8 bits are too few for a logit
             return self.head(dropout(features, self.dropout, self.training))
 
 

@@ -297,7 +297,7 @@ def test_only_filters_and_the_file_holds_the_table(topics, tmp_path):
 
 
 def test_results_are_dated_and_never_replaced(topics, tmp_path, monkeypatch):
-    monkeypatch.setattr(cli, "RESULTS", str(tmp_path))
+    monkeypatch.setattr(table, "RESULTS", str(tmp_path))
     for _ in range(2):
         assert run("--only=two").exit_code == 0
     first, second = sorted(path.name for path in tmp_path.iterdir())

@@ -36,15 +36,15 @@ class ToyImageClassifier(torch.nn.Module):
     def __init__(self, img_resolution=8, img_channels=1, label_dim=CLASSES):
         super().__init__()
         self.img_resolution, self.img_channels, self.label_dim = img_resolution, img_channels, label_dim
-        self.head = torch.nn.Linear(3, label_dim, bias=False)
-        self.head.weight.data = 10 * torch.eye(label_dim, 3)
+        self.logits = torch.nn.Linear(3, label_dim, bias=False)
+        self.logits.weight.data = 10 * torch.eye(label_dim, 3)
 
     def features(self, x, sigma):
         assert torch.allclose(sigma, torch.tensor(0.002)) and sigma.shape == x.shape[:1]
         return torch.stack([part.mean(dim=[1, 2, 3]) for part in x.split([3, 3, 2], dim=2)], dim=1)
 
     def forward(self, x, sigma):
-        return self.head(self.features(x, sigma))
+        return self.logits(self.features(x, sigma))
 
 
 @persistent_class(embed_source=False)

@@ -170,7 +170,7 @@ def test_dry_run_and_published_spellings(data, tmp_path):
         "--label_dropout=0.1",
         "--lr-rampup-kimg=5",
         "--cres=1,2",
-        "--fp16=1",
+        "--fp16=0",
         "--ls=2",
         "--bench=0",
         "--cache=0",
@@ -178,7 +178,7 @@ def test_dry_run_and_published_spellings(data, tmp_path):
         "-n",
     )
     options = json.loads(re.search(r"Training options:\n(\{.*?\n\})", result.output, re.S).group(1))
-    assert options["precision"] == "fp16" and options["network"]["kwargs"]["channel_mult"] == [1, 2]
+    assert options["precision"] == "fp32" and options["network"]["kwargs"]["channel_mult"] == [1, 2]
     assert not (tmp_path / "out").exists()
 
 
