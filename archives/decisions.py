@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 import dnnlib
-from archives.label_file import LabelFile
+from archives.label_file import LabelFile, class_noise_rates
 
 __all__ = ["Decisions", "apply_to_labels", "class_keys", "load_decisions"]
 
@@ -107,24 +107,22 @@ def load_decisions(
 def apply_to_labels(found: LabelFile, decisions: Decisions) -> LabelFile:
     """Return a label file that believes the decisions: their labels are right or wrong with certainty.
 
-    An image to drop becomes an outlier with a wrong label, others are none. The noise rates become the means of
-    1 - `score`, and the interval moves with them.
+    An image to drop becomes an outlier with a wrong label, others are none. The noise rates are counted anew, and the
+    interval moves with them.
     """
     keep, relabel, drop = decisions.keep, decisions.relabel, decisions.drop
     is_clean, score, suggested = found.is_clean.copy(), found.score.copy(), found.suggested.copy()
     is_clean[keep], score[keep], suggested[keep] = True, 1, found.labels[keep]
     is_clean[relabel], score[relabel], suggested[relabel] = False, 0, decisions.new_labels
     is_clean[drop], score[drop] = False, 0
-    classes = len(found.per_class_noise_rate)
-    count, sums = (np.bincount(found.labels, weights=w, minlength=classes) for w in (None, 1 - score))
-    rate = float(np.mean(1 - score))
+    rate = float(np.mean(~is_clean))
     result = replace(
         found,
         is_clean=is_clean,
         score=score,
         suggested=suggested,
         noise_rate=rate,
-        per_class_noise_rate=(sums / np.maximum(count, 1)).astype(np.float32),
+        per_class_noise_rate=class_noise_rates(found.labels, is_clean, len(found.per_class_noise_rate)),
     )
     if found.noise_interval is not None:
         moved = np.clip(np.array(found.noise_interval) + rate - found.noise_rate, 0, 1)

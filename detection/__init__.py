@@ -6,6 +6,7 @@ Three detectors, each a function `detect`:
 * `confident` trains classifiers on parts of the images and lets the package cleanlab judge the rest;
 * `classifier` asks a classifier that `train_classifier.py` has trained.
 
-`trainer` holds the training that the first two share. `quality` turns a posterior into a label file and describes it in
-words, numbers and a picture.
+`options` chooses among them. `trainer` holds the training that the first two share. `quality` turns a posterior into a
+label file and describes it in words, numbers and a picture. `inspection` looks beyond labels, by `outliers` and
+`duplicates`.
 """

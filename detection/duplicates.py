@@ -12,7 +12,7 @@ from scipy.spatial import cKDTree
 from archives.dataset import ImageDataset
 from detection.image_features import block_means
 
-__all__ = ["NEAR", "Duplicates", "find_duplicates"]
+__all__ = ["NEAR", "Duplicates", "count_groups", "find_duplicates"]
 
 NEAR = 0.08  # largest difference of near duplicates, relative to the contrast of the images
 BLOCKS = 16  # images are compared by the means of so many blocks along each side
@@ -65,6 +65,12 @@ def find_duplicates(dataset: ImageDataset, near: float = NEAR) -> Duplicates:
         np.tile(difference, len(copies)),
         np.tile(same != np.arange(n), len(copies)),
     )
+
+
+def count_groups(labels: np.ndarray, duplicate_of: np.ndarray) -> tuple[int, int]:
+    """Return how many groups have more than one image, and in how many of them the labels int64 [N] differ."""
+    differs = labels != labels[duplicate_of]
+    return int((np.bincount(duplicate_of) > 1).sum()), len(np.unique(duplicate_of[differs]))
 
 
 def _signatures(images: np.ndarray) -> np.ndarray:

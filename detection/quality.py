@@ -147,7 +147,7 @@ def describe(dataset: ImageDataset, found: LabelFile) -> str:
             f"Warning: all images labeled {shown} are believed wrong; without them this class may have no image left. "
             "Look at the picture, or train longer"
         )
-    if len(names) <= TABLE:
+    if len(names) <= TABLE and found.transition is not None:
         lines += [
             "Estimated transition, %: one row per class that images probably show, one column per label",
             " " * 18 + " ".join(f"{name:>5.5}" for name in names),

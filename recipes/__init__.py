@@ -1,1 +1,1 @@
-"""What the quickstart does, as commands: one module a data set."""
+"""What the quickstart does, as commands: one module a data set. `advice` holds the commands for the user's own set."""

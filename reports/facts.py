@@ -9,9 +9,11 @@ import numpy as np
 
 from archives.dataset import ImageDataset
 from archives.label_file import LabelFile
+from detection.duplicates import count_groups
 
-__all__ = ["Advice", "Confusable", "Facts", "gather_facts"]
+__all__ = ["Advice", "Confusable", "Facts", "gather_facts", "summarize"]
 
+SHOWN = 5  # names in a line
 TINY = 10  # a class with fewer images is tiny, and so is one with less than a tenth of the median class
 
 
@@ -81,9 +83,7 @@ def gather_facts(
     counts = np.bincount(found.labels, minlength=classes)
     groups = contradictions = None
     if found.duplicate_of is not None:
-        sizes = np.bincount(found.duplicate_of, minlength=len(found.labels))
-        differs = found.labels != found.labels[found.duplicate_of]
-        groups, contradictions = int((sizes > 1).sum()), len(np.unique(found.duplicate_of[differs]))
+        groups, contradictions = count_groups(found.labels, found.duplicate_of)
     return Facts(
         path=dataset.path,
         images=len(found.labels),
@@ -102,3 +102,28 @@ def gather_facts(
         advice=advice,
         why=why,
     )
+
+
+def summarize(facts: Facts) -> str:
+    """Return a short text for the terminal: what the set is, what is wrong with it, and the recommended commands."""
+    channels, height, width = facts.shape
+    interval = "" if facts.interval is None else f" (between {facts.interval[0]:.1%} and {facts.interval[1]:.1%})"
+    lines = [
+        f"Set:         {facts.images:,} images of {width}x{height}, {'gray' if channels == 1 else 'RGB'}, "
+        f"{len(facts.counts):,} classes of {facts.counts.min():,} to {facts.counts.max():,} images",
+        f"Labels:      {facts.noise_rate:.1%} are believed wrong{interval}",
+    ]
+    worst = np.argsort(-facts.class_rates, kind="stable")[:SHOWN]
+    worst = [f"{facts.class_names[c]} {facts.class_rates[c]:.0%}" for c in worst if facts.class_rates[c] > 0]
+    if worst:
+        lines.append(f"Worst:       {', '.join(worst)}")
+    for title, names in (("Empty", facts.empty), ("Tiny", facts.tiny)):
+        if names:
+            shown = ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
+            lines.append(f"{title + ' classes:':<13}{shown}")
+    lines += [f"Alike:       {c.first} / {c.second}: {c.text}" for c in facts.confusable]
+    for row in facts.advice:
+        if row.recommended:
+            lines += [f"Recommended: {row.method} ({row.cost}). {facts.why}"]
+            lines += [f"  {line}" for line in row.command.splitlines()]
+    return "\n".join(lines)

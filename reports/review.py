@@ -246,8 +246,8 @@ def _overview(facts: Facts) -> str:
         ("Classes", f"{len(facts.counts):,}", _range(facts)),
         ("Wrong labels", f"{facts.noise_rate:.1%}", "estimate of their share" + (
             "" if facts.interval is None else f", between {facts.interval[0]:.1%} and {facts.interval[1]:.1%}")),
-        ("Suspicious labels", f"{facts.flagged.sum():,}", "each more probably wrong than right. This is another number "
-         "than the share above: some wrong labels look right, and some right ones look wrong"),
+        ("Suspicious labels", f"{facts.flagged.sum():,}", "each more probably wrong than right: some wrong labels look "
+         "right, and some right ones look wrong"),
     ]  # fmt: skip
     if facts.foreign is not None:
         rows.append(("Foreign images", f"{facts.foreign:,}", "unlike all classes of this set"))

@@ -14,8 +14,9 @@ import detect_noise
 import dnnlib
 import train_classifier
 from archives.dataset import ImageDataset
-from archives.label_file import load_label_file
+from archives.label_file import load_label_file, save_label_file
 from archives.label_noise import load_matrix
+from archives.label_table import load_labels_or_table
 from archives.reader import ArchiveReader
 from detection import cores
 from detection.quality import label_file, quality
@@ -76,7 +77,12 @@ def detected(data, tmp_path_factory):
 
 def test_what_is_written_and_printed(data, detected):
     folder, output = detected
-    assert sorted(p.name for p in (folder / "new").iterdir()) == ["labels-classifier.pkl", "labels.npz", "labels.png"]
+    assert sorted(p.name for p in (folder / "new").iterdir()) == [
+        "labels-classifier.pkl",
+        "labels.csv",
+        "labels.npz",
+        "labels.png",
+    ]
     dataset = ImageDataset(str(data))
     found = load_label_file(folder / "new" / "labels.npz", dataset)
     wrong = (~found.is_clean).sum()
@@ -126,6 +132,56 @@ def test_cleaned_archives(data, detected, tmp_path):
         assert c["T"] is None and c["cleaned"]["before"]["noise_rate"] == 0.4
         assert (c["cleaned"]["fix"], c["cleaned"]["images"]) == (fix, (~found.is_clean).sum())
         assert c["realised_rate"] == np.mean(cleaned.labels != cleaned.clean_labels) < 0.3  # it was 0.4
+
+
+def test_foreign_images_and_duplicates_are_written_and_left_out(data, detected, tmp_path):
+    folder, output = detected
+    dataset = ImageDataset(str(data))
+    found = load_label_file(folder / "new" / "labels.npz", dataset)
+    assert found.outlier_score.shape == (120,) and (found.duplicate_of == np.arange(120)).all()
+    assert f"Foreign:     {found.is_outlier.sum()} of 120 images" in output and "Duplicates:  0 groups" in output
+    table = load_labels_or_table(folder / "new" / "labels.csv", dataset)
+    assert (table.is_clean == found.is_clean).all() and (table.suggested == found.suggested).all()
+    found.is_outlier = np.arange(120) % 40 == 3
+    save_label_file(tmp_path / "l.npz", found)
+    args = [f"--data={data}", f"--labels={tmp_path}/l.npz", f"--dest={tmp_path}/out.npz"]
+    output = succeed(*args, f"--cleaned={tmp_path}/c.zip", "--drop_foreign")
+    assert "Foreign:     3 of 120 images" in output and "epoch" not in output
+    left = np.flatnonzero(~found.is_outlier)
+    cleaned = ImageDataset(str(tmp_path / "c.zip"))
+    assert torch.equal(cleaned.images(range(117)), dataset.images(left)) and len(cleaned) == 117
+    assert (cleaned.labels == found.suggested[left]).all()
+    found.is_outlier = found.outlier_score = None
+    save_label_file(tmp_path / "l.npz", found)
+    fail(1, *args, "--foreign=0", f"--cleaned={tmp_path}/d.zip", "--drop_foreign", "--drop_foreign|which images")
+    assert not (tmp_path / "d.zip").exists()
+
+
+@pytest.mark.parametrize("fix", ["relabel", "drop"])
+def test_decisions_are_believed(data, detected, tmp_path, fix):
+    labels = detected[0] / "new" / "labels.npz"
+    dataset = ImageDataset(str(data))
+    found = load_label_file(labels, dataset)
+    wrong, right = np.flatnonzero(~found.is_clean), np.flatnonzero(found.is_clean)
+    keep, relabel, drop = wrong[0], right[0], right[1]
+    new = (dataset.labels[relabel] + 1) % 3
+    rows = [(keep, "keep", ""), (relabel, "relabel", dataset.class_names[new]), (drop, "drop", "")]
+    lines = [f"{found.names[i]},{dataset.class_names[dataset.labels[i]]},{what},{to}" for i, what, to in rows]
+    (tmp_path / "d.csv").write_text("\n".join(["file,label,decision,new_label", *lines]) + "\n")
+    output = succeed(
+        *(f"--data={data}", f"--labels={labels}", f"--decisions={tmp_path}/d.csv", f"--dest={tmp_path}/l.npz"),
+        *(f"--cleaned={tmp_path}/c.zip", f"--fix={fix}"),
+    )
+    assert "Decisions:   1 kept, 1 relabeled, 1 dropped" in output
+    after = load_label_file(tmp_path / "l.npz", dataset)
+    changed = np.flatnonzero(after.is_clean != found.is_clean)
+    assert sorted(changed) == sorted([keep, relabel, drop]) and after.suggested[relabel] == new
+    assert after.noise_rate == np.mean(~after.is_clean) and f"{after.noise_rate:.1%} of 120" in output
+    left = np.arange(120) != drop if fix == "relabel" else after.is_clean
+    cleaned = ImageDataset(str(tmp_path / "c.zip"))
+    assert torch.equal(cleaned.images(range(len(cleaned))), dataset.images(np.flatnonzero(left)))
+    expected = after.suggested if fix == "relabel" else after.labels
+    assert (cleaned.labels == expected[left]).all()
 
 
 def test_a_given_classifier_is_not_trained(data, detected, tmp_path):
@@ -182,6 +238,13 @@ def test_bad_input(data, detected, tmp_path):
     fail(2, f"--data={data}", dest, cls, "--epochs=3", "--cls|--epochs")
     fail(2, f"--data={data}", dest, cls, "--method=confident", "--cls|confident")
     fail(2, f"--data={data}", dest, "--fix=drop", "--fix|--cleaned")
+    labels = f"--labels={folder / 'new' / 'labels.npz'}"
+    fail(2, f"--data={data}", dest, "--drop_foreign", "--drop_foreign|--cleaned")
+    fail(2, f"--data={data}", dest, "--drop_foreign", "--foreign=0", f"--cleaned={tmp_path}/c.zip", "--foreign=1")
+    fail(2, f"--data={data}", dest, cls, labels, "--labels|--cls")
+    fail(2, f"--data={data}", dest, labels, "--method=cores", "--labels|--method")
+    fail(1, f"--data={data}", dest, f"--labels={tmp_path}/none.npz", "--labels|none.npz")
+    fail(1, f"--data={data}", dest, f"--decisions={tmp_path}/none.csv", "--decisions|none.csv")
     fail(2, f"--data={data}", f"--dest={tmp_path / 'no' / 'l.npz'}", f"--picture={tmp_path}", "--picture|folder")
     fail(1, f"--data={data}", dest, f"--cleaned={folder}", "not empty")
     fail(1, f"--data={data}", dest, f"--cls={data}", "d.zip")

@@ -1,0 +1,118 @@
+"""The options that say how to find wrong labels, their rules, and what they lead to."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import click
+import numpy as np
+import torch
+
+import dnnlib
+from archives.archive_set import SEVERAL
+from archives.dataset import ImageDataset
+from archives.label_file import LabelFile, save_label_file
+from archives.label_table import load_labels_or_table, save_label_table
+from detection import classifier, confident, cores
+from detection.quality import confusion
+from detection.trainer import Settings
+from dnnlib.cli import BOOL, FloatRange, add_options, blame
+from torch_utils import distributed, persistence
+from training.objectives.classifier import check_classifier
+from training.options import preset_option
+from training.presets import ARCHS
+
+__all__ = ["check_usage", "detect_options", "find_wrong_labels", "save_results"]
+
+TRAINING = {"--epochs", "--arch", "--batch", "--lr"}
+
+
+# fmt: off
+def detect_options() -> Callable:
+    """Return a decorator for --data and the options that say how its wrong labels are found."""
+    return add_options([
+        click.option("--data", required=True, metavar="ZIP|DIR", help=f"Archive to examine. {SEVERAL}"),
+        preset_option("detect_noise.py"),
+        click.option("--method", type=click.Choice(["cores", "confident"]), default="cores", help="How to find wrong labels"),
+        click.option("--cls", metavar="PKL|DIR|URL", help="Decide by this snapshot of train_classifier.py; train nothing"),
+        click.option("--labels", metavar="NPZ|CSV", help="Take this label file, or a CSV in cleanlab's columns; train nothing"),
+        click.option("--epochs", type=click.IntRange(min=1), metavar="INT", help="Length of training  [default: 60 for cores, 20 for each of the 5 classifiers of confident]"),
+        click.option("--arch", type=click.Choice(ARCHS), default="ddpmpp", help="Architecture of the classifier"),
+        click.option("--batch", type=click.IntRange(min=1), default=256, metavar="INT", help="Batch size over all processes"),
+        click.option("--lr", type=FloatRange(min=0, min_open=True), default=2e-3, metavar="FLOAT", help="Learning rate"),
+        click.option("--seed", type=click.IntRange(min=0, max=2**63 - 1), default=0, metavar="INT", help="Random seed"),
+        click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto", help="Where to train"),
+        click.option("--foreign", type=BOOL, default=True, help="Look for foreign images and duplicates too: 25 s for 60,000 images on one core"),
+        click.option("--trust_pickle", is_flag=True, help="Run code that the snapshot contains; only for files you trust"),
+    ])
+# fmt: on
+
+
+def check_usage(given: set[str], o: dnnlib.EasyDict) -> None:
+    """Raise click.UsageError when the options `given` contradict each other."""
+    if o.cls and o.labels:
+        raise click.UsageError("--labels: these labels are judged already; leave out --cls")
+    for source, useless in (("cls", given & TRAINING), ("labels", given & (TRAINING | {"--method"}))):
+        if o[source] and useless:
+            raise click.UsageError(f"--{source}: nothing is trained with this option; leave out {sorted(useless)[0]}")
+    if o.cls and o.method == "confident":
+        raise click.UsageError("--cls: --method=confident needs classifiers that have not seen the labels they judge")
+    if o.batch % distributed.get_world_size():
+        raise click.UsageError(
+            f"--batch={o.batch} must be divisible by the number of processes ({distributed.get_world_size()})"
+        )
+
+
+def find_wrong_labels(
+    o: dnnlib.EasyDict, dataset: ImageDataset, device: torch.device
+) -> tuple[LabelFile, torch.nn.Module | None]:
+    """Return what the options find about the labels of a set, and the classifier where one is left. Collective."""
+    if o.labels:
+        with blame("--labels"):
+            return load_labels(o.labels, dataset), None
+    if o.cls:
+        return detect_by_snapshot(o.cls, o.trust_pickle, dataset, device), None
+    settings = Settings(arch=o.arch, epochs=o.epochs, batch=o.batch, lr=o.lr, seed=o.seed)
+    if o.method == "cores":
+        return cores.detect(dataset, device, settings)
+    return confident.detect(dataset, device, settings), None
+
+
+def load_labels(path: str, dataset: ImageDataset) -> LabelFile:
+    """Return a label file for the data set, with an estimate of T where it suggests other classes."""
+    found = load_labels_or_table(path, dataset)
+    if found.transition is None and np.any(found.suggested != found.labels):
+        found.transition = confusion(found.suggested, dataset)
+    return found
+
+
+def detect_by_snapshot(cls: str, trust_pickle: bool, dataset: ImageDataset, device: torch.device) -> LabelFile:
+    """Return the label file that follows from the classifier of the snapshot that `cls` means. Collective."""
+    with blame("--cls"):
+        path = persistence.find_snapshot(cls)
+        snapshot = persistence.load_snapshot(path, trust_pickle=trust_pickle, kind="classifier")
+        check_classifier(snapshot["ema"], dataset, path)
+    return classifier.detect(snapshot["ema"], snapshot["info"].get("posterior", "noisy"), dataset, device)
+
+
+def save_results(path: str, dataset: ImageDataset, found: LabelFile, net: torch.nn.Module | None) -> list[str]:
+    """Write a label file X.npz, the same as X.csv in cleanlab's columns, and the classifier, if there is one.
+
+    Return the paths of the files.
+    """
+    stem = os.path.splitext(path)[0]
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    written = [path, f"{stem}.csv"]
+    save_label_file(written[0], found)
+    save_label_table(written[1], found, dataset.class_names)
+    if net is not None:
+        written.append(f"{stem}-classifier.pkl")
+        info: dict[str, Any] = dict(method="detector", posterior="clean", class_names=dataset.class_names)
+        info["version"] = dnnlib.__version__
+        persistence.save_snapshot(
+            written[-1],
+            dict(ema=net, loss_fn=None, augment_pipe=None, dataset_kwargs=dataset.kwargs(), info=info),
+        )
+    return written

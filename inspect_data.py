@@ -1,0 +1,85 @@
+"""Look at a set of labeled images that nobody knows: what is wrong with it, and what to do.
+
+It finds wrong labels, foreign images, duplicates and classes that are hard to tell apart. It writes report.html, a page
+to look through the images and to decide about them, and beside it labels.npz, and labels.csv in cleanlab's columns.
+"""
+
+from __future__ import annotations
+
+import dnnlib.before_torch
+
+import os
+
+import click
+
+import dnnlib
+import dnnlib.cli
+from archives.dataset import ImageDataset
+from detection import classifier
+from detection.inspection import look_for_foreign
+from detection.options import check_usage, detect_options, find_wrong_labels, save_results
+from dnnlib.cli import blame
+from recipes.advice import advise, name_confusable
+from reports.facts import gather_facts, summarize
+from reports.review import write_review
+from torch_utils import distributed
+from torch_utils.distributed import print0
+from torch_utils.precision import tf32
+from training.options import preset_help
+
+EPILOG = """
+Examples:
+  python inspect_data.py --data=datasets/mine-64x64.zip --outdir=check
+  python inspect_data.py --data=datasets/mine-64x64.zip --outdir=check-again --labels=check/labels.npz
+"""
+OWN = {"report.html", "labels.npz", "labels.csv", "labels-classifier.pkl"}  # what a call writes, and replaces
+
+
+@click.command(cls=dnnlib.cli.Command, help=__doc__, epilog=EPILOG + preset_help("detect_noise.py"))
+@click.option("--outdir", required=True, metavar="DIR", help="Folder for the page and the label file")
+@click.option(
+    "--images", type=click.IntRange(min=1), default=2000, metavar="INT", help="At most so many images on the page"
+)
+@detect_options()
+def main(**opts) -> None:
+    o = dnnlib.EasyDict(opts)
+    check_usage(set(dnnlib.cli.given_options()), o)
+    with blame("--outdir"):
+        check_outdir(o.outdir)
+    click.get_current_context().call_on_close(distributed.shutdown)
+    click.get_current_context().with_resource(tf32(False))
+    device = distributed.init(o.device)
+    dataset = ImageDataset(o.data)
+    with blame("--data"):
+        classifier.check_labels(dataset)
+    print0(f"Step 1 of 3: {'read the label file' if o.labels else 'find wrong labels'}")
+    found, net = find_wrong_labels(o, dataset, device)
+
+    def write() -> None:
+        lines = []
+        if o.foreign:
+            print(f"Step 2 of 3: find foreign images and duplicates among {len(dataset):,} images", flush=True)
+            lines = look_for_foreign(dataset, found, o.seed)
+        print("Step 3 of 3: write the page", flush=True)
+        labels = os.path.join(o.outdir, "labels.npz")
+        written = save_results(labels, dataset, found, net)
+        advice, why = advise(dataset, found, o.data, labels)
+        facts = gather_facts(dataset, found, name_confusable(dataset, found), advice, why)
+        report = os.path.join(o.outdir, "report.html")
+        write_review(report, dataset, found, facts, o.images)
+        print("\n".join([summarize(facts), *lines, f"Written to:  {', '.join([report, *written])}"]))
+
+    distributed.on_rank0(write)
+
+
+def check_outdir(outdir: str) -> None:
+    """Raise UserError when the folder holds files that are not from an earlier call or decisions about its page."""
+    if os.path.lexists(outdir) and not os.path.isdir(outdir):
+        raise dnnlib.UserError(f"{outdir}: is a file, expected a folder")
+    for name in sorted(os.listdir(outdir)) if os.path.isdir(outdir) else []:
+        if name not in OWN and not (name.startswith("decisions") and name.endswith(".csv")):
+            raise dnnlib.UserError(f"{outdir}: holds {name}; choose an empty folder")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,204 @@
+"""inspect_data.py: what it writes and prints, what it recommends, and that its commands are accepted."""
+
+import html
+import importlib
+import json
+import re
+import shlex
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+import inspect_data
+from archives.dataset import ImageDataset
+from archives.label_file import LabelFile, load_label_file, save_label_file
+from detection.inspection import confusable_pairs
+from recipes.advice import advise, name_confusable
+from tests.support.synth import make_archive, pictures, run_dataset_tool
+
+
+def invoke(*args):
+    return CliRunner().invoke(inspect_data.main, [str(a) for a in args])
+
+
+def succeed(*args):
+    result = invoke(*args)
+    assert result.exit_code == 0, result.output + repr(result.exception)
+    return result.stdout
+
+
+def fail(exit_code, *args_and_words):
+    *args, words = args_and_words
+    result = invoke(*args)
+    lines = result.stderr.strip().splitlines()
+    assert result.exit_code == exit_code and len(lines) == 1 and lines[0].startswith("Error: "), result.output
+    assert all(word in lines[0] for word in words.split("|")), lines
+
+
+def check_commands(text):
+    """Let click check the names, types and choices of all commands of ours in a text."""
+    for line in text.splitlines():
+        _, script, *args = shlex.split(line)
+        importlib.import_module(script.removesuffix(".py")).main.make_context(script, args)
+
+
+def judged(labels, clean, classes, **fields):
+    """Return the label file of a detector that knows the clean labels."""
+    right = labels == clean
+    rates = np.zeros(classes, np.float32)
+    names = [f"00000/img{i:08d}.png" for i in range(len(labels))]
+    return LabelFile(names, labels, right, right.astype(np.float32), clean, float(np.mean(~right)), rates, **fields)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """400 digits, 40% of the labels wrong."""
+    path = tmp_path_factory.mktemp("data") / "my digits.zip"
+    noise = ["--noise_type=sym", "--noise_rate=0.4", "--max-images=400"]
+    assert run_dataset_tool("--source=digits", f"--dest={path}", *noise)[0] == 0
+    return path
+
+
+def test_one_command_says_what_is_wrong_and_what_to_do(data, tmp_path):
+    out = tmp_path / "check"
+    output = succeed(f"--data={data}", f"--outdir={out}", "--preset=digits", "--epochs=2", "--batch=64", "--images=50")
+    assert sorted(p.name for p in out.iterdir()) == [
+        *("labels-classifier.pkl", "labels.csv", "labels.npz", "report.html")
+    ]
+    dataset = ImageDataset(str(data))
+    found = load_label_file(out / "labels.npz", dataset)
+    for words in (
+        "left 0s",
+        "Step 3 of 3",
+        "400 images of 8x8, gray, 10 classes",
+        f"{found.noise_rate:.1%} are believed",
+    ):
+        assert words in output, words
+    assert f"Foreign:     {found.is_outlier.sum()} of 400" in output and "Recommended: TDSM" in output
+    page = html.unescape((out / "report.html").read_text())
+    commands = re.findall(r"<pre[^>]*>(.*?)</pre>", page, re.DOTALL)
+    assert len(commands) == 5 and f"--noise_matrix={out}/labels.npz" in commands[2]
+    check_commands("\n".join(commands))
+    assert len(json.loads(re.search(r"id='data'>(.*?)</script>", page)[1])["names"]) == 50
+
+
+def test_a_label_file_is_taken_and_completed(tmp_path):
+    assert run_dataset_tool("--source=digits", f"--dest={tmp_path}/c.zip", "--max-images=300")[0] == 0
+    digits = ImageDataset(f"{tmp_path}/c.zip")
+    images = digits.images(range(300)).permute(0, 2, 3, 1).numpy()
+    images[[100, 200]] = images[[5, 6]]  # doubles: the first one contradicts, the second does not
+    images[250] = np.random.default_rng(0).integers(0, 256, images[250].shape)  # foreign
+    clean = digits.labels.copy()
+    clean[[100, 200, 250]] = [clean[5] + 1, clean[6], 0]
+    labels = clean.copy()
+    labels[:30] = (labels[:30] + 1) % 10
+    labels[[5, 6]] = clean[[5, 6]]
+    path = make_archive(tmp_path / "d.zip", images, labels.tolist())
+    save_label_file(tmp_path / "l.npz", judged(labels, clean, 10))
+    args = [f"--data={path}", f"--labels={tmp_path}/l.npz", f"--outdir={tmp_path}/check"]
+    output = succeed(*args)
+    found = load_label_file(tmp_path / "check" / "labels.npz", ImageDataset(str(path)))
+    assert found.duplicate_of[100] == 5 and found.duplicate_of[200] == 6 and found.is_outlier[250]
+    assert "epoch" not in output and "9.3% are believed wrong" in output
+    assert "2 groups" in output and " 1 of them with different labels" in output
+    assert found.transition[3].argmax() == 3 and not (tmp_path / "check" / "labels-classifier.pkl").exists()
+    known = load_label_file(tmp_path / "check" / "labels.npz", ImageDataset(str(path)))
+    known.is_outlier = np.zeros(300, bool)  # what a file knows is not looked for again
+    save_label_file(tmp_path / "check" / "labels.npz", known)
+    (tmp_path / "check" / "decisions.csv").write_text("")  # may lie there
+    assert "Foreign:     0 of 300 images\n" in succeed(*args[::2], f"--labels={tmp_path}/check/labels.npz")
+
+
+def test_without_foreign_nothing_is_looked_for(data, tmp_path):
+    dataset = ImageDataset(str(data))
+    save_label_file(tmp_path / "l.npz", judged(dataset.labels, dataset.clean_labels, 10))
+    output = succeed(f"--data={data}", f"--labels={tmp_path}/l.npz", f"--outdir={tmp_path}/check", "--foreign=0")
+    found = load_label_file(tmp_path / "check" / "labels.npz", dataset)
+    assert found.is_outlier is None and found.duplicate_of is None and "Foreign" not in output
+
+
+CLASSES = 10
+
+
+def noisy(n, rate, seed=0):
+    """Return clean labels of n images, and observed ones: a wrong one for this share, any other class."""
+    rng = np.random.default_rng(seed)
+    clean = np.arange(n) % CLASSES
+    return clean, np.where(rng.random(n) < rate, (clean + rng.integers(1, CLASSES, n)) % CLASSES, clean)
+
+
+@pytest.mark.parametrize("n, rate, foreign, resolution, best, words", [
+    (2000, 0.02, 0.0, 16, "Leave", "2."),
+    (20000, 0.4, 0.0, 16, "Clean", "0.91"),
+    (2000, 0.4, 0.0, 8, "TDSM", "0.94"),
+    (2000, 0.02, 0.05, 16, "Clean", "loses little"),
+    (2000, 0.0, 0.2, 8, "RDUOT", "4.3%"),
+    (2000, 0.0, 0.2, 32, "Clean", "loses little"),
+    (2000, 0.6, 0.0, 32, "TDSM", "above 40%"),
+])  # fmt: skip
+def test_what_is_recommended(tmp_path, n, rate, foreign, resolution, best, words):
+    clean, labels = noisy(n, rate)
+    found = judged(labels, clean, CLASSES, is_outlier=np.arange(n) < foreign * n, transition=np.eye(CLASSES))
+    shape = dict(resolution=resolution, num_channels=3, label_dim=CLASSES, class_names=None)
+    path = str(make_archive(tmp_path / "it's mine.zip", pictures(1)))
+    rows, why = advise(SizedDataset(n, shape), found, path, "check/labels.npz")
+    chosen = [row for row in rows if row.recommended]
+    assert len(chosen) == 1 and chosen[0].method.startswith(best) and words in why
+    assert f"{found.noise_rate:.1%} of the labels are believed wrong" in why
+    for row in rows:
+        check_commands(row.command)
+        assert "passes" in row.cost
+    assert ("--drop_foreign" in rows[1].command) == (foreign > 0)
+    kept = found.is_clean & ~found.is_outlier
+    assert f"{(~kept).sum():,} of {n:,} images are lost" in rows[1].cost
+    # A pass is n images: the preset trains the baseline for 0.15 (digits) or 200 (cifar10) million images.
+    passes = 200e6 / n if resolution > 16 else 0.15e6 * max(1, n / 15000) / n
+    assert f"{int(np.ceil(passes)):,} training passes" in rows[0].cost
+
+
+class SizedDataset(SimpleNamespace):
+    """The shape of a data set, without images."""
+
+    def __init__(self, n, shape):
+        super().__init__(n=n, **shape)
+
+    def __len__(self):
+        return self.n
+
+
+def test_classes_that_are_mixed_up_are_named():
+    clean, labels = noisy(10000, 0.4)
+    assert confusable_pairs(judged(labels, clean, CLASSES)) == []  # wrong labels alone are no confusion
+    one_way = np.where((labels == 4) & (np.arange(10000) % 3 == 0), 2, clean)
+    assert confusable_pairs(judged(labels, one_way, CLASSES)) == []
+    both_ways = np.where((labels == 2) & (np.arange(10000) % 3 == 0), 4, one_way)
+    found = judged(labels, both_ways, CLASSES)
+    ((a, b, share),) = confusable_pairs(found)
+    of_both = (labels == 2) | (labels == 4)
+    expected = np.mean((both_ways != labels)[of_both] & np.isin(both_ways, [2, 4])[of_both])
+    assert (a, b) == (2, 4) and share == pytest.approx(expected) and 0.3 < share < 0.5
+    names = [f"class {c}" for c in range(CLASSES)]
+    (named,) = name_confusable(SimpleNamespace(class_names=names, label_dim=CLASSES), found)
+    assert (named.first, named.second) == ("class 2", "class 4") and f"{share:.0%} of their labels" in named.text
+    two = judged(np.array([0, 1] * 50), np.array([1, 0] * 50), 2)
+    assert confusable_pairs(two) == []  # no other pair to compare with
+
+
+def test_bad_input(data, tmp_path):
+    out = f"--outdir={tmp_path}/check"
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").write_text("mine")
+    fail(1, f"--data={data}", f"--outdir={tmp_path}/full", "--outdir|notes.txt|empty")
+    fail(1, f"--data={data}", f"--outdir={data}", "--outdir|is a file")
+    fail(1, f"--data={tmp_path}/none.zip", out, "none.zip")
+    fail(2, f"--data={data}", out, "--labels=l.npz", "--epochs=3", "--labels|--epochs")
+    fail(2, f"--data={data}", out, "--labels=l.npz", "--cls=c.pkl", "--labels|--cls")
+    fail(1, f"--data={data}", out, f"--labels={tmp_path}/l.npz", "--labels|l.npz")
+    other = judged(np.zeros(2, int), np.zeros(2, int), 10)
+    save_label_file(tmp_path / "l.npz", other)
+    fail(1, f"--data={data}", out, f"--labels={tmp_path}/l.npz", "--labels|lacks 398 of the 400 images")
+    unlabeled = make_archive(tmp_path / "u.zip", pictures(4))
+    fail(1, f"--data={unlabeled}", out, "--data|labels|2 classes")
+    assert not (tmp_path / "check").exists()
