@@ -50,8 +50,9 @@ Examples:
               help="Label file to write; the same as CSV in cleanlab's columns is written beside it")
 @click.option("--decisions", metavar="CSV", help="Believe these decisions of the review page (inspect_data.py)")
 @click.option("--cleaned", metavar="ZIP|DIR", help="Also write an archive without the wrong labels")
-@click.option("--fix", type=click.Choice(["relabel", "drop"]), default="relabel",
-              help="How --cleaned treats wrong labels: replace them by the suggested ones, or leave the images out")
+@click.option("--fix", type=click.Choice(["relabel", "drop", "keep"]), default="relabel",
+              help="How --cleaned treats wrong labels: replace them by the suggested ones, leave the images out, or "
+              "keep them, with --drop_foreign")
 @click.option("--drop_foreign", is_flag=True, help="Leave foreign images out of --cleaned, too")
 @click.option("--picture", metavar="PNG", callback=output_file,
               help="Picture of the most suspicious images  [default: beside --dest]")
@@ -127,6 +128,8 @@ def check_options(given: set[str], o: dnnlib.EasyDict) -> None:
     for option in ("--fix", "--drop_foreign"):
         if option in given and not o.cleaned:
             raise click.UsageError(f"{option} needs --cleaned=X.zip")
+    if o.fix == "keep" and (not o.drop_foreign or o.decisions):
+        raise click.UsageError("--fix=keep only leaves out foreign images: with --drop_foreign, without --decisions")
     if o.drop_foreign and not o.foreign and not o.labels:
         raise click.UsageError("--drop_foreign needs --foreign=1, or a label file that knows foreign images")
 

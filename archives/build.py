@@ -102,7 +102,7 @@ def replace_labels(source: Source, path: str, key: str | None = None) -> None:
 
 def clean_source(source: Source, file: LabelFile, classes: int, fix: str, drop_outliers: bool = False) -> None:
     """Correct the labels of a source. `fix`: 'relabel' replaces wrong labels by the suggested ones, 'drop' leaves
-    these images out. `drop_outliers` leaves out the images that the file believes foreign, too.
+    these images out, 'keep' does neither. `drop_outliers` leaves out the images that the file believes foreign, too.
 
     The old record of the noise no longer describes the labels, so it moves to `corruption["cleaned"]["before"]`.
     UserError: no image would be left, or the file does not say which images are foreign.

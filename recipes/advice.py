@@ -12,7 +12,8 @@ import numpy as np
 from archives.archive_set import find_archives
 from archives.dataset import ImageDataset
 from archives.label_file import LabelFile
-from detection.inspection import confusable_pairs
+from detection.inspection import confusable_pairs, doubtful_share, given_up
+from recipes.digits import WEIGHT
 from reports.facts import Advice, Confusable
 from training.presets import presets_of
 
@@ -25,7 +26,8 @@ ENOUGH = 1000  # images per class that must be left for dropping: between the di
 MEASURED_FOR = 15_000  # images; for more of them, the small presets' lengths grow in proportion
 SMALL = 16  # pixels; up to this side the presets for small images, which were measured on a CPU
 ROBUST_VALUES = 4096  # largest images that the robust cost of RDUOT takes
-TELL = 10  # pairs of classes that are named
+TELL = 10  # pairs of classes that are named, and classes
+TO_TELL = 0.01  # share of doubtful labels that is worth a word
 
 SOURCE = "The rules come from measurements on Fashion-MNIST and digits; your images may behave differently."
 FASHION = (
@@ -43,9 +45,11 @@ def name_confusable(dataset: ImageDataset, found: LabelFile) -> list[Confusable]
     names = dataset.class_names or [str(c) for c in range(dataset.label_dim)]
     return [
         Confusable(
-            names[a], names[b], f"{share:.0%} of their labels point at the other one; do not relabel automatically"
+            names[pair.first],
+            names[pair.second],
+            f"{pair.share:.0%} of their labels point at the other one; do not relabel automatically",
         )
-        for a, b, share in confusable_pairs(found)[:TELL]
+        for pair in confusable_pairs(found)[:TELL]
     ]
 
 
@@ -94,7 +98,8 @@ class _Commands:
     def sbdc(self) -> str:
         classes = f"--class=0-{self.dataset.label_dim - 1}"
         guide = [f"--network={self.run('baseline')}", f"--discriminator={self.run('discriminator')}"]
-        generate = [*guide, "--dg_mode=calibrated", f"--outdir={self.run('sbdc')}", "--seeds=0-99", classes]
+        weights = [f"--dg_weight_{order}_order={WEIGHT}" for order in ("1st", "2nd")] if self.small else []
+        generate = [*guide, "--dg_mode=calibrated", *weights, f"--outdir={self.run('sbdc')}", "--seeds=0-99", classes]
         return "\n".join(
             [
                 self.train("train.py", "baseline"),
@@ -108,9 +113,9 @@ class _Commands:
         rest = ["--cost=robust"] if values <= ROBUST_VALUES else []
         return self.train("train_rduot.py", "rduot", *rest, *([f"--outlier_data={self.labels}"] if known else []))
 
-    def clean(self, foreign: bool) -> str:
+    def clean(self, foreign: bool, fix: str) -> str:
         dest = f"{self.run('clean-labels')}.npz"
-        rest = [f"--dest={dest}", f"--cleaned={self.cleaned}", "--fix=drop", *(["--drop_foreign"] if foreign else [])]
+        rest = [f"--dest={dest}", f"--cleaned={self.cleaned}", f"--fix={fix}", *(["--drop_foreign"] if foreign else [])]
         detect = ["python", "detect_noise.py", f"--data={self.data}", f"--labels={self.labels}", *rest]
         return f"{shlex.join(detect)}\n{self.train('train.py', 'clean', data=self.cleaned)}"
 
@@ -122,13 +127,22 @@ def advise(dataset: ImageDataset, found: LabelFile, data: str, labels: str) -> t
     labels  the label file `found`, on disk
     """
     foreign = 0 if found.is_outlier is None else int(found.is_outlier.sum())
-    left = found.is_clean if found.is_outlier is None else found.is_clean & ~found.is_outlier
+    here = np.ones(len(found.labels), dtype=bool) if found.is_outlier is None else ~found.is_outlier
     count, kept = (
         np.bincount(found.labels, weights=w, minlength=dataset.label_dim).astype(int)
-        for w in (None, left.astype(float))
+        for w in (None, (found.is_clean & here).astype(float))
     )
     fewest = int(kept[count > 0].min())
-    best, why = _choose(found.noise_rate, foreign / len(left), fewest, dataset.resolution)
+    doubtful = doubtful_share(found)
+    # Where most of what the detector believes is doubtful, the rest is, too.
+    wrong = found.noise_rate - doubtful if doubtful <= found.noise_rate / 2 else 0.0
+    best, why = _choose(wrong, foreign / len(here), fewest, dataset.resolution)
+    only_foreign = foreign > 0 and wrong <= FEW_WRONG
+    left = here if only_foreign else found.is_clean & here
+    stated = (
+        f"{found.noise_rate:.1%} of the labels are believed wrong and {foreign / len(here):.1%} of the images foreign."
+    )
+    why = f"{stated} {_doubts(dataset, found, doubtful)}{why} {SOURCE}"
     c = _Commands(data, labels, dataset)
     model = c.passes("train.py")
     lost = f"{int((~left).sum()):,} of {len(left):,} images are lost"
@@ -142,10 +156,14 @@ def advise(dataset: ImageDataset, found: LabelFile, data: str, labels: str) -> t
         ),
         Advice(
             "Clean",
-            "Leaves out the images whose labels are believed wrong" + (", and foreign ones" if foreign else "") + ".",
-            f"Each class keeps at least {ENOUGH:,} images; the smallest one would keep {fewest:,}.",
+            "Leaves out the foreign images, and keeps all labels."
+            if only_foreign
+            else "Leaves out the images whose labels are believed wrong" + (", and foreign ones." if foreign else "."),
+            f"At most {FEW_WRONG:.0%} of the labels are wrong, but images are foreign."
+            if only_foreign
+            else f"Each class keeps at least {ENOUGH:,} images; the smallest one would keep {fewest:,}.",
             f"No detection again, then {model:,} training passes; {lost}",
-            c.clean(foreign > 0),
+            c.clean(foreign > 0, "keep" if only_foreign else "drop"),
         ),
         Advice(
             "TDSM",
@@ -176,12 +194,25 @@ def advise(dataset: ImageDataset, found: LabelFile, data: str, labels: str) -> t
     return rows, why
 
 
+def _doubts(dataset: ImageDataset, found: LabelFile, doubtful: float) -> str:
+    """Return a text about the labels that are believed wrong on weak grounds, empty where they are few."""
+    if doubtful < TO_TELL:
+        return ""
+    names = dataset.class_names or [str(c) for c in range(dataset.label_dim)]
+    lost = [names[c] for c in given_up(found)[:TELL]]
+    classes = f", or in a class of which it believes nearly no label ({', '.join(lost)})" if lost else ""
+    return (
+        f"But {doubtful:.1%} of the labels lie between classes that the detector cannot tell apart{classes}. Many of "
+        "these may be right, so they do not count here: look at them, or let the detector train longer. "
+    )
+
+
 def _choose(wrong: float, foreign: float, fewest: int, resolution: int) -> tuple[str, str]:
     """Return the recommended method and the reason.
 
-    `wrong` and `foreign` are shares of the set. `fewest`: images that dropping leaves in the smallest class.
+    `wrong` and `foreign` are shares of the set, the first one without doubtful labels. `fewest`: images that dropping
+    leaves in the smallest class.
     """
-    stated = f"{wrong:.1%} of the labels are believed wrong and {foreign:.1%} of the images foreign."
     if wrong <= FEW_WRONG and foreign <= FEW_FOREIGN:
         best = "Leave the set as it is"
         why = (
@@ -194,13 +225,13 @@ def _choose(wrong: float, foreign: float, fewest: int, resolution: int) -> tuple
             f"Where more than {MANY_FOREIGN:.0%} are foreign, the search misses some of them. Trained on photographs "
             "of 8x8 with 10% digits among them, RDUOT made 4.3% digits, and a model without defense 12.5%."
         )
+    elif wrong <= FEW_WRONG:
+        best, why = "Clean", "Leaving out only the foreign images loses little."
     elif fewest >= ENOUGH:
         best, why = (
             "Clean",
             f"Dropping is the simplest cure, and leaves each class at least {fewest:,} images. {FASHION}",
         )
-    elif wrong <= FEW_WRONG:
-        best, why = "Clean", "Leaving all of them out loses little."
     else:
         best = "TDSM"
         above = " Nothing was measured above 40% wrong labels." if wrong > MEASURED else ""
@@ -208,4 +239,4 @@ def _choose(wrong: float, foreign: float, fewest: int, resolution: int) -> tuple
             f"Dropping would leave {fewest:,} images in the smallest class, fewer than {ENOUGH:,}, so train on all. "
             f"{DIGITS}{above}"
         )
-    return best, f"{stated} {why} {SOURCE}"
+    return best, why

@@ -10,7 +10,7 @@ from reports.comparison import compare_methods
 from reports.page import Picture, Section
 from training.presets import presets_of
 
-__all__ = ["NOISES", "plan", "report", "rows"]
+__all__ = ["NOISES", "WEIGHT", "plan", "report", "rows"]
 
 NOISES = {"sym": "symmetric", "asym": "asymmetric", "instance": "instance-dependent"}
 

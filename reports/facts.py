@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ from detection.duplicates import count_groups
 __all__ = ["Advice", "Confusable", "Facts", "gather_facts", "summarize"]
 
 SHOWN = 5  # names in a line
+WIDTH = 120  # letters
 TINY = 10  # a class with fewer images is tiny, and so is one with less than a tenth of the median class
 
 
@@ -124,6 +126,10 @@ def summarize(facts: Facts) -> str:
     lines += [f"Alike:       {c.first} / {c.second}: {c.text}" for c in facts.confusable]
     for row in facts.advice:
         if row.recommended:
-            lines += [f"Recommended: {row.method} ({row.cost}). {facts.why}"]
+            lines += [f"Recommended: {row.method}", _wrapped("Cost:", row.cost), _wrapped("Why:", facts.why)]
             lines += [f"  {line}" for line in row.command.splitlines()]
     return "\n".join(lines)
+
+
+def _wrapped(title: str, text: str) -> str:
+    return textwrap.fill(text, WIDTH, initial_indent=f"{title:<13}", subsequent_indent=" " * 13)

@@ -24,6 +24,7 @@ def found(is_outlier) -> LabelFile:
     ("relabel", True, [0, 2, 3, 5], [0, 1, 0, 1]),
     ("drop", False, [0, 2, 3, 4], [0, 1, 0, 1]),
     ("drop", True, [0, 2, 3], [0, 1, 0]),
+    ("keep", True, [0, 2, 3, 5], [0, 1, 0, 0]),
 ])  # fmt: skip
 def test_foreign_images_are_left_out_when_asked_for(fix, drop_outliers, kept, labels):
     source = Source("here", 6, IMAGES.__getitem__, LABELS, names=list("abcdef"))

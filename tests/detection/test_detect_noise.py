@@ -238,6 +238,9 @@ def test_bad_input(data, detected, tmp_path):
     fail(2, f"--data={data}", dest, cls, "--epochs=3", "--cls|--epochs")
     fail(2, f"--data={data}", dest, cls, "--method=confident", "--cls|confident")
     fail(2, f"--data={data}", dest, "--fix=drop", "--fix|--cleaned")
+    keep = f"--cleaned={tmp_path}/c.zip", "--fix=keep"
+    fail(2, f"--data={data}", dest, *keep, "--fix=keep|--drop_foreign")
+    fail(2, f"--data={data}", dest, *keep, "--drop_foreign", "--decisions=d.csv", "--fix=keep|--decisions")
     labels = f"--labels={folder / 'new' / 'labels.npz'}"
     fail(2, f"--data={data}", dest, "--drop_foreign", "--drop_foreign|--cleaned")
     fail(2, f"--data={data}", dest, "--drop_foreign", "--foreign=0", f"--cleaned={tmp_path}/c.zip", "--foreign=1")
