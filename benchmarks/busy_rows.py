@@ -1,4 +1,7 @@
-"""Rows about a busy machine: a training step whose threads spin as our scripts choose, and by OpenMP's default."""
+"""Rows about a busy machine: a training step whose threads spin as our scripts choose, and by OpenMP's default.
+
+The choice depends on what other programs do when a script starts, so the forms start beside the busy programs.
+"""
 
 from __future__ import annotations
 
@@ -43,6 +46,6 @@ def rows(repeats: int) -> Iterator[Row]:
         for programs, where in ((0, "quiet cores"), (BUSY * usable_cores(), f"beside {BUSY} busy programs per core")):
             name = f"training step, {where}"
             environment = dict(GOMP_SPINCOUNT=DEFAULT_SPIN)
-            with processes(ours=form, plain=(*form, environment)) as forms, busy(programs):
+            with busy(programs), processes(ours=form, plain=(*form, environment)) as forms:
                 seconds = compare({kind: turns_of(step, STEPS) for kind, step in forms.items()}, repeats, name)
             yield Row(name, seconds["ours"], seconds["plain"], note="plain: OpenMP's default spin", images=BATCH)

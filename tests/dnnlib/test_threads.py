@@ -60,20 +60,38 @@ def test_cores_that_may_be_used(monkeypatch, quota, cores):
 
 
 @pytest.mark.parametrize(
-    "quota, before, chosen",
+    "quota, busy, before, chosen",
     [
-        (math.inf, {}, {"GOMP_SPINCOUNT": threads.SPIN}),
-        (1.0, {}, {"GOMP_SPINCOUNT": threads.SPIN, "OMP_NUM_THREADS": "1"}),
-        (1.0, {"OMP_NUM_THREADS": "7"}, {"GOMP_SPINCOUNT": threads.SPIN}),
-        (math.inf, {"OMP_WAIT_POLICY": "active"}, {}),
-        (math.inf, {"GOMP_SPINCOUNT": "5"}, {}),
+        (math.inf, True, {}, {"GOMP_SPINCOUNT": threads.SPIN}),
+        (math.inf, False, {}, {}),
+        (1.0, True, {}, {"GOMP_SPINCOUNT": threads.SPIN, "OMP_NUM_THREADS": "1"}),
+        (1.0, False, {"OMP_NUM_THREADS": "7"}, {}),
+        (math.inf, True, {"OMP_WAIT_POLICY": "active"}, {}),
+        (math.inf, True, {"GOMP_SPINCOUNT": "5"}, {}),
     ],
 )
-def test_the_user_decides_first(monkeypatch, quota, before, chosen):
+def test_the_user_decides_first(monkeypatch, quota, busy, before, chosen):
     monkeypatch.setattr(threads, "cpu_quota", lambda: quota)
+    monkeypatch.setattr(threads, "others_compute", lambda: busy)
     environ = dict(before)
     threads.choose(environ)
     assert environ == before | chosen
+
+
+@pytest.mark.parametrize(
+    "used, quota, busy",
+    [
+        ([0, 10, 100, 100], math.inf, False),  # the last two cores are not this process's
+        ([40, 20, 0, 0], math.inf, True),
+        ([100, 0, 0, 0], 1.0, False),  # one idle core is all that the quota allows
+        ([90, 60, 0, 0], 1.0, True),
+    ],
+)
+def test_others_compute_if_too_few_cores_are_idle(monkeypatch, used, quota, busy):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
+    monkeypatch.setattr(threads, "cpu_quota", lambda: quota)
+    monkeypatch.setattr(threads.psutil, "cpu_percent", lambda seconds, percpu: used)
+    assert threads.others_compute() == busy
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -86,7 +104,8 @@ def test_scripts_choose_before_pytorch_is_imported(script):
 @pytest.mark.skipif(sys.platform != "linux", reason="the OpenMP of PyTorch is libgomp on Linux only")
 def test_openmp_reads_the_choice():
     clean = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
-    command = [sys.executable, "-c", "import dnnlib.before_torch, torch"]
+    code = "from dnnlib import threads; threads.BUSY = -100; import dnnlib.before_torch, torch"  # always busy
+    command = [sys.executable, "-c", code]
     shown = subprocess.run(
         command, cwd=ROOT, env=clean | {"OMP_DISPLAY_ENV": "verbose"}, capture_output=True, text=True, check=True
     ).stderr
