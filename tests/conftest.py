@@ -9,7 +9,10 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 
 # Whole scripts take longest. They come first, so that no process is left with one of them at the end.
-LONGEST = ("test_training.py", "test_quickstart", "test_train", "test_faults", "test_published", "test_fid", "scripts/")
+LONGEST = """
+    test_training.py test_quickstart test_train test_faults test_sharding test_published test_fid scripts/
+    test_objectives test_benchmark_gpu test_sampling_speed test_detect_noise gpu/
+""".split()
 
 
 def pytest_collection_modifyitems(items):
