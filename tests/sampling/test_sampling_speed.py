@@ -221,6 +221,7 @@ def test_an_archive_that_cannot_grow_ends_the_run(tmp_path, monkeypatch):
 # The benchmark.
 
 
+@pytest.mark.long
 def test_benchmark_rows(monkeypatch):
     monkeypatch.setattr(sampling_rows, "CASES", [("ddpmpp_tiny", None, 1, 8, 8)])
     default, bf16 = sampling_rows.rows(1, forms=("default", "bf16"), steps=3)

@@ -377,6 +377,7 @@ def test_two_processes_give_the_same_table(files, tmp_path):
     assert stdout[1] == "" and "fid" in stdout[0] and stdout[0].count("Features of ") == 1
 
 
+@pytest.mark.long
 def test_two_processes_reduce_the_statistics(files, tmp_path):
     refs = [tmp_path / "one.npz", tmp_path / "two.npz"]
     args = ["ref", f"--data={files['zip']}", "--detector=pixels", "--batch=8", "--device=cpu"]

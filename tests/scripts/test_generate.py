@@ -89,7 +89,7 @@ def test_images_do_not_depend_on_the_batch(pkl, reference, tmp_path, batch):
     assert np.array_equal(labels, reference[1]) and len(set(labels)) == 3
 
 
-@pytest.mark.parametrize("outdir", ["out", "out.zip"])
+@pytest.mark.parametrize("outdir", [pytest.param("out", marks=pytest.mark.long), "out.zip"])
 def test_images_do_not_depend_on_the_number_of_processes(pkl, reference, tmp_path, outdir):
     result = torchrun(
         "generate.py",

@@ -71,6 +71,7 @@ def test_report_escapes_what_it_shows(tmp_path):
     assert "<script>" not in text and "&lt;script&gt;" in text and "q &amp; a" in text
 
 
+@pytest.mark.long
 def test_outliers_have_their_own_sections(tmp_path, monkeypatch):
     setup = photos.SETUPS[0]
     monkeypatch.setattr(setup, "source", setup.source.replace("--max-images=16000", "--max-images=1000"))
