@@ -26,7 +26,7 @@ demo-full: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest --numprocesses=auto --dist=loadfile --no-loadscope-reorder
 
-# The packages without whole scripts, attacks and benchmarks: under a minute.
+# The packages without whole scripts, attacks and benchmarks: about a minute.
 test-quick: $(STAMP)
 	$(BIN)/python -m pytest --numprocesses=auto --dist=loadfile --no-loadscope-reorder -m "not long and not slow" \
 	  --ignore=tests/scripts --ignore=tests/hostile --ignore=tests/benchmarks
