@@ -18,18 +18,15 @@ import numpy as np
 import dnnlib
 import dnnlib.cli
 from archives.build import build_archive, clean_source
-from archives.dataset import ImageDataset
 from archives.decisions import Decisions, apply_to_labels, load_decisions
 from archives.label_file import LabelFile
 from archives.sources import Source, open_source
 from archives.writer import check_destination, make_transform
-from detection import classifier
 from detection.inspection import look_for_foreign
-from detection.options import check_usage, detect_options, find_wrong_labels, save_results
+from detection.options import check_usage, detect_options, find_wrong_labels, open_data, save_results
 from detection.quality import describe, save_picture
 from dnnlib.cli import blame, output_file
 from torch_utils import distributed
-from torch_utils.precision import tf32
 from training.options import preset_help
 
 EPILOG = """
@@ -69,12 +66,7 @@ def main(**opts) -> None:
     if o.cleaned:
         with blame("--cleaned"):
             check_destination(o.cleaned)  # before the work
-    click.get_current_context().call_on_close(distributed.shutdown)
-    click.get_current_context().with_resource(tf32(False))
-    device = distributed.init(o.device)
-    dataset = ImageDataset(o.data)
-    with blame("--data"):
-        classifier.check_labels(dataset)
+    dataset, device = open_data(o)
     decisions = None
     if o.decisions:
         with blame("--decisions"):

@@ -14,17 +14,14 @@ import click
 
 import dnnlib
 import dnnlib.cli
-from archives.dataset import ImageDataset
-from detection import classifier
 from detection.inspection import look_for_foreign
-from detection.options import check_usage, detect_options, find_wrong_labels, save_results
+from detection.options import check_usage, detect_options, find_wrong_labels, open_data, save_results
 from dnnlib.cli import blame
 from recipes.advice import advise, name_confusable
 from reports.facts import gather_facts, summarize
 from reports.review import write_review
 from torch_utils import distributed
 from torch_utils.distributed import print0
-from torch_utils.precision import tf32
 from training.options import preset_help
 
 EPILOG = """
@@ -46,12 +43,7 @@ def main(**opts) -> None:
     check_usage(set(dnnlib.cli.given_options()), o)
     with blame("--outdir"):
         check_outdir(o.outdir)
-    click.get_current_context().call_on_close(distributed.shutdown)
-    click.get_current_context().with_resource(tf32(False))
-    device = distributed.init(o.device)
-    dataset = ImageDataset(o.data)
-    with blame("--data"):
-        classifier.check_labels(dataset)
+    dataset, device = open_data(o)
     print0(f"Step 1 of 3: {'read the label file' if o.labels else 'find wrong labels'}")
     found, net = find_wrong_labels(o, dataset, device)
 

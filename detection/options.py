@@ -20,11 +20,12 @@ from detection.quality import confusion
 from detection.trainer import Settings
 from dnnlib.cli import BOOL, FloatRange, add_options, blame
 from torch_utils import distributed, persistence
+from torch_utils.precision import tf32
 from training.objectives.classifier import check_classifier
 from training.options import preset_option
 from training.presets import ARCHS
 
-__all__ = ["check_usage", "detect_options", "find_wrong_labels", "save_results"]
+__all__ = ["check_usage", "detect_options", "find_wrong_labels", "open_data", "save_results"]
 
 TRAINING = {"--epochs", "--arch", "--batch", "--lr"}
 
@@ -63,6 +64,21 @@ def check_usage(given: set[str], o: dnnlib.EasyDict) -> None:
         raise click.UsageError(
             f"--batch={o.batch} must be divisible by the number of processes ({distributed.get_world_size()})"
         )
+
+
+def open_data(o: dnnlib.EasyDict) -> tuple[ImageDataset, torch.device]:
+    """Return the data set and the device. At the end of the command, it leaves the other processes.
+
+    TF32 is forbidden until then. UserError: the data set has no class labels.
+    """
+    context = click.get_current_context()
+    context.call_on_close(distributed.shutdown)
+    context.with_resource(tf32(False))
+    device = distributed.init(o.device)
+    dataset = ImageDataset(o.data)
+    with blame("--data"):
+        classifier.check_labels(dataset)
+    return dataset, device
 
 
 def find_wrong_labels(

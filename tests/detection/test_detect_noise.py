@@ -20,29 +20,13 @@ from archives.label_table import load_labels_or_table
 from archives.reader import ArchiveReader
 from detection import cores
 from detection.quality import label_file, quality
+from tests.support.commands import callers
 from tests.support.runs import torchrun
 from tests.support.synth import make_archive, pictures
 from torch_utils import persistence
 
 pytestmark = pytest.mark.slow
-
-
-def invoke(*args):
-    return CliRunner().invoke(detect_noise.main, [str(a) for a in args])
-
-
-def succeed(*args):
-    result = invoke(*args)
-    assert result.exit_code == 0, result.output + repr(result.exception)
-    return result.stdout
-
-
-def fail(exit_code, *args_and_words):
-    *args, words = args_and_words
-    result = invoke(*args)
-    lines = result.stderr.strip().splitlines()
-    assert result.exit_code == exit_code and len(lines) == 1 and lines[0].startswith("Error: "), result.output
-    assert all(word in lines[0] for word in words.split("|")), lines
+succeed, fail = callers(detect_noise.main)
 
 
 def make_noisy(source, path):

@@ -19,19 +19,12 @@ from metrics.label_accuracy import SvmJudge, label_accuracy
 from metrics.network_detectors import NetworkDetector
 from metrics.prdc import prdc
 from tests.support.fake_cuda import CUDA, FakeCuda
-from tests.support.synth import make_archive, pictures
 from training.networks_resnet import Classifier
 from training.objectives.simix import nearest_partners
 
 CLASSES = 4
 RNG = np.random.RandomState(0)
 REAL, FAKE = (RNG.randn(24, 6).astype(np.float32) for _ in range(2))
-
-
-@pytest.fixture(scope="module")
-def path(tmp_path_factory):
-    labels = np.arange(16) % CLASSES
-    return str(make_archive(tmp_path_factory.mktemp("data") / "data.zip", pictures(16, 8, 3), labels.tolist()))
 
 
 @pytest.fixture

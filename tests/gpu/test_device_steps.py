@@ -7,7 +7,6 @@ from archives.dataset import BatchStream, ImageDataset
 from archives.label_noise import transition_matrix
 from tests.support.fake_cuda import CUDA, FakeCuda
 from tests.support.objectives import make_config
-from tests.support.synth import make_archive, pictures
 from tests.support.waits import DOUBLE, WAITS
 from torch_utils.training_stats import Stats
 from training.augment import default_augment
@@ -23,12 +22,6 @@ T = transition_matrix("sym", 0.4, CLASSES)
 RESNET = dict(depth="small", model_channels=8, channel_mult=[1, 2, 2])
 UNET = dict(model_type="SongUNet", model_channels=8, channel_mult=[1, 2], num_blocks=1, attn_resolutions=[4])
 GAN = dict(model_channels=8, z_emb_dim=8, nz=6, n_mlp=1, channel_mult=[1, 2], num_blocks=1)
-
-
-@pytest.fixture(scope="module")
-def path(tmp_path_factory):
-    labels = np.arange(16) % CLASSES
-    return str(make_archive(tmp_path_factory.mktemp("data") / "data.zip", pictures(16, 8, 3), labels.tolist()))
 
 
 @pytest.fixture

@@ -9,32 +9,16 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
 
 import inspect_data
 from archives.dataset import ImageDataset
 from archives.label_file import LabelFile, load_label_file, save_label_file
 from detection.inspection import confusable_pairs, doubtful_share, given_up
 from recipes.advice import advise, name_confusable
+from tests.support.commands import callers
 from tests.support.synth import make_archive, pictures, run_dataset_tool
 
-
-def invoke(*args):
-    return CliRunner().invoke(inspect_data.main, [str(a) for a in args])
-
-
-def succeed(*args):
-    result = invoke(*args)
-    assert result.exit_code == 0, result.output + repr(result.exception)
-    return result.stdout
-
-
-def fail(exit_code, *args_and_words):
-    *args, words = args_and_words
-    result = invoke(*args)
-    lines = result.stderr.strip().splitlines()
-    assert result.exit_code == exit_code and len(lines) == 1 and lines[0].startswith("Error: "), result.output
-    assert all(word in lines[0] for word in words.split("|")), lines
+succeed, fail = callers(inspect_data.main)
 
 
 def check_commands(text):
