@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 import dnnlib
-from archives.reader import ArchiveReader, image_shape
+from archives.decode import image_shape
+from archives.reader import ArchiveReader
 
 __all__ = ["SEVERAL", "ArchiveSet", "find_archives", "open_archives"]
 

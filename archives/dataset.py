@@ -13,7 +13,7 @@ import torch
 
 import dnnlib
 from archives.archive_set import open_archives
-from archives.reader import image_shape
+from archives.decode import image_shape
 from archives.workers import ordered_map
 
 __all__ = ["MEMORY_LIMIT", "BatchStream", "ImageDataset", "to_float"]

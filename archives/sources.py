@@ -23,8 +23,8 @@ import numpy as np
 
 import dnnlib
 from archives.archive_set import find_archives, open_archives
+from archives.decode import decode_image
 from archives.labels import plain_labels
-from archives.reader import decode_image
 from torch_utils import safe_pickle
 from torch_utils.safe_files import unpacked_limit
 

@@ -17,7 +17,8 @@ import numpy as np
 import PIL.Image
 
 import dnnlib
-from archives.reader import METADATA, PNG_SIGNATURE
+from archives.decode import PNG_SIGNATURE
+from archives.reader import METADATA
 from archives.zip_directory import check_name
 from archives.zip_writer import ZipWriter
 

@@ -16,7 +16,8 @@ import numpy as np
 from PIL import Image
 
 import dnnlib
-from archives.reader import EXTENSIONS, METADATA, ArchiveReader
+from archives.decode import EXTENSIONS
+from archives.reader import METADATA, ArchiveReader
 from archives.writer import ArchiveWriter, is_zip
 from dnnlib.threads import usable_cores
 from sampling.grid import save_grid

@@ -25,7 +25,7 @@ import train
 import train_classifier
 import train_discriminator
 import train_noise
-from archives.reader import image_shape
+from archives.decode import image_shape
 from archives.writer import ArchiveWriter
 from dnnlib import UserError
 from tests.support import hostile, synth

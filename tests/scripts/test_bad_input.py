@@ -42,7 +42,7 @@ def files(tmp_path_factory):
     return {**fuzz.honest(root), "root": root}
 
 
-# ---- archives. For dataset_tool.py these cases are in test_dataset_tool_bad_input.py, for the reader in test_reader.py
+# ---- archives. For dataset_tool.py these cases are in test_dataset_tool_bad_input.py, for decoding in test_decode.py
 
 
 def labels(*values):
