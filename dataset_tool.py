@@ -10,11 +10,12 @@ import dnnlib.before_torch
 import click
 
 import dnnlib
-from archives.build import Summary, build_archive, plan_noise, plan_outliers, replace_labels
-from archives.options import NOISE_TYPES, DatasetOptions, Resolution, check_usage
+from archives.build import build_archive, plan_noise, plan_outliers, replace_labels
+from archives.options import DatasetOptions, check_usage, dataset_options
 from archives.sources import PHOTO_CROPS, open_source
-from archives.writer import TRANSFORMS, check_destination, make_transform
-from dnnlib.cli import FloatRange, blame
+from archives.summary import describe
+from archives.writer import check_destination, make_transform
+from dnnlib.cli import blame
 
 EPILOG = f"""
 What --source and --outliers can name:
@@ -44,26 +45,8 @@ With outliers, each of which takes the size, the channels and the label of the i
 """
 
 
-# fmt: off
 @click.command(cls=dnnlib.cli.Command, epilog=EPILOG)
-@click.option("--source", required=True, metavar="PATH|digits|photos", help="Images to read (see below)")
-@click.option("--dest", required=True, metavar="ZIP|DIR", help="Archive to write: a .zip, or an empty or new folder")
-@click.option("--eval", is_flag=True, help="Take the test part of CIFAR or MNIST instead of the training part")
-@click.option("--max-images", type=click.IntRange(min=1), metavar="INT", help="Use only the first images of the source")
-@click.option("--transform", type=click.Choice(TRANSFORMS), help="Crop to a square, or to W:H in a black square")
-@click.option("--resolution", type=Resolution(), help="Size of the images in pixels  [default: that of the source]")
-@click.option("--channels", type=click.Choice(["1", "3"]), help="Make all images gray (1) or RGB (3)")
-@click.option("--outliers", metavar="PATH|digits|photos", help="Replace some of the images by images of this source")
-@click.option("--perturb_percent", type=FloatRange(0, 100), metavar="FLOAT", help="How many of them, in percent")
-@click.option("--labels", metavar="FILE", help="Replace the labels by those in a .json, .npy, .npz or .pt file, "
-              "or follow the decisions in a .csv")
-@click.option("--label_key", metavar="NAME", help="Entry of the --labels file, if it has several")
-@click.option("--noise_type", type=click.Choice(NOISE_TYPES), help="Add label noise of this type")
-@click.option("--noise_rate", type=FloatRange(0, 1), metavar="FLOAT", help="Probability of a wrong label, 0 to 1")
-@click.option("--noise_matrix", metavar="FILE", help="Row-stochastic matrix for --noise_type=matrix: .npy, .json, .npz")
-@click.option("--seed", type=click.IntRange(min=0), default=0, metavar="INT", help="Seed of noise, outliers, photos")
-@click.option("--workers", type=click.IntRange(min=0), default=0, metavar="INT", help="Processes; 0: one per core")
-# fmt: on
+@dataset_options()
 def main(**options) -> None:
     """Turn images from any source into an archive for training, and add label noise or outliers if asked to.
 
@@ -93,22 +76,6 @@ def main(**options) -> None:
         noise=noise, outliers=outliers, max_images=o.max_images, channels=channels, workers=o.workers,
     )  # fmt: skip
     print(describe(summary))
-
-
-def describe(summary: Summary) -> str:
-    """Return what was written as a few lines of text."""
-    height, width, depth = summary.shape
-    rate = summary.realized_rate
-    lines = [
-        f"Images:      {summary.images:,}" + (f" ({summary.left_out:,} too small)" if summary.left_out else ""),
-        f"Classes:     {summary.classes or 'no labels'}",
-        f"Resolution:  {width}x{height}, {'gray' if depth == 1 else 'RGB'}",
-    ]
-    if summary.outliers is not None:
-        lines.append(f"Outliers:    {summary.outliers:,} of the images")
-    lines.append("Label noise: " + ("unknown" if rate is None else f"{rate:.2%} of the labels are wrong"))
-    lines.append(f"Written to:  {summary.path}")
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -21,10 +21,11 @@ from archives.encoder import Encoder
 from archives.imported_labels import load_labels
 from archives.label_file import LabelFile
 from archives.sources import Source, open_source
+from archives.summary import Summary
 from archives.writer import ArchiveWriter, Transform, check_destination, image_names
 from dnnlib.threads import usable_cores
 
-__all__ = ["Noise", "Outliers", "Summary", "build_archive", "clean_source", "plan_noise", "plan_outliers",
+__all__ = ["Noise", "Outliers", "build_archive", "clean_source", "plan_noise", "plan_outliers",
            "replace_labels"]  # fmt: skip
 
 
@@ -46,19 +47,6 @@ class Outliers:
     percent: float  # how many images are replaced, 0 to 100
     seed: int  # of the random numbers that choose which images are replaced, and by which
     images: dict[int, Callable[[], np.ndarray]]  # for each replaced index a function that reads the other image
-
-
-@dataclass
-class Summary:
-    """What was written."""
-
-    path: str  # of the archive
-    images: int  # in the archive
-    left_out: int  # images that the transform left out
-    classes: int  # 0 without labels
-    shape: tuple[int, ...]  # [H, W, C] of every image
-    realized_rate: float | None  # share of labels that differ from the clean ones; None when unknown
-    outliers: int | None  # images on record as outliers; None without a record
 
 
 # ---------------------------------------------------------------------------------------------------------------------

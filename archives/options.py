@@ -1,13 +1,17 @@
-"""The options of `dataset_tool.py` as one object, and the rules by which they need or exclude each other."""
+"""The options of `dataset_tool.py`: their table, the object they become, and which need or exclude each other."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import click
 
-__all__ = ["NOISE_TYPES", "DatasetOptions", "Resolution", "check_usage"]
+from archives.writer import TRANSFORMS
+from dnnlib.cli import FloatRange, add_options
+
+__all__ = ["DatasetOptions", "check_usage", "dataset_options"]
 
 NOISE_TYPES = ("sym", "asym", "pair", "instance", "matrix")
 
@@ -48,6 +52,35 @@ class Resolution(click.ParamType):
         if match is None:
             self.fail(f"'{value}' is not of the form WxH, such as 64x64", param, ctx)
         return int(match[1]), int(match[2])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The table, one option per line.
+
+
+# fmt: off
+def dataset_options() -> Callable:
+    """Return a decorator for the options of `dataset_tool.py`."""
+    return add_options([
+        click.option("--source", required=True, metavar="PATH|digits|photos", help="Images to read (see below)"),
+        click.option("--dest", required=True, metavar="ZIP|DIR", help="Archive to write: a .zip, or an empty or new folder"),
+        click.option("--eval", is_flag=True, help="Take the test part of CIFAR or MNIST instead of the training part"),
+        click.option("--max-images", type=click.IntRange(min=1), metavar="INT", help="Use only the first images of the source"),
+        click.option("--transform", type=click.Choice(TRANSFORMS), help="Crop to a square, or to W:H in a black square"),
+        click.option("--resolution", type=Resolution(), help="Size of the images in pixels  [default: that of the source]"),
+        click.option("--channels", type=click.Choice(["1", "3"]), help="Make all images gray (1) or RGB (3)"),
+        click.option("--outliers", metavar="PATH|digits|photos", help="Replace some of the images by images of this source"),
+        click.option("--perturb_percent", type=FloatRange(0, 100), metavar="FLOAT", help="How many of them, in percent"),
+        click.option("--labels", metavar="FILE", help="Replace the labels by those in a .json, .npy, .npz or .pt file, "
+                     "or follow the decisions in a .csv"),
+        click.option("--label_key", metavar="NAME", help="Entry of the --labels file, if it has several"),
+        click.option("--noise_type", type=click.Choice(NOISE_TYPES), help="Add label noise of this type"),
+        click.option("--noise_rate", type=FloatRange(0, 1), metavar="FLOAT", help="Probability of a wrong label, 0 to 1"),
+        click.option("--noise_matrix", metavar="FILE", help="Row-stochastic matrix for --noise_type=matrix: .npy, .json, .npz"),
+        click.option("--seed", type=click.IntRange(min=0), default=0, metavar="INT", help="Seed of noise, outliers, photos"),
+        click.option("--workers", type=click.IntRange(min=0), default=0, metavar="INT", help="Processes; 0: one per core"),
+    ])
+# fmt: on
 
 
 def check_usage(o: DatasetOptions) -> None:

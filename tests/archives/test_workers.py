@@ -170,13 +170,13 @@ def test_interrupted_workers_end_too(tmp_path):
     """A Ctrl-C reaches all processes, as from a terminal; a kill reaches only the first process."""
     script = (
         "import os, time, dataset_tool\n"
-        "from archives import build\n"
-        "encode = build.encode_png\n"
+        "from archives import encoder\n"
+        "encode = encoder.encode_png\n"
         "def slow(image):\n"
         "    os.write(1, b'%d\\n' % os.getpid())\n"
         "    time.sleep(0.2)\n"
         "    return encode(image)\n"
-        "build.encode_png = slow\n"
+        "encoder.encode_png = slow\n"
         "dataset_tool.main()\n"
     )
     source = synth.make_archive(tmp_path / "in.zip", synth.pictures(200, 128))
