@@ -107,8 +107,8 @@ def load_decisions(
 def apply_to_labels(found: LabelFile, decisions: Decisions) -> LabelFile:
     """Return a label file that believes the decisions: their labels are right or wrong with certainty.
 
-    An image to drop becomes an outlier with a wrong label, others are none. The noise rates are counted anew, and the
-    interval moves with them.
+    An image to drop becomes an outlier with a wrong label, others are none. The posterior is certain of kept and new
+    labels. The noise rates are counted anew, and the interval moves with them.
     """
     keep, relabel, drop = decisions.keep, decisions.relabel, decisions.drop
     is_clean, score, suggested = found.is_clean.copy(), found.score.copy(), found.suggested.copy()
@@ -130,6 +130,9 @@ def apply_to_labels(found: LabelFile, decisions: Decisions) -> LabelFile:
     if found.suggested_score is not None:
         result.suggested_score = found.suggested_score.copy()
         result.suggested_score[np.concatenate([keep, relabel])] = 1
+    if found.posterior is not None:
+        classes = np.concatenate([found.labels[keep], decisions.new_labels])
+        result.posterior = found.posterior.decided(np.concatenate([keep, relabel]), classes)
     if found.is_outlier is not None or len(drop):
         result.is_outlier = np.zeros(len(score), dtype=bool) if found.is_outlier is None else found.is_outlier.copy()
         result.is_outlier[np.concatenate([keep, relabel])] = False

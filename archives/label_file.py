@@ -16,6 +16,7 @@ import numpy as np
 import dnnlib
 from archives.label_noise import check_matrix
 from archives.labels import plain_labels
+from archives.posterior import TopPosterior, from_arrays, to_arrays
 from torch_utils import safe_files
 
 if TYPE_CHECKING:  # needs PyTorch, which dataset_tool.py avoids because it loads slowly
@@ -58,6 +59,7 @@ class LabelFile:
     outlier_score: np.ndarray | None = None  # [N] float32, larger for images that are more foreign
     is_outlier: np.ndarray | None = None  # [N] bool, whether the image is believed foreign
     duplicate_of: np.ndarray | None = None  # [N] int64, the first image that it equals or nearly equals, or itself
+    posterior: TopPosterior | None = None  # probabilities of the classes that each image may have
 
 
 def class_noise_rates(labels: np.ndarray, is_clean: np.ndarray, num_classes: int) -> np.ndarray:
@@ -75,6 +77,8 @@ def save_label_file(path: str | os.PathLike[str], file: LabelFile) -> None:
     """Write a label file, complete or not at all. Unknown fields are left out. Nothing is pickled."""
     known = [name for name in (*FIELDS, *OPTIONAL) if getattr(file, name) is not None]
     arrays = {name: np.asarray(getattr(file, name)) for name in known}
+    if file.posterior is not None:
+        arrays |= to_arrays(file.posterior)
     with dnnlib.atomic_open(path) as f:
         np.savez(f, **arrays)
 
@@ -120,7 +124,8 @@ def _load_ours(path: str, arrays: dict[str, np.ndarray], dataset: ImageDataset) 
     if missing:
         raise dnnlib.UserError(f"{path}: lacks {', '.join(missing)}; {EXPECTED}")
     order = _match_names(path, arrays, ("labels", "is_clean", "score", "suggested", *PER_IMAGE), dataset)
-    labels = check_labels(_classes(arrays["labels"], f"{path}: labels")[order], dataset, path)
+    stored = _classes(arrays["labels"], f"{path}: labels")
+    labels = check_labels(stored[order], dataset, path)
     suggested = _classes(arrays["suggested"], f"{path}: suggested")[order]
     rates = _shares(path, arrays, "per_class_noise_rate")
     if rates.shape != (dataset.label_dim,) or suggested.max() >= dataset.label_dim:
@@ -155,6 +160,9 @@ def _load_ours(path: str, arrays: dict[str, np.ndarray], dataset: ImageDataset) 
         file.is_outlier = _flags(arrays["is_outlier"], f"{path}: is_outlier")[order]
     if "duplicate_of" in arrays:
         file.duplicate_of = _duplicates(path, arrays["duplicate_of"], order, dataset)
+    posterior = from_arrays(arrays, arrays["names"].reshape(-1), stored, dataset.label_dim, path)
+    if posterior is not None:
+        file.posterior = posterior.take(order)
     return file
 
 
