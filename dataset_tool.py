@@ -71,6 +71,7 @@ def main(**options) -> None:
             outliers = plan_outliers(source, o.outliers, o.perturb_percent, o.seed, o.max_images)
     size = (32, 32) if o.resolution is None and o.source == "photos" else o.resolution
     channels = None if o.channels is None else int(o.channels)
+    dnnlib.print_notes(source.notes)
     summary = build_archive(
         source, o.dest, make_transform(o.transform, size),
         noise=noise, outliers=outliers, max_images=o.max_images, channels=channels, workers=o.workers,

@@ -24,6 +24,9 @@ class Source:
     names: Sequence[str] | None = None  # [N], where the images have names
     outliers: np.ndarray | None = None  # bool [N], which images came from another source; None without a record
     corruption: dict[str, Any] = field(default_factory=dict)  # family of the images; how labels and images were changed
+    notes: list[str] = field(
+        default_factory=list
+    )  # what a person should know, such as what was left out; one line each
 
     def name(self, index: int) -> str:
         """Return the name of an image for error messages."""

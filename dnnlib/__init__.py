@@ -2,7 +2,17 @@
 
 from dnnlib import cli
 from dnnlib.downloads import is_url, open_url, read_bytes
-from dnnlib.util import EasyDict, Logger, UserError, atomic_open, format_time, no_garbage, one_line, open_file
+from dnnlib.util import (
+    EasyDict,
+    Logger,
+    UserError,
+    atomic_open,
+    format_time,
+    no_garbage,
+    one_line,
+    open_file,
+    print_notes,
+)
 
 __version__ = "0.2.0"
 
@@ -18,5 +28,6 @@ __all__ = [
     "one_line",
     "open_file",
     "open_url",
+    "print_notes",
     "read_bytes",
 ]

@@ -9,7 +9,7 @@ import re
 import secrets
 import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -24,6 +24,7 @@ __all__ = [
     "no_garbage",
     "one_line",
     "open_file",
+    "print_notes",
     "sync_directory",
 ]
 
@@ -69,6 +70,12 @@ def one_line(text: str) -> str:
     text = re.sub(r"\s*[\r\n]+\s*", " ", str(text)).strip()
     text = text if len(text) <= _MAX_LINE else f"{text[:_MAX_LINE]}..."
     return "".join(c if c.isprintable() else "?" for c in text)
+
+
+def print_notes(notes: Iterable[str]) -> None:
+    """Print what a person should know, such as what was left out, one line each on stderr."""
+    for note in notes:
+        click.echo(f"Note: {one_line(note)}", err=True)
 
 
 def format_time(seconds: float) -> str:
