@@ -25,6 +25,7 @@ __all__ = [
     "instance_noise",
     "inverse_transition",
     "load_matrix",
+    "row_stochastic",
     "transition_matrix",
 ]
 
@@ -131,6 +132,12 @@ def check_matrix(matrix: np.ndarray, num_classes: int | None = None, name: str =
     if len(bad):
         raise dnnlib.UserError(f"{name}: not row-stochastic, row {bad[0]} sums to {sums[bad[0]]:.6g}, expected 1")
     return T / sums[:, None]
+
+
+def row_stochastic(counts: np.ndarray) -> np.ndarray:
+    """Return the rows divided by their sums, float64 [C,C]; an empty row becomes the identity's."""
+    sums = counts.sum(axis=1, keepdims=True)
+    return np.where(sums > 0, counts / np.where(sums > 0, sums, 1), np.eye(len(counts)))
 
 
 def load_matrix(path: str, num_classes: int | None = None) -> np.ndarray:

@@ -11,9 +11,9 @@ import torch
 import dnnlib
 from archives.dataset import ImageDataset
 from archives.label_file import LabelFile
-from archives.label_noise import inverse_transition
+from archives.label_noise import inverse_transition, row_stochastic
 from detection.classifier import cross_entropies
-from detection.quality import ROWS, from_rank0, label_file, row_stochastic
+from detection.quality import ROWS, from_rank0, label_file
 from detection.trainer import Progress, Settings, Trainer
 from torch_utils import distributed
 from training.objectives.tdsm import clean_posterior

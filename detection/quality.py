@@ -9,6 +9,7 @@ import torch
 
 from archives.dataset import ImageDataset
 from archives.label_file import LabelFile, class_noise_rates
+from archives.label_noise import row_stochastic
 from sampling.grid import save_grid
 from torch_utils import distributed
 
@@ -19,7 +20,6 @@ __all__ = [
     "from_rank0",
     "label_file",
     "quality",
-    "row_stochastic",
     "save_picture",
     "whole_label_file",
 ]
@@ -28,12 +28,6 @@ ROWS = 4096  # of a table [N,C] that are copied at a time
 TABLE = 20  # tables of up to so many classes are printed in full
 PICTURE = 64  # images in the picture
 CAPTION = 9  # letters that fit below a small image
-
-
-def row_stochastic(counts: np.ndarray) -> np.ndarray:
-    """Return the rows divided by their sums, float64 [C,C]; an empty row becomes the identity's."""
-    sums = counts.sum(axis=1, keepdims=True)
-    return np.where(sums > 0, counts / np.where(sums > 0, sums, 1), np.eye(len(counts)))
 
 
 def confusion(classes: np.ndarray, dataset: ImageDataset) -> np.ndarray:
