@@ -1,0 +1,152 @@
+"""How certain a network may be at each noise level, found from held-out targets (docs/methods/tdsm.md, "Temperature").
+
+    L = sum_i ln P(o_i | x_i, sigma_i),    P(o | x, sigma) = sum_y T[y,o] softmax(h(x, sigma) / temp(sigma))_y
+
+    ln temp(sigma) = a_0 + a_1 ln sigma + a_2 (ln sigma)^2
+
+x_i: an image at noise level sigma_i that the network has not trained on; o_i: its observed label; h: the logits;
+T[y,o] = P(observed = o | clean = y). The temperature that makes the held-out labels most likely makes the network
+honest, because L is largest in expectation where P(o | x, sigma) is the true one. T is fixed: fitted together with the
+temperature, softer answers would explain the wrong labels, and T would approach the identity.
+
+Without T, the softmax itself is the distribution of the targets, which may then be soft: o_i drawn from shares t_io.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import scipy.optimize
+import torch
+from numpy.polynomial import Polynomial
+
+import dnnlib
+from torch_utils.precision import widest
+
+__all__ = ["Temperature", "fit_temperature", "mean_log_likelihood"]
+
+GRID = np.linspace(-3, 3, 25)  # of ln temp, constant over the noise levels: the likelihood may have several peaks
+LIMIT = 3.0  # of the coefficients, in units of the spread of ln sigma
+PRIOR = (1.0, 0.5, 0.25)  # standard deviations of the coefficients around 0, which is temp 1
+TAILS = 0.01  # share of the noise levels at either end to which the polynomial does not reach
+
+
+@dataclass(frozen=True)
+class Temperature:
+    """What to divide logits by at noise level sigma; constant below `sigma_min` and above `sigma_max`."""
+
+    coefficients: tuple[float, ...]  # of ln temp, by powers of ln sigma from the lowest
+    sigma_min: float
+    sigma_max: float
+
+    def __call__(self, sigma: torch.Tensor) -> torch.Tensor:
+        """Return the temperature at each noise level, in the shape of `sigma`."""
+        x = sigma.clamp(self.sigma_min, self.sigma_max).log()
+        value = torch.zeros_like(x)
+        for coefficient in reversed(self.coefficients):
+            value = value * x + coefficient
+        return value.exp()
+
+    def __str__(self) -> str:
+        levels = dict.fromkeys((self.sigma_min, (self.sigma_min * self.sigma_max) ** 0.5, self.sigma_max))
+        return ", ".join(f"{float(self(torch.tensor(level))):.2f} at sigma {level:.2g}" for level in levels)
+
+    def plain(self) -> dict[str, Any]:
+        """Return the temperature as plain data, for the info of a snapshot."""
+        return asdict(self) | dict(coefficients=list(self.coefficients))
+
+    @classmethod
+    def read(cls, value: Any, path: str) -> Temperature | None:
+        """Return the temperature that `plain` made; None for None. UserError names `path` when it is none."""
+        if value is None:
+            return None
+        try:
+            coefficients = tuple(float(a) for a in value["coefficients"])
+            low, high = float(value["sigma_min"]), float(value["sigma_max"])
+        except (LookupError, OverflowError, TypeError, ValueError):
+            raise dnnlib.UserError(f"{path}: the temperature that it records is none: {value!r:.200}") from None
+        found = cls(coefficients, low, high)
+        if not (coefficients and 0 < low <= high < math.inf) or not _sane(found):
+            raise dnnlib.UserError(f"{path}: the temperature that it records is none: {value!r:.200}")
+        return found
+
+
+def _sane(temperature: Temperature) -> bool:
+    x = torch.linspace(math.log(temperature.sigma_min), math.log(temperature.sigma_max), 100, dtype=torch.float64)
+    temp = temperature(x.exp())
+    return bool((temp.isfinite() & (temp > 0)).all())
+
+
+def mean_log_likelihood(
+    logits: torch.Tensor, targets: torch.Tensor, T: torch.Tensor | None = None, temp: torch.Tensor | float = 1.0
+) -> torch.Tensor:
+    """Return the mean of ln P(o | x) at the temperatures `temp` [N]; the other arguments as in `fit_temperature`."""
+    logits, targets, columns = _as_classes(logits, targets, T)
+    temp = torch.as_tensor(temp, dtype=logits.dtype, device=logits.device)
+    return _log_likelihoods(logits, targets, columns, temp.reshape(-1, 1)).mean()
+
+
+def fit_temperature(
+    logits: torch.Tensor,
+    sigma: torch.Tensor,
+    targets: torch.Tensor,
+    T: torch.Tensor | None = None,
+    images: int | None = None,
+) -> Temperature:
+    """Return the temperature at which held-out targets are most likely.
+
+    `logits` [N,C], of each image at noise level `sigma` [N]. `targets`: observed classes int64 [N], or shares of the
+    classes [N,C]. `T` [C,C]: what turns the classes of the logits into those of `targets` int64 [N]. A network of two
+    classes may have one logit: `logits` [N], `targets` [N] from 0 to 1. `images`: how many different images these are
+    (None: N); the same image at further noise levels is not further evidence against temp 1, where the prior is.
+    """
+    logits, targets, columns = _as_classes(logits.detach(), targets, T)
+    x = sigma.detach().to(logits).log()
+    low, high = (float(x.quantile(q)) for q in (TAILS, 1 - TAILS))
+    x = x.clamp(low, high)
+    center, spread = float(x.mean()), max(float(x.std(correction=0)), 1e-3)
+    powers = ((x - center) / spread)[:, None] ** torch.arange(len(PRIOR), device=x.device)
+    evidence = (images or len(x)) / len(x)
+
+    def negative(a: np.ndarray) -> tuple[float, np.ndarray]:
+        a = torch.tensor(a, dtype=torch.float64, requires_grad=True)
+        temp = (powers @ a.to(powers)).clamp(-2 * LIMIT, 2 * LIMIT).exp()
+        likely = _log_likelihoods(logits, targets, columns, temp[:, None]).sum()
+        loss = (a / torch.tensor(PRIOR)).square().sum() / 2 - evidence * likely.to("cpu", torch.float64)
+        loss.backward()
+        return loss.item(), a.grad.numpy()
+
+    rest = [0.0] * (len(PRIOR) - 1)
+    start = min(([float(a), *rest] for a in GRID), key=lambda a: negative(np.array(a))[0])
+    bounds = [(-LIMIT, LIMIT)] * len(PRIOR)
+    found = scipy.optimize.minimize(negative, start, jac=True, method="L-BFGS-B", bounds=bounds).x
+    polynomial = Polynomial(found)(Polynomial([-center / spread, 1 / spread]))
+    return Temperature(tuple(polynomial.coef.tolist()), math.exp(low), math.exp(high))
+
+
+def _as_classes(
+    logits: torch.Tensor, targets: torch.Tensor, T: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    # In float64 where the device has it: T's small entries meet probabilities that are smaller still.
+    logits = logits.to(widest(logits.device))
+    if logits.ndim == 1:
+        logits = torch.stack([torch.zeros_like(logits), logits], dim=1)
+        targets = torch.stack([1 - targets, targets], dim=1)
+    if targets.is_floating_point():
+        return logits, targets.to(logits), None
+    return logits, targets, None if T is None else T.to(logits).T[targets].log()
+
+
+def _log_likelihoods(
+    logits: torch.Tensor, targets: torch.Tensor, columns: torch.Tensor | None, temp: torch.Tensor
+) -> torch.Tensor:
+    # columns: ln T[:,o] of each image [N,C]
+    log_p = torch.log_softmax(logits / temp, dim=1)
+    if columns is not None:
+        return torch.logsumexp(log_p + columns, dim=1)
+    if targets.is_floating_point():
+        return (log_p * targets).sum(dim=1)
+    return log_p.gather(1, targets[:, None])[:, 0]
