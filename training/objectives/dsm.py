@@ -3,15 +3,18 @@
 E lambda(sigma) ||D(y + n; sigma, c) - y||^2,    n ~ N(0, sigma^2 I)      (Karras et al. 2022, Eq. 2)
 
 Label dropout replaces some labels c by none, a row of zeros. On these images D(.; none) learns the unconditional
-denoiser, which classifier-free guidance needs.
+denoiser, which classifier-free guidance needs. `PosteriorLabels` may replace the labels of the data set.
 """
 
 from __future__ import annotations
 
 import torch
 
+from archives.dataset import ImageDataset
 from torch_utils.training_stats import Stats
+from training.config import RunConfig
 from training.objective import Objective
+from training.objectives.posterior_labels import PosteriorLabels
 from training.presets import precond_class
 from training.trained_network import TrainedNetwork
 
@@ -19,7 +22,7 @@ __all__ = ["DSM", "without"]
 
 
 class DSM(Objective):
-    """Denoising score matching on the labels as they are."""
+    """Denoising score matching on the labels as they are, or on `posterior_labels`."""
 
     method = "dsm"
 
@@ -28,9 +31,30 @@ class DSM(Objective):
         y, augment_labels = self.prepare(images, draws)
         sigma = draws["sigma"].reshape(-1, 1, 1, 1)
         x = y + sigma * draws["noise"]
-        labels = without(labels, draws.get("dropped"))
+        labels = without(*self.choose_labels(labels, draws, stats))
         denoised = self.trained["net"].forward(x, sigma, labels, augment_labels=augment_labels)
         return self.noise_levels.weight(sigma) * (denoised - y).square()
+
+    def choose_labels(
+        self, labels: torch.Tensor, draws: dict, stats: Stats
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the labels to learn [n,C], given those of the data set, and which to leave out, bool [n] or None."""
+        if self.posterior_labels is None:
+            return labels, draws.get("dropped")
+        return self.posterior_labels.onehot(draws, labels.shape[1], stats)
+
+    def __init__(
+        self,
+        config: RunConfig,
+        dataset: ImageDataset,
+        device: torch.device,
+        *,
+        posterior_labels: PosteriorLabels | None = None,
+    ):
+        """Take labels that replace those of the data set; None: the data set's own."""
+        super().__init__(config, dataset, device)
+        self.posterior_labels = posterior_labels
+        self.train_indices = None if posterior_labels is None else posterior_labels.train_indices
 
     def build(self) -> dict[str, TrainedNetwork]:
         """Create the denoiser."""
@@ -52,7 +76,13 @@ class DSM(Objective):
         if probability and self.dataset.label_dim:
             # The default generator, which every step seeds: runs of version 0.1 continue with the same labels dropped.
             draws["dropped"] = torch.rand(len(images), device=self.device) < probability
+        if self.posterior_labels is not None:
+            draws["label"] = torch.rand(len(images), generator=generator, device=self.device)
         return draws
+
+    def notes(self) -> list[str]:
+        """Say what becomes of the labels."""
+        return [] if self.posterior_labels is None else self.posterior_labels.notes()
 
 
 def without(labels: torch.Tensor, dropped: torch.Tensor | None) -> torch.Tensor:
