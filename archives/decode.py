@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import struct
 import zlib
@@ -17,7 +18,9 @@ try:
 except ImportError:  # Pillow decodes PNGs as well, only slower
     pyspng = None
 
-__all__ = ["EXTENSIONS", "PNG_SIGNATURE", "decode_image", "image_shape"]
+__all__ = ["EXTENSIONS", "PNG_SIGNATURE", "Color", "DamagedFile", "decode_image", "image_shape"]
+
+Color = tuple[int, int, int]  # red, green, blue, 0 to 255
 
 # The formats that are decoded, by Pillow's names, and the file names under which they are found. Pillow goes by
 # content, not by name, and knows more formats. Some of them (EPS) it hands to other programs, which run what they hold.
@@ -37,11 +40,44 @@ DAMAGED = (OSError, EOFError, ValueError, ArithmeticError, RuntimeError, struct.
            MemoryError, LookupError, TypeError, AttributeError)  # fmt: skip
 
 
-def decode_image(data: bytes, where: object) -> np.ndarray:
-    """Decode an image file into uint8 [H, W, C] with C = 1 (gray) or 3 (RGB).
+ALPHA = ("LA", "La", "PA", "RGBA", "RGBa")  # Pillow's modes
+# EXIF's tag Orientation (CIPA DC-008, 4.6.5.1.6), and for its values how to put the stored pixels upright: whether to
+# exchange rows and columns, then the steps with which to go through rows and columns.
+ORIENTATION = 0x0112
+UPRIGHT = {
+    2: (False, 1, -1),
+    3: (False, -1, -1),
+    4: (False, -1, 1),
+    5: (True, 1, 1),
+    6: (True, 1, -1),
+    7: (True, -1, -1),
+    8: (True, -1, 1),
+}
+# Chunks of a PNG that change how its pixels look: by transparency, or by an orientation, which three formats can hold.
+LOOKS = (b"tRNS", b"eXIf")
+TEXTS, LOOKS_IN_TEXTS = (b"tEXt", b"zTXt", b"iTXt"), (b"Raw profile type exif\0", b"XML:com.adobe.xmp\0")
 
-    Palettes and CMYK become RGB, 1-bit images become gray. UserError names the file (`where`) when it is truncated or
-    damaged, has an alpha channel, more than 8 bits per channel, or more pixels than `PIL.Image.MAX_IMAGE_PIXELS`.
+
+class DamagedFile(dnnlib.UserError):
+    """A file of which nothing can be had. A whole set need not stop at it, unlike at an image of the wrong kind.
+
+    `file` is what messages call it, and `problem` what is wrong with it.
+    """
+
+    def __init__(self, file: object, problem: str = "truncated or damaged image") -> None:
+        self.file, self.problem = str(file), problem
+        super().__init__(f"{self.file}: {problem}")
+        self.args = (self.file, problem)  # with these it is made again in another process
+
+
+def decode_image(data: bytes, where: object, background: Color | None = None) -> np.ndarray:
+    """Decode an image file into uint8 [H, W, C] with C = 1 (gray) or 3 (RGB), upright as its EXIF data say.
+
+    Palettes and CMYK become RGB, 1-bit images become gray. Alpha that is opaque everywhere is dropped. Transparent
+    pixels are blended with the `background`; a gray image becomes RGB if that has a color.
+
+    DamagedFile names the file (`where`) when it is truncated or damaged. UserError: it has transparent pixels and there
+    is no background, more than 8 bits per channel, or more pixels than `PIL.Image.MAX_IMAGE_PIXELS`.
     """
     kind = _png_kind(data)
     if kind is not None:
@@ -51,30 +87,33 @@ def decode_image(data: bytes, where: object) -> np.ndarray:
             raise dnnlib.UserError(f"{where}: has 16 bits per channel, expected 8-bit gray or RGB")
         if pyspng is not None and kind[2:] in ((8, 0), (8, 2)):
             try:
-                _check_chunks(data)  # pyspng ignores checksums
-                image = pyspng.load(data)
+                if not _read_chunks(data):  # pyspng ignores checksums
+                    return pyspng.load(data).reshape(height, width, -1)
             except (RuntimeError, ValueError, MemoryError):
-                raise dnnlib.UserError(f"{where}: truncated or damaged image") from None
-            return image.reshape(height, width, -1)
+                raise DamagedFile(where) from None
     try:
         with _open_image(data) as image:
             _check_pixels(*image.size, where)
             _check_mode(image, where)
-            mode = image.mode if image.mode in ("L", "RGB") else "L" if image.mode == "1" else "RGB"
-            return np.asarray(image.convert(mode)).reshape(image.height, image.width, -1)
+            image.load()  # a PNG may have its EXIF data after the pixels
+            if kind is not None and "transparency" in image.info and kind[3] in (0, 2):
+                image.info["transparency"] = _transparent_color(data, *kind[2:])
+            return _upright(_pixels(image, where, background), _orientation(image))
     except (PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning):
         raise dnnlib.UserError(f"{where}: more pixels than the limit of {PIL.Image.MAX_IMAGE_PIXELS:,}") from None
     except DAMAGED:
-        raise dnnlib.UserError(f"{where}: truncated or damaged image") from None
+        raise DamagedFile(where) from None
 
 
-def image_shape(data: bytes, where: str) -> tuple[int, int, int]:
+def image_shape(data: bytes, where: str, background: Color | None = None) -> tuple[int, int, int]:
     """Return (height, width, channels) of an image file: from the header of common PNGs, else by decoding it."""
     kind = _png_kind(data)
     if kind is not None and kind[2:] in ((8, 0), (8, 2)):
         _check_pixels(*kind[:2], where)
-        return kind[1], kind[0], 3 if kind[3] == 2 else 1
-    return decode_image(data, where).shape
+        with contextlib.suppress(ValueError):
+            if not _read_chunks(data, check=False):
+                return kind[1], kind[0], 3 if kind[3] == 2 else 1
+    return decode_image(data, where, background).shape
 
 
 def _open_image(data: bytes) -> PIL.ImageFile.ImageFile:
@@ -99,17 +138,25 @@ def _png_kind(data: bytes) -> tuple[int, int, int, int] | None:
     return struct.unpack(">IIBB", data[16:26])
 
 
-def _check_chunks(data: bytes) -> None:
-    """Raise ValueError unless all chunks of a PNG match their checksums and the last one is IEND."""
-    view, start, kind = memoryview(data), 8, b""
+def _read_chunks(data: bytes, check: bool = True) -> dict[bytes, int]:
+    """Return where the chunks of a PNG are that change how its pixels look (see `LOOKS`), most often none.
+
+    ValueError: the last chunk is not IEND, or one does not match its checksum, with `check`.
+    """
+    view, start, kind, found = memoryview(data), 8, b"", {}
     while kind != b"IEND":
         if start + 12 > len(data):
             raise ValueError
         size, kind = struct.unpack_from(">I4s", data, start)
         end = start + 12 + size
-        if end > len(data) or zlib.crc32(view[start + 4 : end - 4]) != int.from_bytes(data[end - 4 : end], "big"):
+        if end > len(data):
             raise ValueError
+        if check and zlib.crc32(view[start + 4 : end - 4]) != int.from_bytes(data[end - 4 : end], "big"):
+            raise ValueError
+        if kind in LOOKS or (kind in TEXTS and data.startswith(LOOKS_IN_TEXTS, start + 8)):
+            found[kind] = start
         start = end
+    return found
 
 
 def _check_pixels(width: int, height: int, where: str) -> None:
@@ -118,10 +165,49 @@ def _check_pixels(width: int, height: int, where: str) -> None:
         raise dnnlib.UserError(f"{where}: {width}x{height} is more than the limit of {limit:,} pixels")
 
 
-def _check_mode(image: PIL.Image.Image, where: str) -> None:
-    mode = image.mode
-    if mode in ("LA", "La", "PA", "RGBA", "RGBa", "RGBX"):
-        channels = len(image.getbands())
-        raise dnnlib.UserError(f"{where}: has {channels} channels ({mode}), expected 1 (gray) or 3 (RGB)")
-    if mode not in ("1", "L", "P", "RGB", "CMYK", "YCbCr", "LAB", "HSV"):
-        raise dnnlib.UserError(f"{where}: pixel format {mode} is not supported, expected 8-bit gray or RGB")
+def _check_mode(image: PIL.Image.Image, where: object) -> None:
+    if image.mode == "RGBX":
+        raise dnnlib.UserError(f"{where}: has a fourth channel of unknown meaning, expected gray, RGB or RGBA")
+    if image.mode not in ("1", "L", "P", "RGB", "CMYK", "YCbCr", "LAB", "HSV", *ALPHA):
+        raise dnnlib.UserError(f"{where}: pixel format {image.mode} is not supported, expected 8-bit gray or RGB")
+
+
+def _orientation(image: PIL.Image.Image) -> int:
+    """Return the orientation of a loaded image, 1 to 8. Pillow has turned TIFFs, which then have none."""
+    try:
+        return image.getexif().get(ORIENTATION, 1)
+    except DAMAGED:  # the pixels are fine
+        return 1
+
+
+def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    if orientation not in UPRIGHT:
+        return pixels
+    turned, rows, columns = UPRIGHT[orientation]
+    return np.ascontiguousarray((pixels.swapaxes(0, 1) if turned else pixels)[::rows, ::columns])
+
+
+def _transparent_color(data: bytes, bits: int, color_type: int) -> int | tuple[int, ...]:
+    """Return the color of a PNG that is transparent, as 8-bit gray or RGB. Pillow does not stretch it as the pixels."""
+    start, most = _read_chunks(data, check=False)[b"tRNS"] + 8, (1 << bits) - 1
+    values = struct.unpack_from(">H" if color_type == 0 else ">3H", data, start)
+    stretched = tuple((value & most) * 255 // most for value in values)  # as the standard says, only these bits count
+    return stretched[0] if color_type == 0 else stretched
+
+
+def _pixels(image: PIL.Image.Image, where: object, background: Color | None) -> np.ndarray:
+    """Return the pixels of a loaded image without alpha, uint8 [H, W, C] with C = 1 or 3."""
+    gray = image.mode in ("1", "L", "LA", "La")
+    if image.mode not in ALPHA and "transparency" not in image.info:
+        return np.asarray(image.convert("L" if gray else "RGB")).reshape(image.height, image.width, -1)
+    layers = np.asarray(image.convert("LA" if gray else "RGBA"))
+    colors, alpha = layers[..., :-1], layers[..., -1:].astype(np.uint16)
+    if (alpha == 255).all():
+        return np.ascontiguousarray(colors)
+    if background is None:
+        raise dnnlib.UserError(
+            f"{where}: has transparent pixels, and nothing says what is behind them: "
+            "make an archive with dataset_tool.py --background=white, black or R,G,B"
+        )
+    behind = np.array(background if len(set(background)) > 1 else background[: colors.shape[2]], dtype=np.uint16)
+    return ((colors * alpha + behind * (255 - alpha) + 127) // 255).astype(np.uint8)
