@@ -29,12 +29,14 @@ __all__ = [
     "load_label_file",
     "load_outlier_flags",
     "match_rows",
+    "read_classes",
+    "read_flags",
     "save_label_file",
 ]
 
 FIELDS = ("names", "labels", "is_clean", "score", "suggested", "noise_rate", "per_class_noise_rate")
 PER_IMAGE = ("suggested_score", "outlier_score", "is_outlier", "duplicate_of")
-OPTIONAL = ("transition", "noise_interval", *PER_IMAGE)
+OPTIONAL = ("transition", "noise_interval", "looks_like", "source_names", *PER_IMAGE)
 EXPECTED = (
     "expected a label file of detect_noise.py, or arr_0 with flags (1: label believed right), or arr_0 with "
     "labels or images, arr_1 labels, arr_2 flags"
@@ -53,8 +55,10 @@ class LabelFile:
     noise_rate: float  # estimated share of wrong labels
     per_class_noise_rate: np.ndarray  # [C] float32, that share among the images observed as each class, or 0
     # None where unknown:
+    source_names: list[str] | None = None  # [N] original paths of the images
     transition: np.ndarray | None = None  # [C,C] float64, estimate of T[clean, observed]
     noise_interval: tuple[float, float] | None = None  # lower and upper limit of the noise rate
+    looks_like: np.ndarray | None = None  # [C,C] float64, mean posterior of the classifier for the images of each class
     suggested_score: np.ndarray | None = None  # [N] float32, probability that the suggested label is right
     outlier_score: np.ndarray | None = None  # [N] float32, larger for images that are more foreign
     is_outlier: np.ndarray | None = None  # [N] bool, whether the image is believed foreign
@@ -62,14 +66,16 @@ class LabelFile:
     posterior: TopPosterior | None = None  # probabilities of the classes that each image may have
 
 
-def class_noise_rates(labels: np.ndarray, is_clean: np.ndarray, num_classes: int) -> np.ndarray:
+def class_noise_rates(labels: np.ndarray, right: np.ndarray, num_classes: int) -> np.ndarray:
     """Return the share of wrong labels among the images observed as each class, float32 [C]; 0 without images.
+
+    `right` [N]: whether each label is right, or the probability that it is.
 
     This is eta_o = P(clean != o | observed = o) of docs/methods/sbdc.md. It differs from 1 - T[o,o] unless all classes
     are equally common.
     """
     count = np.bincount(labels, minlength=num_classes)
-    wrong = np.bincount(labels[~is_clean], minlength=num_classes)
+    wrong = np.bincount(labels, weights=1.0 - right, minlength=num_classes)
     return (wrong / np.maximum(count, 1)).astype(np.float32)
 
 
@@ -115,8 +121,8 @@ def load_outlier_flags(path: str | os.PathLike[str], dataset: ImageDataset) -> n
         raise dnnlib.UserError(f"{path}: lacks {', '.join(missing)}, so it does not say which images are foreign")
     order = _match_names(str(path), arrays, ("labels", "is_outlier"), dataset)
     if "labels" in arrays and dataset.labels is not None:
-        check_labels(_classes(arrays["labels"], f"{path}: labels")[order], dataset, str(path))
-    return _flags(arrays["is_outlier"], f"{path}: is_outlier")[order]
+        check_labels(read_classes(arrays["labels"], f"{path}: labels")[order], dataset, str(path))
+    return read_flags(arrays["is_outlier"], f"{path}: is_outlier")[order]
 
 
 def _load_ours(path: str, arrays: dict[str, np.ndarray], dataset: ImageDataset) -> LabelFile:
@@ -124,9 +130,9 @@ def _load_ours(path: str, arrays: dict[str, np.ndarray], dataset: ImageDataset) 
     if missing:
         raise dnnlib.UserError(f"{path}: lacks {', '.join(missing)}; {EXPECTED}")
     order = _match_names(path, arrays, ("labels", "is_clean", "score", "suggested", *PER_IMAGE), dataset)
-    stored = _classes(arrays["labels"], f"{path}: labels")
+    stored = read_classes(arrays["labels"], f"{path}: labels")
     labels = check_labels(stored[order], dataset, path)
-    suggested = _classes(arrays["suggested"], f"{path}: suggested")[order]
+    suggested = read_classes(arrays["suggested"], f"{path}: suggested")[order]
     rates = _shares(path, arrays, "per_class_noise_rate")
     if rates.shape != (dataset.label_dim,) or suggested.max() >= dataset.label_dim:
         raise dnnlib.UserError(
@@ -136,7 +142,7 @@ def _load_ours(path: str, arrays: dict[str, np.ndarray], dataset: ImageDataset) 
     file = LabelFile(
         dataset.file_names,
         labels,
-        _flags(arrays["is_clean"], f"{path}: is_clean")[order],
+        read_flags(arrays["is_clean"], f"{path}: is_clean")[order],
         _shares(path, arrays, "score")[order].astype(np.float32),
         suggested,
         float(_shares(path, arrays, "noise_rate").mean()),
@@ -149,6 +155,8 @@ def _load_ours(path: str, arrays: dict[str, np.ndarray], dataset: ImageDataset) 
         if limits.shape != (2,) or limits.dtype.kind != "f" or not 0 <= limits[0] <= limits[1] <= 1:
             raise dnnlib.UserError(f"{path}: noise_interval must be two numbers, 0 <= lower <= upper <= 1")
         file.noise_interval = (float(limits[0]), float(limits[1]))
+    if "looks_like" in arrays:
+        file.looks_like = check_matrix(arrays["looks_like"], dataset.label_dim, f"{path}: looks_like")
     if "suggested_score" in arrays:
         file.suggested_score = _shares(path, arrays, "suggested_score")[order].astype(np.float32)
     if "outlier_score" in arrays:
@@ -157,7 +165,7 @@ def _load_ours(path: str, arrays: dict[str, np.ndarray], dataset: ImageDataset) 
             raise dnnlib.UserError(f"{path}: outlier_score must be finite numbers")
         file.outlier_score = values[order].astype(np.float32)
     if "is_outlier" in arrays:
-        file.is_outlier = _flags(arrays["is_outlier"], f"{path}: is_outlier")[order]
+        file.is_outlier = read_flags(arrays["is_outlier"], f"{path}: is_outlier")[order]
     if "duplicate_of" in arrays:
         file.duplicate_of = _duplicates(path, arrays["duplicate_of"], order, dataset)
     posterior = from_arrays(arrays, arrays["names"].reshape(-1), stored, dataset.label_dim, path)
@@ -178,15 +186,21 @@ def _match_names(path: str, arrays: dict[str, np.ndarray], fields: Iterable[str]
 def match_rows(path: str, names: Sequence[str], dataset: ImageDataset) -> np.ndarray:
     """Return the rows [items] of a file with these image names that hold the items of the data set.
 
-    UserError: the file lacks some of them.
+    The file may use the names in the archive or the original paths. UserError: the file lacks some images.
     """
     row = {name: i for i, name in enumerate(names)}
-    absent = [name for name in dataset.file_names if name not in row]
+    wanted = dataset.file_names
+    absent = [i for i, name in enumerate(wanted) if name not in row]
+    if absent and dataset.source_names is not None:
+        other = [i for i, name in enumerate(dataset.source_names) if name not in row]
+        if len(other) < len(absent):
+            wanted, absent = dataset.source_names, other
     if absent:
         raise dnnlib.UserError(
-            f"{path}: lacks {len(set(absent))} of the {dataset.num_raw} images of {dataset.path}, first '{absent[0]}'"
+            f"{path}: lacks {len({wanted[i] for i in absent})} of the {dataset.num_raw} images of {dataset.path}, "
+            f"first '{dataset.shown_name(absent[0])}'"
         )
-    return np.array([row[name] for name in dataset.file_names])
+    return np.array([row[name] for name in wanted])
 
 
 def _shares(path: str, arrays: dict[str, np.ndarray], field: str) -> np.ndarray:
@@ -223,9 +237,9 @@ def _load_published(path: str, arrays: dict[str, np.ndarray], dataset: ImageData
                 f"{path}: {name} has {found} entries, but {dataset.path} has {dataset.num_raw} images"
             )
     copies = len(dataset) // dataset.num_raw
-    flags = np.tile(_flags(parts[-1], f"{path}: {expected_names[-1]}"), copies)
+    flags = np.tile(read_flags(parts[-1], f"{path}: {expected_names[-1]}"), copies)
     if len(parts) == 3:
-        stated = [np.tile(_classes(p, f"{path}: arr_{i}"), copies) for i, p in enumerate(parts[:2]) if p.ndim <= 2]
+        stated = [np.tile(read_classes(p, f"{path}: arr_{i}"), copies) for i, p in enumerate(parts[:2]) if p.ndim <= 2]
         if not stated:
             raise dnnlib.UserError(f"{path}: arr_0 and arr_1 are both images; {EXPECTED}")
         if not any((labels == dataset.labels).all() for labels in stated):
@@ -242,7 +256,7 @@ def _load_published(path: str, arrays: dict[str, np.ndarray], dataset: ImageData
     )
 
 
-def _flags(values: np.ndarray, where: str) -> np.ndarray:
+def read_flags(values: np.ndarray, where: str) -> np.ndarray:
     """Return bool [N] from numbers 0 and 1 of any type, [N] or [N,1]."""
     if values.ndim == 2 and values.shape[1] == 1:
         values = values[:, 0]
@@ -254,7 +268,7 @@ def _flags(values: np.ndarray, where: str) -> np.ndarray:
     return values.astype(bool)
 
 
-def _classes(values: np.ndarray, where: str) -> np.ndarray:
+def read_classes(values: np.ndarray, where: str) -> np.ndarray:
     """Return int64 [N] from class numbers [N] or [N,1], or from one-hot vectors [N,C]."""
     if values.ndim == 2 and values.shape[1] == 1:
         values = values[:, 0]
@@ -275,6 +289,6 @@ def check_labels(labels: np.ndarray, dataset: ImageDataset, path: str) -> np.nda
         i = differ[0]
         raise dnnlib.UserError(
             f"{path}: {len(differ)} of {len(labels)} labels are not those of {dataset.path}, first "
-            f"'{dataset.file_names[i]}': {labels[i]} here, {dataset.labels[i]} there"
+            f"'{dataset.shown_name(i)}': {labels[i]} here, {dataset.labels[i]} there"
         )
     return labels

@@ -7,64 +7,98 @@ import zipfile
 
 import dnnlib
 from archives.archive_set import find_archives, open_archives
+from archives.decode import Color
+from archives.layouts.animal10n import find_animal10n, open_animal10n
+from archives.layouts.arrays import find_arrays, open_arrays
 from archives.layouts.builtin import BUILT_IN, PHOTO_CROPS, open_digits, open_photos
-from archives.layouts.cifar import is_tar, open_cifar
-from archives.layouts.lsun import open_lmdb
-from archives.layouts.mnist import IDX_NAME, open_mnist
-from archives.source import Source
+from archives.layouts.celeba import find_celeba, open_celeba
+from archives.layouts.cifar import find_cifar, open_cifar
+from archives.layouts.lsun import find_lsun, open_lsun
+from archives.layouts.mnist import find_mnist, open_mnist
+from archives.layouts.noisy_sets import (
+    find_clothing1m,
+    find_food101n,
+    find_webvision,
+    open_clothing1m,
+    open_food101n,
+    open_webvision,
+)
+from archives.layouts.stl10 import find_stl10, open_stl10
+from archives.reader import METADATA
+from archives.source import Choice, Source
 
-__all__ = ["PHOTO_CROPS", "Source", "open_source"]
+__all__ = ["PHOTO_CROPS", "Source", "open_archive", "open_source"]
+
+# How published data sets are recognized and opened. `find` returns the places of such sets at or below a path, often
+# none; `open` makes a Source of one.
+LAYOUTS = (
+    (find_mnist, open_mnist),
+    (find_cifar, open_cifar),
+    (find_stl10, open_stl10),
+    (find_celeba, open_celeba),
+    (find_clothing1m, open_clothing1m),
+    (find_webvision, open_webvision),
+    (find_food101n, open_food101n),
+    (find_animal10n, open_animal10n),
+    (find_lsun, open_lsun),
+    (find_arrays, open_arrays),
+)
 
 
-def open_source(path: str, test: bool = False, number: int = PHOTO_CROPS, seed: int = 0) -> Source:
-    """Open `digits`, `photos`, a folder, a ZIP, CIFAR-10/100 (.tar.gz), (Fashion-)MNIST (idx files) or an LSUN LMDB.
+def open_source(
+    path: str, test: bool = False, number: int = PHOTO_CROPS, seed: int = 0, *,
+    part: str | None = None, label_kind: str | None = None, background: Color | None = None,
+) -> Source:  # fmt: skip
+    """Open `digits`, `photos`, images in folders and ZIPs, or a published data set in its layout (docs/data.md).
 
-    Folders and ZIPs can be several, which are one set (`find_archives`). `test` chooses the test part of CIFAR and
-    MNIST. `number` and `seed` belong to `photos`, which can have any number of images.
-    UserError: the source is missing, unreadable, of an unknown kind, or has no test part.
+    number, seed  belong to `photos`, which can have any number of images
+    test, part    choose the test part, or another part, of a set that has several
+    label_kind    chooses the labels of a set that has several kinds, such as the attributes of CelebA
+    background    what is behind transparent pixels
+
+    Folders and ZIPs can be several, which are one set (`find_archives`).
+    UserError: the source is missing, unreadable, of an unknown kind, lacks one of its files, or lacks what was chosen.
     """
-    several = False
-    if path not in BUILT_IN:
-        archives = find_archives(path)
-        several = len(archives) > 1
-        path = path if several else archives[0]
-        if not several and not os.path.exists(path):
+    choice = Choice(test, part, label_kind, background)
+    if path in BUILT_IN:
+        choice.check(path)
+        return open_digits() if path == "digits" else open_photos(number, seed)
+    archives = find_archives(path)
+    if len(archives) == 1:
+        path = archives[0]
+        if not os.path.exists(path):
             raise dnnlib.UserError(f"{path}: no such file or folder (built-in sources: {', '.join(BUILT_IN)})")
-        if not several and not os.path.isdir(path):
+        if not os.path.isdir(path):
             dnnlib.open_file(path).close()  # UserError for devices and pipes, before they are read
-    if os.path.isfile(path) and IDX_NAME.fullmatch(os.path.basename(path)):
-        part = IDX_NAME.fullmatch(os.path.basename(path))[1]
-        return open_mnist(os.path.dirname(path), "t10k" if test else part, path)
-    if os.path.isdir(path) and any(IDX_NAME.fullmatch(name) for name in os.listdir(path)):
-        return open_mnist(path, "t10k" if test else "train", path)
-    if os.path.isfile(path) and not path.lower().endswith(".zip") and is_tar(path):
-        return open_cifar(path, test)
-    if test:
-        raise dnnlib.UserError(f"{path} has no test part (CIFAR and MNIST archives have one)")
-    if path == "digits":
-        return open_digits()
-    if path == "photos":
-        return open_photos(number, seed)
-    if os.path.isdir(path) and os.path.isfile(os.path.join(path, "data.mdb")):
-        return open_lmdb(path)
-    if several or os.path.isdir(path) or path.lower().endswith(".zip") or zipfile.is_zipfile(path):
-        return _open_images(path)
-    raise dnnlib.UserError(
-        f"{path}: not a folder, a ZIP, a CIFAR archive (.tar.gz) or an MNIST file (...-images-idx3-ubyte.gz)"
-    )
+        if not os.path.isfile(os.path.join(path, METADATA)):
+            found = [(place, open_layout) for find, open_layout in LAYOUTS for place in find(path)]
+            if len(found) > 1:
+                raise dnnlib.UserError(f"{path}: holds several data sets, name one: {', '.join(f[0] for f in found)}")
+            for place, open_layout in found:
+                return open_layout(place, choice)
+        if os.path.isfile(path) and not path.lower().endswith(".zip") and not zipfile.is_zipfile(path):
+            raise dnnlib.UserError(
+                f"{path}: not a folder, a ZIP, a CIFAR archive (.tar.gz), an MNIST file (...-images-idx3-ubyte.gz) or "
+                "another published data set (docs/data.md lists them)"
+            )
+    choice.check(path)
+    return open_archive(path, background)
 
 
-def _open_images(path: str) -> Source:
+def open_archive(path: str, background: Color | None = None) -> Source:
     """Open a folder or ZIP in the layout of this project, EDM, StyleGAN or TDSM, or with one subfolder per class."""
-    reader = open_archives(path)
+    reader = open_archives(path, background)
     return Source(
         path=path,
         length=len(reader),
         image=reader.image,
         labels=reader.labels(),
         clean_labels=reader.labels("clean_labels"),
+        previous_labels=reader.labels("previous_labels"),
         class_names=reader.class_names(),
         names=reader.names,
+        origins=reader.source_names(),
         outliers=reader.outliers(),
         corruption=reader.corruption(),
+        notes=list(reader.notes),  # last: finding labels adds some
     )

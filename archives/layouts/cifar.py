@@ -1,4 +1,4 @@
-"""CIFAR-10 and CIFAR-100: a tar of pickled batches, [n, 3072] uint8 in channel, row, column order."""
+"""CIFAR-10 and CIFAR-100: pickled batches, [n, 3072] uint8 in channel, row, column order, in a tar or in a folder."""
 
 from __future__ import annotations
 
@@ -6,23 +6,35 @@ import contextlib
 import os
 import re
 import tarfile
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 import dnnlib
 from archives.labels import plain_labels
+from archives.layouts.lists import find_below, list_folder
 from archives.layouts.packed import DAMAGED, Unpacked
-from archives.source import Source
+from archives.source import Choice, Source
 from torch_utils import safe_pickle
 
-__all__ = ["is_tar", "open_cifar"]
+__all__ = ["find_cifar", "open_cifar"]
 
 BATCH_NAME = re.compile(r"(?:(data_batch_\d+|train)|(test_batch|test)|(batches\.meta|meta))")
+TRAINING = [f"data_batch_{i}" for i in range(1, 6)]  # of CIFAR-10
+COARSE = "coarse"  # the 20 superclasses of CIFAR-100
 
 
-def is_tar(path: str) -> bool:
-    """Return whether a file is a tar, compressed or not."""
+def find_cifar(path: str) -> list[str]:
+    """Return where CIFAR is: a tar, or folders with its batches."""
+    if os.path.isfile(path):
+        return [path] if not path.lower().endswith(".zip") and _is_tar(path) else []
+    ten = find_below(path, ["", "cifar-10-batches-py"], [*TRAINING, "test_batch"])
+    hundred = find_below(path, ["", "cifar-100-python"], ["meta"])
+    return ten + [place for place in hundred if find_below(place, [""], ["train", "test"])]
+
+
+def _is_tar(path: str) -> bool:
     try:
         with contextlib.closing(Unpacked(path)) as file, tarfile.open(fileobj=file, mode="r:"):
             return True
@@ -30,34 +42,60 @@ def is_tar(path: str) -> bool:
         return False
 
 
-def open_cifar(path: str, test: bool) -> Source:
-    """Open the training or the test part of a CIFAR archive. UserError: it is damaged, or is none."""
-    batches, class_names, family = {}, None, None
+def open_cifar(path: str, choice: Choice) -> Source:
+    """Open the training or the test part of CIFAR. UserError: it is damaged, lacks a batch, or is something else."""
+    batches, meta, family = {}, {}, None
+    for name, where, data in _files(path):
+        match = BATCH_NAME.fullmatch(name)
+        if match is None or match[1 if choice.test else 2]:
+            continue
+        batch = safe_pickle.load_cifar_batch(data(), where)
+        if match[3]:
+            meta = batch
+        else:
+            family = "cifar100" if name in ("train", "test") else "cifar10"
+            choice.check(path, test=True, labels=["fine", COARSE] if family == "cifar100" else [])
+            batches[name] = _arrays(batch, where, choice.labels == COARSE)
+    if not batches:
+        raise dnnlib.UserError(f"{path}: holds no CIFAR-10 or CIFAR-100 {'test' if choice.test else 'training'} batches"
+                               " (of the version for Python)")  # fmt: skip
+    if family == "cifar10" and not choice.test and batches.keys() != set(TRAINING):
+        odd = sorted(batches.keys() ^ set(TRAINING))
+        raise dnnlib.UserError(f"{path}: lacks or adds {', '.join(odd)}; CIFAR-10 has {len(TRAINING)} training batches")
+    images, labels = (
+        np.concatenate(arrays) for arrays in zip(*(batches[name] for name in sorted(batches)), strict=True)
+    )
+    if choice.labels == COARSE:
+        names, family = meta.get("coarse_label_names"), None  # the family's asymmetric noise is one of the fine classes
+    else:
+        names = meta.get("fine_label_names", meta.get("label_names"))
+    named = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    return Source.in_memory(path, images, labels, family, names if named else None)
+
+
+def _files(path: str) -> Iterator[tuple[str, str, Any]]:
+    """Yield (name, name for messages, function that reads it) of the files in a folder or a tar."""
+    if os.path.isdir(path):
+        for name in list_folder(path):
+            where = os.path.join(path, name)
+            if os.path.isfile(where):
+                yield name, where, lambda where=where: dnnlib.read_bytes(where)
+        return
     try:
         with contextlib.closing(Unpacked(path)) as file, tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:  # in the order of the file: moving back in a .gz would unpack it again
                 name = os.path.basename(member.name)
-                match = BATCH_NAME.fullmatch(name)
-                if match is None or not member.isfile() or member.issparse() or match[1 if test else 2]:
-                    continue
-                batch = safe_pickle.load_cifar_batch(tar.extractfile(member).read(), f"{path}: {member.name}")
-                if match[3]:
-                    class_names = batch.get("fine_label_names", batch.get("label_names"))
-                else:
-                    batches[name] = _cifar_arrays(batch, f"{path}: {member.name}")
-                    family = "cifar100" if name in ("train", "test") else "cifar10"
+                if name == "train_X.bin":
+                    raise dnnlib.UserError(f"{path}: holds STL-10: unpack it, and name the folder that it makes")
+                if member.isfile() and not member.issparse():
+                    yield name, f"{path}: {member.name}", lambda member=member: tar.extractfile(member).read()
     except DAMAGED:
         raise dnnlib.UserError(f"{path}: damaged or incomplete archive") from None
-    if not batches:
-        raise dnnlib.UserError(f"{path}: holds no CIFAR-10 or CIFAR-100 {'test' if test else 'training'} batches")
-    ordered = [batches[name] for name in sorted(batches, key=lambda name: (len(name), name))]
-    images, labels = (np.concatenate(arrays) for arrays in zip(*ordered, strict=True))
-    named = isinstance(class_names, list) and all(isinstance(name, str) for name in class_names)
-    return Source.in_memory(path, images, labels, family, class_names if named else None)
 
 
-def _cifar_arrays(batch: dict[str, Any], where: str) -> tuple[np.ndarray, np.ndarray]:
-    data, labels = batch.get("data"), batch.get("fine_labels", batch.get("labels"))
+def _arrays(batch: dict[str, Any], where: str, coarse: bool) -> tuple[np.ndarray, np.ndarray]:
+    data = batch.get("data")
+    labels = batch.get("coarse_labels") if coarse else batch.get("fine_labels", batch.get("labels"))
     ok = isinstance(data, np.ndarray) and data.dtype == np.uint8 and data.ndim == 2 and data.shape[1] == 3072
     if not ok or not isinstance(labels, list) or not len(labels) == len(data) > 0 or set(map(type, labels)) != {int}:
         raise dnnlib.UserError(f"{where}: not a CIFAR batch (uint8 data [n, 3072] and n labels)")

@@ -10,13 +10,20 @@ import numpy as np
 
 import dnnlib
 from archives.decode import decode_image
-from archives.source import Source
+from archives.layouts.lists import find_below
+from archives.source import Choice, Source
 
-__all__ = ["open_lmdb"]
+__all__ = ["find_lsun", "open_lsun"]
 
 
-def open_lmdb(path: str) -> Source:
+def find_lsun(path: str) -> list[str]:
+    """Return where an LMDB is: at this path, or nowhere."""
+    return find_below(path, [""], ["data.mdb"])
+
+
+def open_lsun(path: str, choice: Choice) -> Source:
     """Open the LMDB in a folder. UserError: it cannot be read, or the package lmdb is missing."""
+    choice.check(path)
     try:
         import lmdb  # optional dependency
     except ImportError:
@@ -34,7 +41,7 @@ def open_lmdb(path: str) -> Source:
     def image(index: int) -> np.ndarray:
         if getattr(local, "process", None) != os.getpid():
             local.process, local.transaction = os.getpid(), open_env().begin()
-        return decode_image(bytes(local.transaction.get(keys[index])), f"{path}: {names[index]}")
+        return decode_image(bytes(local.transaction.get(keys[index])), f"{path}: {names[index]}", choice.background)
 
     names = [key.decode("latin1") for key in keys]
     return Source(path, len(keys), image, names=names, corruption=dict(family="lsun"))
