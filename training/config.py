@@ -14,11 +14,13 @@ from dataclasses import dataclass
 from typing import Any
 
 __all__ = [
+    "CEPConfig",
     "ClassifierConfig",
     "DatasetConfig",
     "DiscriminatorConfig",
     "NetworkConfig",
     "OptimizerConfig",
+    "PosteriorConfig",
     "RDUOTConfig",
     "RunConfig",
     "TDSMConfig",
@@ -59,6 +61,22 @@ class OptimizerConfig:
     name: str = "adam"  # adam, adamw or sgd
     lr: float | dict[str, float] = 1e-3  # learning rate, or one for each network
     betas: list[float] | None = None  # Adam's; None: 0.9 and 0.999
+
+
+@dataclass
+class PosteriorConfig:
+    """Labels by the posterior, in place of the data set's (docs/methods/posterior.md)."""
+
+    path: str = ""  # label file that holds the posterior
+    mode: str = "sample"  # what becomes of the labels: sample, relabel, drop or null
+    limit: float | None = None  # null: the least probability of a label that stays
+
+
+@dataclass
+class CEPConfig:
+    """What `train.py --method=cep` adds (docs/methods/posterior.md)."""
+
+    gamma: float = 1.0  # length of the perturbation of a label's embedding
 
 
 @dataclass
@@ -148,7 +166,9 @@ class RunConfig:
     desc: str | None = changeable(default=None)  # text at the end of the run directory's name
     tensorboard: bool = changeable(default=False)  # write the statistics for TensorBoard too
     wandb: str | None = changeable(default=None)  # project on Weights & Biases that gets the statistics too
-    classifier: ClassifierConfig | None = None  # one section per method that has settings of its own
+    posterior: PosteriorConfig | None = None  # labels by a posterior; None: the data set's labels
+    cep: CEPConfig | None = None  # one section per method that has settings of its own
+    classifier: ClassifierConfig | None = None
     tdsm: TDSMConfig | None = None
     discriminator: DiscriminatorConfig | None = None
     rduot: RDUOTConfig | None = None

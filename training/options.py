@@ -11,15 +11,18 @@ import click
 import numpy as np
 import torch
 
+import dnnlib
 from archives.archive_set import SEVERAL
 from archives.dataset import ImageDataset
+from archives.label_file import load_label_file
 from archives.label_noise import load_matrix, transition_matrix
 from dnnlib.cli import BOOL, INT_LIST, FloatRange, add_options, blame
 from torch_utils import distributed
 from training.augment import default_augment
-from training.config import DatasetConfig, NetworkConfig, OptimizerConfig, RunConfig
+from training.config import DatasetConfig, NetworkConfig, OptimizerConfig, PosteriorConfig, RunConfig
 from training.networks_resnet import resnet_kwargs
 from training.noise_levels import NoiseLevels
+from training.objectives.posterior_labels import MODES, PosteriorLabels
 from training.presets import ARCHS, network_kwargs, presets_of
 
 __all__ = [
@@ -30,6 +33,9 @@ __all__ = [
     "noise_level_options",
     "noise_options",
     "noise_settings",
+    "posterior_labels",
+    "posterior_options",
+    "posterior_settings",
     "preset_help",
     "preset_option",
     "resnet",
@@ -111,6 +117,16 @@ def denoiser_options() -> Callable:
     return add_options([
         noise_level_options(),
         click.option("--label-dropout", metavar="P", type=SHARE, default=0.0, help="Drop the label this often (for --cfg in generate.py)"),
+    ])
+
+
+def posterior_options(default: str) -> Callable:
+    """Return a decorator for --posterior, --posterior_mode, which is `default` if not given, and --posterior_min."""
+    return add_options([
+        click.option("--posterior", metavar="NPZ", help="Learn labels by the posterior in this label file of detect_noise.py, in place of the observed labels"),
+        click.option("--posterior_mode", type=click.Choice(MODES), help="sample: draw the label anew at each use; relabel: take the most probable class; drop: leave out images whose label is not the most probable class; null: relabel, and no label where it is uncertain  "
+                     f"[default: {default}]"),
+        click.option("--posterior_min", metavar="P", type=SHARE, help="Least probability of a label that --posterior_mode=null keeps  [default: 0.5]"),
     ])
 
 
@@ -254,6 +270,36 @@ def resnet(opts: dict[str, Any], dataset: ImageDataset) -> dict[str, Any]:
     shape = (dataset.resolution, dataset.num_channels, dataset.label_dim)
     kwargs = resnet_kwargs(opts["arch"], *shape, opts["cbase"], opts["cres"])
     return sigma_settings(opts, kwargs | dict(dropout=opts["dropout"]))
+
+
+def posterior_settings(opts: dict[str, Any], default: str) -> PosteriorConfig | None:
+    """Return what the options of `posterior_options` say; None without a posterior."""
+    mode, limit = opts["posterior_mode"], opts["posterior_min"]
+    if opts["posterior"] is None:
+        if (mode, limit) != (None, None):
+            raise click.UsageError("--posterior_mode and --posterior_min go with --posterior=NPZ")
+        return None
+    if not opts["cond"]:
+        raise click.UsageError("--posterior: is about labels; give --cond=1")
+    mode = mode or default
+    if limit is not None and mode != "null":
+        raise click.UsageError(f"--posterior_min: belongs to --posterior_mode=null, this is {mode}")
+    if mode == "null" and limit is None:
+        limit = 0.5
+    return PosteriorConfig(opts["posterior"], mode, limit)
+
+
+def posterior_labels(config: RunConfig, dataset: ImageDataset, device: torch.device) -> PosteriorLabels | None:
+    """Return the labels that replace those of the data set; None without a posterior."""
+    section = config.posterior
+    if section is None:
+        return None
+    with blame("--posterior"):
+        posterior = load_label_file(section.path, dataset).posterior
+        if posterior is None:
+            raise dnnlib.UserError(f"{section.path}: holds no posterior; make it anew with detect_noise.py")
+    with blame(f"--posterior_mode={section.mode}"):
+        return PosteriorLabels(posterior, section.mode, device, section.limit)
 
 
 def noise_settings(opts: dict[str, Any]) -> dict[str, Any]:

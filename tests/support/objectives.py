@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from training.config import (
+    CEPConfig,
     ClassifierConfig,
     DatasetConfig,
     DiscriminatorConfig,
@@ -68,6 +69,7 @@ def make_config(**changes):
         dataset=DatasetConfig,
         network=NetworkConfig,
         optimizer=OptimizerConfig,
+        cep=CEPConfig,
         classifier=ClassifierConfig,
         tdsm=TDSMConfig,
         discriminator=DiscriminatorConfig,

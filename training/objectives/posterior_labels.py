@@ -45,7 +45,7 @@ class PosteriorLabels:
     `limit`: the least probability of a label that `null` keeps. UserError: the rule leaves no image, or no label.
     """
 
-    def __init__(self, posterior: TopPosterior, mode: str, device: torch.device, limit: float = 0.5):
+    def __init__(self, posterior: TopPosterior, mode: str, device: torch.device, limit: float | None = None):
         self.mode = mode
         best, certainty = posterior.best()
         self.observed, self.best = self._put(posterior.labels, device), self._put(best, device)

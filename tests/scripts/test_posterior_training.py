@@ -1,0 +1,97 @@
+"""train.py on labels by a posterior and by its other methods: runs, resume, what reaches the network, bad input."""
+
+import json
+
+import numpy as np
+import pytest
+
+import train
+from archives.dataset import ImageDataset
+from archives.label_file import load_label_file, save_label_file
+from archives.posterior import compress
+from detection.quality import label_file
+from tests.support.commands import callers
+from tests.support.runs import TINY, assert_same, final_weights
+from tests.support.synth import run_dataset_tool
+
+succeed, fail = callers(train.main)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """An archive of 96 digits with wrong labels, and label files with and without a posterior that knows better."""
+    folder = tmp_path_factory.mktemp("posterior")
+    args = ["--source=digits", f"--dest={folder}/d.zip", "--max-images=96", "--noise_type=sym", "--noise_rate=0.4"]
+    assert run_dataset_tool(*args)[0] == 0
+    data = ImageDataset(str(folder / "d.zip"))
+    p = np.eye(10)[data.clean_labels] * 0.7 + 0.03
+    file = label_file(data, p)
+    save_label_file(folder / "without.npz", file)
+    file.posterior = compress(p, data.labels)
+    save_label_file(folder / "labels.npz", file)
+    return folder
+
+
+def common(folder, *args):
+    return [f"--data={folder}/d.zip", "--cond=1", *TINY, *args]
+
+
+def stats(run_dir):
+    return [json.loads(line) for line in (run_dir / "stats.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch):
+    """Sampling takes longer than these runs."""
+    monkeypatch.setattr(train, "save_samples", None)
+
+
+CEP = pytest.param(["--method=cep", "--label-dropout=0.3"], marks=pytest.mark.long)
+
+
+@pytest.mark.parametrize("args", [["--posterior=labels.npz"], ["--method=dmis"], CEP])
+def test_runs_resume_bit_for_bit(folder, args, tmp_path, monkeypatch):
+    monkeypatch.chdir(folder)
+    args = common(folder, *args, "--nosubdir")
+    succeed(*args, f"--outdir={tmp_path}/whole", "--duration=0.000128")
+    succeed(*args, f"--outdir={tmp_path}/half", "--duration=0.000064")
+    succeed(*args, f"--outdir={tmp_path}/half", "--duration=0.000128", f"--resume={tmp_path}/half")
+    assert_same(final_weights(tmp_path / "whole")["objective"], final_weights(tmp_path / "half")["objective"])
+
+
+def test_each_rule(folder, tmp_path):
+    truth = ImageDataset(str(folder / "d.zip"))
+    wrong = truth.labels != truth.clean_labels
+    for mode, said in (
+        ("relabel", f"changes {wrong.sum()} labels"),
+        ("drop", f"leaves out {wrong.sum()} images"),
+        ("null", f"changes {wrong.sum()} labels and takes 0 away"),
+    ):
+        args = [
+            f"--posterior={folder}/labels.npz",
+            f"--posterior_mode={mode}",
+            f"--outdir={tmp_path}/{mode}",
+            "--nosubdir",
+        ]
+        shown = succeed(*common(folder, *args, "--duration=0.000192"))
+        assert said in shown and f"the rule '{mode}'" in shown
+        changed = sum(s["Posterior/changed"]["mean"] * s["Posterior/changed"]["num"] for s in stats(tmp_path / mode))
+        assert changed == (0 if mode == "drop" else 2 * wrong.sum())  # in two epochs
+    with pytest.raises(AssertionError):  # another label file is another run
+        succeed(*common(folder, *args, "--posterior_min=0.9", "--duration=0.0003", f"--resume={tmp_path}/null"))
+
+
+def test_mistakes_are_named(folder, tmp_path):
+    args = common(folder, f"--outdir={tmp_path}", "--duration=0.0001")
+    known = f"--posterior={folder}/labels.npz"
+    fail(2, *args, "--posterior_mode=drop", "--posterior_mode|go with --posterior")
+    fail(2, *args, known, "--posterior_min=0.5", "--posterior_min|null|sample")
+    fail(2, *args, known, "--cond=0", "--posterior|--cond=1")
+    fail(2, *args, known, "--method=dmis", "--method=dmis|--posterior")
+    fail(2, *args, "--gamma=1", "--gamma|--method=cep")
+    fail(2, *args, "--method=cep", "--cond=0", "--cond=0|cep")
+    fail(1, *args, f"--posterior={folder}/without.npz", "--posterior|without.npz|holds no posterior|detect_noise.py")
+    fail(1, *args, f"--posterior={folder}/absent.npz", "--posterior|absent.npz")
+    fail(1, *args, known, "--posterior_mode=null", "--posterior_min=0.9", "--posterior_mode=null|0.9")
+    assert not list(tmp_path.iterdir())
+    assert load_label_file(folder / "labels.npz", ImageDataset(str(folder / "d.zip"))).posterior is not None
