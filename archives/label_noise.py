@@ -20,6 +20,7 @@ __all__ = [
     "asym_targets",
     "check_matrix",
     "check_observed",
+    "check_targets",
     "corrupt_labels",
     "impossible_label",
     "instance_noise",
@@ -27,6 +28,7 @@ __all__ = [
     "load_matrix",
     "row_stochastic",
     "transition_matrix",
+    "used_classes",
 ]
 
 NOISE_TYPES = ("sym", "asym", "pair", "matrix")  # the types that have a T; instance noise depends on the image
@@ -56,12 +58,18 @@ FAMILIES = {  # family -> number of classes, {class: the class it is mistaken fo
 
 
 def transition_matrix(
-    noise_type: str, rate: float | None, num_classes: int, family: str | None = None, matrix: np.ndarray | None = None
+    noise_type: str,
+    rate: float | None,
+    num_classes: int,
+    family: str | None = None,
+    matrix: np.ndarray | None = None,
+    counts: np.ndarray | None = None,
 ) -> np.ndarray:
     """Return T of a noise type at a rate, float64 [C, C].
 
-    Only the type `asym` needs `family`. Only the type `matrix` needs `matrix`, and it has no rate.
-    UserError: the rate is outside [0, 1], there are fewer than 2 classes, the family is unknown, or the matrix is not
+    Only the type `asym` needs `family`. Only the type `matrix` needs `matrix`, and it has no rate. `counts` [C] are the
+    images per class: no label turns into that of a class without images (None: all have some). A matrix stays as it is.
+    UserError: the rate is outside [0, 1], fewer than 2 classes have images, the family is unknown, or the matrix is not
     C x C and row-stochastic.
     """
     if noise_type == "matrix":
@@ -70,20 +78,44 @@ def transition_matrix(
         return check_matrix(matrix, num_classes)
     if noise_type not in NOISE_TYPES:
         raise dnnlib.UserError(f"unknown noise type '{noise_type}': expected one of {', '.join(NOISE_TYPES)}")
-    if num_classes < 2:
-        raise dnnlib.UserError(f"label noise needs at least 2 classes, found {num_classes}")
+    used = used_classes(np.ones(num_classes) if counts is None else counts)
     rate = check_rate(rate)
     if noise_type == "sym":
-        T = np.full([num_classes, num_classes], rate / (num_classes - 1))
-        np.fill_diagonal(T, 1 - rate)
+        T = np.eye(num_classes)
+        T[np.ix_(used, used)] = rate / (len(used) - 1)
+        T[used, used] = 1 - rate
         return T
     source = np.arange(num_classes)
-    target = (source + 1) % num_classes if noise_type == "pair" else asym_targets(family, num_classes)
+    if noise_type == "pair":
+        target = source.copy()
+        target[used] = np.roll(used, -1)
+    else:
+        target = asym_targets(family, num_classes)
+        target = np.where(np.isin(target, used), target, source)
     T = np.eye(num_classes)
     moved = source[target != source]
     T[moved, moved] = 1 - rate
     T[moved, target[moved]] = rate
     return T
+
+
+def used_classes(counts: np.ndarray) -> np.ndarray:
+    """Return the classes that have images, int64. UserError: there are fewer than two."""
+    used = np.flatnonzero(counts)
+    if len(used) < 2:
+        raise dnnlib.UserError(f"label noise needs at least 2 classes with images, found {len(used)}")
+    return used
+
+
+def check_targets(T: np.ndarray, counts: np.ndarray) -> None:
+    """Raise UserError if T turns labels of the data into that of a class without images; `counts` [C] per class."""
+    found = np.argwhere((T > 0) & (counts[:, None] > 0) & (counts == 0))
+    if len(found):
+        clean, observed = found[0]
+        raise dnnlib.UserError(
+            f"the transition matrix turns label {clean} into {observed} (row {clean}, column {observed}), but no image "
+            f"has label {observed}"
+        )
 
 
 def asym_targets(family: str | None, num_classes: int) -> np.ndarray:
@@ -176,13 +208,14 @@ def instance_noise(images: np.ndarray, labels: np.ndarray, rate: float, num_clas
 
     Image k gets a wrong label with probability q_k ~ N(rate, 0.1^2), truncated to [0, 1]. The wrong class c != y is
     drawn from softmax_c((x W_y)_c), where x are the pixels in [0, 1] and W_y [pixels, C] are standard normal numbers,
-    one matrix for each true class y. Source: Xia et al. 2020, Algorithm 2. UserError: a label is outside the classes.
+    one matrix for each true class y. Classes without images are not drawn. Source: Xia et al. 2020, Algorithm 2.
+    UserError: a label is outside the classes, or fewer than 2 classes have images.
     """
     rate = check_rate(rate)
     labels = np.asarray(labels, dtype=np.int64)
     _check_labels(labels, num_classes)
-    if num_classes < 2:
-        raise dnnlib.UserError(f"label noise needs at least 2 classes, found {num_classes}")
+    counts = np.bincount(labels, minlength=num_classes)
+    used_classes(counts)
     rng = np.random.default_rng(seed)
     flip = _truncated_normal(rng, rate, 0.1, len(labels))
     uniform = rng.random(len(labels))
@@ -190,14 +223,14 @@ def instance_noise(images: np.ndarray, labels: np.ndarray, rate: float, num_clas
     observed = np.empty_like(labels)
     piece = max(min(4096, PIECE // max(pixels.shape[1], 1)), 1)
     order = np.argsort(labels, kind="stable")  # class by class, so that only one W_y is in memory
-    groups = np.split(order, np.cumsum(np.bincount(labels, minlength=num_classes))[:-1])
+    groups = np.split(order, np.cumsum(counts)[:-1])
     for y, group in enumerate(groups):
         projection = np.random.default_rng([seed, y]).standard_normal([pixels.shape[1], num_classes], dtype=np.float32)
         for part in np.split(group, range(piece, len(group), piece)):
             x = pixels[part].astype(np.float32)
             x /= 255
             logits = (x @ projection).astype(np.float64)
-            logits[:, y] = -np.inf
+            logits[:, y] = logits[:, counts == 0] = -np.inf
             p = np.exp(logits - logits.max(axis=1, keepdims=True))
             p *= (flip[part] / p.sum(axis=1))[:, None]
             p[:, y] = 1 - flip[part]

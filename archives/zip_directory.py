@@ -11,13 +11,15 @@ import re
 import stat
 import struct
 import zipfile
+import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 import dnnlib
 
-__all__ = ["ENTRY", "ENTRY_FIELDS", "check_name", "find_directory", "read_members"]
+__all__ = ["ENTRY", "ENTRY_FIELDS", "check_name", "find_directory", "plain_names", "read_members"]
 
 # Where a member is and how it is stored. Members of 4 GiB or more are stated as 4 GiB: no image is as large.
 ENTRY = np.dtype(
@@ -31,14 +33,16 @@ RECORD = np.dtype(
 )  # fmt: skip
 END, LOCATOR, END_64 = struct.Struct("<4s4H2IH"), struct.Struct("<4sIQI"), struct.Struct("<4sQ2H2I4Q")
 UTF8, MANY = 0x800, 0xFFFFFFFF  # flag of names in UTF-8; "see the extra field"
+UNICODE_PATH = 0x7075  # extra field of Info-ZIP with the name in UTF-8
 
 
 @dataclass
 class Members:
-    """The members of a ZIP, without folders, sorted by name."""
+    """The members of a ZIP, sorted by name."""
 
     names: list[bytes]  # UTF-8
     entries: np.ndarray  # ENTRY [N]
+    folders: list[bytes]  # the folders that have a member of their own
 
 
 def find_directory(fd: int, size: int) -> tuple[int, int, int]:
@@ -80,7 +84,7 @@ def read_members(data: bytes, path: str, ahead: int = 0) -> Members:
     if (records["signature"] != 0x02014B50).any():
         raise zipfile.BadZipFile
     begins = np.array(places, dtype=np.int64) + RECORD.itemsize
-    names = _names(data, begins, records)
+    names = plain_names(_names(data, begins, records), path)
     entries = np.empty(len(names), ENTRY)
     for field in ("crc", "method", "flags"):
         entries[field] = records[field]
@@ -94,9 +98,11 @@ def read_members(data: bytes, path: str, ahead: int = 0) -> Members:
         sizes = [values[order] for values in sizes]
     _check(names, records, sizes[1], entries["offset"], path)
     files = [i for i, name in enumerate(names) if not name.endswith(b"/")]
+    folders = []
     if len(files) < len(names):
+        folders = [name.rstrip(b"/") for name in names if name.endswith(b"/")]
         names, entries = [names[i] for i in files], entries[files]
-    return Members(names, entries)
+    return Members(names, entries, folders)
 
 
 def _gather(data: bytes, places: np.ndarray) -> np.ndarray:
@@ -116,20 +122,48 @@ def _names(data: bytes, begins: np.ndarray, records: np.ndarray) -> list[bytes]:
         names = [name.split(b"\0")[0] for name in names]
     if not text.isascii():
         utf8 = (records["flags"] & UTF8).astype(bool).tolist()
-        names = [name.decode("utf-8" if flag else "cp437").encode() for name, flag in zip(names, utf8, strict=True)]
+        for row, name in enumerate(names):
+            if utf8[row]:
+                name.decode("utf-8")  # ValueError
+            elif not name.isascii():
+                place = int(ends[row])
+                names[row] = _guess(name, data[place : place + int(records["extra"][row])])
     return names
+
+
+def _guess(name: bytes, extra: bytes) -> bytes:
+    """Return a name whose member does not say in which alphabet it is, in UTF-8.
+
+    It is what the extra field of Info-ZIP says if that belongs to this name; else UTF-8, as on a Mac, if it can be;
+    else in the alphabet of the first PCs. Format: APPNOTE.TXT, section 4.6.9.
+    """
+    for kind, content in _fields(extra):
+        if kind == UNICODE_PATH and content[:1] == b"\1" and content[1:5] == struct.pack("<I", zlib.crc32(name)):
+            content[5:].decode("utf-8")  # ValueError
+            return content[5:].split(b"\0")[0]
+    try:
+        name.decode("utf-8")
+    except UnicodeDecodeError:
+        return name.decode("cp437").encode()
+    return name
+
+
+def _fields(extra: bytes) -> Iterator[tuple[int, bytes]]:
+    """Yield (kind, content) of the fields in the extra field of a member."""
+    place = 0
+    while place + 4 <= len(extra):
+        kind, length = struct.unpack_from("<2H", extra, place)
+        yield kind, extra[place + 4 : place + 4 + length]
+        place += 4 + length
 
 
 def _read_extras(data: bytes, begins: np.ndarray, records: np.ndarray, sizes: list[np.ndarray]) -> None:
     """Put into `sizes` (unpacked, packed, offset) the 64-bit numbers of members that are large or far behind."""
     for row in np.flatnonzero((sizes[0] == MANY) | (sizes[1] == MANY) | (sizes[2] == MANY)).tolist():
         place = int(begins[row])
-        end = place + int(records["extra"][row])
-        while place + 4 <= end:
-            kind, length = struct.unpack_from("<2H", data, place)
-            place += 4 + length
+        for kind, content in _fields(data[place : place + int(records["extra"][row])]):
             if kind == 1:
-                numbers = list(struct.unpack(f"<{length // 8}Q", data[place - length : place - length % 8]))
+                numbers = list(struct.unpack_from(f"<{len(content) // 8}Q", content))
                 for values in sizes:
                     if values[row] == MANY and numbers:
                         values[row] = min(numbers.pop(0), 1 << 60)
@@ -143,15 +177,11 @@ def _sorted(names: list[bytes]) -> list[int] | None:
 
 
 def _check(names: list[bytes], records: np.ndarray, packed: np.ndarray, offsets: np.ndarray, path: str) -> None:
-    """Raise UserError for members that lead out of the archive, occur twice, are links, or overlap."""
+    """Raise UserError for members that occur twice, are links, or overlap."""
 
     def where(row: int) -> str:
         return f"{path}: {names[row].decode()}"
 
-    text = b"\0".join([b"", *names])
-    if any(sign in text for sign in (b"..", b":", b"\\", b"\0/")):
-        for row, name in enumerate(names):
-            check_name(name.decode(), where(row))
     twice = next((row for row in range(1, len(names)) if names[row] == names[row - 1]), None)
     if twice is not None:
         raise dnnlib.UserError(f"{where(twice)}: occurs twice in the ZIP")
@@ -164,6 +194,23 @@ def _check(names: list[bytes], records: np.ndarray, packed: np.ndarray, offsets:
     for i in np.flatnonzero(offsets[order[1:]] < ends[order[:-1]])[:1].tolist():
         # A few bytes could unfold into very many images.
         raise dnnlib.UserError(f"{where(int(order[i + 1]))}: overlaps the member before it")
+
+
+def plain_names(names: list[bytes], path: str) -> list[bytes]:
+    """Return names with '/' between folders, whatever stood there: a backslash, as on Windows, '//' or '/./'.
+
+    UserError: a name leads out of the archive `path`.
+    """
+    text = b"\0".join([b"", *names])
+    if not any(sign in text for sign in (b"..", b":", b"\\", b"\0/", b"\0./", b"/./", b"//")):
+        return names
+    plain = []
+    for name in names:
+        shown = name.decode("utf-8", "surrogateescape")
+        check_name(shown, f"{path}: {shown}")
+        *folders, last = name.replace(b"\\", b"/").split(b"/")
+        plain.append(b"/".join([*(part for part in folders if part not in (b"", b".")), last]) or b"/")
+    return plain
 
 
 def check_name(name: str, where: str) -> None:

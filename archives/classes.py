@@ -1,0 +1,49 @@
+"""Classes that have no images: labels that begin at 1, have gaps, or are numbers from a database."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+import dnnlib
+from archives.listing import some
+
+__all__ = ["check_number", "compact", "describe_empty", "name_class"]
+
+SHOWN = 10  # classes in a message
+
+
+def name_class(number: int, names: Sequence[str] | None) -> str:
+    """Return what messages call a class: its name, or its number where it has none."""
+    return str(number) if names is None else names[number]
+
+
+def describe_empty(counts: np.ndarray, names: Sequence[str] | None) -> str | None:
+    """Say which of the classes have no images, given the images per class, int64 [C]; None if all have some."""
+    empty = np.flatnonzero(counts == 0).tolist()
+    if not empty or len(empty) == len(counts):
+        return None
+    which = some([name_class(c, names) for c in empty], SHOWN)
+    return f"{len(empty):,} of {len(counts):,} classes have no images: {which}"
+
+
+def check_number(classes: int, images: int, names: Sequence[str] | None, where: str) -> None:
+    """Raise UserError for more classes than images, unless the classes have names: then somebody wants them."""
+    if names is None and classes > images:
+        raise dnnlib.UserError(
+            f"{where}: labels go up to {classes - 1:,}, so there would be {classes:,} classes for {images:,} images: "
+            "renumber the labels with dataset_tool.py --compact_labels"
+        )
+
+
+def compact(
+    labels: np.ndarray, clean: np.ndarray | None, names: Sequence[str] | None
+) -> tuple[np.ndarray, np.ndarray | None, list[str]]:
+    """Renumber labels and clean labels, int64 [N], so that every class from 0 on has images.
+
+    Return both, and the names of the classes: what they were called, or their old numbers.
+    """
+    used = np.unique(labels if clean is None else np.concatenate([labels, clean]))
+    new = np.searchsorted(used, labels), None if clean is None else np.searchsorted(used, clean)
+    return *new, [name_class(c, names) for c in used.tolist()]
