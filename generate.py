@@ -17,8 +17,17 @@ from sampling.evaluations import EvaluationMeter, Stopwatch
 from sampling.generation import generate_images, share_of
 from sampling.guidance import AffineGuidance, ClassifierFreeGuidance
 from sampling.loading import guide, load_denoiser, load_discriminator
-from sampling.options import check_network, check_precision, check_usage, gate, generate_options, sampler_settings
-from sampling.output import check_free, progress, save_images, save_sheet
+from sampling.options import (
+    check_network,
+    check_precision,
+    check_usage,
+    find_classes,
+    gate,
+    generate_options,
+    sampler_settings,
+)
+from sampling.output import Batches, check_free, progress, save_images, save_sheet
+from sampling.resume import find_earlier
 from sampling.samplers import choose_sampler
 from torch_utils import distributed
 from torch_utils.distributed import print0
@@ -48,30 +57,48 @@ def run(o: dnnlib.EasyDict, device: torch.device) -> None:
     check_precision(o.precision, device)
     net, class_names, meter, correcting = distributed.together(lambda: load(o, device), rank0_first=True)
     sampler = choose_sampler(net, **sampler_settings(o))
+    seeds = missing = list(dict.fromkeys(o.seeds))
 
-    seeds = list(dict.fromkeys(o.seeds))
-    own = share_of(seeds, distributed.get_rank(), distributed.get_world_size())
-    classes = o.classes and [o.classes[seed % len(o.classes)] for seed in own]
-    batches = generate_images(
-        net, own, device=device, class_idx=classes, batch=o.batch, sampler=sampler, same_shape=o.compile
-    )
-    print0(f"Generating {len(seeds)} images to {o.outdir}")
+    def make(some: list[int]) -> Batches:
+        classes = o.classes and [o.classes[seed % len(o.classes)] for seed in some]
+        form = dict(batch=o.batch, sampler=sampler, same_shape=o.compile)
+        return generate_images(net, some, device=device, class_idx=classes, **form)
 
-    start, handler = time.time(), signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    earlier = None
+    if o.resume:
+        with blame("--outdir"):
+            earlier = find_earlier(o.outdir, o.subdirs, net, device, o.classes, make)
+        missing = [seed for seed in seeds if seed not in set(earlier.seeds)]
+        print0(f"{len(seeds) - len(missing)} of {len(seeds)} images are there already")
+    own = share_of(missing, distributed.get_rank(), distributed.get_world_size())
+    if o.classes and class_names:
+        print0(f"Classes: {', '.join(f'{class_names[c]} ({c})' for c in dict.fromkeys(o.classes))}")
+    print0(f"Generating {len(missing)} images to {o.outdir}")
+
+    meter.count, start, handler = 0, time.time(), signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
-        save_images(progress(batches, len(seeds)), o.outdir, o.subdirs, class_names)
+        batches = progress(make(own), len(missing))
+        if earlier is None:
+            save_images(batches, o.outdir, o.subdirs, class_names)
+        else:
+            save_images(batches, earlier.folder, o.subdirs, class_names, lambda new: earlier.list_all(seeds, new))
+            distributed.on_rank0(earlier.pack)
+    except (KeyboardInterrupt, SystemExit):
+        print0("Interrupted: " + ("the same command goes on" if o.resume else "with --resume, the images would stay"))
+        raise
     finally:
         signal.signal(signal.SIGTERM, handler)
     seconds = time.time() - start
     if o.grid is not None:
         distributed.on_rank0(lambda: save_sheet(o.grid, o.outdir, seeds, o.subdirs))
+    guided = (correcting.seconds, meter.stopwatch.seconds) if correcting else (0.0, 0.0)
+    count, extra, plain = map(sum, zip(*distributed.all_gather_object((meter.count, *guided)), strict=True))
     print0(
-        f"{len(seeds)} images in {dnnlib.format_time(seconds)}, {len(seeds) / seconds:.1f} images/s, "
-        f"{meter.count / max(len(own), 1):g} network evaluations per image"
+        f"{len(missing)} images in {dnnlib.format_time(seconds)}, {len(missing) / seconds:.1f} images/s, "
+        f"{count / max(len(missing), 1):g} network evaluations per image"
     )
-    if correcting is not None and own:
-        ratio = 1 + correcting.seconds / meter.stopwatch.seconds
-        print0(f"Guided sampling took {ratio:.2f} times the network time of unguided sampling")
+    if plain:
+        print0(f"Guided sampling took {1 + extra / plain:.2f} times the network time of unguided sampling")
 
 
 def load(o: dnnlib.EasyDict, device: torch.device) -> tuple:
@@ -79,12 +106,14 @@ def load(o: dnnlib.EasyDict, device: torch.device) -> tuple:
 
     The meter counts evaluations of the networks. The stopwatch runs while a discriminator corrects; None without one.
     """
-    with blame("--outdir"):
-        check_free(o.outdir)
+    if not o.resume:
+        with blame("--outdir"):
+            check_free(o.outdir, ", or make the missing images with --resume")
     form = dict(precision=o.precision, compile=o.compile, trust_pickle=o.trust_pickle)
     with blame("--network"):
         net, class_names = load_denoiser(o.network, device, kinds=("denoiser", "generator"), **form)
     check_network(o, net)
+    o.classes = o.classes and find_classes(o.classes, net.label_dim, class_names)
     networks = [net]
     if o.cfg is not None:
         net = ClassifierFreeGuidance(net, o.cfg)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import os
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
@@ -37,7 +36,7 @@ def find_archives(data: str) -> list[str]:
         if os.path.exists(part) or not MAGIC & set(part):
             found.append(part)
             continue
-        matches = sorted(path for path in glob.glob(part) if not path.endswith(".index"))
+        matches = [path for path in dnnlib.match_paths(part) if not path.endswith(".index")]
         if not matches:
             raise dnnlib.UserError(f"{part}: no archive matches")
         found += matches
@@ -87,14 +86,14 @@ class ArchiveSet:
 
     def __init__(self, data: str, paths: list[str]):
         self.path, self.paths = data, paths
-        self._readers = [ArchiveReader(path) for path in paths]
-        self._starts = [0, *np.cumsum([len(reader) for reader in self._readers]).tolist()]
-        self.names = SetNames(self._readers, self._starts)
+        self.readers = [ArchiveReader(path) for path in paths]
+        self._starts = [0, *np.cumsum([len(reader) for reader in self.readers]).tolist()]
+        self.names = SetNames(self.readers, self._starts)
         self._agree("images of ", lambda reader: _describe(image_shape(reader.read(0), reader.where(0))))
 
     def _agree(self, what: str, find: Callable[[ArchiveReader], Any]) -> list[Any]:
         """Return what `find` says of each archive. UserError: two archives differ in that."""
-        first, *others = self._readers
+        first, *others = self.readers
         found = [find(first)]
         for reader in others:
             found.append(find(reader))
@@ -107,7 +106,7 @@ class ArchiveSet:
 
     def close(self) -> None:
         """Close the archives."""
-        for reader in self._readers:
+        for reader in self.readers:
             reader.close()
 
     def __len__(self) -> int:
@@ -115,7 +114,7 @@ class ArchiveSet:
 
     def _place(self, row: int) -> tuple[ArchiveReader, int]:
         number = bisect_right(self._starts, row) - 1
-        return self._readers[number], row - self._starts[number]
+        return self.readers[number], row - self._starts[number]
 
     def where(self, row: int) -> str:
         """Return the name of an image for error messages: 'archive.zip: 00000/img00000000.png'."""
@@ -143,7 +142,7 @@ class ArchiveSet:
 
     def _join(self, what: str, find: Callable[[ArchiveReader], np.ndarray | None]) -> np.ndarray | None:
         kinds = self._agree("", lambda reader: _kind(find(reader), what))
-        return None if kinds[0].startswith("no ") else np.concatenate([find(reader) for reader in self._readers])
+        return None if kinds[0].startswith("no ") else np.concatenate([find(reader) for reader in self.readers])
 
     def class_names(self) -> list[str] | None:
         """Return the names of the classes, None without names."""
@@ -151,7 +150,7 @@ class ArchiveSet:
 
     def corruption(self) -> dict[str, Any]:
         """Return what all archives record alike about their label noise and outliers, and the mean realized rate."""
-        found = [reader.corruption() for reader in self._readers]
+        found = [reader.corruption() for reader in self.readers]
         alike = {key: v for key, v in found[0].items() if all(key in c and c[key] == v for c in found)}
         rates = [c.get("realised_rate") for c in found]
         if all(isinstance(rate, (int, float)) for rate in rates):

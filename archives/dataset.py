@@ -13,6 +13,7 @@ import torch
 
 import dnnlib
 from archives.archive_set import open_archives
+from archives.contents import describe_contents
 from archives.decode import image_shape
 from archives.workers import ordered_map
 
@@ -151,6 +152,11 @@ class ImageDataset:
     def kwargs(self) -> dict[str, Any]:
         """Return the constructor's arguments as plain data, for snapshots and option files."""
         return dict(self._kwargs)
+
+    def contents(self) -> dict[str, Any]:
+        """Return what identifies the images and labels wherever they lie, as plain data (`archives.contents`)."""
+        labels = self.labels if self._vectors is None else self._vectors
+        return describe_contents(self._reader, None if labels is None else labels[: self.num_raw], self.label_dim)
 
     def image(self, index: int) -> np.ndarray:
         """Return one image, uint8 array [C, H, W]."""

@@ -143,6 +143,16 @@ class ArchiveReader:
                    for name, array in found.items() if array is not None}  # fmt: skip
         save_index(self.path, key, arrays, record)
 
+    def sizes(self) -> np.ndarray:
+        """Return the bytes of every image file, int64 [N]."""
+        if self._file is not None:
+            return self._entries["size"].astype(np.int64)
+        return np.fromiter((os.path.getsize(os.path.join(self.path, name)) for name in self.names), np.int64, len(self))
+
+    def checksums(self) -> np.ndarray | None:
+        """Return the CRC-32 of every image file, uint32 [N]; None for a folder, which does not state them."""
+        return None if self._file is None else np.ascontiguousarray(self._entries["crc"])
+
     def close(self) -> None:
         """Close the ZIP. A folder has nothing to close."""
         if self._file is not None:

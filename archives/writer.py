@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import secrets
 import shutil
 import struct
 import zipfile
 import zlib
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -139,12 +139,12 @@ class ArchiveWriter:
 
     With `in_place` the files of a folder appear in it at once, beside the files that it already holds, and several
     processes can write into the same folder. When the block ends with an error, the writer removes the files and the
-    folders that it made. All processes must construct their writers before the first one enters its block: the
-    constructor notes whether the folder is new. For a ZIP `in_place` changes nothing.
+    folders that it made, unless it shall `keep` them. All processes must construct their writers before the first one
+    enters its block: the constructor notes whether the folder is new. For a ZIP `in_place` changes nothing.
     """
 
-    def __init__(self, path: str, in_place: bool = False) -> None:
-        self.path = path
+    def __init__(self, path: str, in_place: bool = False, keep: bool = False) -> None:
+        self.path, self._keep = path, keep
         self._folder = None  # where a folder's files go; stays None for a ZIP
         self._in_place, self._new, self._written = in_place and not is_zip(path), not os.path.isdir(path), []
         if not self._in_place:
@@ -163,8 +163,8 @@ class ArchiveWriter:
             self._folder = os.path.abspath(self.path)
             os.makedirs(self._folder, exist_ok=True)
         else:
-            self._folder = os.path.join(parent, f".{name}.{secrets.token_hex(4)}.tmp")
-            os.mkdir(self._folder)
+            folder, self._held = dnnlib.temporary_folder(Path(parent, name))
+            self._folder = str(folder)
         return self
 
     def add(self, name: str, data: bytes) -> None:
@@ -236,12 +236,15 @@ class ArchiveWriter:
         if self._folder is None:
             self._stack.__exit__(kind, value, traceback)
         elif self._in_place:
-            if kind is not None:
+            if kind is not None and not self._keep:
                 self._take_back()
-        elif kind is None:
-            os.rename(self._folder, self.path)  # also over an empty folder
         else:
-            shutil.rmtree(self._folder, ignore_errors=True)
+            try:
+                if kind is None:
+                    os.rename(self._folder, self.path)  # also over an empty folder
+            finally:
+                shutil.rmtree(self._folder, ignore_errors=True)
+                os.close(self._held)
 
 
 def is_zip(path: str) -> bool:

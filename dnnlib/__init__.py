@@ -1,7 +1,8 @@
 """Errors, logs, files, downloads and command lines. Nothing here needs torch or the rest of the project."""
 
 from dnnlib import cli
-from dnnlib.downloads import is_url, open_url, read_bytes
+from dnnlib.downloads import content_hash, is_url, open_url, read_bytes
+from dnnlib.paths import match_paths
 from dnnlib.util import (
     EasyDict,
     Logger,
@@ -12,6 +13,8 @@ from dnnlib.util import (
     one_line,
     open_file,
     print_notes,
+    temporary_folder,
+    write_csv,
 )
 
 __version__ = "0.2.0"
@@ -22,12 +25,16 @@ __all__ = [
     "UserError",
     "atomic_open",
     "cli",
+    "content_hash",
     "format_time",
     "is_url",
+    "match_paths",
     "no_garbage",
     "one_line",
     "open_file",
     "open_url",
     "print_notes",
     "read_bytes",
+    "temporary_folder",
+    "write_csv",
 ]

@@ -17,6 +17,7 @@ from dnnlib.util import UserError, one_line
 
 __all__ = [
     "BOOL",
+    "CLASS_LIST",
     "FLOAT_LIST",
     "INT_LIST",
     "Command",
@@ -126,6 +127,18 @@ class _FloatList(click.ParamType):
         return sorted(set(numbers))
 
 
+class _ClassList(click.ParamType):
+    """Names, numbers and ranges of numbers with commas between them; only who knows the names can read the text."""
+
+    name = "LIST"
+
+    def convert(self, value, param, ctx):
+        if re.fullmatch(r"[\s,]*", value):
+            self.fail("is empty, expected names or numbers of classes", param, ctx)
+        return value
+
+
+CLASS_LIST = _ClassList()
 INT_LIST = _IntList()
 FLOAT_LIST = _FloatList()
 BOOL = _Bool()
@@ -258,7 +271,8 @@ class Command(_OneLineErrors, click.Command):
     """
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        plain = {name.replace("_", "-") for p in self.params if p.type is INT_LIST for name in p.opts}
+        lists = (CLASS_LIST, INT_LIST)
+        plain = {name.replace("_", "-") for p in self.params if p.type in lists for name in p.opts}
         joined: list[str] = []
         values = None  # 0 after a list's option, 1 after its first value, None elsewhere
         for arg in args:

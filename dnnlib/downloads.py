@@ -20,7 +20,7 @@ from urllib3.exceptions import HTTPError
 
 from dnnlib.util import UserError, open_file, sync_directory
 
-__all__ = ["cache_folder", "is_url", "make_private", "open_url", "read_bytes"]
+__all__ = ["cache_folder", "content_hash", "is_url", "make_private", "open_url", "read_bytes"]
 
 _MAX_FILE = 16 << 30  # bytes, of a download and of a file that is read whole
 _MAX_REDIRECTS = 10
@@ -261,6 +261,21 @@ def _get(url: str, headers: dict[str, str], allow_http: bool) -> Iterator[reques
             yield reply
             return
     raise _FinalError(f"more than {_MAX_REDIRECTS} redirects")
+
+
+def content_hash(path_or_url: str | os.PathLike[str]) -> str:
+    """Return the SHA-256 of the content of a file or URL.
+
+    Raise UserError when it is missing, unreadable or not a regular file.
+    """
+    found = hashlib.sha256()
+    with open_url(path_or_url) if is_url(path_or_url) else open_file(path_or_url) as file:
+        try:
+            while chunk := file.read(_CHUNK):
+                found.update(chunk)
+        except OSError as e:
+            raise UserError(f"{path_or_url}: {e.strerror or e}") from e
+    return found.hexdigest()
 
 
 def read_bytes(path_or_url: str | os.PathLike[str]) -> bytes:

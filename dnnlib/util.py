@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import csv
+import fcntl
 import gc
+import io
 import os
 import re
 import secrets
+import shutil
 import stat
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -26,6 +30,7 @@ __all__ = [
     "open_file",
     "print_notes",
     "sync_directory",
+    "temporary_folder",
 ]
 
 _MAX_LINE = 4000  # characters of an error message; a name in a stranger's file may have millions
@@ -70,6 +75,16 @@ def one_line(text: str) -> str:
     text = re.sub(r"\s*[\r\n]+\s*", " ", str(text)).strip()
     text = text if len(text) <= _MAX_LINE else f"{text[:_MAX_LINE]}..."
     return "".join(c if c.isprintable() else "?" for c in text)
+
+
+def write_csv(path: str | os.PathLike[str], columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Write a CSV in UTF-8, complete or not at all."""
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows(rows)
+    with atomic_open(path) as f:
+        f.write(text.getvalue().encode("utf-8", "surrogateescape"))  # names of files may be no UTF-8
 
 
 def print_notes(notes: Iterable[str]) -> None:
@@ -175,17 +190,23 @@ def atomic_open(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[A
     """Open a file for writing that gets its name only when it is complete and on disk.
 
     The steps: write `.NAME.XXXXXXXX.tmp` in the same folder, flush, fsync, rename, fsync the folder. On any exception
-    the temporary file is deleted, and an older file of that name stays as it was. `mode` is 'wb', or 'w' for UTF-8
+    the temporary file is deleted, and an older file of that name stays as it was. What killed processes have left of
+    the same file is deleted first. `mode` is 'wb', or 'w' for UTF-8
     text. Raises OSError with `path` as its file name when the disk refuses.
     """
     path = Path(path)
-    temp = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    _remove_stale(path)
     try:
-        with open(temp, mode.replace("w", "x"), encoding=None if "b" in mode else "utf-8") as file:
+        held = False
+        while not held:
+            temp = _temporary_name(path)
+            file = open(temp, mode.replace("w", "x"), encoding=None if "b" in mode else "utf-8")
+            held = _hold(file.fileno())
+        with file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temp, path)
+            os.replace(temp, path)
         sync_directory(path.parent)
     except OSError as e:
         # "No space left" from write() names no file, and the temporary name means nothing to the user.
@@ -197,3 +218,46 @@ def atomic_open(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[A
             OSError
         ):  # a read-only disk refuses this too, but its first error is the one to report
             temp.unlink(missing_ok=True)
+
+
+def temporary_folder(path: Path) -> tuple[Path, int]:
+    """Make the folder `.NAME.XXXXXXXX.tmp` beside `path`, which it shall become. Return it, and a descriptor to close.
+
+    What killed processes have left of `path` is deleted first.
+    """
+    _remove_stale(path)
+    while True:
+        folder = _temporary_name(path)
+        os.mkdir(folder)
+        fd = os.open(folder, os.O_RDONLY)
+        if _hold(fd):
+            return folder, fd
+        os.close(fd)
+
+
+def _temporary_name(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+
+
+def _hold(fd: int) -> bool:
+    """Keep other processes from taking an open temporary file or folder for stale, until it is closed.
+
+    Return False when one of them has just deleted it.
+    """
+    with contextlib.suppress(OSError):  # a file system without locks: there nothing is stale
+        fcntl.flock(fd, fcntl.LOCK_SH)
+    return os.fstat(fd).st_nlink > 0
+
+
+def _remove_stale(path: Path) -> None:
+    """Delete the temporary files and folders of `path` that killed processes have left: no process holds them."""
+    pattern = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{8}}\.tmp")
+    with contextlib.suppress(OSError), os.scandir(path.parent) as entries:
+        for entry in [entry for entry in entries if pattern.fullmatch(entry.name)]:
+            with contextlib.suppress(OSError):
+                fd = os.open(entry.path, os.O_RDONLY | os.O_NOFOLLOW)
+                try:
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(entry.path) if entry.is_dir() else os.unlink(entry.path)
+                finally:
+                    os.close(fd)

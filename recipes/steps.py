@@ -6,8 +6,10 @@ import contextlib
 import json
 import os
 import shlex
+import signal
+import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,6 +19,7 @@ import dnnlib
 import dnnlib.cli
 from reports.comparison import Method
 from torch_utils import safe_files
+from training.training_loop import last_seconds
 
 __all__ = ["Row", "Step", "evaluation", "finished", "run_plan"]
 
@@ -71,7 +74,8 @@ def finished(outdir: str, rows: Sequence[Row], seconds: Mapping[str, float]) -> 
             {name: f"{outdir}/{name}" for name in row.training if os.path.exists(f"{outdir}/{name}/stats.jsonl")},
             f"{outdir}/images/{row.name}.zip",
             f"{outdir}/tables/{row.name}.json",
-            sum(seconds[name] for name in row.training),
+            # A step that was killed could not write down how long it had taken, but a training logs its time.
+            sum(max(seconds[name], last_seconds(f"{outdir}/{name}")) for name in row.training),
             seconds[f"{row.name}-images"],
         )
         for row in rows
@@ -86,17 +90,24 @@ def run_plan(steps: Sequence[Step], scripts: Mapping[str, Any], outdir: str, pac
     UserError: `outdir` holds something else.
     """
     with dnnlib.cli.blame("--outdir"):
-        journal = Journal(os.path.join(outdir, "quickstart.json"), [asdict(step) for step in steps])
+        journal = Journal(outdir, [asdict(step) for step in steps])
+    journal.write()  # before the first step, which may be killed: the folder is ours
     remaining, spent, expected = sum(step.seconds for step in steps), 0.0, 0.0
-    for i, step in enumerate(steps):
-        if step.name not in journal.seconds:
-            left = remaining * (spent / expected if expected > 60 else pace)
-            click.echo(f"[{i + 1}/{len(steps)}] {step.title:<50s} about {dnnlib.format_time(left)} left")
-            start = time.time()
-            run_step(step, scripts, os.path.join(outdir, "logs", f"{step.name}.txt"))
-            journal.add(step.name, time.time() - start)
-            spent, expected = spent + journal.seconds[step.name], expected + step.seconds
-        remaining -= step.seconds
+    handler = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        for i, step in enumerate(steps):
+            if step.name not in journal.seconds:
+                left = remaining * (spent / expected if expected > 60 else pace)
+                click.echo(f"[{i + 1}/{len(steps)}] {step.title:<50s} about {dnnlib.format_time(left)} left")
+                with journal.timing(step.name):
+                    run_step(step, scripts, os.path.join(outdir, "logs", f"{step.name}.txt"))
+                spent, expected = spent + journal.seconds[step.name], expected + step.seconds
+            remaining -= step.seconds
+    except (KeyboardInterrupt, SystemExit, click.Abort):
+        click.echo("Stopped. The same command goes on from here.")
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, handler)
     return journal.seconds
 
 
@@ -111,20 +122,44 @@ def run_step(step: Step, scripts: Mapping[str, Any], log: str) -> None:
 class Journal:
     """Records on disk which steps are done and how long each took, so that a second call continues."""
 
-    def __init__(self, path: str, steps: list[dict]):
-        self.path, self.steps, self.seconds = path, steps, {}
-        folder = os.path.dirname(path)
-        if os.path.exists(path):
-            known = safe_files.load_json(dnnlib.read_bytes(path), path)
-            if not isinstance(known, dict) or known.get("steps") != steps:
-                raise dnnlib.UserError(f"{folder} holds a run with other options; choose another folder")
-            self.seconds = known["seconds"]
-        elif os.path.isdir(folder) and os.listdir(folder):
-            raise dnnlib.UserError(f"{folder} holds files that are not of a quickstart; choose another folder")
+    def __init__(self, outdir: str, steps: list[dict]):
+        self.path, self.steps, self.seconds, self.before = os.path.join(outdir, "quickstart.json"), steps, {}, {}
+        self.outdir = outdir
+        if os.path.exists(self.path):
+            known = safe_files.load_json(dnnlib.read_bytes(self.path), self.path)
+            # The folder may have moved since, and its name be spelled otherwise.
+            if not isinstance(known, dict) or _placed(known, outdir) != steps:
+                raise dnnlib.UserError(f"{outdir} holds a run with other options; choose another folder")
+            self.seconds, self.before = known["seconds"], known.get("interrupted", {})
+        elif os.path.isdir(outdir) and os.listdir(outdir):
+            raise dnnlib.UserError(f"{outdir} holds files that are not of a quickstart; choose another folder")
 
-    def add(self, name: str, seconds: float) -> None:
-        """Record that a step is done."""
-        self.seconds[name] = seconds
+    @contextlib.contextmanager
+    def timing(self, name: str) -> Iterator[None]:
+        """Record that the step inside is done, and how long it took, with the times until it was interrupted before."""
+        start, done = time.time(), False
+        try:
+            yield
+            done = True
+        finally:
+            self.before[name] = self.before.get(name, 0.0) + time.time() - start
+            if done:
+                self.seconds[name] = self.before.pop(name)
+            with contextlib.nullcontext() if done else contextlib.suppress(OSError):
+                self.write()
+
+    def write(self) -> None:
+        """Write the journal."""
         os.makedirs(os.path.dirname(self.path), exist_ok=True)
+        before = dict(interrupted=self.before) if self.before else {}
         with dnnlib.atomic_open(self.path, "w") as f:
-            json.dump(dict(steps=self.steps, seconds=self.seconds), f, indent=1)
+            json.dump(dict(outdir=self.outdir, steps=self.steps, seconds=self.seconds) | before, f, indent=1)
+
+
+def _placed(journal: dict, outdir: str) -> list[dict]:
+    """Return the steps of a journal as they would be in `outdir`, an empty list for what is no journal."""
+    try:
+        there = journal.get("outdir", outdir)
+        return [step | dict(command=step["command"].replace(f"={there}/", f"={outdir}/")) for step in journal["steps"]]
+    except (AttributeError, LookupError, TypeError):
+        return []

@@ -14,7 +14,7 @@ import dnnlib
 from sampling.arrival import Arrival
 from sampling.samplers import heun_sampler
 
-__all__ = ["StackedRandomGenerator", "batch_size", "generate_images", "share_of"]
+__all__ = ["StackedRandomGenerator", "batch_size", "drawn_classes", "generate_images", "share_of"]
 
 
 class StackedRandomGenerator:
@@ -84,11 +84,9 @@ def generate_images(
         fill = batch - len(part) if same_shape else 0
         rnd = StackedRandomGenerator(device, part + part[-1:] * fill)
         n = len(rnd.generators)
-        latents = rnd.randn([n, net.img_channels, net.img_resolution, net.img_resolution])
-        classes = labels = None
-        if net.label_dim:
-            # The draw happens even when another class is wanted, so that the sampler's noise stays the same.
-            classes = rnd.randint(net.label_dim, size=[n])
+        latents, classes = _draw(net, rnd)
+        labels = None
+        if classes is not None:
             if wanted is not None:
                 classes = torch.cat([wanted[start : start + batch], classes[len(part) :]])
             labels = one_hot(classes, net.label_dim).float()
@@ -105,6 +103,23 @@ def generate_images(
             yield _arrived(*waiting.popleft())
     while waiting:
         yield _arrived(*waiting.popleft())
+
+
+def _draw(net: Callable[..., torch.Tensor], rnd: StackedRandomGenerator) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Draw latents [n,C,H,W] and classes [n], None without classes.
+
+    The class is drawn even when another one is wanted, so that the sampler's noise stays the same.
+    """
+    n = len(rnd.generators)
+    latents = rnd.randn([n, net.img_channels, net.img_resolution, net.img_resolution])
+    return latents, rnd.randint(net.label_dim, size=[n]) if net.label_dim else None
+
+
+def drawn_classes(net: Callable[..., torch.Tensor], seeds: Sequence[int], device: torch.device) -> list[int] | None:
+    """Return the class that each seed draws for `generate_images`; None without classes."""
+    if not net.label_dim:
+        return None
+    return [int(_draw(net, StackedRandomGenerator(device, [seed]))[1]) for seed in seeds]
 
 
 def _arrived(part: list[int], arrival: Arrival) -> tuple[list[int], np.ndarray, np.ndarray | None]:

@@ -10,10 +10,11 @@ from PIL import Image, ImageDraw, ImageFont
 
 from dnnlib import atomic_open
 
-__all__ = ["image_sheet", "save_grid"]
+__all__ = ["image_sheet", "save_class_grid", "save_grid"]
 
 CELL, SHEET = 64, 4096  # pixels: images with shorter sides are enlarged, as long as the sheet is not larger
 WHITE = 255
+LINES = 3  # of a heading
 
 
 def save_grid(
@@ -31,6 +32,38 @@ def save_grid(
         sheet.save(file, format="png")
 
 
+def save_class_grid(
+    images: Sequence[np.ndarray],
+    path: str,
+    classes: Sequence[int] | None,
+    class_names: Sequence[str] | None = None,
+) -> None:
+    """Write N images as one PNG with a column per class under its name, or as a plain sheet without `classes`.
+
+    `classes` [N] are the images' classes, `class_names` those of all classes; without them a class is a number. Images
+    stay in their order. The sheet is plain, too, where columns would be mostly empty or the picture very large.
+    """
+    images = np.asarray(images)
+    if classes is None:
+        save_grid(images, path)
+        return
+    present, column = np.unique(classes, return_inverse=True)
+    names = [class_names[c] if class_names else str(c) for c in present.tolist()]
+    counts = np.bincount(column)
+    rows, height, width = counts.max(), *images.shape[1:3]
+    if len(present) == 1:
+        save_grid(images, path, column_labels=names)
+        return
+    if rows * len(present) > 2 * len(images) or max(rows * height, len(present) * width) > SHEET:
+        save_grid(images, path)
+        return
+    order = np.argsort(column, kind="stable")
+    row = np.arange(len(images)) - np.repeat(np.cumsum(counts) - counts, counts)
+    table = np.full([rows, len(present), *images.shape[1:]], WHITE, np.uint8)
+    table[row, column[order]] = images[order]
+    save_grid(table.reshape(-1, *images.shape[1:]), path, columns=len(present), column_labels=names)
+
+
 def image_sheet(
     images: np.ndarray | Sequence[np.ndarray],
     columns: int | None = None,
@@ -45,7 +78,7 @@ def image_sheet(
     columns        images in each row; None: about as many columns as rows
     scale          whole factor by which images are enlarged, pixel by pixel; None: small images grow to about 64 pixels
     row_labels     texts left of the rows
-    column_labels  texts above the columns
+    column_labels  texts above the columns, in up to three lines
     captions       one text per image below it, of one or more lines
 
     ValueError: there are no images, or they do not have 1 or 3 channels.
@@ -71,21 +104,36 @@ def image_sheet(
     pixels = cells.reshape(rows * cell_h, columns * cell_w, channels)
     body = Image.fromarray(pixels[:, :, 0] if channels == 1 else pixels)
 
+    def fit(text: str) -> str:  # cuts off what is wider than an image
+        while text and font.getlength(text) > cell_w - gap:
+            text = text[:-1]
+        return text
+
+    def lines(text: str) -> list[str]:
+        found = [""]
+        for word in text.split():
+            longer = f"{found[-1]} {word}".strip()
+            if fit(longer) == longer or not found[-1]:
+                found[-1] = longer
+            else:
+                found.append(word)
+        return found[:LINES]
+
+    headings = [lines(text) for text in (column_labels or ())[:columns]]
     left = max((math.ceil(font.getlength(text)) + gap for text in row_labels or ()), default=0)
-    above = max((math.ceil(font.getbbox(text)[3]) + gap for text in column_labels or ()), default=0)
+    above = max((len(heading) * line + gap for heading in headings), default=0)
     sheet = Image.new(body.mode, (left + body.width + gap, above + body.height + gap), "white")
     sheet.paste(body, (left, above))
     draw = ImageDraw.Draw(sheet)
     for row, text in enumerate((row_labels or ())[:rows]):
         draw.text((gap, above + row * cell_h + cell_h // 2), text, fill="black", font=font, anchor="lm")
 
-    def write(x: int, y: int, text: str) -> None:  # cuts off what is wider than an image
-        while text and font.getlength(text) > cell_w - gap:
-            text = text[:-1]
-        draw.text((x, y), text, fill="black", font=font)
+    def write(x: int, y: int, text: str) -> None:
+        draw.text((x, y), fit(text), fill="black", font=font)
 
-    for column, text in enumerate((column_labels or ())[:columns]):
-        write(left + gap + column * cell_w, gap, text)
+    for column, heading in enumerate(headings):
+        for k, text in enumerate(heading):
+            write(left + gap + column * cell_w, gap + k * line, text)
     for i, text in enumerate((captions or ())[:n]):
         for k, part in enumerate(text.split("\n")):
             write(left + gap + i % columns * cell_w, above + (i // columns + 1) * cell_h - below + k * line, part)

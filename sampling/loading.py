@@ -10,7 +10,7 @@ import torch
 import dnnlib
 from sampling.evaluations import Stopwatch
 from sampling.guidance import GatedGuidance, gated_discriminator
-from torch_utils import persistence
+from torch_utils import checkpoint, persistence
 from torch_utils.distributed import print0
 from torch_utils.precision import tf32
 from training import networks, networks_ddgan, networks_resnet  # noqa: F401  They register what a snapshot may hold.
@@ -57,7 +57,9 @@ def load_denoiser(
 
 
 def _load(path: str, trust_pickle: bool, kinds: Sequence[str]) -> dict:
-    return persistence.load_snapshot(persistence.find_snapshot(path), trust_pickle=trust_pickle, kind=kinds)
+    path = persistence.find_snapshot(path)
+    checkpoint.warn_if_older(path)
+    return persistence.load_snapshot(path, trust_pickle=trust_pickle, kind=kinds)
 
 
 def prepare(net: torch.nn.Module, precision: str | None = None, compile: bool = False) -> torch.nn.Module:

@@ -5,9 +5,11 @@ The bag of options ends here and in the scripts: everything below takes what it 
 
 from __future__ import annotations
 
+import contextlib
+import difflib
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import click
@@ -16,7 +18,16 @@ import torch
 import dnnlib
 from archives.archive_set import SEVERAL
 from archives.writer import is_zip
-from dnnlib.cli import FLOAT_LIST, INT_LIST, FloatRange, add_options, given_options
+from dnnlib.cli import (
+    CLASS_LIST,
+    FLOAT_LIST,
+    INT_LIST,
+    FloatRange,
+    add_options,
+    given_options,
+    output_file,
+    parse_int_list,
+)
 from sampling.ddgan import is_generator
 from sampling.loading import DEFAULT_WEIGHTS, PRECISIONS
 from sampling.samplers import SOLVERS
@@ -26,6 +37,7 @@ __all__ = [
     "check_network",
     "check_precision",
     "check_usage",
+    "find_classes",
     "gate",
     "generate_options",
     "sampler_settings",
@@ -59,6 +71,7 @@ GENERATOR_OPTIONS = {
     "classes",
     "batch",
     "grid",
+    "resume",
     "save_each_sample",
     "device",
     "trust_pickle",
@@ -103,7 +116,7 @@ image_options = add_options([
     click.option("--outdir", metavar="DIR|ZIP", required=True, help="Folder for the images, or X.zip for one file"),
     seeds_option("0-63"),
     click.option("--subdirs", is_flag=True, help="Make a subfolder for every 1000 seeds"),
-    click.option("--class", "classes", metavar="LIST", type=INT_LIST, help="Class of all images, or several classes in turn: seed s gets class number s mod n of the list  [default: drawn from the seed]"),
+    click.option("--class", "classes", metavar="LIST", type=CLASS_LIST, help="Class of all images, by name or number, or several classes in turn, e.g. cat,dog or 0-9: seed s gets class number s mod n of the list  [default: drawn from the seed]"),
     batch_option(64),
 ])
 
@@ -135,7 +148,8 @@ guidance_options = add_options([
 ])
 
 output_options = add_options([
-    click.option("--grid", metavar="PNG", type=click.Path(dir_okay=False), help="Also write all images as one picture  [default: no picture]"),
+    click.option("--resume", is_flag=True, help="Make only the images that are missing in --outdir, and keep those that are done when interrupted"),
+    click.option("--grid", metavar="PNG", callback=output_file, help="Also write all images as one picture  [default: no picture]"),
     click.option("--save_each_sample", is_flag=True, expose_value=False, help="No effect; accepted for old commands"),
 ])
 
@@ -226,8 +240,39 @@ def check_network(o: dnnlib.EasyDict, net: torch.nn.Module) -> None:
                 f"{option}: is for diffusion models in EDM's sense, but {o.network} holds a generator, "
                 "whose steps are fixed; leave it out"
             )
-    if o.classes is not None and max(o.classes) >= net.label_dim:
-        known = f"knows classes 0 to {net.label_dim - 1}" if net.label_dim else "was trained without labels"
-        raise click.UsageError(f"--class={max(o.classes)}: this network {known}")
+    if o.classes is not None and not net.label_dim:
+        raise click.UsageError(f"--class={o.classes}: this network was trained without labels")
     if o.cfg is not None and not net.label_dim:
         raise click.UsageError(f"--cfg={o.cfg:g}: needs a network trained with labels; this one was not")
+
+
+def find_classes(text: str, classes: int, names: Sequence[str] | None) -> list[int]:
+    """Return the numbers of the classes that --class lists by name, number or range of numbers.
+
+    A text that is the number of one class and the name of another stands for the number. Names may have commas, and
+    lowercase letters for capital ones. UsageError: the network has no such class.
+    """
+    number = {name: c for c, name in reversed([*enumerate(names or ())])}
+    lower = {name.lower(): c for name, c in number.items()}
+    lower = {name: c for name, c in lower.items() if sum(name == other.lower() for other in number) == 1}
+    parts, found = text.split(","), []
+    while parts:
+        length = next((n for n in range(len(parts), 1, -1) if ",".join(parts[:n]).strip() in number), 1)
+        part, parts = ",".join(parts[:length]).strip(), parts[length:]
+        numbers = []
+        with contextlib.suppress(ValueError):
+            numbers = parse_int_list(part)
+        if not numbers or max(numbers) >= classes:
+            c = number.get(part, lower.get(part.lower()))
+            if c is None:
+                part = max(numbers, default=part)
+                raise click.UsageError(f"--class={part}: {_known_classes(str(part), classes, names)}")
+            numbers = [c]
+        found += numbers
+    return found
+
+
+def _known_classes(text: str, classes: int, names: Sequence[str] | None) -> str:
+    known = f"this network knows classes 0 to {classes - 1}"
+    shown = difflib.get_close_matches(text, names or (), 3) or [*(names or ())][:10]
+    return f"{known}, {', '.join(shown)}{', ...' if len(shown) < len(names) else ''}" if shown else known

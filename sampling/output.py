@@ -6,10 +6,11 @@ All or nothing: a run that fails or is interrupted takes back what it wrote. All
 from __future__ import annotations
 
 import contextlib
+import glob
 import io
 import os
 import pathlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -20,10 +21,12 @@ from archives.decode import EXTENSIONS
 from archives.reader import METADATA, ArchiveReader
 from archives.writer import ArchiveWriter, is_zip
 from dnnlib.threads import usable_cores
-from sampling.grid import save_grid
+from sampling.grid import save_class_grid
 from torch_utils import distributed
 
-__all__ = ["check_free", "image_name", "progress", "save_images", "save_sheet"]
+__all__ = ["PARTIAL", "check_free", "image_name", "progress", "save_images", "save_sheet"]
+
+PARTIAL = ".partial"  # behind the name of a ZIP: the folder that holds its images until all are made
 
 Batches = Iterable[tuple[list[int], np.ndarray, np.ndarray | None]]
 
@@ -33,11 +36,15 @@ def image_name(seed: int, subdirs: bool = False) -> str:
     return f"{seed - seed % 1000:06d}/{seed:06d}.png" if subdirs else f"{seed:06d}.png"
 
 
-def check_free(path: str) -> None:
-    """Raise UserError when writing to `path` would replace something, or mix with images that are there already."""
+def check_free(path: str, advice: str = "") -> None:
+    """Raise UserError when writing to `path` would replace something, or mix with images that are there already.
+
+    `advice` ends the message.
+    """
     if is_zip(path):
-        if os.path.lexists(path):
-            raise dnnlib.UserError(f"{path}: exists already; choose another name or delete it first")
+        for taken in (path, f"{path}{PARTIAL}"):
+            if os.path.lexists(taken):
+                raise dnnlib.UserError(f"{taken}: exists already; choose another name or delete it first{advice}")
         return
     if os.path.lexists(path) and not os.path.isdir(path):
         raise dnnlib.UserError(f"{path}: is a file; give a folder, or a name that ends in .zip")
@@ -45,22 +52,29 @@ def check_free(path: str) -> None:
         for name in files:
             if name == METADATA or os.path.splitext(name)[1].lower() in EXTENSIONS:
                 found = os.path.relpath(os.path.join(folder, name), path)
-                raise dnnlib.UserError(
-                    f"{path}: holds {found}, and the new images would mix with it; choose an empty folder"
-                )
+                message = f"{path}: holds {found}, and the new images would mix with it; choose an empty folder{advice}"
+                raise dnnlib.UserError(message)
 
 
-def save_images(batches: Batches, path: str, subdirs: bool = False, class_names: Sequence[str] | None = None) -> None:
+def save_images(
+    batches: Batches,
+    path: str,
+    subdirs: bool = False,
+    class_names: Sequence[str] | None = None,
+    order: Callable[[list[list]], list[list]] | None = None,
+) -> None:
     """Write the batches of `generate_images` as PNGs with `dataset.json` into `path`, a folder or X.zip. Collective.
 
     Every process passes its own batches (`share_of`); `dataset.json` lists the images in the order of ranks. Into a ZIP
-    rank 0 writes; the others write a part each beside it, which rank 0 appends. OSError: the disk refuses; also
-    whatever the batches raise.
+    rank 0 writes; the others write a part each beside it, which rank 0 appends. `order` is for a folder that holds
+    images already: it makes the list of all, [name, class or None], from that of the new ones, and the new ones stay
+    when this fails. OSError: the disk refuses; also whatever the batches raise.
     """
     path, rank = os.path.normpath(path), distributed.get_rank()
     parts = [_part(path, other) for other in range(1, distributed.get_world_size())] if is_zip(path) else []
     part = parts[rank - 1] if parts and rank > 0 else None
-    archive = ArchiveWriter(part or path, in_place=True)
+    distributed.on_rank0(lambda: _remove_parts(path))
+    archive = ArchiveWriter(part or path, in_place=True, keep=order is not None)
     distributed.barrier()  # now every process knows whether the folder was there before
 
     with contextlib.ExitStack() as end, contextlib.ExitStack() as writing:
@@ -82,12 +96,20 @@ def save_images(batches: Batches, path: str, subdirs: bool = False, class_names:
 
         entries = distributed.all_gather_object(distributed.together(write))
         entries = [entry for own in entries for entry in own]
+        entries = entries if order is None else order(entries)
         distributed.on_rank0(finish)
 
 
 def _part(path: str, rank: int) -> str:
     folder, name = os.path.split(path)
     return os.path.join(folder, f".{name}.part{rank}.zip")
+
+
+def _remove_parts(path: str) -> None:
+    """Delete the parts of a call that was killed."""
+    folder, name = os.path.split(path)
+    for part in pathlib.Path(folder).glob(f".{glob.escape(name)}.part*.zip"):
+        part.unlink()
 
 
 def _write(batches: Batches, archive: ArchiveWriter, subdirs: bool) -> list[list]:
@@ -118,10 +140,12 @@ def _png(image: np.ndarray) -> bytes:
 
 
 def save_sheet(file: str, path: str, seeds: Sequence[int], subdirs: bool = False) -> None:
-    """Write the images of `seeds` that `save_images` put into `path` as one sheet, the PNG `file`."""
+    """Write the images of `seeds` that `save_images` put into `path` as one sheet by class, the PNG `file`."""
     os.makedirs(os.path.dirname(file) or ".", exist_ok=True)
     with contextlib.closing(ArchiveReader(path)) as reader:
-        save_grid([reader.image(reader.names.find(image_name(seed, subdirs))) for seed in seeds], file)
+        rows, labels = [reader.names.find(image_name(seed, subdirs)) for seed in seeds], reader.labels()
+        classes = None if labels is None else labels[rows]
+        save_class_grid([reader.image(row) for row in rows], file, classes, reader.class_names())
 
 
 def progress(batches: Batches, total: int) -> Iterator[tuple[list[int], np.ndarray, np.ndarray | None]]:

@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from sampling.ddgan import ddgan_sampler, is_generator
 from sampling.generation import generate_images
-from sampling.grid import save_grid
+from sampling.grid import save_class_grid
 from sampling.samplers import heun_sampler
 
 __all__ = ["save_samples"]
 
-ROWS, COLUMNS = 10, 8  # classes at most; images per class
+IMAGES, COLUMNS, ROWS = 80, 40, 8  # at most; one column per class
 
 
 @torch.no_grad()
-def save_samples(net: torch.nn.Module, path: str) -> None:
-    """Write images of a denoiser or generator `net` as one PNG: one row per class, or one row if there are no classes.
+def save_samples(net: torch.nn.Module, path: str, class_names: Sequence[str] | None = None) -> None:
+    """Write images of a denoiser or generator `net` as one PNG: one column per class under its name, for the first 40.
 
-    The seeds are always the same. `net` is on its device and in eval mode.
+    Without classes it is one row. The seeds are always the same. `net` is on its device and in eval mode.
     """
-    rows = min(net.label_dim, ROWS) or 1
-    classes = [c for c in range(rows) for _ in range(COLUMNS)] if net.label_dim else None
+    columns = min(net.label_dim, COLUMNS)
+    seeds = range(min(ROWS, IMAGES // max(columns, 1)))
+    pairs = [(seed, c) for seed in seeds for c in range(columns)] or [(seed, None) for seed in seeds]
+    classes = [c for _, c in pairs] if columns else None
     sampler = ddgan_sampler if is_generator(net) else heun_sampler
     device = next(net.parameters()).device
-    seeds = list(range(COLUMNS)) * rows
-    batches = generate_images(net, seeds, class_idx=classes, device=device, batch=len(seeds), sampler=sampler)
-    save_grid([image for _, images, _ in batches for image in images], path, columns=COLUMNS)
+    batches = generate_images(
+        net, [seed for seed, _ in pairs], class_idx=classes, device=device, batch=len(pairs), sampler=sampler
+    )
+    save_class_grid([image for _, images, _ in batches for image in images], path, classes, class_names)

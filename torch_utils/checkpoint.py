@@ -31,6 +31,7 @@ __all__ = [
     "save_state",
     "size_of",
     "states",
+    "warn_if_older",
 ]
 
 _LEFTOVER = re.compile(r"\.(training-state|network-snapshot|samples|training_options|stats)\b.*\.[0-9a-f]{8}\.tmp")
@@ -186,6 +187,18 @@ def latest_state(run_dir: str | os.PathLike[str]) -> str | None:
             return str(path)
         distributed.print0(f"Warning: {path} is {damage}; trying the one before it")
     return None
+
+
+def warn_if_older(path: str | os.PathLike[str]) -> None:
+    """Print a warning when a training state beside the snapshot `path` is newer than it."""
+    name, found = os.path.basename(path), states(os.path.dirname(path) or ".")
+    if found and re.fullmatch(r"network-snapshot-[0-9]+\.pkl", name):
+        snapshot, state = (int(re.search("[0-9]+", text)[0]) for text in (name, found[0].name))
+        if state > snapshot:
+            distributed.print0(
+                f"Warning: {path} is older than {found[0].name} beside it: the run has gone on to {state} kimg, and "
+                "continuing it makes a newer snapshot"
+            )
 
 
 def latest_run(outdir: str | os.PathLike[str]) -> str | None:

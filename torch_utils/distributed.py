@@ -32,6 +32,7 @@ __all__ = [
     "barrier",
     "broadcast",
     "broadcast_object",
+    "from_rank0",
     "get_rank",
     "get_world_size",
     "guard",
@@ -39,6 +40,7 @@ __all__ = [
     "on_rank0",
     "print0",
     "progress_bar",
+    "rows_from_rank0",
     "rows_to_rank0",
     "share",
     "shared",
@@ -199,6 +201,20 @@ def rows_to_rank0(own: torch.Tensor, count: int) -> torch.Tensor | None:
     return whole
 
 
+def rows_from_rank0(whole: torch.Tensor | None, own: torch.Tensor, count: int) -> None:
+    """Fill `own` with this process's share of the `count` rows of `whole`, which rank 0 has on its CPU."""
+    rank = get_rank()
+    if rank == 0:
+        own.copy_(whole[: len(own)])
+        for other in range(1, get_world_size()):
+            rows = share(count, other)
+            dist.send(whole[rows.start : rows.stop].contiguous(), other)
+    else:
+        received = torch.empty_like(own, device="cpu")
+        dist.recv(received, 0)
+        own.copy_(received)
+
+
 def all_gather_object(obj: Any) -> list[Any]:
     """Return the `obj` of every process, in the order of ranks, on every process."""
     if get_world_size() == 1:
@@ -252,6 +268,11 @@ def together(fn: Callable[[], Any], rank0_first: bool = False) -> Any:
 def on_rank0(fn: Callable[[], Any]) -> None:
     """Call `fn()` on rank 0 only; when it fails, raise on all processes. Collective."""
     together(fn if get_rank() == 0 else lambda: None)
+
+
+def from_rank0(fn: Callable[[], Any]) -> Any:
+    """Return what `fn()` returns on rank 0, on every process; when it fails, raise on all processes. Collective."""
+    return broadcast_object(together(fn if get_rank() == 0 else lambda: None))
 
 
 def progress_bar(**kwargs: Any) -> tqdm:

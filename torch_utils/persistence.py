@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dnnlib import UserError, atomic_open, is_url, read_bytes
+from dnnlib import UserError, atomic_open, is_url, match_paths, read_bytes
 from torch_utils import distributed, safe_pickle
 
 __all__ = ["find_snapshot", "load_snapshot", "persistent_class", "save_snapshot"]
@@ -191,16 +191,14 @@ def find_snapshot(pattern: str | os.PathLike[str]) -> str:
     pattern = os.fspath(pattern)
     if is_url(pattern) or os.path.isfile(pattern):
         return pattern
-    if glob.has_magic(pattern) and not os.path.isdir(pattern):
-        folders = sorted(path for path in glob.glob(pattern) if os.path.isdir(path))
-        if len(folders) > 1:
-            raise UserError(f"{pattern}: matches {len(folders)} folders, {folders[0]} and others; name one of them")
-        pattern = folders[0] if folders else pattern
-    if os.path.isdir(pattern):
-        found = glob.glob(os.path.join(glob.escape(pattern), "network-snapshot-*.pkl"))
+    folders = [path for path in match_paths(pattern) if os.path.isdir(path)]
+    if len(folders) > 1:
+        raise UserError(f"{pattern}: matches {len(folders)} folders, {folders[0]} and others; name one of them")
+    if folders:
+        found = match_paths(os.path.join(folders[0], "network-snapshot-*.pkl"))
         missing = "no network-snapshot-*.pkl in this folder"
     else:
-        found = [path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path)]
+        found = [path for path in match_paths(pattern) if os.path.isfile(path)]
         missing = "no file matches" if glob.has_magic(pattern) else "no such file"
     if not found:
         raise UserError(f"{pattern}: {missing}")
@@ -220,7 +218,8 @@ def load_snapshot(
     The result is a dict. `ema` is an object of our class with the recorded name, in eval mode, without gradients, on
     the CPU. `info` and `dataset_kwargs` are dicts. `loss_fn` and `augment_pipe` are dicts with a `class_name`, or None.
     `kind` (denoiser, classifier, discriminator, generator, or several of them) refuses networks of any other kind.
-    `trust_pickle` instead runs the code in the file, which may do anything, and prints a warning.
+    `trust_pickle` instead runs the code in the file, which may do anything, and prints a warning. Another
+    warning is about snapshots of less than one kimg.
     Raises UserError that names the file and says what is wrong: it is missing, truncated or corrupt, holds a network of
     another kind, or asks for something that no snapshot needs.
     """
@@ -244,6 +243,9 @@ def load_snapshot(
     names = info.get("class_names")
     if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
         raise reader.fail("its class_names are not a list of strings")
+    nimg = info.get("nimg")
+    if isinstance(nimg, int) and nimg < 1000:
+        distributed.print0(f"Warning: {name} has seen only {nimg} images, so it has learned nearly nothing")
     return {
         "ema": reader.build(cls, tree["ema"]),
         "info": info,

@@ -13,6 +13,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
+from archives.contents import what_differs
+
 __all__ = [
     "CEPConfig",
     "ClassifierConfig",
@@ -25,6 +27,7 @@ __all__ = [
     "RunConfig",
     "TDSMConfig",
     "differences",
+    "named_files",
     "to_dict",
 ]
 
@@ -32,6 +35,11 @@ __all__ = [
 def changeable(**kwargs: Any) -> Any:
     """Declare a field that a resumed run may change. `kwargs` as in `dataclasses.field`."""
     return dataclasses.field(metadata={"changeable": True}, **kwargs)
+
+
+def named_file(default: Any = None) -> Any:
+    """Declare a field that names a file. A continued run compares the file's contents, wherever it lies now."""
+    return dataclasses.field(default=default, metadata={"file": True})
 
 
 @dataclass
@@ -67,7 +75,7 @@ class OptimizerConfig:
 class PosteriorConfig:
     """Labels by the posterior, in place of the data set's (docs/methods/posterior.md)."""
 
-    path: str = ""  # label file that holds the posterior
+    path: str = named_file("")  # label file that holds the posterior
     mode: str = "sample"  # what becomes of the labels: sample, relabel, drop or null
     limit: float | None = None  # null: the least probability of a label that stays
 
@@ -85,7 +93,7 @@ class ClassifierConfig:
 
     noise_type: str = "clean"  # how the labels were corrupted; clean: learn the noisy posterior; learn: learn T too
     noise_rate: float | None = None  # share of wrong labels
-    noise_matrix: str | None = None  # file that holds T
+    noise_matrix: str | None = named_file()  # file that holds T
     val: float = 0.05  # share of the images held out to choose the best snapshot
     shift: float = 0.125  # largest random shift, as a share of the image size
 
@@ -94,28 +102,28 @@ class ClassifierConfig:
 class TDSMConfig:
     """What `train_noise.py` adds (docs/methods/tdsm.md)."""
 
-    cls: str = ""  # snapshot of the classifier
+    cls: str = named_file("")  # snapshot of the classifier
     tau: float = 0.01  # classes whose weight is at most this leave the sum, except the observed one
     pairs: int | None = None  # how many other classes each image keeps at most; None: all above tau
     temp: float = 1.0  # divides the classifier's logits
     noise_type: str | None = None  # how the labels were corrupted, where the classifier's snapshot does not say
     noise_rate: float | None = None  # share of wrong labels
-    noise_matrix: str | None = None  # file that holds T
+    noise_matrix: str | None = named_file()  # file that holds T
 
 
 @dataclass
 class DiscriminatorConfig:
     """What `train_discriminator.py` adds (docs/methods/sbdc.md)."""
 
-    label_path: str = ""  # label file: which labels are believed right
+    label_path: str = named_file("")  # label file: which labels are believed right
     shuffle: str | None = None  # new labels of right pairs: uniform, transition, None: transition where T is known
     simix: bool = True  # mix half of each batch with similar images, instead of any images
     embed: str | None = None  # features that define "similar"
-    cls: str | None = None  # snapshot of the classifier that gives those features
+    cls: str | None = named_file()  # snapshot of the classifier that gives those features
     shift: float = 0.125  # largest random shift, as a share of the image size
     noise_type: str | None = None  # how the labels were corrupted
     noise_rate: float | None = None  # share of wrong labels
-    noise_matrix: str | None = None  # file that holds T
+    noise_matrix: str | None = named_file()  # file that holds T
 
 
 @dataclass
@@ -145,7 +153,7 @@ class RunConfig:
     noise_levels: dict[str, Any] | None  # arguments of NoiseLevels; None: the method has steps instead
     augment: dict[str, Any] | None  # arguments of AugmentPipe; None: no augmentation
     batch_size: int  # images per step, over all processes
-    batch_gpu: int | None = None  # images at a time on one process; None: its whole share
+    batch_gpu: int | None = changeable(default=None)  # images at a time on one process; None: its whole share
     ema_halflife_nimg: int = 500_000  # half-life of the weights' moving average
     lr_rampup_nimg: int = 0  # images over which the learning rate rises from zero
     loss_scaling: float = 1.0  # factor on the loss while gradients are computed
@@ -166,6 +174,7 @@ class RunConfig:
     desc: str | None = changeable(default=None)  # text at the end of the run directory's name
     tensorboard: bool = changeable(default=False)  # write the statistics for TensorBoard too
     wandb: str | None = changeable(default=None)  # project on Weights & Biases that gets the statistics too
+    contents: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)  # of the files, by the field of each
     posterior: PosteriorConfig | None = None  # labels by a posterior; None: the data set's labels
     cep: CEPConfig | None = None  # one section per method that has settings of its own
     classifier: ClassifierConfig | None = None
@@ -185,16 +194,34 @@ def to_dict(config: RunConfig) -> dict[str, Any]:
 def differences(old: dict[str, Any], new: dict[str, Any], besides: Collection[str] = ()) -> list[str]:
     """Return every setting in which a continued run would not be the same run, as text.
 
-    `old` and `new` are results of `to_dict`; a missing key means None, so that older files compare too. `besides` names
-    further fields that may differ.
+    `old` and `new` are results of `to_dict`; a missing key means None, so that older files compare too. Files compare
+    by contents, or by path where one side does not know the contents. `besides` names further fields that may differ.
     """
-    old, new = (_flatten(json.loads(json.dumps(config))) for config in (old, new))
+    old, new = (json.loads(json.dumps(config)) for config in (old, new))
+    there, here = (config.pop("contents", None) or {} for config in (old, new))
+    old, new = _flatten(old), _flatten(new)
     ignored = {*_changeable_fields(), *besides}
-    return [
-        f"{key}: {old.get(key)} there, {new.get(key)} here"
-        for key in sorted(old | new)
-        if key not in ignored and old.get(key) != new.get(key)
-    ]
+    found = []
+    for key in sorted(old | new):
+        a, b = old.get(key), new.get(key)
+        if key in there and key in here:
+            other = what_differs(there[key], here[key])
+            if other is not None:
+                found.append(f"{key}: {b} holds {other}" + ("" if a == b else f" (it was {a})"))
+        elif key not in ignored and a != b:
+            found.append(f"{key}: {a} there, {b} here")
+    return found
+
+
+def named_files(config: RunConfig) -> dict[str, str]:
+    """Return the files that the configuration names beside the data, by field: 'section.field' -> path or URL."""
+    sections = {name: value for name, value in vars(config).items() if dataclasses.is_dataclass(value)}
+    return {
+        f"{name}.{field.name}": path
+        for name, section in sections.items()
+        for field in dataclasses.fields(section)
+        if field.metadata.get("file") and (path := getattr(section, field.name))
+    }
 
 
 def _changeable_fields() -> set[str]:

@@ -18,7 +18,7 @@ from dnnlib.cli import blame
 from torch_utils import checkpoint, distributed, persistence
 from torch_utils.distributed import print0
 from training import options
-from training.config import RunConfig, differences, to_dict
+from training.config import RunConfig, differences, named_files, to_dict
 from training.objective import Objective
 from training.saver import Best, DrawSamples
 from training.sharding import check_pytorch
@@ -42,7 +42,7 @@ def start(
     """Train as the options `opts` say. Returns the run directory; None after --dry-run.
 
     `settings` and `sections` make the configuration (`options.make_config`). `network_options`: the options that choose
-    the networks, for errors. `draw_samples(net, path)` writes a picture of samples beside each snapshot.
+    the networks, for errors. `draw_samples(net, path, class_names)` writes a picture of samples beside each snapshot.
     """
     options.check_usage(opts, method, require_labels)
     with contextlib.ExitStack() as at_end:
@@ -56,12 +56,20 @@ def start(
             dataset = ImageDataset(opts["data"], use_labels=opts["cond"], xflip=opts["xflip"], cache=opts["cache"])
         if opts["cond"] and not dataset.has_labels:
             raise dnnlib.UserError(f"--cond=1: {opts['data']} has no labels")
+        if require_labels and dataset.labels is None:
+            raise dnnlib.UserError(
+                f"--data: the labels of {opts['data']} are vectors of {dataset.label_dim} numbers; this method needs "
+                "one class per image"
+            )
 
         config = options.make_config(opts, method, dataset, settings(opts, dataset), **sections)
+        config.contents = find_contents(config, dataset)
         with blame("--resume"):
             state, run_dir = find_state(opts["resume"], opts["outdir"], opts["nosubdir"])
             config.seed = choose_seed(opts["seed"], state)
             if state is not None:
+                if config.transfer is None:  # the weights come from the state, which remembers where they began
+                    config.transfer = state["config"].get("transfer")
                 check_same_run(state["config"], config, opts["resume"])
         if run_dir is None:
             run_dir = opts["outdir"] if opts["nosubdir"] else new_run_dir(opts["outdir"], dataset, config)
@@ -106,13 +114,11 @@ def transfer(objective: Objective, pattern: str, trust_pickle: bool) -> None:
 def find_state(resume: str | None, outdir: str, nosubdir: bool) -> tuple[dict[str, Any] | None, str | None]:
     """Return the state to continue from, and the run directory to continue in; None and None for a fresh run.
 
-    `resume`: a state, a run directory, 'latest' (the newest run in `outdir`) or None. A state outside a run directory
-    continues in a new one: its directory is None. Rank 0 looks; all ranks get the same answer. UserError: no such
-    state, or one of another program.
+    `resume`: a state, a run directory, a glob of one of them, 'latest' (the newest run in `outdir`) or None. A state
+    outside a run directory continues in a new one: its directory is None. Rank 0 looks; all ranks get the same answer.
+    UserError: no such state, or one of another program.
     """
-    search = resume is not None and distributed.get_rank() == 0
-    found = distributed.together(lambda: _search_state(resume, outdir, nosubdir) if search else None)
-    found = distributed.broadcast_object(found)
+    found = None if resume is None else distributed.from_rank0(lambda: _search_state(resume, outdir, nosubdir))
     if found is None:
         return None, None
     path, run_dir = found
@@ -136,6 +142,11 @@ def _search_state(resume: str, outdir: str, nosubdir: bool) -> tuple[str, str | 
             print0(f"--resume=latest: {outdir} has no complete training state; starting a new run")
             return None
         return path, run_dir
+    if not os.path.exists(resume):
+        found = dnnlib.match_paths(resume)
+        if len(found) > 1:
+            raise dnnlib.UserError(f"{resume}: matches {found[0]} and {len(found) - 1} others; name one of them")
+        resume = found[0] if found else resume
     if os.path.isdir(resume):
         path = checkpoint.latest_state(resume)
         if path is None:
@@ -155,6 +166,19 @@ def choose_seed(seed: int | None, state: dict[str, Any] | None) -> int:
     return distributed.broadcast_object(int(torch.randint(1 << 31, [])))
 
 
+def find_contents(config: RunConfig, dataset: ImageDataset) -> dict[str, dict[str, Any]]:
+    """Return what identifies the data, and every file that the configuration names, by the field that names it."""
+
+    def find() -> dict[str, dict[str, Any]]:
+        found = {"dataset.path": dataset.contents()}
+        for name, path in named_files(config).items():
+            with contextlib.suppress(dnnlib.UserError):  # whoever reads the file says what is wrong with it
+                found[name] = dict(hash=dnnlib.content_hash(path))
+        return found
+
+    return distributed.from_rank0(find)
+
+
 def check_same_run(old: dict[str, Any], config: RunConfig, name: str) -> None:
     """Raise UserError that lists every setting in which the resumed run would not be the same run.
 
@@ -163,13 +187,19 @@ def check_same_run(old: dict[str, Any], config: RunConfig, name: str) -> None:
     found = differences(old, to_dict(config))
     if found:
         raise dnnlib.UserError(
-            f"{name}: that run had other options ({'; '.join(found)}); give the same options, or start a new run "
+            f"{name}: that run had other options or data ({'; '.join(found)}); give the same ones, or start a new run "
             "from its weights: train.py --transfer=network-snapshot-*.pkl"
         )
     before = old.get("num_processes")
     if before != config.num_processes:
         print0(
             f"{config.num_processes} processes continue where {before} were: the random numbers change from here on."
+        )
+    elif old.get("batch_gpu") != config.batch_gpu:
+        print0(
+            f"A process sees {config.batch_gpu or 'all its'} images of a batch at a time, where it saw "
+            f"{old.get('batch_gpu') or 'all its'}: dropout draws other random numbers from here on, and sums round "
+            "differently."
         )
 
 

@@ -18,7 +18,8 @@ from training.objective import Objective
 
 __all__ = ["Best", "DrawSamples", "Saver"]
 
-DrawSamples = Callable[[torch.nn.Module, str], None]  # writes a picture of what a network makes to a path
+# Writes a picture of what a network makes to a path; the last argument: the names of its classes, or None.
+DrawSamples = Callable[[torch.nn.Module, str, "list[str] | None"], None]
 
 
 @dataclass
@@ -56,21 +57,39 @@ class Saver:
         data = self.objective.snapshot() if snapshot else None
         weights = self.objective.state_dict() if state else None
 
+        def save() -> None:
+            report()
+            if snapshot:
+                self.save_snapshot(nimg, value, data)
+            if state:
+                self.save_state(nimg, weights)
+
+        self._on_rank0(save)
+
+    def save_interim(self, nimg: int) -> None:
+        """Write a snapshot of a run that a signal stops between two snapshots, unless a better one is kept.
+
+        The state does not know of it, so that the run that continues chooses the same best snapshot as one that nobody
+        stopped.
+        """
+        value, data = self.objective.validate(), self.objective.snapshot()
+        self._on_rank0(lambda: self.save_snapshot(nimg, value, data, interim=True))
+
+    def _on_rank0(self, save: Callable[[], None]) -> None:
         def rank0() -> None:
             try:
-                report()
-                if snapshot:
-                    self.save_snapshot(nimg, value, data)
-                if state:
-                    self.save_state(nimg, weights)
+                save()
             except OSError as e:
                 message = f"{e.filename or self.run_dir}: {e.strerror or e}; {self.newest()}"
                 raise dnnlib.UserError(message) from e
 
         distributed.on_rank0(rank0)
 
-    def save_snapshot(self, nimg: int, value: float | None, data: dict) -> None:
-        """Write `network-snapshot-NNNNNN.pkl` and a picture; with a validation value, keep only the best snapshot."""
+    def save_snapshot(self, nimg: int, value: float | None, data: dict, interim: bool = False) -> None:
+        """Write `network-snapshot-NNNNNN.pkl` and a picture; with a validation value, keep only the best snapshot.
+
+        An `interim` snapshot comes without a picture, which takes time, and never becomes the best.
+        """
         best, name = self.best, f"network-snapshot-{nimg // 1000:06d}.pkl"
         if self.objective.snapshot_on_best:
             if best.value is not None and not value < best.value:
@@ -81,13 +100,16 @@ class Saver:
         path = os.path.join(self.run_dir, name)
         checkpoint.require_space(path, checkpoint.size_of(data))
         persistence.save_snapshot(path, data)
+        if interim:
+            return
         outdated, best.value, best.name = best.name, value, name
         if self.objective.snapshot_on_best and outdated not in (None, name, self._best_of_state):
             with contextlib.suppress(FileNotFoundError):
                 os.remove(os.path.join(self.run_dir, outdated))
         if self.draw_samples is not None and nimg > self.config.batch_size:
             with self.objective.trained["net"].exported_here() as net:
-                self.draw_samples(net, os.path.join(self.run_dir, f"samples-{nimg // 1000:06d}.png"))
+                picture = os.path.join(self.run_dir, f"samples-{nimg // 1000:06d}.png")
+                self.draw_samples(net, picture, self.objective.dataset.class_names)
 
     def save_state(self, nimg: int, weights: dict) -> None:
         """Write `training-state-NNNNNN.pt`, and keep the newest `config.keep` states."""

@@ -27,7 +27,7 @@ from training.config import RunConfig, to_dict
 from training.objective import Objective
 from training.saver import Best, DrawSamples, Saver
 
-__all__ = ["last_nimg", "training_loop"]
+__all__ = ["last_nimg", "last_seconds", "training_loop"]
 
 LOSS_TOLERANCE = 0.05  # of the losses' root mean square; machines round differently, most of all in half precision
 
@@ -45,8 +45,8 @@ def training_loop(
     """Train `objective` to `config.total_nimg` images, and write logs, snapshots and states into `run_dir`.
 
     A run that resumes has seen `nimg` images, its objective has loaded the state, and `best` comes from the state: it
-    continues bit for bit. SIGTERM and Ctrl-C finish the step, save a state and exit with 143 or 130.
-    `draw_samples(net, path)` writes a picture of samples beside each snapshot.
+    continues bit for bit. SIGTERM and Ctrl-C finish the step, save a state and a snapshot and exit with 143 or 130.
+    `draw_samples(net, path, class_names)` writes a picture of samples beside each snapshot.
     """
     torch.backends.cudnn.benchmark = config.cudnn_bench
     rank, world = distributed.get_rank(), distributed.get_world_size()
@@ -102,7 +102,7 @@ def training_loop(
             line = None
             if log is not None:
                 pace = Pace(
-                    elapsed=now - start_time,
+                    elapsed=log.before + now - start_time,
                     tick_seconds=now - tick_time,
                     tick_nimg=nimg - tick_start,
                     maintenance=maintenance,
@@ -115,6 +115,9 @@ def training_loop(
                 check_agreement(objective, nimg)
             report = line and (lambda line=line: bar.write(line(), file=sys.stdout))
             saver.tick(nimg, report, snapshot and bad < few, keep and bad < few)
+            if stopping and not snapshot and bad < few:  # the state is safe by now
+                check_agreement(objective, nimg)
+                saver.save_interim(nimg)
             if failed:
                 raise distributed.shared(
                     dnnlib.UserError(
@@ -200,25 +203,35 @@ class StopRequest:
         return result
 
 
-def logged_ticks(path: str) -> Iterator[tuple[str, int]]:
-    """Yield (line, images seen) of every tick in a `stats.jsonl`, without lines that were cut off."""
-    with open(path, errors="replace") as f:
-        for line in f:
-            with contextlib.suppress(ValueError, KeyError, TypeError):
-                yield line, round(json.loads(line)["Progress/kimg"]["mean"] * 1000)
+def logged_ticks(path: str) -> Iterator[tuple[str, int, float]]:
+    """Yield (line, images seen, seconds of training) of every tick in a `stats.jsonl`, without lines that were cut off.
+
+    Nothing is yielded when there is no such file.
+    """
+    if os.path.exists(path):
+        with open(path, errors="replace") as f:
+            for line in f:
+                with contextlib.suppress(ValueError, KeyError, TypeError):
+                    values = json.loads(line)
+                    seconds = float(values.get("Timing/total_sec", {}).get("mean", 0))
+                    yield line, round(values["Progress/kimg"]["mean"] * 1000), seconds
 
 
 def last_nimg(run_dir: str) -> int:
     """Return how many images the run in `run_dir` had seen at its last report; 0 without a report."""
-    path = os.path.join(run_dir, "stats.jsonl")
-    return max((nimg for _, nimg in logged_ticks(path)), default=0) if os.path.exists(path) else 0
+    return max((nimg for _, nimg, _ in logged_ticks(os.path.join(run_dir, "stats.jsonl"))), default=0)
+
+
+def last_seconds(run_dir: str) -> float:
+    """Return how long the run in `run_dir` had trained at its last report; 0 without a report."""
+    return max((seconds for *_, seconds in logged_ticks(os.path.join(run_dir, "stats.jsonl"))), default=0.0)
 
 
 @dataclass
 class Pace:
     """How fast a run is, in seconds."""
 
-    elapsed: float  # since the start of this process
+    elapsed: float  # since the start of the run, without the time between an interruption and its continuation
     tick_seconds: float  # of this tick
     tick_nimg: int  # images of this tick
     maintenance: float  # spent on reporting and saving after the tick before
@@ -231,31 +244,27 @@ class TickLog:
     def __init__(self, run_dir: str, config: RunConfig, device: torch.device, nimg: int):
         self.path, self.device = os.path.join(run_dir, "stats.jsonl"), device
         self.mirrors: list[Callable[[dict[str, float], int], Any]] = []
+        self.before = 0.0  # seconds that the run took until it was interrupted
         if os.path.exists(self.path):
             self._go_back(nimg)
         if config.tensorboard:
-            try:
-                from torch.utils.tensorboard import SummaryWriter  # optional dependency
-            except ImportError:
-                message = "statistics for TensorBoard need the package tensorboard: pip install tensorboard"
-                raise dnnlib.UserError(message) from None
+            from torch.utils.tensorboard import SummaryWriter  # optional dependency, which `options` looks for
+
             writer = SummaryWriter(run_dir)
             self.mirrors.append(lambda values, step: [writer.add_scalar(k, v, step) for k, v in values.items()])
         if config.wandb:
-            try:
-                import wandb  # optional dependency
-            except ImportError:
-                message = "statistics for Weights & Biases need the package wandb: pip install wandb"
-                raise dnnlib.UserError(message) from None
+            import wandb  # optional dependency
+
             name = os.path.basename(run_dir)
             run = wandb.init(project=config.wandb, dir=run_dir, config=to_dict(config), name=name)
             self.mirrors.append(lambda values, step: run.log(values, step=step))
 
     def _go_back(self, nimg: int) -> None:
         # Drop the ticks that a resumed run repeats, and a line that was cut off: one whole object per tick remains.
-        kept = [line for line, reached in logged_ticks(self.path) if reached <= nimg]
+        kept = [tick for tick in logged_ticks(self.path) if tick[1] <= nimg]
+        self.before = kept[-1][2] if kept else 0.0
         with dnnlib.atomic_open(self.path, "w") as f:
-            f.writelines(kept)
+            f.writelines(line for line, *_ in kept)
 
     def write(self, values: dict[str, dict[str, float]], tick: int, nimg: int, pace: Pace) -> str:
         """Append one object to `stats.jsonl` and return the line for the screen."""

@@ -16,6 +16,7 @@ from tests.support.paths import ROOT
 from tests.support.runs import TINY, assert_same, errors
 from tests.support.synth import make_archive, pictures
 from torch_utils import checkpoint, persistence
+from training.training_loop import last_seconds
 
 DEADLY = ("kill", "torn", "power")
 PLAIN = ("plain",)  # every run has a folder of its own
@@ -235,6 +236,30 @@ def test_a_signal_to_one_process_ends_all_with_its_code(ask, undisturbed, tmp_pa
     hint = rf"Stopped by {number.name} at 2.0 kimg; training-state-000002.pt is saved. .*--resume={tmp_path}"
     assert re.search(hint, run["out"][0])  # the ranks learn of the signal one step later
     assert_continues(ask, tmp_path, undisturbed(ranks, PLAIN)[0], ranks=ranks)
+
+
+@pytest.mark.parametrize("variant", [PLAIN, BEST])
+def test_a_signal_between_two_snapshots_saves_one_and_the_time_adds_up(ask, undisturbed, tmp_path, variant):
+    options = [*given(variant), "--snap=3"]
+    run = ask(tmp_path, *options, hook=dict(signal=signal.SIGTERM, at=2))
+    assert run["codes"] == [143] and run["promised"] == [1000, 1500]
+    folder = newest_run(tmp_path, variant)
+    snapshot = persistence.load_snapshot(persistence.find_snapshot(folder))
+    best = checkpoint.load_state(checkpoint.latest_state(folder))["best"]
+    stays = variant is BEST and "the best stays" in run["out"][0]
+    assert snapshot["info"]["nimg"] == (500 if stays else 1500) and best["name"] == "network-snapshot-000000.pkl"
+
+    # Let the first part have taken long: the second one adds its own time.
+    lines = (folder / "stats.jsonl").read_text().splitlines()
+    last = json.loads(lines[-1])
+    last["Timing/total_sec"]["mean"] = 5000.0
+    (folder / "stats.jsonl").write_text("\n".join([*lines[:-1], json.dumps(last)]) + "\n")
+    again = ask(tmp_path, *options, "--resume=latest")
+    assert again["codes"] == [0] and "1h 23m" in again["out"][0], again
+    ticks = [json.loads(line) for line in (folder / "stats.jsonl").read_text().splitlines()]
+    assert [tick["Progress/kimg"]["mean"] for tick in ticks] == [0.5, 1, 1.5, 2, 3]
+    assert all(5000 < tick["Timing/total_sec"]["mean"] < 5100 for tick in ticks[3:]) and last_seconds(folder) > 5000
+    assert_same(ended_with(folder)["objective"], undisturbed(1, variant)[0]["objective"])
 
 
 @pytest.mark.parametrize("ranks", [2, 3])

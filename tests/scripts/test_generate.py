@@ -6,18 +6,21 @@ import json
 import os
 import zipfile
 
+import click
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 import dnnlib
+import generate
 from archives import writer
 from archives.writer import ArchiveWriter
-from sampling import output
+from sampling import output, sheet
 from sampling.arrival import Arrival
 from sampling.generation import generate_images, share_of
-from sampling.grid import image_sheet, save_grid
+from sampling.grid import image_sheet, save_class_grid, save_grid
+from sampling.options import find_classes
 from sampling.output import save_images
 from tests.support.generated import FAST, assert_same_images, make, random_network, read, run
 from tests.support.runs import torchrun
@@ -76,9 +79,7 @@ def test_folder_is_a_labeled_data_set(pkl, tmp_path):
     assert "4 images" in text and "5 network evaluations per image" in text
     images, labels = read(tmp_path / "out")
     assert images.shape == (4, 1, 8, 8) and len(np.unique(images)) > 50
-    sheet = np.array(Image.open(tmp_path / "sheet.png"))
-    assert sheet.ndim == 2
-    assert np.array_equal(sheet[5:69:8, 5:69:8], np.array(Image.open(tmp_path / "out/000003.png")))
+    assert np.array(Image.open(tmp_path / "sheet.png")).ndim == 2
 
 
 @pytest.mark.parametrize("batch", [1, 64])
@@ -105,6 +106,17 @@ def test_images_do_not_depend_on_the_number_of_processes(pkl, reference, tmp_pat
     assert_same_images(images, reference[0])
     assert np.array_equal(labels, reference[1])
     assert result.stdout.count("evaluations per image") == 1
+
+
+def test_two_processes_and_one_seed(pkl, tmp_path, monkeypatch):
+    """Rank 0 has no image then; the other process tells it what the image took."""
+
+    def gather(mine):
+        return [mine, (5, 0.0, 0.0)] if isinstance(mine, tuple) else [mine]
+
+    monkeypatch.setattr(generate, "share_of", lambda seeds, rank, processes: [])
+    monkeypatch.setattr(generate.distributed, "all_gather_object", gather)
+    assert "5 network evaluations per image" in make(tmp_path / "out", f"--network={pkl['cond']}", "--seeds=7")
 
 
 def test_archive_equals_the_folder_and_itself(pkl, tmp_path):
@@ -140,6 +152,40 @@ def test_class_overrides_the_label_but_not_the_noise(pkl, reference, tmp_path):
     same = reference[1] == 1
     assert_same_images(images[same], reference[0][same])
     assert np.abs(images[~same].astype(int) - reference[0][~same]).max() > 5
+
+
+@pytest.mark.parametrize(
+    "text, found",
+    [
+        ("1", [1]),
+        ("two", [2]),
+        ("TWO,zero", [2, 0]),
+        ("0-1, two", [0, 1, 2]),
+        ("a, b,zero", [3, 0]),
+        ("2", [2]),
+        ("9", [4]),
+        ("3", [3]),
+        ("x", [5]),
+        ("X", [6]),
+    ],
+)
+def test_classes_have_names_and_numbers(text, found):
+    assert find_classes(text, 8, [*NAMES, "a, b", "9", "x", "X", "3"]) == found
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [("nul", "--class=nul: this network knows classes 0 to 2, "), ("tow", "two"), ("1,3", "--class=3: this network"),
+     ("-1", "--class=-1"), ("5-1", "--class=5-1"), ("1,,2", "--class=: ")],
+)  # fmt: skip
+def test_unknown_classes_are_named(text, words):
+    with pytest.raises(click.UsageError, match=words):
+        find_classes(text, 3, NAMES)
+
+
+def test_a_class_by_its_name(pkl, tmp_path):
+    text = make(tmp_path / "out", f"--network={pkl['cond']}", "--seeds=0-3", "--class=One")
+    assert set(read(tmp_path / "out")[1]) == {1} and "Classes: one (1)" in text
 
 
 def test_several_classes_take_turns_by_seed(pkl, tmp_path):
@@ -228,6 +274,7 @@ def test_shares_cover_everything_once_and_evenly(n, world_size):
         (2, "needs its weight", ["--network_2=weak"]),
         (2, "--grid=x.jpg: the picture is a PNG", ["--grid=x.jpg"]),
         (2, "inside --outdir", ["--grid=OUT/sheet.png"]),
+        (2, "cannot be written in /dev/null", ["--grid=/dev/null/sheet.png"]),
         (1, "16x16 images", ["--network_2=large", "--affine_weight=1"]),
         (1, "3 channel(s)", ["--network_2=rgb", "--affine_weight=1"]),
         (1, "4 classes", ["--network_2=four_classes", "--affine_weight=1"]),
@@ -378,6 +425,33 @@ def test_sheet_shows_every_image_enlarged_by_whole_pixels(n, channels, columns, 
         assert np.array_equal(sheet[window], image.repeat(scale, 0).repeat(scale, 1))
         covered[window] = True
     assert (sheet[~covered] == 255).all()
+
+
+def test_sheet_has_a_column_per_class_under_its_name(tmp_path):
+    images = np.random.default_rng(0).integers(0, 200, [5, 8, 8, 1], np.uint8)
+    save_class_grid(images, tmp_path / "s.png", [4, 1, 4, 2, 2], ["a", "b b", "long name of a class", "x", "Shirt"])
+    picture = np.array(Image.open(tmp_path / "s.png"))
+    cell, gap = 69, 5
+    top = len(picture) - 2 * cell - gap
+    assert picture.shape[1] == 3 * cell + gap and 30 < top < 50  # three columns; three lines of a long name fit
+    for i, (row, column) in enumerate([(0, 2), (0, 0), (1, 2), (0, 1), (1, 1)]):
+        y, x = top + gap + row * cell, gap + column * cell
+        assert np.array_equal(picture[y : y + 64 : 8, x : x + 64 : 8], images[i, :, :, 0])
+    assert (picture[top + cell :, : cell - 1] == 255).all()  # class 1 has one image
+    heads = [(picture[:top, c * cell : (c + 1) * cell] < 128).sum() for c in range(3)]
+    assert heads[1] > heads[2] > heads[0] > 0
+    save_class_grid(np.zeros([40, 8, 8, 1], np.uint8), tmp_path / "one.png", [*[0] * 38, 1, 2])  # mostly empty columns
+    assert Image.open(tmp_path / "one.png").size == (7 * cell + gap, 6 * cell + gap)
+
+
+def test_sheet_of_a_run_has_as_many_columns_as_classes(tmp_path, monkeypatch):
+    monkeypatch.setattr(sheet, "heun_sampler", lambda net, latents, labels, randn_like: latents)
+    for classes, rows in ((3, 8), (20, 4), (100, 2)):
+        sheet.save_samples(random_network(label_dim=classes), tmp_path / "s.png", None)
+        width, height = Image.open(tmp_path / "s.png").size
+        columns = min(classes, 40)
+        cell = (width - 5) // columns
+        assert cell * columns + 5 == width and (height - 5) // cell == rows, (classes, width, height)
 
 
 def test_sheet_of_very_many_images_stays_a_picture():

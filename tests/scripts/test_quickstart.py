@@ -8,7 +8,8 @@ import pytest
 from click.testing import CliRunner
 
 import quickstart
-from recipes import photos
+from dnnlib import UserError
+from recipes import photos, steps
 from reports.page import Report, Section
 
 
@@ -63,6 +64,74 @@ def test_other_options_and_strange_folders_are_refused(demo, tmp_path):
     for folder, words in ((outdir, "other options"), (tmp_path, "files that are not of a quickstart")):
         result = CliRunner().invoke(quickstart.main, [f"--outdir={folder}", "--seed=2"])
         assert result.exit_code == 1 and result.stderr.startswith("Error: --outdir") and words in result.stderr
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(130), ValueError("a bug")])
+def test_an_interrupted_step_says_how_to_go_on_and_its_time_adds_up(tmp_path, monkeypatch, capsys, error):
+    clock, errors = [0.0], [error]
+
+    class Script:
+        @staticmethod
+        def main(args, standalone_mode):
+            clock[0] += 40
+            if errors:
+                raise errors.pop()
+
+    monkeypatch.setattr(steps.time, "time", lambda: clock[0])
+    plan = [steps.Step("train", "train", 60, "a.py --x=1"), steps.Step("table", "evaluate", 2, "a.py --x=2")]
+    with pytest.raises(type(error)):
+        steps.run_plan(plan, {"a.py": Script}, str(tmp_path / "demo"), 1)
+    said = "Stopped. The same command goes on from here." in capsys.readouterr().out
+    assert said == (not isinstance(error, ValueError))
+    assert steps.run_plan(plan, {"a.py": Script}, str(tmp_path / "demo"), 1) == {"train": 80, "table": 40}
+    assert "interrupted" not in json.loads((tmp_path / "demo/quickstart.json").read_text())
+
+
+def test_a_moved_or_respelled_folder_goes_on(tmp_path, monkeypatch):
+    ran = []
+
+    class Script:
+        main = staticmethod(lambda args, standalone_mode: ran.append(args))
+
+    def run(outdir, option=1):
+        plan = [steps.Step("train", "train", 60, f"a.py --outdir={outdir}/train --x={option}")]
+        steps.run_plan(plan, {"a.py": Script}, str(outdir), 1)
+
+    monkeypatch.chdir(tmp_path)
+    run("demo")
+    run("./demo")
+    run(tmp_path / "demo")
+    (tmp_path / "demo").rename(tmp_path / "moved")
+    run("moved")
+    assert ran == [["--outdir=demo/train", "--x=1"]]
+    with pytest.raises(UserError, match="moved holds a run with other options"):
+        run("moved", option=2)
+    (tmp_path / "moved/quickstart.json").write_text('{"steps": 3}')
+    with pytest.raises(UserError, match="other options"):
+        run("moved")
+
+
+def test_a_quickstart_killed_in_its_first_step_goes_on(tmp_path):
+    """Its folder holds a log by then."""
+    plan = [steps.Step("train", "train", 60, "a.py")]
+
+    class Killed:
+        @staticmethod
+        def main(args, standalone_mode):
+            assert (tmp_path / "demo/logs").exists()
+            journal = (tmp_path / "demo/quickstart.json").read_text()
+            raise RuntimeError(journal)
+
+    with pytest.raises(RuntimeError, match='"seconds": {}'):
+        steps.run_plan(plan, {"a.py": Killed}, str(tmp_path / "demo"), 1)
+
+
+def test_a_killed_training_counts_the_time_that_it_logged(tmp_path):
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train/stats.jsonl").write_text('{"Progress/kimg": {"mean": 1}, "Timing/total_sec": {"mean": 70.0}}\n')
+    row = steps.Row("a", "A", ["train", "detect"], "")
+    seconds = {"train": 20.0, "detect": 5.0, "a-images": 1.0}
+    assert steps.finished(str(tmp_path), [row], seconds)[0].training_seconds == 75
 
 
 def test_report_escapes_what_it_shows(tmp_path):

@@ -100,7 +100,7 @@ class Tiny(Objective):
         return float(self.trained["net"].ema(torch.ones(1, self.dataset.resolution**2)).sum() * 1e4 % 1)
 
 
-def draw_samples(net, path):
+def draw_samples(net, path, class_names):
     save_grid(np.zeros([1, 4, 4, 1], np.uint8), path)
 
 

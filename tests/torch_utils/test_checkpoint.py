@@ -12,7 +12,15 @@ import torch
 
 from dnnlib import EasyDict, UserError
 from torch_utils import checkpoint
-from torch_utils.checkpoint import latest_run, latest_state, load_state, prune_states, remove_leftovers, save_state
+from torch_utils.checkpoint import (
+    latest_run,
+    latest_state,
+    load_state,
+    prune_states,
+    remove_leftovers,
+    save_state,
+    warn_if_older,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -210,3 +218,18 @@ def test_remove_leftovers(tmp_path):
         (tmp_path / name).touch()
     remove_leftovers(tmp_path)
     assert names(tmp_path) == others
+
+
+@pytest.mark.parametrize(
+    "snapshot, state, older",
+    [("network-snapshot-000003.pkl", 5, True), ("network-snapshot-000005.pkl", 5, False),
+     ("network-snapshot-000005.pkl", None, False), ("best.pkl", 5, False)],
+)  # fmt: skip
+def test_a_snapshot_older_than_the_newest_state_is_noticed(tmp_path, capsys, snapshot, state, older):
+    for number in () if state is None else (1, state):
+        (tmp_path / f"training-state-{number:06d}.pt").write_bytes(b"")
+    warn_if_older(tmp_path / snapshot)
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"Warning: {tmp_path / snapshot} is older than training-state-000005.pt") == older
+    assert bool(printed) == older
+    warn_if_older("https://example.org/network-snapshot-000001.pkl")

@@ -1,0 +1,66 @@
+"""What identifies a set of images wherever it lies: how many there are, and hashes of names, labels and image files."""
+
+from __future__ import annotations
+
+import hashlib
+import zlib
+from typing import Any
+
+import numpy as np
+
+from archives.archive_set import ArchiveSet
+from archives.reader import ArchiveReader
+
+__all__ = ["describe_contents", "what_differs"]
+
+SAMPLE = 1000  # image files of a folder that are read; a ZIP's directory has the checksums of all
+COUNTS = ("images", "classes")
+PARTS = {
+    "names": "file names",
+    "labels": "labels",
+    "sizes": "image files",
+    "sample": "image files",
+    "checksums": "image files",
+    "hash": "contents",  # of a single file
+}
+
+
+def describe_contents(
+    reader: ArchiveReader | ArchiveSet, labels: np.ndarray | None = None, classes: int = 0
+) -> dict[str, Any]:
+    """Return what identifies the images of one or several archives and their `labels`, as plain data.
+
+    No image is decoded. Of a folder, it takes the size of each file and reads `SAMPLE` of them, evenly spaced; a folder
+    and a ZIP of the same files compare by these.
+    """
+    names, sizes, sample, checksums = (hashlib.blake2b(digest_size=16) for _ in range(4))
+    known = True
+    for part in reader.readers if isinstance(reader, ArchiveSet) else [reader]:
+        names.update(part.names.text)
+        sizes.update(part.sizes())
+        found, rows = part.checksums(), np.unique(np.linspace(0, len(part) - 1, SAMPLE).round().astype(np.int64))
+        known = known and found is not None
+        if found is None:
+            sample.update(np.array([zlib.crc32(part.read(row)) for row in rows.tolist()], dtype="<u4"))
+        else:
+            sample.update(found[rows])
+            checksums.update(found)
+    contents = dict(images=len(reader), classes=classes, names=names, sizes=sizes, sample=sample)
+    if known:
+        contents["checksums"] = checksums
+    if labels is not None:
+        contents["labels"] = hashlib.blake2b(np.ascontiguousarray(labels), digest_size=16)
+    return {key: value if isinstance(value, int) else value.hexdigest() for key, value in contents.items()}
+
+
+def what_differs(there: dict[str, Any], here: dict[str, Any]) -> str | None:
+    """Say in which parts the contents `here` differ from those `there`; None when they are the same.
+
+    Only parts that both know are compared.
+    """
+    other = [key for key in there if key in here and there[key] != here[key]]
+    counts = [f"{here[key]:,} {key} instead of {there[key]:,}" for key in COUNTS if key in other]
+    if counts:
+        return " and ".join(counts)
+    found = dict.fromkeys(words for key, words in PARTS.items() if key in other)
+    return f"other {' and '.join(found)}" if found else None

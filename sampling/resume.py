@@ -1,0 +1,161 @@
+"""Make only the images that are missing: what earlier calls have made, and whether this call would make the same.
+
+A few images are made again and compared; no record of settings is needed. So it works after any interruption.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+import dnnlib
+from archives.decode import EXTENSIONS, decode_image
+from archives.reader import METADATA, ArchiveReader
+from archives.workers import ordered_map
+from archives.writer import ArchiveWriter, is_zip
+from sampling.generation import drawn_classes
+from sampling.output import PARTIAL, Batches, image_name
+from torch_utils import distributed
+from torch_utils.safe_files import load_json
+
+__all__ = ["Earlier", "find_earlier"]
+
+SAMPLE = 8  # images that are made again
+TOLERANCE = 0.01  # share of their pixels that may differ by more than one gray level: devices round differently
+
+
+@dataclass
+class Earlier:
+    """The images of earlier calls."""
+
+    path: str  # the output, a folder or X.zip
+    folder: str  # where its images are, and the missing ones go: the output itself, or a folder beside the ZIP
+    subdirs: bool  # whether each thousand of seeds has a folder
+    seeds: list[int]  # of the undamaged images
+    classes: list[int] | None  # of these images; None without classes
+    entries: list[list] = field(default_factory=list)  # [name, class or None] of all images, once all are made
+
+    def list_all(self, seeds: Sequence[int], new: list[list]) -> list[list]:
+        """Return the entries of `seeds`, then of other images in the folder, given those of the new images."""
+        entries = {self._name(s): [self._name(s), c] for s, c in zip(self.seeds, self._classes(), strict=True)}
+        entries |= {name: [name, c] for name, c in new}
+        self.entries = [entries[name] for name in dict.fromkeys([*map(self._name, seeds), *entries])]
+        return self.entries
+
+    def pack(self) -> None:
+        """Turn the folder beside a ZIP into this ZIP."""
+        if is_zip(self.path):
+            with ArchiveWriter(self.path, overwrite=True) as archive:
+                for name in [*(name for name, _ in self.entries), METADATA]:
+                    archive.add(name, dnnlib.read_bytes(os.path.join(self.folder, name)))
+            shutil.rmtree(self.folder)
+
+    def check(self, remake: Callable[[list[int]], Batches]) -> None:
+        """Raise UserError unless the images are those that `remake` makes of their seeds, and their classes agree."""
+        known = _labels(self.folder)
+        wrong = [s for s, c in zip(self.seeds, self._classes(), strict=True) if known.get(self._name(s), c) != c]
+        if self.seeds and not wrong:
+            sample = [self.seeds[i] for i in np.unique(np.linspace(0, len(self.seeds) - 1, SAMPLE).astype(int))]
+            there = np.stack([_decode(self.folder, self._name(s)) for s in sample]).astype(np.int16)
+            here = np.concatenate([images for _, images, _ in remake(sample)])
+            if np.mean(np.abs(here - there) > 1) > TOLERANCE:
+                wrong = sample
+        if wrong:
+            raise dnnlib.UserError(
+                f"{self.path}: holds {self._name(wrong[0])} of another network, class or setting; give the same "
+                "options, or choose another name"
+            )
+
+    def _name(self, seed: int) -> str:
+        return image_name(seed, self.subdirs)
+
+    def _classes(self) -> Sequence[int | None]:
+        return [None] * len(self.seeds) if self.classes is None else self.classes
+
+
+def find_earlier(
+    path: str,
+    subdirs: bool,
+    net: Callable[..., torch.Tensor],
+    device: torch.device,
+    turns: Sequence[int] | None,
+    remake: Callable[[list[int]], Batches],
+) -> Earlier:
+    """Return what earlier calls have written to `path`, a folder or X.zip. Damaged images count as missing. Collective.
+
+    `net` makes the images, `turns` are the classes that seeds get in turn, `remake` makes the images of some seeds as
+    this call does. UserError: an image is of no seed, of another shape, or not one that this call makes.
+    """
+
+    def find() -> Earlier:
+        folder = f"{path}{PARTIAL}" if is_zip(path) else path
+        if os.path.lexists(folder) and not os.path.isdir(folder):
+            raise dnnlib.UserError(f"{folder}: is a file; give a folder, or a name that ends in .zip")
+        if is_zip(path) and os.path.lexists(path):
+            _unpack(path, folder)
+        seeds = _find_seeds(path, folder, subdirs, (net.img_resolution, net.img_resolution, net.img_channels))
+        classes = [turns[s % len(turns)] for s in seeds] if turns else drawn_classes(net, seeds, device)
+        earlier = Earlier(path, folder, subdirs, seeds, classes)
+        earlier.check(remake)
+        return earlier
+
+    return distributed.from_rank0(find)
+
+
+def _find_seeds(path: str, folder: str, subdirs: bool, shape: tuple[int, int, int]) -> list[int]:
+    """Return the seeds of the undamaged images. UserError: an image is of no seed, or of another shape."""
+    names = sorted(
+        os.path.relpath(os.path.join(place, name), folder).replace(os.sep, "/")
+        for place, _, files in os.walk(folder)
+        for name in files
+        if os.path.splitext(name)[1].lower() in EXTENSIONS and not name.startswith(".")
+    )
+
+    def read(name: str) -> int | None:
+        stem = os.path.splitext(os.path.basename(name))[0]
+        seed = int(stem) if stem.isdecimal() else -1
+        if image_name(seed, subdirs) != name:
+            raise dnnlib.UserError(f"{path}: holds {name}, which this command does not make; choose another folder")
+        image = _decode(folder, name)
+        if image is not None and image.shape != shape:
+            raise dnnlib.UserError(f"{path}: {name} has the shape {image.shape}, but the network makes {shape}")
+        return None if image is None else seed
+
+    return [seed for seed in ordered_map(read, names, workers=4) if seed is not None]
+
+
+def _decode(folder: str, name: str) -> np.ndarray | None:
+    """Return an image, uint8 [H,W,C]; None if it is damaged, as a killed process leaves it."""
+    with contextlib.suppress(dnnlib.UserError):
+        path = os.path.join(folder, name)
+        return decode_image(dnnlib.read_bytes(path), path)
+    return None
+
+
+def _unpack(path: str, folder: str) -> None:
+    """Copy the images of a ZIP into a folder, unless they are there."""
+    with contextlib.closing(ArchiveReader(path)) as reader:
+        for row, name in enumerate(reader.names):
+            target = os.path.join(folder, name)
+            if not os.path.exists(target):
+                os.makedirs(os.path.dirname(target), exist_ok=True)
+                with open(target, "wb") as file:
+                    file.write(reader.read(row))
+
+
+def _labels(folder: str) -> dict[str, int]:
+    """Return the labels by name that the `dataset.json` of a folder lists; empty without one."""
+    path = os.path.join(folder, METADATA)
+    if not os.path.exists(path):
+        return {}
+    found = load_json(dnnlib.read_bytes(path), path)
+    try:
+        return dict(found["labels"] or ())
+    except (LookupError, TypeError, ValueError):
+        raise dnnlib.UserError(f"{path}: lists no labels of images; choose another folder") from None

@@ -1,0 +1,152 @@
+"""generate.py --resume: after any interruption it makes the missing images only, and never mixes in others."""
+
+import json
+import os
+import re
+import zipfile
+
+import numpy as np
+import pytest
+
+from sampling import output
+from tests.support.generated import FAST, make, random_network, read, run
+from torch_utils import persistence
+
+NAMES = ["zero", "one", "two"]
+
+
+@pytest.fixture(scope="module")
+def pkl(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("networks")
+    networks = {"cond": random_network(), "other": random_network(1), "large": random_network(img_resolution=16)}
+    for name, net in networks.items():
+        persistence.save_snapshot(folder / f"{name}.pkl", dict(ema=net, info=dict(class_names=NAMES)))
+    return {name: folder / f"{name}.pkl" for name in networks}
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """The images that are encoded, which counts those that are really made."""
+    encode, calls = output._png, []
+    monkeypatch.setattr(output, "_png", lambda image: calls.append(image) or encode(image))
+    return calls
+
+
+@pytest.fixture(scope="module")
+def whole(pkl, tmp_path_factory):
+    """What uninterrupted calls make: a folder and a ZIP of seeds 0 to 11."""
+    folder = tmp_path_factory.mktemp("whole")
+    for name in ("out", "out.zip"):
+        make(folder / name, f"--network={pkl['cond']}", "--seeds=0-11", "--subdirs", "--batch=4")
+    return folder
+
+
+def files(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def same(tmp_path, whole, name):
+    if name == "out":
+        return files(tmp_path / name) == files(whole / name)
+    return os.listdir(tmp_path) == [name] and (tmp_path / name).read_bytes() == (whole / name).read_bytes()
+
+
+@pytest.mark.parametrize("name", ["out", "out.zip"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device"), SystemExit(143)])
+def test_an_interrupted_call_goes_on(pkl, whole, tmp_path, monkeypatch, name, error):
+    encode, calls = output._png, []
+
+    def fail_once(image):
+        calls.append(image)
+        if len(calls) == 10:
+            raise error
+        return encode(image)
+
+    monkeypatch.setattr(output, "_png", fail_once)
+    args = [f"--outdir={tmp_path / name}", f"--network={pkl['cond']}", "--seeds=0-11", "--subdirs", *FAST, "--resume"]
+    stopped = run(*args, "--batch=4")
+    assert stopped.exit_code in (1, 130, 143) and not (tmp_path / "out.zip").exists()
+    if not isinstance(error, OSError):
+        assert "Interrupted: the same command goes on" in stopped.output
+    result = run(*args, "--batch=3")
+    there = int(re.search(r"(\d+) of 12 images are there already", result.output)[1])
+    assert result.exit_code == 0 and 8 <= there < 12 and same(tmp_path, whole, name)
+    assert f"Generating {12 - there} images" in result.output
+
+
+@pytest.mark.parametrize("name", ["out", "out.zip"])
+def test_more_seeds_are_added_to_a_finished_call(pkl, whole, tmp_path, seen, name):
+    args = [f"--network={pkl['cond']}", "--subdirs"]
+    make(tmp_path / name, *args, "--seeds=0-4")
+    seen.clear()
+    text = make(tmp_path / name, *args, "--seeds=0-11", "--resume")
+    assert len(seen) == 7 and "5 of 12 images are there already" in text and "5 network evaluations per image" in text
+    assert same(tmp_path, whole, name)
+    seen.clear()
+    text = make(tmp_path / name, *args, "--seeds=0-11", "--resume")
+    assert not seen and "0 images in" in text and same(tmp_path, whole, name)
+
+
+def test_damaged_and_deleted_images_are_made_again(pkl, whole, tmp_path, seen):
+    args = [f"--network={pkl['cond']}", "--subdirs", "--seeds=0-11"]
+    make(tmp_path / "out", *args)
+    (tmp_path / "out/000000/000003.png").write_bytes((tmp_path / "out/000000/000003.png").read_bytes()[:60])
+    (tmp_path / "out/000000/000004.png").write_bytes(b"")
+    (tmp_path / "out/000000/000011.png").unlink()
+    seen.clear()
+    make(tmp_path / "out", *args, "--resume")
+    assert len(seen) == 3 and same(tmp_path, whole, "out")
+
+
+def test_the_first_call_may_have_the_option_already(pkl, whole, tmp_path):
+    for name in ("out", "out.zip"):
+        make(tmp_path / name / name, f"--network={pkl['cond']}", "--seeds=0-11", "--subdirs", "--resume")
+        assert same(tmp_path / name, whole, name)
+
+
+@pytest.mark.parametrize(
+    "code, words, args",
+    [
+        (1, "000000.png of another network, class or setting", ["--network=other"]),
+        (1, "of another network", ["--steps=2"]),
+        (1, "of another network", ["--class=one"]),
+        (1, "shape (8, 8, 1), but the network makes (16, 16, 1)", ["--network=large"]),
+        (1, "holds 000000.png, which this command does not make", ["--subdirs"]),
+    ],
+)
+def test_images_of_other_settings_are_not_mixed_in(pkl, tmp_path, code, words, args):
+    make(tmp_path / "out", f"--network={pkl['cond']}", "--seeds=0-5")
+    before = files(tmp_path)
+    args = [f"--network={pkl[arg[10:]]}" if arg.startswith("--network") else arg for arg in args]
+    for prepare in (lambda: None, (tmp_path / "out/dataset.json").unlink):  # finished, and killed before its end
+        prepare()
+        result = run(f"--outdir={tmp_path}/out", f"--network={pkl['cond']}", "--seeds=0-9", *FAST, *args, "--resume")
+        errors = [line for line in result.output.splitlines() if line.startswith("Error: ")]
+        assert result.exit_code == code and len(errors) == 1 and words in errors[0], result.output
+    before.pop("out/dataset.json")
+    assert files(tmp_path) == before
+
+
+def test_other_seeds_stay_and_are_listed(pkl, tmp_path):
+    make(tmp_path / "out", f"--network={pkl['cond']}", "--seeds=3-5", "--class=two")
+    make(tmp_path / "out", f"--network={pkl['cond']}", "--seeds=0-1", "--class=two", "--resume")
+    labels = json.loads((tmp_path / "out/dataset.json").read_text())["labels"]
+    assert labels == [[f"{seed:06d}.png", 2] for seed in (0, 1, 3, 4, 5)]
+    assert read(tmp_path / "out")[0].shape == (5, 1, 8, 8)
+
+
+def test_without_the_option_it_is_named(pkl, tmp_path):
+    make(tmp_path / "out.zip", f"--network={pkl['cond']}", "--seeds=0")
+    make(tmp_path / "out", f"--network={pkl['cond']}", "--seeds=0")
+    (tmp_path / "new.zip.partial").mkdir()
+    for name in ("out", "out.zip", "new.zip"):
+        result = run(f"--outdir={tmp_path / name}", f"--network={pkl['cond']}", "--seeds=0-3", *FAST)
+        assert result.exit_code == 1 and "make the missing images with --resume" in result.output
+
+
+def test_parts_of_a_killed_call_are_removed(tmp_path):
+    for rank in (1, 7):
+        with zipfile.ZipFile(tmp_path / f".a[1].zip.part{rank}.zip", "w"):
+            pass
+    output.save_images([([0], np.zeros([1, 8, 8, 1], np.uint8), np.array([1]))], str(tmp_path / "a[1].zip"))
+    assert os.listdir(tmp_path) == ["a[1].zip"]
