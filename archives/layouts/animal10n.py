@@ -9,7 +9,6 @@ import numpy as np
 
 import dnnlib
 from archives.archive_set import open_archives
-from archives.layouts.lists import list_folder
 from archives.source import Choice, Source
 
 __all__ = ["find_animal10n", "open_animal10n"]
@@ -31,9 +30,18 @@ def find_animal10n(path: str) -> list[str]:
 
 def _fits(folder: str) -> bool:
     """Return whether all images in a folder have names of ANIMAL-10N, and more than one label."""
-    images = [name for name in list_folder(folder) if IMAGE.fullmatch(name)]
-    matches = [NAME.fullmatch(name) for name in images]
-    return all(matches) and len({match[1] for match in matches}) > 1
+    labels = set()
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:  # of other folders the first image decides, so that large ones are not read twice
+                if IMAGE.fullmatch(entry.name):
+                    match = NAME.fullmatch(entry.name)
+                    if match is None:
+                        return False
+                    labels.add(match[1])
+    except (OSError, ValueError):
+        return False
+    return len(labels) > 1
 
 
 def open_animal10n(path: str, choice: Choice) -> Source:

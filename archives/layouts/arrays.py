@@ -67,6 +67,8 @@ def open_arrays(path: str, choice: Choice) -> Source:
         if values is not None and len(values) != len(images):
             raise dnnlib.UserError(f"{where[part]}: there are {len(values)}, but {len(images)} images")
     source = Source(path, len(images), images.__getitem__, labels, clean, verified=flags)
+    if clean is not None:
+        source.corruption["clean_labels"] = "published"
     if labels is None and (clean is not None or flags is not None):
         raise dnnlib.UserError(f"{path}: has clean labels or flags, but no labels; {EXPECTED}")
     if left := sorted(_text(name) for name in found if name not in used):

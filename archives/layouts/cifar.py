@@ -22,6 +22,7 @@ __all__ = ["find_cifar", "open_cifar"]
 
 BATCH_NAME = re.compile(r"(?:(data_batch_\d+|train)|(test_batch|test)|(batches\.meta|meta))")
 TRAINING = [f"data_batch_{i}" for i in range(1, 6)]  # of CIFAR-10
+STL10 = ("train_X.bin", "test_X.bin", "unlabeled_X.bin")  # files of another data set, also published as a tar
 COARSE = "coarse"  # the 20 superclasses of CIFAR-100
 
 
@@ -81,14 +82,28 @@ def _files(path: str) -> Iterator[tuple[str, str, Any]]:
             if os.path.isfile(where):
                 yield name, where, lambda where=where: dnnlib.read_bytes(where)
         return
+    with (
+        _named_if_damaged(path),
+        contextlib.closing(Unpacked(path)) as file,
+        tarfile.open(fileobj=file, mode="r:") as tar,
+    ):
+        for member in tar:  # in the order of the file: moving back in a .gz would unpack it again
+            name = os.path.basename(member.name)
+            if name in STL10:
+                raise dnnlib.UserError(f"{path}: holds STL-10: unpack it, and name the folder that it makes")
+            if member.isfile() and not member.issparse():
+                yield name, f"{path}: {member.name}", lambda member=member: _read_member(tar, member, path)
+
+
+def _read_member(tar: tarfile.TarFile, member: tarfile.TarInfo, path: str) -> bytes:
+    with _named_if_damaged(path):
+        return tar.extractfile(member).read()
+
+
+@contextlib.contextmanager
+def _named_if_damaged(path: str) -> Iterator[None]:
     try:
-        with contextlib.closing(Unpacked(path)) as file, tarfile.open(fileobj=file, mode="r:") as tar:
-            for member in tar:  # in the order of the file: moving back in a .gz would unpack it again
-                name = os.path.basename(member.name)
-                if name == "train_X.bin":
-                    raise dnnlib.UserError(f"{path}: holds STL-10: unpack it, and name the folder that it makes")
-                if member.isfile() and not member.issparse():
-                    yield name, f"{path}: {member.name}", lambda member=member: tar.extractfile(member).read()
+        yield
     except DAMAGED:
         raise dnnlib.UserError(f"{path}: damaged or incomplete archive") from None
 

@@ -69,7 +69,7 @@ def open_clothing1m(path: str, choice: Choice) -> Source:
     labels = labels_of(clean if noisy is None else noisy, CLEAN if noisy is None else NOISY)
     source = listed_source(path, "", keys, labels, listed, "clothing1m", choice)
     if clean is not None:
-        source.clean_labels = labels_of(clean, CLEAN)
+        source.clean_labels, source.corruption["clean_labels"] = labels_of(clean, CLEAN), "published"
     for name in ("category_names_eng.txt", "annotations/category_names_eng.txt"):
         known = np.concatenate([labels, source.clean_labels if clean is not None else labels])
         source.class_names = source.class_names or read_class_names(os.path.join(path, name), known)
