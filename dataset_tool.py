@@ -10,8 +10,9 @@ import dnnlib.before_torch
 import click
 
 import dnnlib
-from archives.build import build_archive, plan_noise, plan_outliers, replace_labels
+from archives.build import build_archive, plan_noise, plan_outliers
 from archives.options import DatasetOptions, check_usage, dataset_options
+from archives.relabel import compact_labels, declare_clean, replace_labels
 from archives.sources import PHOTO_CROPS, open_source
 from archives.summary import describe
 from archives.writer import check_destination, make_transform
@@ -23,9 +24,9 @@ What --source and --outliers can name:
   photos                     random square crops of two photographs, from scikit-learn; the class is the photograph.
                              --max-images says how many ({PHOTO_CROPS:,} without it), --resolution their size (32x32)
   a folder or a ZIP          of images; labels come from dataset.json, or from one subfolder per class
-  a file .tar.gz             CIFAR-10 or CIFAR-100, python version
-  a folder of .gz files      MNIST, or Fashion-MNIST if the path contains 'fashion'; the image file works as well
-  a folder with data.mdb     LSUN; needs the package lmdb
+  a published data set       MNIST, Fashion-MNIST, CIFAR-10 and -100, STL-10, CelebA, Clothing1M, WebVision, Food-101N,
+                             ANIMAL-10N, LSUN: its folder or file (docs/data.md)
+  a file .npz or .pk         of images, and perhaps labels, as arrays
 
 Examples. Images from several sources:
   python dataset_tool.py --source=digits --dest=datasets/digits-8x8.zip
@@ -56,26 +57,39 @@ def main(**options) -> None:
     o = DatasetOptions(**options)
     check_usage(o)
     with blame("--dest"):
-        check_destination(o.dest)  # before reading a large source
-    with blame("--source --eval" if o.eval else "--source"):
-        source = open_source(o.source, o.eval, o.max_images or PHOTO_CROPS, o.seed)
+        check_destination(o.dest, o.overwrite)  # before reading a large source
+    kind = o.label_key if o.labels is None else None
+    chosen = {"--source": True, "--eval": o.eval, f"--part={o.part}": o.part, f"--label_key={kind}": kind}
+    with blame(" ".join(option for option, given in chosen.items() if given)):
+        source = open_source(o.source, o.eval, o.max_images or PHOTO_CROPS, o.seed, part=o.part, label_kind=kind,
+                             background=o.background)  # fmt: skip
     if o.labels is not None:
         with blame("--labels"):
-            replace_labels(source, o.labels, o.label_key)
+            replace_labels(source, o.labels, o.label_key, o.skip_unlabeled)
+    if o.clean_labels is not None:
+        with blame("--clean_labels"):
+            declare_clean(source, o.clean_labels, o.clean_label_key, replaced=o.labels is not None)
+    if o.compact_labels:
+        with blame("--compact_labels"):
+            compact_labels(source, o.max_images)
     noise = outliers = None
     if o.noise_type is not None:
         with blame(f"--noise_type={o.noise_type}"):
-            noise = plan_noise(source, o.noise_type, o.noise_rate, o.noise_matrix, o.seed)
+            noise = plan_noise(source, o.noise_type, o.noise_rate, o.noise_matrix, o.seed, o.max_images)
     if o.outliers is not None:
         with blame("--outliers"):
-            outliers = plan_outliers(source, o.outliers, o.perturb_percent, o.seed, o.max_images)
+            outliers = plan_outliers(source, o.outliers, o.perturb_percent, o.seed, o.max_images, o.background)
     size = (32, 32) if o.resolution is None and o.source == "photos" else o.resolution
     channels = None if o.channels is None else int(o.channels)
     dnnlib.print_notes(source.notes)
     summary = build_archive(
-        source, o.dest, make_transform(o.transform, size),
-        noise=noise, outliers=outliers, max_images=o.max_images, channels=channels, workers=o.workers,
+        source, o.dest, make_transform(o.transform, size, o.background or (0, 0, 0)),
+        noise=noise, outliers=outliers, max_images=o.max_images, channels=channels, skip_damaged=o.skip_damaged,
+        overwrite=o.overwrite, workers=o.workers,
     )  # fmt: skip
+    if summary.oblong and o.transform is None:
+        shapes = f"{summary.oblong:,} of {summary.images:,} images are not square and were squashed"
+        dnnlib.print_notes([f"{shapes} (--transform=center-crop crops them, --transform=pad pads them)"])
     print(describe(summary))
 
 

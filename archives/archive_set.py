@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 import dnnlib
-from archives.decode import image_shape
+from archives.decode import Color, DamagedFile, image_shape
 from archives.reader import ArchiveReader
 
 __all__ = ["SEVERAL", "ArchiveSet", "find_archives", "open_archives"]
@@ -47,10 +47,10 @@ def find_archives(data: str) -> list[str]:
     return found
 
 
-def open_archives(data: str) -> ArchiveReader | ArchiveSet:
-    """Return a reader of what `data` names (see `find_archives`)."""
+def open_archives(data: str, background: Color | None = None) -> ArchiveReader | ArchiveSet:
+    """Return a reader of what `data` names (see `find_archives`), with this `background` behind transparent pixels."""
     paths = find_archives(data)
-    return ArchiveReader(paths[0]) if len(paths) == 1 else ArchiveSet(data, paths)
+    return ArchiveReader(paths[0], background) if len(paths) == 1 else ArchiveSet(data, paths, background)
 
 
 class SetNames(Sequence[str]):
@@ -58,7 +58,8 @@ class SetNames(Sequence[str]):
 
     def __init__(self, readers: list[ArchiveReader], starts: list[int]):
         folder = os.path.commonpath([os.path.abspath(reader.path) for reader in readers])
-        self._names = [(os.path.relpath(reader.path, folder).replace(os.sep, "/"), reader.names) for reader in readers]
+        self.archives = [os.path.relpath(reader.path, folder).replace(os.sep, "/") for reader in readers]
+        self._names = [(name, reader.names) for name, reader in zip(self.archives, readers, strict=True)]
         self._starts = starts
 
     def __len__(self) -> int:
@@ -84,12 +85,12 @@ class ArchiveSet:
     what they know about them: labels, clean labels, outliers.
     """
 
-    def __init__(self, data: str, paths: list[str]):
+    def __init__(self, data: str, paths: list[str], background: Color | None = None):
         self.path, self.paths = data, paths
-        self.readers = [ArchiveReader(path) for path in paths]
+        self.readers = [ArchiveReader(path, background) for path in paths]
         self._starts = [0, *np.cumsum([len(reader) for reader in self.readers]).tolist()]
         self.names = SetNames(self.readers, self._starts)
-        self._agree("images of ", lambda reader: _describe(image_shape(reader.read(0), reader.where(0))))
+        self._agree("images of ", lambda reader: _describe(_first_shape(reader, background)))
 
     def _agree(self, what: str, find: Callable[[ArchiveReader], Any]) -> list[Any]:
         """Return what `find` says of each archive. UserError: two archives differ in that."""
@@ -104,6 +105,11 @@ class ArchiveSet:
                 )
         return found
 
+    @property
+    def notes(self) -> list[str]:
+        """What was left out of the archives or may be a mistake, one line each."""
+        return [note for reader in self.readers for note in reader.notes]
+
     def close(self) -> None:
         """Close the archives."""
         for reader in self.readers:
@@ -116,10 +122,23 @@ class ArchiveSet:
         number = bisect_right(self._starts, row) - 1
         return self.readers[number], row - self._starts[number]
 
-    def where(self, row: int) -> str:
-        """Return the name of an image for error messages: 'archive.zip: 00000/img00000000.png'."""
+    def where(self, row: int) -> object:
+        """Return what messages call an image, like `ArchiveReader.where`."""
         reader, row = self._place(row)
         return reader.where(row)
+
+    def shown_name(self, row: int) -> str:
+        """Return what messages call an image, like `ArchiveReader.shown_name`."""
+        reader, row = self._place(row)
+        return f"{reader.path}: {reader.shown_name(row)}"
+
+    def source_names(self) -> list[str] | None:
+        """Return the original paths of the images, behind the names of their archives; None if no archive has any."""
+        found = [reader.source_names() for reader in self.readers]
+        if not any(found):
+            return None
+        parts = zip(self.names.archives, found, self.readers, strict=True)
+        return [f"{archive}/{name}" for archive, own, reader in parts for name in own or reader.names]
 
     def read(self, row: int) -> bytes:
         """Return the bytes of an image file."""
@@ -134,6 +153,8 @@ class ArchiveSet:
     def labels(self, key: str = "labels") -> np.ndarray | None:
         """Return the labels of all rows, like `ArchiveReader.labels`."""
         self.class_names()
+        if key == "previous_labels" and any(reader.labels(key) is None for reader in self.readers):
+            return None
         return self._join(key.replace("_", " "), lambda reader: reader.labels(key))
 
     def outliers(self) -> np.ndarray | None:
@@ -156,6 +177,16 @@ class ArchiveSet:
         if all(isinstance(rate, (int, float)) for rate in rates):
             alike["realised_rate"] = float(np.average(rates, weights=np.diff(self._starts)))
         return alike
+
+
+def _first_shape(reader: ArchiveReader, background: Color | None) -> tuple[int, ...]:
+    """Return the shape of the first image that is not damaged. DamagedFile: all are damaged."""
+    for row in range(len(reader)):
+        try:
+            return image_shape(reader.read(row), reader.where(row), background)
+        except DamagedFile as error:
+            found = error
+    raise found
 
 
 def _describe(shape: tuple[int, ...]) -> str:

@@ -1,14 +1,15 @@
 """Build an archive from a source: PNGs of its images, and `dataset.json` with their labels.
 
-This file is in the order of the work. First the source gets other labels (`replace_labels`, `clean_source`), then label
-noise and outliers are planned (`plan_noise`, `plan_outliers`), then all is written (`build_archive`). Planning finds
-mistakes before the work begins.
+This file is in the order of the work. First label noise and outliers are planned (`plan_noise`, `plan_outliers`), then
+all is written (`build_archive`). Planning finds mistakes before the work begins. `archives/relabel.py` gives a source
+other labels before that.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,17 +17,19 @@ import numpy as np
 
 import dnnlib
 from archives import label_noise
-from archives.decisions import load_decisions
+from archives.classes import check_number, name_class
+from archives.decisions import guarded
+from archives.decode import Color
 from archives.encoder import Encoder
-from archives.imported_labels import load_labels
-from archives.label_file import LabelFile
+from archives.label_file import flagged_labels, save_label_file
+from archives.labels import describe_truth
+from archives.listing import some
 from archives.sources import Source, open_source
 from archives.summary import Summary
-from archives.writer import ArchiveWriter, Transform, check_destination, image_names
+from archives.writer import ArchiveWriter, Transform, check_destination, is_zip
 from dnnlib.threads import usable_cores
 
-__all__ = ["Noise", "Outliers", "build_archive", "clean_source", "plan_noise", "plan_outliers",
-           "replace_labels"]  # fmt: skip
+__all__ = ["Noise", "Outliers", "build_archive", "count_classes", "plan_noise", "plan_outliers"]
 
 
 @dataclass
@@ -47,141 +50,70 @@ class Outliers:
     percent: float  # how many images are replaced, 0 to 100
     seed: int  # of the random numbers that choose which images are replaced, and by which
     images: dict[int, Callable[[], np.ndarray]]  # for each replaced index a function that reads the other image
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Other labels for a source.
-
-
-def replace_labels(source: Source, path: str, key: str | None = None) -> None:
-    """Give a source the labels of a file (see `load_labels`). Its old labels become its clean labels, if it has none.
-
-    A `.csv` holds decisions about single images instead (see `decide`).
-    UserError: the file does not fit the source, or a label exceeds the number of class names.
-    """
-    own_names = [source.names] if source.names is not None else []
-    archive_names = image_names(0, source.length)
-    if path.lower().endswith(".csv"):
-        if key is not None:
-            raise dnnlib.UserError(f"{path}: a CSV has no entry '{key}', it holds decisions")
-        decide(source, path, archive_names if source.names is None else source.names)
-        return
-    labels = load_labels(path, [*own_names, archive_names], source.length, key)
-    if source.class_names is not None and labels.ndim == 1 and labels.max() >= len(source.class_names):
-        raise dnnlib.UserError(
-            f"{path}: label {labels.max()} is too large, the source has {len(source.class_names)} classes"
-        )
-    if source.clean_labels is None:
-        source.clean_labels = source.labels
-    source.labels = labels
-    source.corruption = {k: v for k, v in source.corruption.items() if k == "family" or k.startswith("outlier_")}
-    if source.clean_labels is not None:
-        source.corruption["noise_type"] = "imported"
-
-
-def clean_source(source: Source, file: LabelFile, classes: int, fix: str, drop_outliers: bool = False) -> None:
-    """Correct the labels of a source. `fix`: 'relabel' replaces wrong labels by the suggested ones, 'drop' leaves
-    these images out, 'keep' does neither. `drop_outliers` leaves out the images that the file believes foreign, too.
-
-    The old record of the noise no longer describes the labels, so it moves to `corruption["cleaned"]["before"]`.
-    UserError: no image would be left, or the file does not say which images are foreign.
-    """
-    left = file.is_clean if fix == "drop" else np.ones(source.length, dtype=bool)
-    what: dict[str, Any] = dict(fix=fix, images=int(np.sum(~file.is_clean)))
-    if drop_outliers:
-        if file.is_outlier is None:
-            raise dnnlib.UserError("the label file does not say which images are foreign")
-        left, what["outliers"] = left & ~file.is_outlier, int(file.is_outlier.sum())
-    record_cleaning(source, classes, **what)
-    source.labels = np.where(file.is_clean, file.labels, file.suggested) if fix == "relabel" else file.labels
-    if not left.all():
-        select_images(source, left, "images are foreign or their labels are believed wrong" if drop_outliers
-                      else "labels are believed wrong")  # fmt: skip
-
-
-def decide(source: Source, path: str, names: Sequence[str]) -> None:
-    """Correct labels and leave out images as a CSV says, which calls the images `names` (see `load_decisions`).
-
-    UserError: the source has no class numbers, the CSV does not fit it, or no image would be left.
-    """
-    if source.labels is None or source.labels.ndim != 1:
-        raise dnnlib.UserError(
-            f"{path}: cannot be used with {source.path}, which has no labels with one class per image"
-        )
-    classes = count_classes(source)
-    found = load_decisions(path, names, source.labels, source.class_names, classes)
-    counts = dict(kept=len(found.keep), relabeled=len(found.relabel), dropped=len(found.drop))
-    record_cleaning(source, classes, fix="decisions", **counts)
-    source.labels = source.labels.copy()
-    source.labels[found.relabel] = found.new_labels
-    left = np.ones(source.length, dtype=bool)
-    left[found.drop] = False
-    select_images(source, left, "images are to be dropped")
-
-
-def record_cleaning(source: Source, classes: int, **what: Any) -> None:
-    """Record `what` was done to the labels; the record of their noise no longer describes them."""
-    before = {k: v for k, v in source.corruption.items() if k != "family"}
-    source.corruption = dict(family=source.corruption.get("family"), cleaned=dict(**what, before=before))
-    if source.class_names is None:  # the corrected labels may not show how many classes there are
-        source.class_names = [str(i) for i in range(classes)]
-
-
-def select_images(source: Source, chosen: np.ndarray, problem: str) -> None:
-    """Leave out all images but the `chosen`, bool [N]. UserError: none is left, because of the `problem` of all."""
-    rows, image = np.flatnonzero(chosen), source.image
-    if not len(rows):
-        raise dnnlib.UserError(f"{source.path}: all {source.length} {problem}, so no image would be left")
-    source.image, source.length = lambda index: image(rows[index]), len(rows)
-    for name in ("labels", "clean_labels", "outliers"):
-        if (values := getattr(source, name)) is not None:
-            setattr(source, name, values[rows])
-    source.names = None if source.names is None else [source.names[i] for i in rows]
+    names: dict[int, str]  # what that image is called
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Plans.
 
 
-def plan_noise(source: Source, noise_type: str, rate: float | None, matrix: str | None, seed: int) -> Noise:
-    """Return label noise for a source. `matrix` is a file with T, for the type 'matrix'; the other types have a `rate`.
+def plan_noise(
+    source: Source, noise_type: str, rate: float | None, matrix: str | None, seed: int, max_images: int | None = None
+) -> Noise:
+    """Return label noise for the first `max_images` of a source: no label turns into that of a class without images.
 
+    `matrix` is a file with T, for the type 'matrix'; the other types have a `rate`.
     UserError: the source has no labels, label vectors or clean labels on record, or the type does not fit its classes.
     """
     if source.labels is None:
         raise dnnlib.UserError("the source has no labels (add them with dataset_tool.py --labels=FILE)")
     if source.labels.ndim != 1:
         raise dnnlib.UserError("the labels are vectors, expected class numbers")
-    if source.clean_labels is not None:
+    if source.clean_labels is not None and not np.array_equal(source.labels, source.clean_labels):
         raise dnnlib.UserError(
             "the source's labels are noisy already (it has clean labels on record): start from the clean source"
         )
+    classes = count_classes(source, max_images)
+    counts = np.bincount(source.labels[: count_images(source, max_images)], minlength=classes)
     if noise_type == "instance":
+        label_noise.used_classes(counts)
         return Noise(noise_type, label_noise.check_rate(rate), seed, None)
-    classes = count_classes(source)
-    given = None if matrix is None else label_noise.load_matrix(matrix, classes)
-    T = label_noise.transition_matrix(noise_type, rate, classes, source.corruption.get("family"), given)
+    family, given = source.corruption.get("family"), None
+    if matrix is not None:
+        given = label_noise.load_matrix(matrix, classes)
+        label_noise.check_targets(given, counts)
+    T = label_noise.transition_matrix(noise_type, rate, classes, family, given, counts)
+    if noise_type == "asym":
+        targets = label_noise.asym_targets(family, classes)
+        kept = [name_class(c, source.class_names) for c in np.flatnonzero((counts > 0) & (counts[targets] == 0)).tolist()]
+        if kept:
+            source.notes.append(f"no noise for {some(kept)}: the class that it would turn into has no images")
     return Noise(noise_type, rate, seed, T)
 
 
-def plan_outliers(source: Source, path: str, percent: float, seed: int, max_images: int | None = None) -> Outliers:
+def plan_outliers(
+    source: Source, path: str, percent: float, seed: int, max_images: int | None = None, background: Color | None = None
+) -> Outliers:
     """Choose images of another source, `path` (see `open_source`), and which of the first `max_images` they replace.
 
     Exactly round(count * percent / 100) images are replaced. They are drawn without replacement, and so are the
-    outliers, unless their source has fewer: then each is used once before any is used again.
+    outliers, unless their source has fewer: then each is used once before any is used again. `background` is the color
+    behind their transparent pixels.
     UserError: the other source cannot be read, or `source` has outliers on record.
     """
     if source.outliers is not None:
         raise dnnlib.UserError(f"{source.path} has outliers on record already: start from the clean source")
     count = count_images(source, max_images)
     number = round(count * percent / 100)
-    other = open_source(path, number=max(number, 1), seed=seed)
+    other = open_source(path, number=max(number, 1), seed=seed, background=background)
+    source.notes += other.notes
     rng = np.random.default_rng([seed, 1])  # independent of the crops of `photos`, which use `seed`
     places = rng.permutation(count)[:number]
     rounds = [rng.permutation(other.length) for _ in range(0, number, other.length)]
     chosen = np.concatenate([np.zeros(0, np.int64), *rounds])[:number]
-    images = {int(i): functools.partial(other.image, int(j)) for i, j in zip(places, chosen, strict=True)}
-    return Outliers(path, percent, seed, images)
+    pairs = list(zip(places.tolist(), chosen.tolist(), strict=True))
+    images = {i: functools.partial(other.image, j) for i, j in pairs}
+    return Outliers(path, percent, seed, images, {i: other.name(j) for i, j in pairs})
 
 
 def count_images(source: Source, max_images: int | None) -> int:
@@ -189,15 +121,20 @@ def count_images(source: Source, max_images: int | None) -> int:
     return source.length if max_images is None else min(max_images, source.length)
 
 
-def count_classes(source: Source) -> int:
-    """Return the number of classes of a source, 0 without labels. UserError: a label exceeds the class names."""
+def count_classes(source: Source, max_images: int | None = None) -> int:
+    """Return the number of classes of the first `max_images` of a source, 0 without labels.
+
+    UserError: a label exceeds the class names, or there are more classes without names than images.
+    """
     if source.labels is None:
         return 0
     if source.labels.ndim == 2:
         return source.labels.shape[1]
+    images = count_images(source, max_images)
     known = [labels for labels in (source.labels, source.clean_labels) if labels is not None and labels.ndim == 1]
-    count = max(int(labels.max()) for labels in known) + 1
+    count = max(int(labels[:images].max()) for labels in known) + 1
     if source.class_names is None:
+        check_number(count, images, None, source.path)
         return count
     if count > len(source.class_names):
         raise dnnlib.UserError(
@@ -219,6 +156,8 @@ def build_archive(
     outliers: Outliers | None = None,
     max_images: int | None = None,
     channels: int | None = None,
+    skip_damaged: bool = False,
+    overwrite: bool = False,
     workers: int = 0,
 ) -> Summary:
     """Write `source` as an archive to `dest`, a .zip or a folder, complete or not at all (see `ArchiveWriter`).
@@ -227,21 +166,29 @@ def build_archive(
                      the channels and the label of the image it replaces
     max_images       use only the first images of the source
     channels         1 or 3: convert all images to gray or RGB; None: the first image decides
+    skip_damaged     leave out images that cannot be decoded, and list them in a CSV beside the archive
+    overwrite        replace an archive that is there
     workers          processes that decode, transform, encode and write (see `work_in_order`), 0 for one per core; their
                      number changes no byte of the archive
 
-    UserError: an image cannot be read, differs in size from the others, or is not square with a power of two as side.
+    UserError: images are damaged, then it says how many; an image differs in size from the others, or is not square
+    with a power of two as side.
     """
-    check_destination(dest)
+    check_destination(dest, overwrite)
+    label_file = None if source.verified is None else beside(dest, "labels.npz")
+    if label_file is not None and os.path.exists(label_file) and not overwrite:
+        raise dnnlib.UserError(f"{label_file}: exists already, and the labels that people looked at would go there")
     count = count_images(source, max_images)
-    classes = count_classes(source)
+    classes = count_classes(source, max_images)
     foreign = {} if outliers is None else outliers.images
-    encoder = Encoder(source, transform, channels, foreign, keep=noise is not None and noise.type == "instance")
-    with ArchiveWriter(dest) as archive:
-        kept = encoder.run(archive, count, workers or usable_cores())
+    keep = noise is not None and noise.type == "instance"
+    encoder = Encoder(source, count, transform, channels, foreign, keep, skip_damaged)
+    with ArchiveWriter(dest, overwrite=overwrite) as archive:
+        kept = encoder.run(archive, workers or usable_cores())
         if not len(kept):
+            damaged = "damaged or " if encoder.skipped else ""
             raise dnnlib.UserError(
-                f"all {count} images are smaller than the resolution, none is left: "
+                f"all {count} images are {damaged}smaller than the resolution, none is left: "
                 "choose a lower one with dataset_tool.py --resolution=WxH"
             )
         record = make_record(source, kept)
@@ -251,9 +198,37 @@ def build_archive(
             add_noise(record, noise, classes, encoder.images)
         rate = record.corruption["realised_rate"] = realized_rate(record.labels, record.clean_labels)
         with dnnlib.no_garbage():
-            archive.add_metadata(make_metadata(record, encoder.names, source.class_names))
-    outlier_count = None if record.outliers is None else int(record.outliers.sum())
-    return Summary(dest, len(kept), count - len(kept), classes, encoder.shape, rate, outlier_count)
+            origins = find_origins(source, kept, {} if outliers is None else outliers.names)
+            archive.add_metadata(make_metadata(record, encoder.names, source.class_names, origins))
+        if encoder.skipped:
+            found = [(guarded(error.file.removeprefix(f"{source.path}: ")), error.problem) for error in encoder.skipped]
+            dnnlib.write_csv(beside(dest, "skipped.csv"), ["file", "problem"], found)
+        if label_file is not None:
+            right = source.verified[kept] & (record.labels == source.labels[kept])  # noise makes right labels wrong
+            save_label_file(label_file, flagged_labels(encoder.names, record.labels, right, classes))
+    damaged = len(encoder.skipped)
+    return Summary(
+        path=dest,
+        images=len(kept),
+        left_out=count - len(kept) - damaged,
+        damaged=damaged,
+        skipped_list=beside(dest, "skipped.csv") if damaged else None,
+        label_file=label_file,
+        oblong=encoder.oblong,
+        classes=classes,
+        counts=None if record.labels is None or record.labels.ndim > 1 else np.bincount(record.labels, minlength=classes),
+        class_names=source.class_names,
+        shape=encoder.shape,
+        noise=any(record.corruption.get(key) for key in ("noise_type", "cleaned")),
+        realized_rate=rate,
+        truth=None if record.clean_labels is None else describe_truth(record.corruption),
+        outliers=None if record.outliers is None else int(record.outliers.sum()),
+    )
+
+
+def beside(dest: str, ending: str) -> str:
+    """Return the name of a file beside an archive, such as X-skipped.csv for X.zip."""
+    return f"{os.path.splitext(dest)[0] if is_zip(dest) else dest.rstrip(os.sep)}-{ending}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -266,16 +241,29 @@ class Record:
 
     labels: np.ndarray | None  # int64 [N] or float32 [N, D], as observed
     clean_labels: np.ndarray | None  # the labels before noise, where they are known
+    previous_labels: np.ndarray | None  # the labels that others replaced
     outliers: np.ndarray | None  # bool [N], which images came from another source; None without a record
     corruption: dict[str, Any]  # family of the images; how labels and images were changed
 
 
 def make_record(source: Source, kept: np.ndarray) -> Record:
     """Return what the source says about its images number `kept`, int64 [N]."""
-    labels, clean, outliers = (
-        None if values is None else values[kept] for values in (source.labels, source.clean_labels, source.outliers)
-    )
-    return Record(labels, clean, outliers, dict(source.corruption))
+    arrays = (source.labels, source.clean_labels, source.previous_labels, source.outliers)
+    return Record(*(None if values is None else values[kept] for values in arrays), dict(source.corruption))
+
+
+def find_origins(source: Source, kept: np.ndarray, foreign: dict[int, str]) -> list[str] | None:
+    """Return the original paths of the images number `kept`, None where the source knows none.
+
+    `foreign` holds the names of the images that replace others, by index.
+    """
+    origins = source.names if source.origins is None else source.origins
+    if origins is None:
+        return None
+    origins = list(origins)
+    for i, name in foreign.items():
+        origins[i] = name
+    return [origins[i] for i in kept.tolist()] if len(kept) < len(origins) else origins
 
 
 def record_outliers(record: Record, outliers: Outliers, kept: np.ndarray) -> None:
@@ -291,13 +279,17 @@ def record_outliers(record: Record, outliers: Outliers, kept: np.ndarray) -> Non
 def add_noise(record: Record, noise: Noise, classes: int, images: np.ndarray | None) -> None:
     """Make the labels noisy, and record how. `images` are needed for instance noise only."""
     record.clean_labels = clean = record.labels
-    if noise.T is not None:
-        record.labels = label_noise.corrupt_labels(clean, noise.T, noise.seed)
+    T = noise.T
+    if noise.type in ("sym", "asym", "pair"):  # the transform may have left out all images of a class
+        counts = np.bincount(clean, minlength=classes)
+        T = label_noise.transition_matrix(noise.type, noise.rate, classes, record.corruption.get("family"), None, counts)
+    if T is not None:
+        record.labels = label_noise.corrupt_labels(clean, T, noise.seed)
     else:
         pixels = images[: len(clean)]
         record.labels = label_noise.instance_noise(pixels, clean, noise.rate, classes, noise.seed)
-    record.corruption.update(noise_type=noise.type, noise_rate=noise.rate, seed=noise.seed)
-    record.corruption["T"] = None if noise.T is None else noise.T.tolist()
+    record.corruption.update(noise_type=noise.type, noise_rate=noise.rate, seed=noise.seed, clean_labels="before noise")
+    record.corruption["T"] = None if T is None else T.tolist()
 
 
 def realized_rate(labels: np.ndarray | None, clean: np.ndarray | None) -> float | None:
@@ -307,15 +299,20 @@ def realized_rate(labels: np.ndarray | None, clean: np.ndarray | None) -> float 
     return float(np.mean((labels != clean).reshape(len(labels), -1).any(axis=1)))
 
 
-def make_metadata(record: Record, names: list[str], class_names: list[str] | None) -> dict[str, Any]:
-    """Return the content of `dataset.json`. `names` are the names of the images, [N]."""
+def make_metadata(
+    record: Record, names: list[str], class_names: list[str] | None, origins: list[str] | None = None
+) -> dict[str, Any]:
+    """Return the content of `dataset.json`. `names` are the names of the images, [N], `origins` their original ones."""
 
-    def pairs(values: np.ndarray) -> list[tuple[str, Any]]:
-        return list(zip(names, values.tolist(), strict=True))
+    def pairs(values: list[Any]) -> list[tuple[str, Any]]:
+        return list(zip(names, values, strict=True))
 
-    metadata: dict[str, Any] = dict(labels=None if record.labels is None else pairs(record.labels))
-    if record.clean_labels is not None:
-        metadata["clean_labels"] = pairs(record.clean_labels)
+    metadata: dict[str, Any] = dict(labels=None if record.labels is None else pairs(record.labels.tolist()))
+    for key in ("clean_labels", "previous_labels"):
+        if (values := getattr(record, key)) is not None:
+            metadata[key] = pairs(values.tolist())
+    if origins is not None and origins != names:
+        metadata["source_names"] = pairs(origins)
     if record.outliers is not None:
         metadata["outliers"] = [names[i] for i in np.flatnonzero(record.outliers)]
     if class_names is not None:

@@ -13,8 +13,10 @@ import torch
 
 import dnnlib
 from archives.archive_set import open_archives
+from archives.classes import check_number, describe_empty
 from archives.contents import describe_contents
 from archives.decode import image_shape
+from archives.labels import describe_truth
 from archives.workers import ordered_map
 
 __all__ = ["MEMORY_LIMIT", "BatchStream", "ImageDataset", "to_float"]
@@ -145,9 +147,51 @@ class ImageDataset:
         return (list(names) if self._raw is None else [names[i] for i in self._raw]) * self._copies
 
     @property
+    def source_names(self) -> list[str] | None:
+        """The original paths of the images, one per item; None where the archive does not know them."""
+        names = self._reader.source_names()
+        if names is None:
+            return None
+        return (names if self._raw is None else [names[i] for i in self._raw]) * self._copies
+
+    @property
+    def truth(self) -> str | None:
+        """What `clean_labels` are, in words; None where they are unknown."""
+        return None if self.clean_labels is None else describe_truth(self.corruption)
+
+    @property
+    def name_lists(self) -> list[list[str]]:
+        """The names that files may use for the items: those in the archive, and the original paths where known."""
+        return [names for names in (self.file_names, self.source_names) if names is not None]
+
+    def shown_name(self, index: int) -> str:
+        """Return what messages call an item: its name in the archive, and its original path where that is known."""
+        raw = index % self.num_raw
+        return self._reader.shown_name(raw if self._raw is None else int(self._raw[raw]))
+
+    @property
     def nbytes(self) -> int:
         """The bytes of all decoded images. Mirrored copies take no memory, since they are made when needed."""
         return self.num_raw * int(np.prod(self.image_shape))
+
+    @property
+    def notes(self) -> list[str]:
+        """What was left out of the set or may be a mistake, one line each."""
+        return self._reader.notes
+
+    def class_notes(self) -> list[str]:
+        """Return a line about classes without images, if there are any. UserError: see `images_per_class`."""
+        empty = None if self.labels is None else describe_empty(self.images_per_class(), self.class_names)
+        return [] if empty is None else [f"{self.path}: {empty} (dataset_tool.py --compact_labels leaves them out)"]
+
+    def images_per_class(self, also_clean: bool = False) -> np.ndarray:
+        """Return the items per class, int64 [label_dim]; with `also_clean`, those that should have it count, too.
+
+        UserError: the classes have no names, and there are more of them than images.
+        """
+        check_number(self.label_dim, self.num_raw, self.class_names, self.path)
+        known = [self.labels, self.clean_labels if also_clean else None]
+        return sum(np.bincount(labels, minlength=self.label_dim) for labels in known if labels is not None)
 
     def kwargs(self) -> dict[str, Any]:
         """Return the constructor's arguments as plain data, for snapshots and option files."""

@@ -3,26 +3,26 @@
     file,label,decision,new_label
     "00000/img00000007.png","Dress","relabel","Bag"
 
-The CSV names classes so that a person can read it and spreadsheets can open it: see `class_keys` and `_plain`.
+The CSV names classes so that a person can read it and spreadsheets can open it: see `class_keys` and `guarded`.
 """
 
 from __future__ import annotations
 
-import csv
-import io
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 import dnnlib
 from archives.label_file import LabelFile, class_noise_rates
+from archives.tables import read_table
 
-__all__ = ["Decisions", "apply_to_labels", "class_keys", "load_decisions"]
+__all__ = ["Decisions", "apply_to_labels", "class_keys", "guarded", "holds_decisions", "load_decisions", "unguarded"]
 
 COLUMNS = ("file", "label", "decision", "new_label")
 KINDS = ("keep", "relabel", "drop")
-# A spreadsheet takes a cell that begins with one of these for a formula. The page puts ' in front of it.
+# A spreadsheet takes a cell that begins with one of these for a formula.
 FORMULA = "=+-@\t\r'"
 
 
@@ -43,38 +43,47 @@ def class_keys(class_names: Sequence[str] | None, classes: int) -> list[str]:
     return [str(c) for c in range(classes)]
 
 
-def load_decisions(
-    path: str, names: Sequence[str], labels: np.ndarray, class_names: Sequence[str] | None, classes: int
-) -> Decisions:
-    """Read decisions about the images `names` [N] of an archive with `labels` int64 [N].
+def holds_decisions(path: str) -> bool:
+    """Return whether a file is a CSV with a column `decision`, and not one of labels."""
+    if not path.lower().endswith((".csv", ".tsv")):
+        return False
+    head = dnnlib.read_bytes(path)[:1000].split(b"\n")[0].lower()
+    return b"decision" in [cell.strip(b'" \r\xef\xbb\xbf') for cell in re.split(rb"[,;|\t]", head)]
 
-    Classes are read by name, and by number where no name is a number. UserError: the file is no such CSV, or some of
-    its lines name unknown files, labels that are not the archive's, unknown classes or decisions, or a file twice. The
-    message says how many lines do and shows the first.
+
+def load_decisions(
+    path: str, names: Sequence[Sequence[str]], labels: np.ndarray, class_names: Sequence[str] | None, classes: int
+) -> Decisions:
+    """Read decisions about the images of an archive with `labels` int64 [N].
+
+    `names` holds lists [N] of what the images may be called; earlier lists come first. Classes are read by name, and by
+    number where no name is a number.
+    UserError: the file is no such CSV, or some of its lines name unknown files, labels that are not the archive's,
+    unknown classes or decisions, or a file twice. The message says how many lines do and shows the first.
     """
-    lines = _read(path)
+    lines, place = _read(path)
     keys = class_keys(class_names, classes)
     by_key = {key: c for c, key in enumerate(keys)}
     if not any(key.isdecimal() for key in keys):  # else 1 could be what a spreadsheet made of the name 001
         by_key |= {str(c): c for c in range(classes)}
-    by_name = {name: row for row, name in enumerate(names)}
-    rows = [by_name.get(_plain(line["file"])) for line in lines]
-    stated = [by_key.get(_plain(line["label"])) for line in lines]
+    by_name = {name: row for several in reversed(names) for row, name in enumerate(several)}
+    rows = [by_name.get(unguarded(line["file"])) for line in lines]
+    stated = [by_key.get(unguarded(line["label"])) for line in lines]
     kinds = [line["decision"].strip().lower() for line in lines]
-    new = [by_key.get(_plain(line["new_label"])) for line in lines]
+    new = [by_key.get(unguarded(line["new_label"])) for line in lines]
 
     def refuse(bad: list[int], problem: str, field: str, hint: str = "") -> None:
         if bad:
             line = lines[bad[0]]
             of = f" of '{line['file']}'" if field != "file" else ""
             raise dnnlib.UserError(
-                f"{path}: {len(bad)} of {len(lines)} lines {problem}, first line {line['line']}: "
+                f"{path}: {len(bad)} of {len(lines)} lines {problem}, first {place(bad[0])}: "
                 f"{field} '{line[field]}'{of}{hint}"
             )
 
     each = range(len(lines))
     shown = ", ".join(keys[:10]) + (", ..." if classes > 10 else "")
-    refuse([i for i in each if rows[i] is None], f"name a file that is not among the {len(names)} images", "file")
+    refuse([i for i in each if rows[i] is None], f"name a file that is not among the {len(labels)} images", "file")
     refuse([i for i in each if kinds[i] not in KINDS], "hold no decision", "decision", f", expected {', '.join(KINDS)}")
     refuse(
         [i for i in each if stated[i] != labels[rows[i]]],
@@ -108,21 +117,21 @@ def apply_to_labels(found: LabelFile, decisions: Decisions) -> LabelFile:
     """Return a label file that believes the decisions: their labels are right or wrong with certainty.
 
     An image to drop becomes an outlier with a wrong label, others are none. The posterior is certain of kept and new
-    labels. The noise rates are counted anew, and the interval moves with them.
+    labels. The noise rates follow, and the interval moves with them.
     """
     keep, relabel, drop = decisions.keep, decisions.relabel, decisions.drop
     is_clean, score, suggested = found.is_clean.copy(), found.score.copy(), found.suggested.copy()
     is_clean[keep], score[keep], suggested[keep] = True, 1, found.labels[keep]
     is_clean[relabel], score[relabel], suggested[relabel] = False, 0, decisions.new_labels
     is_clean[drop], score[drop] = False, 0
-    rate = float(np.mean(~is_clean))
+    rate = 1 - float(score.mean(dtype=np.float64))
     result = replace(
         found,
         is_clean=is_clean,
         score=score,
         suggested=suggested,
         noise_rate=rate,
-        per_class_noise_rate=class_noise_rates(found.labels, is_clean, len(found.per_class_noise_rate)),
+        per_class_noise_rate=class_noise_rates(found.labels, score, len(found.per_class_noise_rate)),
     )
     if found.noise_interval is not None:
         moved = np.clip(np.array(found.noise_interval) + rate - found.noise_rate, 0, 1)
@@ -140,28 +149,25 @@ def apply_to_labels(found: LabelFile, decisions: Decisions) -> LabelFile:
     return result
 
 
-def _plain(cell: str) -> str:
+def guarded(cell: str) -> str:
+    """Return a cell that no spreadsheet takes for a formula: with a ' in front where that is needed."""
+    return f"'{cell}" if cell[:1] in FORMULA and cell else cell
+
+
+def unguarded(cell: str) -> str:
     """Return a cell without the ' that guards it against being taken for a formula."""
     return cell[1:] if cell[:1] == "'" and cell[1:2] and cell[1] in FORMULA else cell
 
 
-def _read(path: str) -> list[dict[str, str]]:
-    """Return the lines of a CSV with our columns, and the number of each as `line`. Blank lines do not count."""
+def _read(path: str) -> tuple[list[dict[str, str]], Callable[[int], str]]:
+    """Return the lines of a CSV with our columns, and a function that says where a line is in the file."""
     expected = f"expected a CSV with the columns {', '.join(COLUMNS)}, as the review page saves it"
-    try:
-        text = dnnlib.read_bytes(path).decode("utf-8-sig")  # spreadsheets put a mark of byte order in front
-        reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-        header = [cell.strip().lower() for cell in next(reader, [])]
-        if sorted(header) != sorted(COLUMNS):
-            raise dnnlib.UserError(f"{path}: {f'has the columns {header}'[:200] if header else 'is empty'}, {expected}")
-        lines = []
-        for cells in reader:
-            if cells and len(cells) != len(header):
-                raise dnnlib.UserError(f"{path}: line {reader.line_num} has {len(cells)} cells; {expected}")
-            if any(cells):
-                lines.append({**dict(zip(header, cells, strict=True)), "line": str(reader.line_num)})
-    except (UnicodeDecodeError, csv.Error) as e:
-        raise dnnlib.UserError(f"{path}: is not a CSV in UTF-8 ({e}); {expected}") from e
-    if not lines:
+    table = read_table(dnnlib.read_bytes(path), path)
+    table.fields = [field.lower() for field in table.fields]
+    if not set(COLUMNS) <= set(table.fields):
+        found = f"has the columns {table.fields}"[:200] if table.fields else "is empty"
+        raise dnnlib.UserError(f"{path}: {found}, {expected}")
+    columns = [table.column(field) for field in COLUMNS]
+    if not columns[0]:
         raise dnnlib.UserError(f"{path}: holds no decisions")
-    return lines
+    return [dict(zip(COLUMNS, cells, strict=True)) for cells in zip(*columns, strict=True)], table.line

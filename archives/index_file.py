@@ -30,7 +30,7 @@ from torch_utils.safe_files import MAX_JSON, load_json
 
 __all__ = ["fingerprint", "load_index", "one_at_a_time", "save_index"]
 
-MAGIC = b"CSINDEX1"  # the last character is the version: it changes with the layout, and with what an index means
+MAGIC = b"CSINDEX2"  # the last character is the version: it changes with the layout, and with what an index means
 HEAD = struct.Struct("<8sQI")  # magic, length of the header, checksum of all behind this
 ALIGN, CHUNK = 64, 1 << 20
 WAIT = 60  # seconds to wait for another process that makes the same index
@@ -41,6 +41,7 @@ TYPES = {
     "entries": (ENTRY,),
     "labels": NUMBERS,
     "clean_labels": NUMBERS,
+    "previous_labels": NUMBERS,
     "outliers": (np.dtype("u1"),),
 }
 Index = tuple[dict[str, np.ndarray], dict[str, Any]]  # arrays, record
@@ -154,17 +155,20 @@ def _load(place: str, key: str, owner: int) -> Index:
 def _check(arrays: dict[str, np.ndarray], record: dict[str, Any]) -> None:
     """Raise one of USELESS for what would end in a traceback later. Offsets and names are checked when used."""
     count = len(arrays["entries"])
-    names, corruption = record["class_names"], record["corruption"]
+    names, corruption, notes = record["class_names"], record["corruption"], record["notes"]
     fits = all(array.shape[:1] == (count,) for name, array in arrays.items() if name not in ("names", "starts"))
     if not fits or not count or arrays["starts"].shape != (count + 1,) or arrays["names"].ndim != 1:
         raise ValueError
     if arrays["starts"][0] != 0 or arrays["starts"][-1] != len(arrays["names"]):
         raise ValueError
-    if not isinstance(corruption, dict) or not isinstance(record["root"], str):
+    texts = [text for texts in (names, notes) if texts is not None for text in texts]
+    lists = isinstance(notes, list) and (names is None or isinstance(names, list))
+    if not isinstance(corruption, dict) or not lists or not all(isinstance(text, str) for text in texts):
         raise ValueError
-    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+    place = record["list"]
+    if place is not None and not (isinstance(place, list) and len(place) == 6 and set(map(type, place)) == {int}):
         raise ValueError
-    for labels in (arrays[name] for name in ("labels", "clean_labels") if name in arrays):
+    for labels in (arrays[name] for name in TYPES if TYPES[name] is NUMBERS and name in arrays):
         right = labels.ndim == 1 and 0 <= labels.min() and labels.max() < 1 << 31
         if not (right if labels.dtype.kind == "i" else labels.ndim == 2 and labels.size and np.isfinite(labels).all()):
             raise ValueError

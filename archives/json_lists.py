@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 import dnnlib
-from torch_utils.safe_files import MAX_JSON, json_levels, load_json
+from torch_utils.safe_files import MAX_JSON, json_error, json_levels, load_json, place_in_text
 
 __all__ = ["LongList", "in_pieces", "load_lists"]
 
@@ -29,10 +29,12 @@ class LongList:
 
     def pieces(self) -> Iterator[list[Any]]:
         """Yield the items in order, in lists of about a megabyte of text. UserError: a piece is not valid JSON."""
+        data, name = self._data, self._name
         for before, end in zip(self._borders[:-1], self._borders[1:], strict=True):
-            piece = load_json(b"[" + self._data[before + 1 : end] + b"]", self._name)
-            if not piece and len(self._borders) > 2:  # a comma with nothing behind it
-                raise dnnlib.UserError(f"{self._name}: not valid JSON")
+            text = b"[" + data[before + 1 : end] + b"]"
+            piece = load_json(text, name, place=lambda at, before=before: (data, before + at))
+            if not piece and len(self._borders) > 2:
+                raise json_error(name, data, end, "a comma has nothing behind it")
             yield piece
 
 
@@ -52,7 +54,16 @@ def load_lists(data: bytes, name: str, limit: int = MAX_JSON) -> Any:
     for number, (start, end, _) in enumerate(found):
         parts += [data[done:start], f'"{token}{number}"'.encode()]
         done = end + 1
-    value = load_json(b"".join([*parts, data[done:]]) if found else data, name, limit)
+
+    def place(at: int) -> tuple[bytes, int]:
+        for number, (start, end, _) in enumerate(found):
+            mark = len(token) + len(str(number)) + 2  # what stands for the list, with its quotes
+            if at < start + mark:
+                return data, min(at, start)
+            at += end + 1 - start - mark
+        return data, at
+
+    value = load_json(b"".join([*parts, data[done:]]) if found else data, name, limit, place=place)
     if not found or not isinstance(value, dict):
         return value
     lists = {
@@ -82,5 +93,5 @@ def _long_values(data: bytes, name: str) -> list[tuple[int, int, list[int]]]:
             if len(places) and places[-1] > first:
                 commas.append(start + int(places[-1]))
     if opened is not None:
-        raise dnnlib.UserError(f"{name}: not valid JSON")
+        raise dnnlib.UserError(f"{name}: not valid JSON, what begins in {place_in_text(data, opened)} does not end")
     return found

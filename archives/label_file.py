@@ -26,6 +26,7 @@ __all__ = [
     "LabelFile",
     "check_labels",
     "class_noise_rates",
+    "flagged_labels",
     "load_label_file",
     "load_outlier_flags",
     "match_rows",
@@ -191,10 +192,10 @@ def match_rows(path: str, names: Sequence[str], dataset: ImageDataset) -> np.nda
     row = {name: i for i, name in enumerate(names)}
     wanted = dataset.file_names
     absent = [i for i, name in enumerate(wanted) if name not in row]
-    if absent and dataset.source_names is not None:
-        other = [i for i, name in enumerate(dataset.source_names) if name not in row]
+    if absent and (origins := dataset.source_names) is not None:
+        other = [i for i, name in enumerate(origins) if name not in row]
         if len(other) < len(absent):
-            wanted, absent = dataset.source_names, other
+            wanted, absent = origins, other
     if absent:
         raise dnnlib.UserError(
             f"{path}: lacks {len({wanted[i] for i in absent})} of the {dataset.num_raw} images of {dataset.path}, "
@@ -244,16 +245,16 @@ def _load_published(path: str, arrays: dict[str, np.ndarray], dataset: ImageData
             raise dnnlib.UserError(f"{path}: arr_0 and arr_1 are both images; {EXPECTED}")
         if not any((labels == dataset.labels).all() for labels in stated):
             check_labels(stated[0], dataset, path)
-    labels = dataset.labels
-    return LabelFile(
-        dataset.file_names,
-        labels,
-        flags,
-        flags.astype(np.float32),
-        labels,
-        float(np.mean(~flags)),
-        class_noise_rates(labels, flags, dataset.label_dim),
-    )
+    return flagged_labels(dataset.file_names, dataset.labels, flags, dataset.label_dim)
+
+
+def flagged_labels(names: list[str], labels: np.ndarray, flags: np.ndarray, num_classes: int) -> LabelFile:
+    """Return a label file that only knows which labels [N] are right, `flags` bool [N].
+
+    The score is the flag, the suggested label is the observed one, and the noise rates are counted.
+    """
+    score, rates = flags.astype(np.float32), class_noise_rates(labels, flags, num_classes)
+    return LabelFile(names, labels, flags, score, labels, float(np.mean(~flags)), rates)
 
 
 def read_flags(values: np.ndarray, where: str) -> np.ndarray:

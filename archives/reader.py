@@ -1,41 +1,41 @@
 """Read image archives (a ZIP or a folder) from any number of threads: names, labels, decoded images.
 
 The reader accepts what the tools of EDM, StyleGAN and TDSM write, folders with one subfolder per class, and plain
-folders of images.
+folders of images (`archives.listing`, `archives.folder_labels`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import lzma
 import os
-import re
-import stat
 import struct
 import threading
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 import dnnlib
-from archives.decode import EXTENSIONS, decode_image
+from archives.decode import Color, DamagedFile, decode_image
+from archives.folder_labels import FolderLabels, label_by_folder
 from archives.index_file import fingerprint, load_index, one_at_a_time, save_index
 from archives.json_lists import in_pieces, load_lists
-from archives.labels import match_labels
+from archives.labels import match_labels, match_origins, text_classes
+from archives.listing import METADATA, as_text, examine, list_folder, note_unread
 from archives.names import Names
+from archives.table_labels import label_by_table, note_tables
 from archives.zip_directory import ENTRY_FIELDS, find_directory, read_members
 from torch_utils.safe_files import MAX_JSON, read_member, unpacked_limit
 
 __all__ = ["METADATA", "ArchiveReader"]
 
-ENDINGS = tuple(extension.encode() for extension in EXTENSIONS)
-METADATA = "dataset.json"
-SHARD = re.compile(r"\d{5,6}")  # the numbered folders in archives of this project and of EDM are not classes
 # What the readers of a ZIP raise for a member that is not where the directory says, or whose bytes changed.
 DAMAGED = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, OSError, RuntimeError, EOFError, ValueError,
            ArithmeticError)  # fmt: skip
+LABELS = ("labels", "clean_labels", "previous_labels")  # lists of labels in `dataset.json`
 MEMBER_LIMIT = unpacked_limit(0)  # the most bytes that an image in a ZIP may have
 INDEX_FROM = 1 << 20  # bytes of a ZIP's directory from which on its index is kept in a file: some 15,000 images
 
@@ -44,16 +44,21 @@ class ArchiveReader:
     """The images of a ZIP or a folder, in sorted order, and its `dataset.json`. Opening an archive reads no image.
 
     Images are numbered by row, 0 .. N - 1. `names` are their names relative to the root, with '/' between folders.
+    `background` is the color behind transparent pixels, which are refused without it (see `decode_image`).
     Names, places and labels are arrays. Those of a large ZIP are mapped from its index file (`index_file`).
+    `notes` says in one line each what was left out or may be a mistake.
 
     UserError: the file is missing, unreadable or not a ZIP; it holds no images; `dataset.json` is not a JSON object
     with `labels`; members lead out of the archive, overlap, or are links or devices.
     """
 
-    def __init__(self, path: str) -> None:
-        self.path, self.paths = path, [path]
+    def __init__(self, path: str, background: Color | None = None) -> None:
+        self.path, self.paths, self._background = path, [path], background
         self._file = None
         self._known: dict[str, Any] = {}  # what has been found out: labels, clean_labels, outliers, ...
+        self._root, self._disk = "", {}  # of a folder: where the names begin, {name: another name on the disk}
+        self._list = None  # of a ZIP: where `dataset.json` is, the fields of an ENTRY
+        self.notes: list[str] = []
         if os.path.isdir(path):
             self._list_folder()
             return
@@ -68,11 +73,14 @@ class ArchiveReader:
             raise
 
     def _list_folder(self) -> None:
-        files = [os.fsencode(name) for name in sorted(_walk(self.path))]
-        self._set_names(files, "folder")
-        data = self._read_file(METADATA) if METADATA.encode() in files else None
-        self._size = 0 if data is None else len(data)
-        self._metadata = None if data is None else self._parse(data)
+        files, folders, self._disk = list_folder(self.path)
+
+        def read(row: int) -> bytes:
+            data = self._read_file(as_text(files[row])[len(self._root) :])
+            self._size = len(data)
+            return data
+
+        self._take(files, folders, "folder", read)
 
     def _open_zip(self) -> None:
         fd, self._size, self._lock = self._file.fileno(), os.fstat(self._file.fileno()).st_size, threading.Lock()
@@ -92,9 +100,10 @@ class ArchiveReader:
         if found is not None:
             arrays, record = found
             self.names, self._entries = Names(arrays["names"], arrays["starts"]), arrays["entries"]
-            self._root, self._metadata = record["root"], None
+            self._metadata, self.notes = None, record["notes"]
             self._table = self._entries.view(np.uint8)
-            self._known = {key: arrays.get(key) for key in ("labels", "clean_labels")} | {
+            self._list = record["list"]
+            self._known = {key: arrays.get(key) for key in LABELS} | {
                 "outliers": arrays["outliers"].astype(bool) if "outliers" in arrays else None,
                 "class_names": record["class_names"],
                 "corruption": record["corruption"],
@@ -103,39 +112,43 @@ class ArchiveReader:
     @dnnlib.no_garbage()  # makes objects for each image, and throws few away
     def _read_directory(self, start: int, length: int, ahead: int) -> None:
         members = read_members(_read_fully(self._file.fileno(), length, start), self.path, ahead)
-        files, self._entries = members.names, members.entries
-        self._root = ""
-        found = [
-            name for name in files if name.endswith(METADATA.encode()) and name.split(b"/")[-1] == METADATA.encode()
-        ]
-        if len(found) == 1:  # which is not in the root when a whole folder was zipped
-            root = found[0][: -len(METADATA)]
-            self._root = root.decode()
-            below = [row for row, name in enumerate(files) if name.startswith(root)] if root else None
-            if below is not None:
-                files, self._entries = [files[row][len(root) :] for row in below], self._entries[below]
-        metadata = files.index(METADATA.encode()) if METADATA.encode() in files else None
-        entry = None if metadata is None else self._entries[metadata].item()
-        rows = self._set_names(files, "ZIP")
-        self._entries = self._entries[rows]
-        self._table = self._entries.view(np.uint8)
-        self._metadata = (
-            None if entry is None else self._parse(self._read_zip(entry, METADATA, unpacked_limit(self._size)))
-        )
+        self._entries = entries = members.entries
 
-    def _set_names(self, files: list[bytes], kind: str) -> list[int]:
-        """Take the names of the images among sorted files, and return their rows."""
-        rows = _image_rows(files)
-        if not rows:
-            raise dnnlib.UserError(f"{self.path}: {kind} without images (.png, .jpg, ...)")
-        self.names = Names.of([files[row] for row in rows])
+        def read(row: int) -> bytes:
+            return self._read_zip(entries[row].item(), as_text(members.names[row]), unpacked_limit(self._size))
+
+        self._entries = entries[self._take(members.names, members.folders, "ZIP", read)]
+        self._table = self._entries.view(np.uint8)
+
+    def _take(
+        self, files: list[bytes], folders: list[bytes], kind: str, read: Callable[[int], bytes]
+    ) -> np.ndarray | list[int]:
+        """Take names, `dataset.json` and labels by folder from an archive's files; return the rows of its images.
+
+        `read` returns the bytes of `dataset.json` or of a table, given its row.
+        """
+        found = examine(files, self.path, kind)
+        self._root, self.notes = as_text(found.root), found.notes
+        self._metadata = None if found.metadata is None else self._parse(read(found.metadata))
+        self._list = None if found.metadata is None or self._file is None else self._entries[found.metadata].item()
+        rows, names = found.images, [files[row][len(found.root) :] for row in found.images]
+        if self._metadata is None:
+            by_table, notes = label_by_table(names, found.others, lambda name: read(files.index(name)), self.path)
+            self._by_folder = by_table or label_by_folder(names, folders, found.others, self.path, kind)
+            self.notes += notes + self._by_folder.notes
+            found.others = [name for name in found.others if name not in self._by_folder.named]
+            if self._by_folder.kept is not None:
+                rows, names = ([values[i] for i in self._by_folder.kept] for values in (rows, names))
+        self.notes += note_unread(found.others, self.path) + note_tables(found.others, self.path)
+        self.names = Names.of(names)
         return rows
 
     def _save(self, key: str) -> None:
         """Write the index file, unless something in `dataset.json` is wrong: that is said only when it is needed."""
         try:
-            found = {key: self.labels(key) for key in ("labels", "clean_labels")} | {"outliers": self.outliers()}
-            record = dict(root=self._root, class_names=self.class_names(), corruption=self.corruption())
+            found = {key: self.labels(key) for key in LABELS} | {"outliers": self.outliers()}
+            record = dict(class_names=self.class_names(), corruption=self.corruption())
+            record |= dict(list=self._list, notes=self.notes)
         except dnnlib.UserError:
             return
         arrays = dict(names=self.names.text, starts=self.names.starts, entries=self._entries)
@@ -147,7 +160,7 @@ class ArchiveReader:
         """Return the bytes of every image file, int64 [N]."""
         if self._file is not None:
             return self._entries["size"].astype(np.int64)
-        return np.fromiter((os.path.getsize(os.path.join(self.path, name)) for name in self.names), np.int64, len(self))
+        return np.fromiter((os.path.getsize(self._disk_path(name)) for name in self.names), np.int64, len(self))
 
     def checksums(self) -> np.ndarray | None:
         """Return the CRC-32 of every image file, uint32 [N]; None for a folder, which does not state them."""
@@ -161,9 +174,28 @@ class ArchiveReader:
     def __len__(self) -> int:
         return len(self.names)
 
-    def where(self, row: int) -> str:
-        """Return the name of an image for error messages: 'archive.zip: 00000/img00000000.png'."""
-        return f"{self.path}: {self.names[row]}"
+    def where(self, row: int) -> object:
+        """Return what messages call an image, as text: 'archive.zip: 00000/img00000000.png (cat/a.jpg)'."""
+        return _Where(self, row)
+
+    def shown_name(self, row: int) -> str:
+        """Return the name of an image, with its original path where the archive knows it."""
+        origins = None
+        with contextlib.suppress(dnnlib.UserError):  # of a damaged `dataset.json`: the message is about something else
+            origins = self.source_names()
+        return self.names[row] if origins is None else f"{self.names[row]} ({origins[row]})"
+
+    def source_names(self) -> list[str] | None:
+        """Return the original paths of the images, None where the archive does not know them. Reads `dataset.json`."""
+        return self._find("source_names", self._find_source_names)
+
+    def _find_source_names(self) -> list[str] | None:
+        metadata = self._metadata
+        if metadata is None and self._list is not None:  # opened by its index
+            metadata = self._parse(self._read_zip(tuple(self._list), METADATA, unpacked_limit(self._size)))
+        pairs = (metadata or {}).get("source_names")
+        where = f'{self.path}: {METADATA}: "source_names"'
+        return None if pairs is None else match_origins(pairs, self.names, where)
 
     def read(self, row: int) -> bytes:
         """Return the bytes of an image file. Threads need no lock. UserError names a file that is damaged."""
@@ -171,19 +203,23 @@ class ArchiveReader:
             return self._read_file(self.names[row])
         return self._read_zip(ENTRY_FIELDS.unpack_from(self._table, row * ENTRY_FIELDS.size), row, MEMBER_LIMIT)
 
+    def _disk_path(self, name: str) -> str:
+        name = self._root + name
+        return os.path.join(self.path, self._disk.get(os.fsencode(name), name) if self._disk else name)
+
     def _read_file(self, name: str) -> bytes:
         try:
-            with open(os.path.join(self.path, name), "rb") as f:
+            with open(self._disk_path(name), "rb") as f:
                 return f.read()
         except OSError as err:
-            raise dnnlib.UserError(f"{self.path}: {name}: cannot be read ({err.strerror or err})") from None
+            raise DamagedFile(f"{self.path}: {name}", f"cannot be read ({err.strerror or err})") from None
 
     def _read_zip(self, entry: tuple[int, ...], member: int | str, limit: int) -> bytes:
         """Read at given positions of the one open file: threads share no position, so they need no lock."""
         offset, packed, size, crc, method, flags = entry
         try:
             if method not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or flags & 1:
-                return self._read_rare(self._name(member), limit)
+                return self._read_rare(offset, crc, limit)
             if max(size, packed) > limit:
                 raise zipfile.BadZipFile
             fd = self._file.fileno()
@@ -199,12 +235,12 @@ class ArchiveReader:
                 raise zipfile.BadZipFile
             return data
         except DAMAGED:
-            raise dnnlib.UserError(f"{self.path}: {self._name(member)}: damaged (or encrypted) in the ZIP") from None
+            raise DamagedFile(f"{self.path}: {self._name(member)}", "damaged (or encrypted) in the ZIP") from None
 
     def _name(self, member: int | str) -> str:
-        return member if isinstance(member, str) else self.names[member]
+        return member if isinstance(member, str) else self.shown_name(member)
 
-    def _read_rare(self, name: str, limit: int) -> bytes:
+    def _read_rare(self, offset: int, crc: int, limit: int) -> bytes:
         """Read an unusual compression with `zipfile`, which uses a lock and the position of the file.
 
         Forked processes would share that position, so each of them opens the file again.
@@ -212,11 +248,15 @@ class ArchiveReader:
         with self._lock:
             if getattr(self, "_owner", None) != os.getpid():
                 self._zip, self._owner = zipfile.ZipFile(self.path), os.getpid()
-        return read_member(self._zip, self._zip.getinfo(self._root + name), limit)
+                self._infos = {info.header_offset: info for info in self._zip.infolist()}
+        info = self._infos.get(offset)
+        if info is None or info.CRC != crc:  # only an index that somebody forged
+            raise zipfile.BadZipFile
+        return read_member(self._zip, info, limit)
 
     def image(self, row: int) -> np.ndarray:
         """Return a decoded image, uint8 [H, W, C] with C = 1 or 3."""
-        return decode_image(self.read(row), _Where(self, row))
+        return decode_image(self.read(row), self.where(row), self._background)
 
     def _parse(self, data: bytes) -> dict[str, Any]:
         where = f"{self.path}: {METADATA}"
@@ -239,10 +279,11 @@ class ArchiveReader:
 
     def _find_labels(self, key: str) -> np.ndarray | None:
         if self._metadata is None:
-            return self._folder_labels()[0] if key == "labels" else None
+            return self._folder_classes().labels if key == "labels" else None
         if self._metadata.get(key) is None:
             return None
-        return match_labels(self._metadata[key], self.names, f'{self.path}: {METADATA}: "{key}"')
+        where = f'{self.path}: {METADATA}: "{key}"'
+        return match_labels(self._metadata[key], self.names, where, self.class_names(), self.notes)
 
     def class_names(self) -> list[str] | None:
         """Return the names of the classes: those in the metadata, else those of the subfolders, else None."""
@@ -251,10 +292,12 @@ class ArchiveReader:
 
     def _find_class_names(self) -> list[str] | None:
         if self._metadata is None:
-            return self._folder_labels()[1]
+            return self._folder_classes().class_names
         names = self._metadata.get("class_names")
         if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
             raise dnnlib.UserError(f'{self.path}: {METADATA}: "class_names" must be a list of strings')
+        if names is None:  # labels may be names
+            return text_classes([self._metadata.get(key) for key in LABELS[:2]], f"{self.path}: {METADATA}")
         return names
 
     def outliers(self) -> np.ndarray | None:
@@ -269,7 +312,7 @@ class ArchiveReader:
         for piece in in_pieces(listed) or [[None]]:
             if not all(isinstance(name, str) for name in piece):
                 raise dnnlib.UserError(f"{where} must be a list of file names")
-            rows = {name: self.names.find(name) for name in piece}
+            rows = {name: self.names.find(name.replace("\\", "/")) for name in piece}
             if absent := sorted(name for name, row in rows.items() if row is None):
                 raise dnnlib.UserError(f"{where} names '{absent[0]}', which is not among the {len(self)} images")
             found[list(rows.values())] = True
@@ -280,17 +323,10 @@ class ArchiveReader:
         found = self._find("corruption", lambda: (self._metadata or {}).get("corruption"))
         return dict(found) if isinstance(found, dict) else {}
 
-    def _folder_labels(self) -> tuple[np.ndarray | None, list[str] | None]:
-        parts = [name.split("/")[:-1] for name in self.names]
-        common = os.path.commonprefix(parts)  # compares whole folder names, since these are lists
-        if any(len(part) == len(common) for part in parts):
-            return None, None  # some images lie next to the subfolders, or all lie in one folder
-        folders = [part[len(common)] for part in parts]
-        classes = sorted(set(folders))
-        if all(SHARD.fullmatch(name) for name in classes):
-            return None, None
-        number = {name: i for i, name in enumerate(classes)}
-        return np.array([number[name] for name in folders], dtype=np.int64), classes
+    def _folder_classes(self) -> FolderLabels:
+        if self._by_folder.problem is not None:
+            raise dnnlib.UserError(self._by_folder.problem)
+        return self._by_folder
 
 
 class _Where:
@@ -302,7 +338,7 @@ class _Where:
         self._reader, self._row = reader, row
 
     def __str__(self) -> str:
-        return self._reader.where(self._row)
+        return f"{self._reader.path}: {self._reader.shown_name(self._row)}"
 
 
 def _read_fully(fd: int, size: int, offset: int) -> bytes:
@@ -311,40 +347,3 @@ def _read_fully(fd: int, size: int, offset: int) -> bytes:
     while 0 < len(data) < size and (more := os.pread(fd, size - len(data), offset + len(data))):
         data += more
     return data
-
-
-def _image_rows(files: list[bytes]) -> list[int]:
-    """Return which of the names in UTF-8 are images, and not hidden."""
-    rows = [row for row, name in enumerate(files) if name.lower().endswith(ENDINGS)]
-    text = b"/".join([b"", *files])
-    if b"/." in text or b"/__MACOSX" in text:
-        rows = [row for row in rows if not files[row].startswith(b"__MACOSX/") and b"/." not in b"/" + files[row]]
-    return rows
-
-
-def _walk(path: str) -> Iterator[str]:
-    def fail(err: OSError) -> None:
-        raise dnnlib.UserError(f"{err.filename or path}: cannot be read ({err.strerror or err})")
-
-    root = os.path.realpath(path)
-    for folder, _folders, files in os.walk(path, onerror=fail):
-        prefix = os.path.relpath(folder, path).replace(os.sep, "/")
-        for name in files:
-            member = name if prefix == "." else f"{prefix}/{name}"
-            if member == METADATA or _image_rows([os.fsencode(member)]):
-                _check_file(os.path.join(folder, name), root, f"{path}: {member}")
-            yield member
-
-
-def _check_file(path: str, root: str, where: str) -> None:
-    """Raise UserError for what is not a file (a device never ends, a pipe waits) and for links out of the folder."""
-    try:
-        mode = os.lstat(path).st_mode
-        if stat.S_ISLNK(mode):
-            if os.path.commonpath([root, os.path.realpath(path)]) != root:
-                raise dnnlib.UserError(f"{where}: is a link to a file outside the folder; replace it by a copy")
-            mode = os.stat(path).st_mode
-    except (OSError, ValueError) as err:
-        raise dnnlib.UserError(f"{where}: cannot be read ({getattr(err, 'strerror', None) or err})") from None
-    if not stat.S_ISREG(mode):
-        raise dnnlib.UserError(f"{where}: is not a regular file")

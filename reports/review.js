@@ -13,7 +13,7 @@ const live = document.getElementById("live");
 
 // One object per image. `other` is what "relabel" means: the suggested class, or null where that is the label itself.
 const items = data.names.map((name, index) => ({
-  index, name, label: data.labels[index], suggested: data.suggested[index], wrong: data.wrong[index],
+  index, name, file: data.files[index], label: data.labels[index], suggested: data.suggested[index], wrong: data.wrong[index],
   other: data.suggested[index] === data.labels[index] ? null : data.suggested[index],
   probability: data.probability && data.probability[index], twin: data.twin[index], group: data.group[index],
   suspicious: data.suspicious[index] === 1, foreign: data.foreign[index] === 1, duplicate: data.group[index] >= 0,
@@ -402,7 +402,7 @@ function panelText(item) {
   if (item.other !== null) {
     line.push("; suggested: ", strong(data.classes[item.other]), item.probability === null ? "" : ` (${percent(item.probability)})`);
   }
-  const lines = [element("div", {}, ...line), element("div", { class: "file", title: item.name }, item.name)];
+  const lines = [element("div", {}, ...line), element("div", { class: "file", title: item.name }, item.file)];
   if (item.duplicate) lines.push(element("div", { class: "file" }, `same as ${item.twin}`));
   return lines;
 }

@@ -120,6 +120,7 @@ def _json(value: object) -> str:
 def _data(dataset: ImageDataset, found: LabelFile, chosen: np.ndarray, tile: tuple[int, int]) -> dict[str, object]:
     """Return what the script knows: for each of the `chosen` images one entry in every list."""
     names, classes = dataset.file_names, dataset.label_dim
+    files = names if (origins := dataset.source_names) is None else origins
     shown = dataset.class_names or [str(c) for c in range(classes)]
     # Decisions belong to names and labels, so they live on when the page is made again with other scores.
     identity = hashlib.sha256("\0".join([*shown, *names]).encode("utf-8", "surrogatepass"))
@@ -136,6 +137,7 @@ def _data(dataset: ImageDataset, found: LabelFile, chosen: np.ndarray, tile: tup
         flagged=np.bincount(found.labels[~found.is_clean], minlength=classes).tolist(),
         tile=dict(width=tile[0], height=tile[1], sheet=SHEET, exact=max(tile) <= EXACT),
         names=[names[i] for i in chosen],
+        files=[files[i] for i in chosen],  # what a person calls them
         labels=found.labels[chosen].tolist(),
         suggested=found.suggested[chosen].tolist(),
         wrong=np.round(1 - found.score[chosen].astype(np.float64), 3).tolist(),
@@ -143,7 +145,7 @@ def _data(dataset: ImageDataset, found: LabelFile, chosen: np.ndarray, tile: tup
         suspicious=(~found.is_clean[chosen]).astype(int).tolist(),
         foreign=foreign.astype(int).tolist(),
         group=np.where(doubles[chosen], group[chosen], -1).tolist(),
-        twin=[None if i < 0 else f"{names[i]} ({shown[found.labels[i]]})" for i in others],
+        twin=[None if i < 0 else f"{files[i]} ({shown[found.labels[i]]})" for i in others],
     )
 
 

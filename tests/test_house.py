@@ -56,6 +56,7 @@ OPTIONAL = {
     "cleanlab",
     "lmdb",
     "open_clip",
+    "pyarrow",
     "pyspng",
     "torch.utils.tensorboard",
     "torch_fidelity",

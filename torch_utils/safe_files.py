@@ -6,12 +6,13 @@ the content would become before it reads it. Nothing here unpickles. See docs/se
 
 from __future__ import annotations
 
+import codecs
 import io
 import json
 import math
 import tokenize
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -21,11 +22,14 @@ from torch_utils import safe_pickle
 
 __all__ = [
     "MAX_JSON",
+    "decode_text",
+    "json_error",
     "json_levels",
     "load_json",
     "load_npy",
     "load_npz",
     "load_pt",
+    "place_in_text",
     "read_member",
     "read_npz",
     "unpacked_limit",
@@ -35,7 +39,8 @@ MAX_JSON = 1 << 30  # bytes of objects a JSON file may become, estimated from it
 MAX_DEPTH = 64
 MAX_UNPACKED = 512 << 20
 _CHUNK = 1 << 20
-_QUOTE, _BACKSLASH = b'"', b"\\"
+_QUOTE, _BACKSLASH, _NEWLINE = b'"', b"\\", b"\n"
+_MARK = codecs.BOM_UTF8
 _STEP = np.zeros(256, dtype=np.int8)  # what each byte adds to the depth of a JSON text
 _STEP[list(b"[{")], _STEP[list(b"]}")] = 1, -1
 # What the parsers below raise for damaged bytes. MemoryError means that a number in the file asked for too much.
@@ -48,10 +53,14 @@ def unpacked_limit(size: int) -> int:
     return max(MAX_UNPACKED, 10 * size)
 
 
-def load_json(data: bytes, name: str, limit: int = MAX_JSON) -> Any:
+def load_json(
+    data: bytes, name: str, limit: int = MAX_JSON, *, place: Callable[[int], tuple[bytes, int]] | None = None
+) -> Any:
     """Return the value of a JSON text in UTF-8.
 
-    Raise UserError that names `name` when it is not JSON, is nested too deeply, or would take more than `limit` bytes.
+    Raise UserError that names `name` when it is not JSON (with line and column), is nested too deeply, or would take
+    more than `limit` bytes. Where `data` is made of parts of a larger text, `place` turns a position in it into
+    (the larger text, the position there).
     """
     # In CPython a list takes 64 bytes and more, a dictionary 240, an item with its string or number about 60.
     objects = 64 * (data.count(b"[") + data.count(b",")) + 240 * data.count(b"{")
@@ -59,10 +68,42 @@ def load_json(data: bytes, name: str, limit: int = MAX_JSON) -> Any:
         raise UserError(f"{name}: JSON of {len(data):,} bytes is too large to be read safely")
     if max((int(levels.max()) for _, levels, _ in json_levels(data)), default=0) > MAX_DEPTH:
         raise UserError(f"{name}: not valid JSON for this purpose, it is nested more than {MAX_DEPTH} levels deep")
+    place = place or (lambda at: (data, at))
+    text = decode_text(data, f"{name}: not valid JSON", place)
     try:
-        return json.loads(data.decode("utf-8-sig"))
-    except (ValueError, RecursionError):  # bad UTF-8 is a ValueError, as are numbers of very many digits
+        return json.loads(text)
+    except json.JSONDecodeError as e:
+        at = len(text[: e.pos].encode()) + (len(_MARK) if data.startswith(_MARK) else 0)
+        raise json_error(name, *place(at), e.msg) from None
+    except (ValueError, RecursionError):  # numbers of very many digits
         raise UserError(f"{name}: not valid JSON") from None
+
+
+def json_error(name: str, data: bytes, at: int, reason: str) -> UserError:
+    """Return the error that JSON is not valid at a position, for a `reason`."""
+    return UserError(f"{name}: not valid JSON, {place_in_text(data, at)}: {reason}")
+
+
+def place_in_text(data: bytes, at: int) -> str:
+    """Return a position in the bytes of a text in words: 'line 2, column 14'."""
+    start = data.rfind(b"\n", 0, at) + 1
+    column = len(data[start:at].decode("utf-8", "replace")) + 1
+    return f"line {data.count(_NEWLINE, 0, at) + 1}, column {column}"
+
+
+def decode_text(data: bytes, name: str, place: Callable[[int], tuple[bytes, int]] | None = None) -> str:
+    """Return a text in UTF-8, without the mark of byte order that spreadsheets put in front.
+
+    Raise UserError that begins with `name`: the text is UTF-16, or it has bytes that are not UTF-8 (where, see
+    `load_json`).
+    """
+    if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) or b"\0" in data[:4]:
+        raise UserError(f"{name}: the text is UTF-16, save as UTF-8")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as e:
+        where = place_in_text(*(place(e.start) if place else (data, e.start)))
+        raise UserError(f"{name}: {where} is not UTF-8, save as UTF-8") from None
 
 
 def json_levels(data: bytes) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:

@@ -86,7 +86,7 @@ def test_a_set_is_a_source(shards, tmp_path):
     whole, parts = shards
     for name, source in (("one", whole), ("several", ",".join(parts))):
         opened = open_source(source)
-        opened.corruption = {}
+        opened.corruption, opened.names = {}, None  # the names are those of the archives
         build.build_archive(opened, str(tmp_path / f"{name}.zip"), make_transform(None, None), workers=1)
     assert (tmp_path / "one.zip").read_bytes() == (tmp_path / "several.zip").read_bytes()
     with pytest.raises(dnnlib.UserError, match="no test part"):

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 import dnnlib
-from archives.build import clean_source
 from archives.label_file import LabelFile
+from archives.relabel import clean_source
 from archives.sources import Source
 
 IMAGES = np.arange(6, dtype=np.uint8)[:, None, None, None]
@@ -32,6 +32,21 @@ def test_foreign_images_are_left_out_when_asked_for(fix, drop_outliers, kept, la
     assert [int(source.image(i)[0, 0, 0]) for i in range(source.length)] == kept
     assert source.labels.tolist() == labels and source.names == [list("abcdef")[i] for i in kept]
     assert source.corruption["cleaned"].get("outliers") == (2 if drop_outliers else None)
+
+
+@pytest.mark.parametrize("unsure, kept, labels, after", [
+    ("drop", [0, 1, 2, 3, 4], [0, 0, 1, 0, 1], 0.99),
+    ("keep", [0, 1, 2, 3, 4, 5], [0, 0, 1, 0, 1, 0], (5 * 0.99 + 0.2) / 6),
+])  # fmt: skip
+def test_relabels_only_where_the_new_label_is_sure(unsure, kept, labels, after):
+    source = Source("here", 6, IMAGES.__getitem__, LABELS, names=list("abcdef"))
+    file = found(None)
+    file.score = np.array([0.99, 0.01, 0.99, 0.99, 0.99, 0.2], np.float32)
+    file.suggested_score = np.array([0.99, 0.99, 0.99, 0.99, 0.99, 0.8], np.float32)
+    done = clean_source(source, file, 2, "relabel", confidence=0.9, unsure=unsure)
+    assert [int(source.image(i)[0, 0, 0]) for i in range(source.length)] == kept and source.labels.tolist() == labels
+    assert (done.relabeled, done.left_out) == (1, 6 - len(kept))
+    assert done.before == pytest.approx(np.mean(file.score)) and done.after == pytest.approx(after)
 
 
 def test_a_file_that_does_not_tell_is_refused_and_so_is_an_empty_rest():

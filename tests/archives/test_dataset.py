@@ -265,9 +265,12 @@ BAD = {
     "json encoding": (two_images(json=b"\xff\xfe{"), "dataset.json: not valid JSON"),
     "no labels key": (two_images(json=b'{"classes": []}'), 'dataset.json: lacks "labels"'),
     "list": (two_images(json=b"[]"), 'dataset.json: lacks "labels"'),
-    "labels kind": (two_images(json=with_labels({"a": 1})), "must be a list of"),
+    "comma": (two_images(json=b'{"labels": [["a.png", 0],\n ["b.png", 1],]}'), "not valid JSON, line 2, column 1"),
+    "UTF-16": (two_images(json='{"labels": null}'.encode("utf-16")), "UTF-16, save as UTF-8"),
+    "labels kind": (two_images(json=with_labels(5)), "must be a list of"),
     "pair": (two_images(json=with_labels([[NAMES[0], 0], [NAMES[1]]])), "must be a list of"),
-    "absent file": (two_images(json=with_labels([[NAMES[0], 0], ["no.png", 1]])), "names 'no.png', which is not"),
+    "absent file": (
+        two_images(json=with_labels([[NAMES[0], 0], ["no.png", 1]])), f"1 labels for 2 images, none for '{NAMES[1]}'"),
     "missing file": (two_images(json=with_labels([[NAMES[0], 0]])), f"1 labels for 2 images, none for '{NAMES[1]}'"),
     "twice": (two_images(json=with_labels([[NAMES[0], 0], [NAMES[1], 1], [NAMES[1], 0]])), "listed twice"),
     "negative": (two_images(json=with_labels([[NAMES[0], 0], [NAMES[1], -1]])), "label -1 is negative"),
@@ -284,8 +287,8 @@ BAD = {
     "class names kind": (two_images(json=with_labels([[NAMES[0], 0], [NAMES[1], 1]], class_names=3)), "list of str"),
     "size": (two_images(img1=synth.png(synth.pictures(1, 16)[0])), f"{NAMES[1]}: image is 16x16 with 3 channels"),
     "channels": (two_images(img1=synth.png(synth.pictures(1)[0], "L")), f"{NAMES[1]}: image is 8x8 with 1 channels"),
-    "alpha": (two_images(img1=synth.png(synth.pictures(1)[0], "RGBA")), f"{NAMES[1]}: has 4 channels"),
-    "gray alpha": (two_images(img1=synth.png(synth.pictures(1)[0], "LA")), f"{NAMES[1]}: has 2 channels"),
+    "alpha": (two_images(img1=synth.png(synth.pictures(1, channels=4)[0])), f"{NAMES[1]}: has transparent pixels"),
+    "gray alpha": (two_images(img1=synth.png(synth.pictures(1, channels=4)[0], "LA")), f"{NAMES[1]}: has transparent"),
     "16 bits": (two_images(img1=synth.png(synth.pictures(1)[0], "I;16")), f"{NAMES[1]}: has 16 bits"),
     "truncated": (two_images(img1=synth.png(synth.pictures(1)[0])[:100]), f"{NAMES[1]}: truncated"),
     "empty": (two_images(img1=b""), f"{NAMES[1]}: truncated"),
@@ -293,6 +296,36 @@ BAD = {
     "shape": ({"a.png": synth.png(synth.pictures(1)[0][:4])}, "images are 8x4, expected square"),
     "power of two": ({"a.png": synth.png(synth.pictures(1, 12)[0])}, "images are 12x12, expected square"),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "labels, numbers, names",
+    [
+        ({NAMES[0]: 0, NAMES[1]: 1}, [0, 1], None),
+        ({NAMES[0]: "dog", NAMES[1]: "cat"}, [1, 0], ["cat", "dog"]),
+        ([[NAMES[1], "7"], [NAMES[0], "0"]], [0, 7], None),
+        ([[NAMES[1], "07"], [NAMES[0], "10"]], [1, 0], ["07", "10"]),
+        ([[NAMES[0], 0], ["gone.png", 5], [NAMES[1], 1]], [0, 1], None),
+    ],
+)
+def test_labels_may_be_a_mapping_and_names_and_know_more(tmp_path, labels, numbers, names):
+    data = ImageDataset(str(synth.make_zip(tmp_path / "a.zip", two_images(json=with_labels(labels)))))
+    assert data.labels.tolist() == numbers and data.class_names == names
+    assert [("1 names" in note and "'gone.png'" in note) for note in data.notes] == [True] * ("gone.png" in str(labels))
+
+
+def test_named_labels_follow_the_class_names_and_clean_labels_share_them(tmp_path):
+    clean = {NAMES[0]: "owl", NAMES[1]: "cat"}
+    json_text = with_labels({NAMES[0]: "dog", NAMES[1]: "cat"}, clean_labels=clean)
+    data = ImageDataset(str(synth.make_zip(tmp_path / "a.zip", two_images(json=json_text))))
+    assert data.class_names == ["cat", "dog", "owl"] and data.labels.tolist() == [1, 0]
+    assert data.clean_labels.tolist() == [2, 0]
+    json_text = with_labels({NAMES[0]: "dog", NAMES[1]: "cat"}, class_names=["dog", "owl", "cat"])
+    data = ImageDataset(str(synth.make_zip(tmp_path / "b.zip", two_images(json=json_text))))
+    assert data.labels.tolist() == [0, 2]
+    json_text = with_labels({NAMES[0]: "dog", NAMES[1]: "cow"}, class_names=["dog", "owl", "cat"])
+    with pytest.raises(dnnlib.UserError, match="1 of 2 different labels are none of the 3 classes: 'cow'"):
+        ImageDataset(str(synth.make_zip(tmp_path / "c.zip", two_images(json=json_text))))
 
 
 @pytest.mark.parametrize("name", BAD)

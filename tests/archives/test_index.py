@@ -50,8 +50,10 @@ def members():
 KINDS = {
     "labels": make,
     "everything": lambda path: make(
-        path, clean_labels=CLEAN, outliers=NAMES[3:5], class_names=["a", "b", "c"], corruption=dict(family="digits")
+        path, clean_labels=CLEAN, outliers=NAMES[3:5], class_names=["a", "b", "c"], corruption=dict(family="digits"),
+        previous_labels=CLEAN[::-1], source_names=[[name, f"x/{i}.jpg"] for i, name in enumerate(NAMES)],
     ),
+    "class names as labels": lambda path: make(path, ["cat", "dog", "owl"] * 3),
     "vectors": lambda path: make(path, [[0.5, i] for i in range(9)]),
     "no labels": lambda path: make(path, None),
     "nested": nested,
@@ -61,10 +63,10 @@ KINDS = {
 
 
 def content(archive):
-    arrays = [archive.labels(), archive.labels("clean_labels"), archive.outliers()]
+    arrays = [*map(archive.labels, reader.LABELS), archive.outliers()]
     arrays = [None if array is None else (array.dtype.str, array.tolist()) for array in arrays]
     images = [archive.image(row).tolist() for row in range(len(archive))]
-    return list(archive.names), arrays, archive.class_names(), archive.corruption(), images
+    return list(archive.names), arrays, archive.class_names(), archive.corruption(), images, archive.source_names()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -77,7 +79,9 @@ def test_the_second_opening_reads_only_the_index(kind, tmp_path, monkeypatch):
     assert content(ArchiveReader(path)) == expected
     assert sorted(os.listdir(tmp_path)) == ["a.zip", "a.zip.index"]
     monkeypatch.setattr(reader, "read_members", None)
-    monkeypatch.setattr(reader, "load_lists", None)
+    with monkeypatch.context() as without:
+        without.setattr(reader, "load_lists", None)
+        assert ArchiveReader(path).labels() is None or expected[1][0][1] == ArchiveReader(path).labels().tolist()
     assert content(ArchiveReader(path)) == expected
 
 
@@ -269,8 +273,12 @@ def test_limits_grow_with_the_archive(tmp_path, monkeypatch):
 
 
 MISTAKES = {
-    "absent": (lambda pairs: [*pairs[:-1], ["no.png", 1]], "names 'no.png', which is not"),
+    "absent": (lambda pairs: [*pairs[:-1], ["no.png", 1]], "8 labels for 9 images, none for '00000/img00000008.png'"),
     "missing": (lambda pairs: pairs[:-1], "8 labels for 9 images, none for '00000/img00000008.png'"),
+    "most missing": (lambda pairs: pairs[:2], "none for '00000/img00000002.png', '00000/img00000003.png', "
+                     "'00000/img00000004.png' and 4 more"),
+    "many absent": (lambda pairs: [*([f"{i}.png", 1] for i in range(99)), *pairs, pairs[0]], "listed twice"),
+    "text among numbers": (lambda pairs: [*pairs[:-1], [NAMES[8], "cat"]], "is not an integer"),
     "twice": (lambda pairs: [*pairs, pairs[0]], "1 files are listed twice"),
     "many times": (lambda pairs: pairs * 50, "listed twice"),
     "negative": (lambda pairs: [*pairs[:-1], [NAMES[8], -1]], "label -1 is negative"),

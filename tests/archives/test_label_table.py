@@ -1,6 +1,7 @@
 """Label files as CSV in cleanlab's columns: both ways, matching, and errors for other files."""
 
 import csv
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -49,13 +50,39 @@ def test_round_trip(dataset, tmp_path, class_names, given, outliers):
     save_label_table(tmp_path / "t.csv", file, class_names)
     with open(tmp_path / "t.csv", newline="") as f:
         lines = list(csv.DictReader(f))
-    assert list(lines[0]) == ["file", *HEADER.split(","), *(["is_outlier_issue"] if outliers else [])]
+    own = ["file", "label", "suggested_label", "probability_wrong"]
+    assert list(lines[0]) == [*own, *HEADER.split(","), *(["is_outlier_issue"] if outliers else [])]
+    assert [line["label"] for line in lines] == list(given)
+    assert all(line["suggested_label"] == line["predicted_label"] for line in lines)
+    assert [round(float(line["probability_wrong"]), 6) for line in lines] == [0.1, 0.666667, 0, 1]
     assert [line["given_label"] for line in lines] == list(given)
     assert [line["is_label_issue"] for line in lines] == ["False", "True", "False", "False"]
     loaded = load_labels_or_table(tmp_path / "t.csv", dataset)
     for name, value in vars(file).items():
         np.testing.assert_array_equal(getattr(loaded, name), value, err_msg=name)
     assert (loaded.score.dtype, loaded.labels.dtype, loaded.is_clean.dtype) == (np.float32, np.int64, bool)
+
+
+def test_original_paths_come_first_and_the_archive_names_still_match(tmp_path):
+    origins = ["cat/1.jpg", "dog/=1.jpg", "cat/2.jpg", "dog/1.jpg"]
+    names = [f"00000/img{i:08d}.png" for i in range(4)]
+    pairs = [list(pair) for pair in zip(names, origins, strict=True)]
+    path = make_archive(tmp_path / "a.zip", pictures(4), LABELS.tolist(), class_names=list("abc"), source_names=pairs)
+    data = ImageDataset(str(path))
+    assert data.source_names == origins
+    file = replace(found(data), source_names=data.source_names)
+    save_label_table(tmp_path / "t.csv", file, data.class_names)
+    with open(tmp_path / "t.csv", newline="") as f:
+        lines = list(csv.DictReader(f))
+    assert [line["file"] for line in lines] == origins and [line["archive_name"] for line in lines] == names
+    # A person sorts the lines and deletes the last column.
+    kept = [list(line.values())[:-1] for line in [lines[i] for i in (2, 0, 3, 1)]]
+    write(tmp_path, ",".join(list(lines[0])[:-1]), *(",".join(cells) for cells in kept))
+    for name in ("t.csv", "table.csv"):
+        loaded = load_labels_or_table(tmp_path / name, ImageDataset(str(path), xflip=True))
+        np.testing.assert_array_equal(loaded.score, np.tile(file.score, 2))
+    with pytest.raises(dnnlib.UserError, match=r"first '00000/img00000001.png \(dog/=1.jpg\)'"):
+        load_labels_or_table(write(tmp_path, ",".join(list(lines[0])[:-1]), *(",".join(c) for c in kept[:2])), data)
 
 
 def test_a_table_of_cleanlab_is_matched_by_position(dataset, tmp_path):

@@ -69,6 +69,10 @@ DOORS = {
     "images": [
         (fid, "evaluate --images={file} --data={zip} --detector=pixels --out={new} --device=cpu"),
     ],
+    "arrays": [
+        (dataset_tool, "--source={file} --dest={new}"),
+        (dataset_tool, "--source={zip} --outliers={file} --perturb_percent=50 --dest={new}"),
+    ],
     "archive": [
         (dataset_tool, "--source={file} --dest={new}"),
         (dataset_tool, "--source={file} --dest={new}.zip --workers=2"),
@@ -103,6 +107,8 @@ def kinds(name, data):
     yield "matrix", "t.npy", hostile.npy_of_objects(data)
     yield "reference", "r.npz", hostile.npz_of_objects(data)
     yield "images", "i.npz", hostile.npz_of_objects(data)
+    yield "arrays", "a.npz", hostile.npz_of_objects(data)
+    yield "arrays", "a.pk", data
     yield "label file", "f.npz", hostile.npz_of_objects(data)
 
 
@@ -236,13 +242,21 @@ def test_archives_do_nothing_anywhere(kind, name, honest, tmp_path):
     try_doors("cifar" if kind == "cifar" else "archive", path, honest, tmp_path, 0, True)
 
 
-@pytest.mark.parametrize("kind, file", [("labels", "l.npy"), ("matrix", "t.npy"), ("reference", "r.npz")])
+@pytest.mark.parametrize(
+    "kind, file", [("labels", "l.npy"), ("matrix", "t.npy"), ("reference", "r.npz"), ("arrays", "a.npz")]
+)
 @pytest.mark.parametrize("name", hostile.NPY)
 def test_arrays_that_lie(kind, file, name, honest, tmp_path):
     data = hostile.NPY[name]
     data = data if file.endswith(".npy") else hostile.zip_of({"mu.npy": data, "sigma.npy": data})
     (tmp_path / file).write_bytes(data)
     try_doors(kind, tmp_path / file, honest, tmp_path, 0, True)
+
+
+@pytest.mark.parametrize("name", hostile.TORCH)
+def test_pickles_that_grow(name, honest, tmp_path):
+    (tmp_path / "a.pk").write_bytes(hostile.TORCH[name])
+    try_doors("arrays", tmp_path / "a.pk", honest, tmp_path, 0, True)
 
 
 @pytest.mark.parametrize("kind, file", [("labels", "l.json"), ("matrix", "t.json")])
@@ -258,6 +272,24 @@ def test_json_that_grows(kind, file, data, honest, tmp_path):
 def test_torch_files_that_grow(kind, file, wrap, name, honest, tmp_path):
     (tmp_path / file).write_bytes(wrap(hostile.TORCH[name]))
     try_doors(kind, tmp_path / file, honest, tmp_path, 0, True)
+
+
+@pytest.mark.parametrize("name", hostile.tables())
+def test_tables_do_nothing(name, honest, tmp_path):
+    """As a file of labels, and, under the name of which the reader takes notice, among the images of a folder."""
+    file, data = hostile.tables()[name]
+    (tmp_path / file).write_bytes(data)
+    refused("labels", 0, tmp_path / file, honest, tmp_path)
+    folder = tmp_path / "metadata"
+    folder.mkdir()
+    (folder / "00000").mkdir()
+    (folder / "00000" / "img00000000.png").write_bytes(hostile.PNG)
+    (folder / f"metadata{os.path.splitext(file)[1]}").write_bytes(data)
+    result = CliRunner().invoke(dataset_tool.main, [f"--source={folder}", f"--dest={tmp_path}/new.zip"])
+    assert result.exception is None or isinstance(result.exception, SystemExit), repr(result.exception)
+    lines = result.stderr.splitlines()
+    assert lines and all(line.isprintable() and len(line) < 5000 for line in lines)
+    assert [line[:6] for line in lines if line[:6] != "Note: "] == ["Error:"] * (result.exit_code == 1)
 
 
 @pytest.mark.parametrize("name", ["PostScript", "PostScript as PNG"])

@@ -69,7 +69,8 @@ def test_the_readme_command(tmp_path, monkeypatch):
     )
     assert data.class_names == synth.CIFAR10_NAMES
     c = data.corruption
-    assert set(c) == {"family", "noise_type", "noise_rate", "T", "seed", "version", "realised_rate"}
+    assert set(c) == {"family", "noise_type", "noise_rate", "T", "seed", "version", "realised_rate", "clean_labels"}
+    assert c["clean_labels"] == "before noise"
     assert (c["family"], c["noise_type"], c["noise_rate"], c["seed"]) == ("cifar10", "sym", 0.4, 0)
     assert c["realised_rate"] == rate
     np.testing.assert_allclose(c["T"], label_noise.transition_matrix("sym", 0.4, 10))
@@ -175,15 +176,16 @@ def test_label_files(tmp_path):
     assert old_numpy != (tmp_path / "cifar_n.pt").read_bytes()
     for name, key in [("l.npy", None), ("l.npz", "second"), ("cifar_n.pt", "aggre_label"), ("l.pt", None),
                       ("l.json", None)]:  # fmt: skip
-        args = [f"--labels={tmp_path / name}"] + ([f"--label_key={key}"] if key else [])
+        args = [f"--labels={tmp_path / name}", "--overwrite"] + ([f"--label_key={key}"] if key else [])
         data = build(tmp_path / "a.zip", tmp_path / "out.zip", *args)
         np.testing.assert_array_equal(data.labels, labels)
-        np.testing.assert_array_equal(data.clean_labels, source.labels)
-        assert data.corruption["noise_type"] == "imported" and data.corruption["realised_rate"] == 1
-        assert data.family == "digits"
-    # A second import keeps the clean labels that the archive has; labels for unlabeled images are just labels.
-    data = build(tmp_path / "out.zip", tmp_path / "again.zip", f"--labels={tmp_path / 'l.npz'}", "--label_key=first")
+        assert data.clean_labels is None and data.family == "digits"  # nobody said that the old labels are right
+        assert data.corruption["noise_type"] == "imported" and data.corruption["realised_rate"] is None
+    # An import keeps the clean labels that the archive has; labels for unlabeled images are just labels.
+    build(tmp_path / "a.zip", tmp_path / "noisy.zip", "--noise_type=sym", "--noise_rate=0.3")
+    data = build(tmp_path / "noisy.zip", tmp_path / "again.zip", f"--labels={tmp_path / 'l.npz'}", "--label_key=second")
     np.testing.assert_array_equal(data.clean_labels, source.labels)
+    assert data.corruption["realised_rate"] == 1
     plain = synth.make_archive(tmp_path / "plain.zip", synth.pictures(50))
     data = build(plain, tmp_path / "p.zip", f"--labels={tmp_path / 'l.npy'}", "--noise_type=sym", "--noise_rate=0.5")
     np.testing.assert_array_equal(data.clean_labels, labels)
@@ -275,7 +277,7 @@ def test_kill_in_the_middle_leaves_nothing(tmp_path):
     old = build("digits", tmp_path / "old.zip", "--max-images=10")
     processes = []
     for name in ("old.zip", "new"):
-        command = [sys.executable, "-c", script, "--source=digits", f"--dest={tmp_path / name}"]
+        command = [sys.executable, "-c", script, "--source=digits", f"--dest={tmp_path / name}", "--overwrite"]
         pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         processes.append(subprocess.Popen(command, cwd=ROOT, text=True, **pipes))
     for process, how in zip(processes, (signal.SIGKILL, signal.SIGINT), strict=True):

@@ -14,7 +14,7 @@ import torch
 from tests.support import synth
 from tests.support.synth import run_dataset_tool as run
 
-RGB = synth.pictures(4)
+RGB, ALPHA = synth.pictures(4), synth.pictures(1, channels=4)
 PNG = synth.png(RGB[0])
 
 
@@ -104,7 +104,8 @@ BAD = {
     "resolution power": ({}, [DIGITS, "--resolution=48x48"], 2, "48 must be a power of two"),
     "resolution tall": ({}, [DIGITS, "--transform=center-crop-wide", "--resolution=16x32"], 2, "must not exceed"),
     "transform alone": ({}, [DIGITS, "--transform=center-crop"], 2, "needs --resolution"),
-    "label key alone": ({}, [DIGITS, "--label_key=a"], 2, "--label_key needs --labels"),
+    "label key alone": ({}, [DIGITS, "--label_key=a"], 1, "--source --label_key=a: digits: has no kind of labels 'a'"),
+    "part": ({}, [DIGITS, "--part=a"], 1, "--source --part=a: digits: has no part 'a'"),
     "max images": ({}, [DIGITS, "--max-images=0"], 2, "--max-images"),
     "workers": ({}, [DIGITS, "--workers=-1"], 2, "--workers"),
     # sources
@@ -117,7 +118,6 @@ BAD = {
     "truncated later": (tree(*[PNG] * 40, PNG[:90]), [TREE, "--workers=2"], 1, "in: 40.png: truncated"),
     "json": (zipped({"a.png": PNG, "dataset.json": b"{"}), [ZIP], 1, "dataset.json: not valid JSON"),
     "json labels": (zipped({"a.png": PNG, "dataset.json": b"{}"}), [ZIP], 1, 'lacks "labels"'),
-    "json absent": (labeled([*PAIR, ["c.png", 1]]), [ZIP], 1, "names 'c.png'"),
     "json misses": (labeled(PAIR[:1]), [ZIP], 1, "none for 'b.png'"),
     "negative": (labeled([["a.png", 0], ["b.png", -1]]), [ZIP], 1, "label -1 is negative"),
     "not integer": (labeled([["a.png", 0.5], ["b.png", 1]]), [ZIP], 1, "label 0.5 is not an integer"),
@@ -125,8 +125,8 @@ BAD = {
     "mixed sizes": (tree(PNG, PNG, synth.png(synth.pictures(1, 16)[0])), [TREE], 1, "2.png: is 16x16, images before"),
     "not square": (tree(synth.png(RGB[0][:4])), [TREE], 1, "0.png: is 8x4 after the transform, images must be square"),
     "power of two": (tree(synth.png(synth.pictures(1, 12)[0])), [TREE], 1, "0.png: is 12x12, the side must be"),
-    "alpha": (tree(PNG, synth.png(RGB[0], "RGBA")), [TREE], 1, "1.png: has 4 channels (RGBA)"),
-    "gray alpha": (tree(PNG, synth.png(RGB[0], "LA")), [TREE], 1, "1.png: has 2 channels (LA)"),
+    "alpha": (tree(PNG, synth.png(ALPHA[0])), [TREE], 1, "1.png: has transparent pixels"),
+    "gray alpha": (tree(PNG, synth.png(ALPHA[0], "LA")), [TREE], 1, "1.png: has transparent pixels"),
     "rgb among gray": (tree(synth.png(RGB[0], "L"), PNG), [TREE], 1,
                       "1.png: is an RGB image, but {d}/in: 0.png is gray: convert all with dataset_tool.py --channels"),
     "all too small": (tree(PNG), [TREE, "--transform=center-crop-wide", "--resolution=16x8"], 1,
@@ -172,7 +172,11 @@ BAD = {
     "labels negative": (files(l_npy=npy(np.arange(1797) * 0 - 1)), [DIGITS, "--labels={d}/l.npy"], 1, "label -1"),
     "labels too large": (files(l_npy=npy(np.arange(1797))), [DIGITS, "--labels={d}/l.npy"], 1, "has 10 classes"),
     "labels 2-D": (files(l_npy=npy(np.zeros([1797, 2]))), [DIGITS, "--labels={d}/l.npy"], 1, "must be 1-D"),
-    "labels text": (files(l_npy=npy(np.array(["a"] * 1797))), [DIGITS, "--labels={d}/l.npy"], 1, "not an integer"),
+    "labels text": (files(l_npy=npy(np.array(["a"] + ["1"] * 1796))), [DIGITS, "--labels={d}/l.npy"], 1,
+                    "1 of 2 different labels are none of the 10 classes: 'a'"),
+    "clean labels": (files(l_npy=npy(np.arange(5))), [DIGITS, "--clean_labels={d}/l.npy"], 1,
+                     "--clean_labels: {d}/l.npy: has 5 labels"),
+    "no clean labels": (tree(PNG), [TREE, "--clean_labels=source"], 1, "had no labels"),
     "labels garbage": (files(l_npy=b"garbage"), [DIGITS, "--labels={d}/l.npy"], 1, "not a readable .npy"),
     "npz garbage": (files(l_npz=b"garbage"), [DIGITS, "--labels={d}/l.npz"], 1, "not a readable .npz"),
     "pt garbage": (files(l_pt=b"garbage"), [DIGITS, "--labels={d}/l.pt"], 1, "not a readable .pt"),
@@ -183,10 +187,12 @@ BAD = {
                   "--labels: {d}/l.npz: has no entry 'c'"),
     "label key of npy": (files(l_npy=npy(np.arange(3))), [DIGITS, "--labels={d}/l.npy", "--label_key=c"], 1, "one arr"),
     "json list": (files(l_json=b"[1, 2]"), [DIGITS, "--labels={d}/l.json"], 1, "must hold"),
-    "json length": (files(l_json=json.dumps(dict(labels=PAIR)).encode()), [DIGITS, "--labels={d}/l.json"], 1,
-                    "2 labels, but the source has 1797"),
+    "json other names": (files(l_json=json.dumps(dict(labels=PAIR)).encode()), [DIGITS, "--labels={d}/l.json"], 1,
+                         "none of its 2 file names is among the 1,797 images: it names 'a.png', 'b.png'"),
     "json names": (labeled(PAIR) | files(l_json=json.dumps(dict(labels=[["a.png", 0], ["x.png", 1]])).encode()),
-                   [ZIP, "--labels={d}/l.json"], 1, "names 'x.png'"),
+                   [ZIP, "--labels={d}/l.json"], 1, "no label for 1 of the 2 images: 'b.png'"),
+    "decisions with a key": (labeled(PAIR) | files(l_csv=b"file,label,decision,new_label\na.png,0,keep,\n"),
+                             [ZIP, "--labels={d}/l.csv", "--label_key=x"], 1, "holds decisions"),
 }  # fmt: skip
 
 
@@ -231,6 +237,6 @@ def test_a_failed_run_keeps_the_old_archive(tmp_path):
     (tmp_path / "in").mkdir()
     for name, data in tree(*[PNG] * 3, PNG[:90]).items():
         (tmp_path / name).write_bytes(data)
-    code, _, err = run(f"--source={tmp_path}/in", f"--dest={tmp_path}/a.zip")
+    code, _, err = run(f"--source={tmp_path}/in", f"--dest={tmp_path}/a.zip", "--overwrite")
     assert code == 1 and "3.png" in err
     assert (tmp_path / "a.zip").read_bytes() == old and not list(tmp_path.glob(".*"))

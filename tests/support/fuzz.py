@@ -10,6 +10,7 @@ import dataclasses
 import gzip
 import io
 import json
+import pickle
 import tarfile
 import zipfile
 from collections.abc import Callable
@@ -28,7 +29,7 @@ import train
 import train_classifier
 import train_discriminator
 import train_noise
-from tests.support import hostile, synth
+from tests.support import hostile, published, synth
 from torch_utils import checkpoint, persistence
 from training.networks import EDMPrecond
 from training.networks_resnet import Classifier
@@ -201,6 +202,20 @@ def json_bytes(value) -> bytes:
     return json.dumps(value).encode("utf-8", "replace")
 
 
+def lines_of(values) -> bytes:
+    """Return JSON lines of a list; another value is one line."""
+    return b"\n".join(map(json_bytes, values if isinstance(values, list) else [values]))
+
+
+def parquet_of(rows) -> bytes:
+    """Return a parquet file of rows, or what is none without the package pyarrow."""
+    try:
+        import pyarrow.parquet  # optional dependency
+    except ImportError:
+        return b"PAR1"
+    return saved(lambda file, table: pyarrow.parquet.write_table(table, file), pyarrow.Table.from_pylist(rows))
+
+
 def snapshot_bytes(root, net, info) -> bytes:
     persistence.save_snapshot(root / "made.pkl", {"ema": net, "info": info})
     return (root / "made.pkl").read_bytes()
@@ -254,6 +269,17 @@ def targets(root, files) -> dict[str, Target]:
     state = checkpoint.load_state(files["state"])
     cifar = synth.make_cifar10(root / "c.tar.gz", per_batch=2)[0].read_bytes()
     idx = synth.make_mnist(root / "mnist", 6)[0] / "train-images-idx3-ubyte.gz"
+    pack = hostile.zip_of({"arr_0.npy": saved(np.save, pictures), "arr_1.npy": saved(np.save, labels)})
+    published.make_stl10(root / "stl10_labels", 2)
+    stl10 = published.make_stl10(root / "stl10", 2)[:2].tobytes()
+    for make in (published.make_clothing1m, published.make_webvision, published.make_food101n, published.make_celeba):
+        make(root / make.__name__)
+
+    def listed(make, name, options=""):
+        file = f"{make.__name__}/{name}"
+        door = ("dataset_tool", f"--source={{root}}/{make.__name__} --dest={{new}} {options}")
+        return Target(file, (root / file).read_bytes(), spoil, EDITS, [door])
+
     build, measure = (
         ("dataset_tool", "--source={file} --dest={new}"),
         ("fid", "evaluate --images={file} --data={zip} --detector=pixels --nearest_k=1 --device=cpu"),
@@ -272,6 +298,12 @@ def targets(root, files) -> dict[str, Target]:
     def spoil_metadata(base, changes):
         return hostile.zip_of({**members, "dataset.json": json_bytes(change(base, changes))})
 
+    def spoil_table(base, edits):
+        return hostile.zip_of({**pngs, "metadata.csv": spoil(base, edits)})
+
+    rows = [{"file_name": name, "label": "ab"[c]} for name, c in metadata["labels"]]
+    table = b"file_name,label\n" + b"".join(f"{r['file_name']},{r['label']}\n".encode() for r in rows)
+    pngs = {name: data for name, data in members.items() if name != "dataset.json"}
     return {
         "ZIP": Target("a.zip", zipped, spoil, EDITS, [build, train_on, measure]),
         "member of a ZIP": Target("a.zip", zipped, inside_zip, EDITS, [build, train_on, measure]),
@@ -282,6 +314,18 @@ def targets(root, files) -> dict[str, Target]:
         "labels .npz": Target("l.npz", saved(np.savez, labels), inside_zip, EDITS, relabel),
         "labels .pt": Target("l.pt", torch_bytes({"a": torch.from_numpy(labels)}), inside_zip, EDITS, relabel),
         "labels .pt, older": Target("l.pt", hostile.legacy_of({"a": labels}), spoil, EDITS, relabel),
+        "labels .csv": Target("l.csv", table, spoil, EDITS, relabel),
+        "labels .tsv": Target("l.tsv", table.replace(b",", b"\t"), spoil, EDITS, relabel),
+        "labels .jsonl": Target("l.jsonl", lines_of(rows), spoil, EDITS, relabel),
+        "labels .jsonl, values": Target("l.jsonl", rows, lambda base, changes: lines_of(change(base, changes)), CHANGES,
+                                        relabel),
+        "labels .parquet": Target("l.parquet", parquet_of(rows), spoil, EDITS, relabel),
+        "metadata.csv": Target("a.zip", table, spoil_table, EDITS, [build, train_on, measure]),
+        "decisions": Target("d.csv", b"file,label,decision,new_label\n00000/img00000000.png,a,relabel,b\n", spoil,
+                            EDITS, relabel),
+        "label table": Target("t.csv", b"file,is_label_issue,label_score,given_label,predicted_label\n" + b"".join(
+            f"{name},False,0.5,{c},{c}\n".encode() for name, c in metadata["labels"]), spoil, EDITS, [
+                ("train_discriminator", "--data={zip} --outdir={new} --label-path={file} -n " + " ".join(TINY))]),
         "matrix .npy": Target("m.npy", saved(np.save, np.eye(2)), spoil, EDITS, matrix),
         "matrix .json": Target("m.json", [[0.9, 0.1], [0.2, 0.8]], spoil_json, CHANGES, matrix),
         "snapshot": Target("s.pkl", files["pkl"].read_bytes(), without_checksum, EDITS, sample),
@@ -295,8 +339,21 @@ def targets(root, files) -> dict[str, Target]:
                                   resume),
         "reference": Target("r.npz", files["ref"].read_bytes(), inside_zip, EDITS, [
             ("fid", "calc --images={zip} --ref={file} --num=8 --detector=pixels --device=cpu")]),
-        "images .npz": Target("i.npz", hostile.zip_of({
-            "arr_0.npy": saved(np.save, pictures), "arr_1.npy": saved(np.save, labels)}), inside_zip, EDITS, [measure]),
+        "images .npz": Target("i.npz", pack, inside_zip, EDITS, [measure, build]),
+        "images .pk": Target("i.pk", pickle.dumps({"images": pictures, "labels": labels.tolist()}, 2), spoil, EDITS,
+                             [build]),
+        "images .pk, content": Target(
+            "i.pk", {"images": pictures, "labels": [0, 1] * 4, "flags": [1] * 8},
+            lambda base, changes: pickle.dumps(change(base, changes)), CHANGES, [build]),
+        "STL-10": Target("stl10/train_X.bin", stl10, spoil, EDITS, [
+            ("dataset_tool", "--source={file} --dest={new} --resolution=32x32")]),
+        "STL-10, labels": Target("stl10_labels/train_y.bin", b"\1\2", spoil, EDITS, [
+            ("dataset_tool", "--source={root}/stl10_labels --dest={new} --resolution=32x32")]),
+        "list of Clothing1M": listed(published.make_clothing1m, "noisy_label_kv.txt"),
+        "keys of Clothing1M": listed(published.make_clothing1m, "clean_train_key_list.txt", "--part=clean"),
+        "list of WebVision": listed(published.make_webvision, "info/train_filelist_google.txt"),
+        "list of Food-101N": listed(published.make_food101n, "meta/verified_train.tsv", "--part=verified"),
+        "attributes of CelebA": listed(published.make_celeba, "list_attr_celeba.txt", "--label_key=Male"),
         "CIFAR": Target("c.tar.gz", cifar, inside_tar, EDITS, [build]),
         "CIFAR, packed": Target("c.tar.gz", cifar, spoil, EDITS, [build]),
         "MNIST": Target("mnist/train-images-idx3-ubyte.gz", idx.read_bytes(), inside_gzip, EDITS, [build]),

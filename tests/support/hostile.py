@@ -6,6 +6,7 @@ lists.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gzip
 import io
@@ -281,6 +282,67 @@ def archives():
         "JSON label of nested lists": dataset(b'{"labels": [["a.png", ' + b"[" * 50 + b"]" * 50 + b"]]}"),
         "JSON in UTF-16": dataset('{"labels": null}'.encode("utf-16")),
     }  # fmt: skip
+
+
+@functools.cache
+def tables():
+    """Return {name: (file name, bytes)} for tables of labels that must be refused."""
+    row, csv = b"00000/img00000000.png,0\n", b"file,label\n"
+    lines = {
+        "null character": b"00000/img00000000.png,\0\n",
+        "open quote": b'"00000/img00000000.png,0\n' * 1000,
+        "quote in the middle": b'"00000/img"00000000.png,0\n',
+        "cell of a megabyte": b"x" * 10**6 + b",0\n",
+        "line of a million cells": b"," * 10**6 + b"\n",
+        "ragged": row + b"00000/img00000001.png\n",
+        "the same line very often": row * 100_000,
+        "name that steers the terminal": b"\x1b[2J\x1b]0;x\x07,0\n",
+        "name that leads outside": b"../../../../etc/passwd,0\n",
+        "formula": b'=cmd|"/C calc"!A0,0\n',
+        "code as label": b"00000/img00000000.png,__import__('os').system('true')\n",
+        "label of a million digits": b"00000/img00000000.png," + b"9" * 100_000 + b"\n",
+        "cp1252": "gr\u00f6\u00dfe.png,0\n".encode("cp1252"),
+    }
+    brackets = b'{"file": ' + b"[" * 10**6 + b"\n"
+    found = {
+        **{f"{name}, CSV": ("t.csv", csv + data) for name, data in lines.items()},
+        **{f"{name}, TSV": ("t.tsv", (csv + data).replace(b",", b"\t")) for name, data in lines.items()},
+        "million columns": ("t.csv", b"a," * 10**6 + b"b\n"),
+        "header twice": ("t.csv", b"file,label,label\n" + row),
+        "no header": ("t.csv", b"\n\n"),
+        "UTF-16": ("t.csv", (csv + row).decode().encode("utf-16")),
+        "UTF-16, JSON lines": ("t.jsonl", '{"file": "a"}'.encode("utf-16-le")),
+        "million brackets": ("t.jsonl", brackets),
+        "many empty lists": ("t.jsonl", b'{"file": [' + b"[]," * 9_000_000 + b"[]]}\n"),
+        "million different keys": ("t.jsonl", b"".join(b'{"k%d": 0}\n' % i for i in range(100_000))),
+        "lines that are one value": ("t.jsonl", b'{"file": "a\nb", "label": 0}\n'),
+        "several values in a line": ("t.jsonl", b'{"file": "a"}, {"file": "b"}\n' * 3),
+        "numbers of many digits": ("t.jsonl", b'{"file": ' + b"9" * 10**6 + b"}\n"),
+        "parquet of rubbish": ("t.parquet", b"PAR1" + bytes(1000) + b"PAR1"),
+        "parquet without an end": ("t.parquet", b"PAR1" * 100 + b"\xff\xff\xff\x7fPAR1"),
+        "pickle as parquet": ("t.parquet", pickle.dumps(Raw(os.getcwd))),
+    }
+    with contextlib.suppress(ImportError):
+        found |= _parquets()
+    return found
+
+
+def _parquets():
+    """Return parquet files that unpack into far more than they hold."""
+    import pyarrow.parquet  # optional dependency
+
+    def write(**columns):
+        buffer = io.BytesIO()
+        pyarrow.parquet.write_table(pyarrow.table(columns), buffer, compression="zstd")
+        return buffer.getvalue()
+
+    zeros = pyarrow.array(np.zeros(5_000_000, dtype=np.int8))
+    many = pyarrow.DictionaryArray.from_arrays(zeros, ["00000/img00000000.png"])
+    return {
+        "parquet of 5 million rows in few bytes": ("t.parquet", write(file=many, label=zeros)),
+        "parquet of long texts": ("t.parquet", write(file=["x" * 10**7] * 3, label=[0, 1, 2])),
+        "parquet of lists": ("t.parquet", write(file=[["a"]], label=[[0]])),
+    }
 
 
 def folders():

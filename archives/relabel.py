@@ -1,0 +1,237 @@
+"""Give a source other labels before an archive is made of it: from a file, by a label file, by a person's decisions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+import dnnlib
+from archives.build import count_classes
+from archives.classes import name_class
+from archives.decisions import holds_decisions, load_decisions
+from archives.imported_labels import Imported, load_labels
+from archives.label_file import LabelFile
+from archives.labels import examples
+from archives.layouts.cifar_n import published_clean_labels
+from archives.source import Source
+from archives.writer import image_names
+
+__all__ = ["CONFIDENCE", "SOURCE", "Cleaned", "clean_source", "compact_labels", "declare_clean", "replace_labels"]
+
+SOURCE = "source"  # in place of a file: the labels that the source has itself
+CONFIDENCE = 0.9  # probability of a suggested label from which on it replaces the old one
+CLEAN = ("clean_labels", "clean_label", "true_label")  # what files call clean labels
+
+
+def replace_labels(source: Source, path: str, key: str | None = None, skip_unlabeled: bool = False) -> None:
+    """Give a source the labels of a file (see `load_labels`). Its old labels become its `previous_labels`.
+
+    Nobody said that the old labels are right, so they are not taken for clean ones, but a file of CIFAR-N says it. With
+    `skip_unlabeled`, images that have no label in the file are left out. A CSV with a column `decision` holds decisions
+    about single images instead (see `decide`).
+    UserError: the file does not fit the source, or a label is none of its classes.
+    """
+    names = name_lists(source)
+    if holds_decisions(path):
+        if key is not None:
+            raise dnnlib.UserError(f"{path}: has no entry '{key}', it holds decisions")
+        decide(source, path, names)
+        return
+    clean = published_clean_labels(source, path)
+    found = load_labels(
+        path, names, source.length, key, source.class_names,
+        partial=skip_unlabeled, rename=True, ordered=source.names is None,
+    )  # fmt: skip
+    old, renamed = source.labels, source.class_names not in (None, found.class_names)
+    if renamed and source.clean_labels is not None:
+        raise dnnlib.UserError(
+            f"{path}: none of its labels is a class of {source.path}, to which the clean labels on record belong; its "
+            f"classes are {examples(source.class_names, len(source.class_names))}"
+        )
+    _check_classes(path, found, source.class_names)
+    source.notes += found.notes
+    if renamed:
+        source.notes.append(
+            f"{path}: none of its labels is a class of {source.path}, so the old classes are given up: "
+            f"{examples(source.class_names, len(source.class_names))}"
+        )
+        old = None
+    elif old is not None and old.shape == found.labels.shape:
+        differ = int(np.sum((old != found.labels).reshape(len(old), -1).any(axis=1) & ~found.missing))
+        kept = (
+            "are kept as previous_labels. They do not count as clean labels; "
+            f"--clean_labels={SOURCE} would declare them clean"
+        )
+        source.notes.append(
+            f"{differ:,} of {source.length:,} labels differ from those that {source.path} had, which "
+            + (kept if clean is None else f"are the clean labels, as {path} says, too")
+        )
+    source.labels, source.class_names, source.previous_labels = found.labels, found.class_names, old
+    source.corruption = {k: v for k, v in source.corruption.items() if k == "family" or k.startswith("outlier_")}
+    if old is not None or source.clean_labels is not None:
+        source.corruption["noise_type"] = "imported"
+    source.verified = None  # people said this of the old labels
+    if clean is not None:
+        source.previous_labels = None
+        source.clean_labels, source.corruption["clean_labels"] = clean, "published"
+    if found.missing.any():
+        lacking = np.flatnonzero(found.missing)
+        shown = examples((names[0][int(i)] for i in lacking), len(lacking))
+        source.notes.append(f"{path}: {len(lacking):,} images have no label and are left out: {shown}")
+        select_images(source, ~found.missing, "images have no label")
+
+
+def declare_clean(source: Source, path: str, key: str | None, replaced: bool) -> None:
+    """Take the labels of a file for the clean labels of a source: those that its images should have.
+
+    `path` may be SOURCE: the labels that the source had itself, before `replace_labels` if they were `replaced`.
+    UserError: the file does not fit the source, or there are no such labels.
+    """
+    if path == SOURCE:
+        clean = source.previous_labels if replaced else source.labels
+        if clean is None:
+            raise dnnlib.UserError(f"{source.path} had no labels of these classes that could be the clean ones")
+    else:
+        found = load_labels(
+            path, name_lists(source), source.length, key, source.class_names,
+            usual=CLEAN, extend=True, ordered=source.names is None,
+        )  # fmt: skip
+        if source.labels is None:
+            raise dnnlib.UserError("the source has no labels that these could be compared with")
+        if found.class_names is not None and source.class_names is None:
+            raise dnnlib.UserError(f"{path}: holds names of classes, but the labels are numbers without names")
+        if found.labels.shape != source.labels.shape:
+            raise dnnlib.UserError(f"{path}: holds vectors or numbers unlike the labels of the source")
+        _check_classes(path, found, source.class_names)
+        source.notes += found.notes
+        clean, source.class_names = found.labels, found.class_names
+    source.clean_labels = clean
+    source.corruption["clean_labels"] = "declared"
+
+
+def compact_labels(source: Source, max_images: int | None = None) -> None:
+    """Renumber the labels of the first `max_images` of a source so that every class from 0 on has images.
+
+    What a class was called, or its old number, becomes its name. UserError: the source has no labels with one class per
+    image.
+    """
+    if source.labels is None or source.labels.ndim != 1:
+        raise dnnlib.UserError(f"{source.path} has no labels with one class per image")
+    if max_images is not None and max_images < source.length:
+        source.take(np.arange(max_images))
+    clean = source.clean_labels if source.clean_labels is not None and source.clean_labels.ndim == 1 else None
+    old = np.unique(source.labels if clean is None else np.concatenate([source.labels, clean]))
+    names, previous = source.class_names, source.previous_labels
+    if old[-1] == len(old) - 1 and len(names or old) == len(old):
+        return
+    source.class_names = [name_class(c, names) for c in old.tolist()]
+    source.labels = np.searchsorted(old, source.labels)
+    source.clean_labels = clean if clean is None else np.searchsorted(old, clean)
+    known = previous is not None and previous.ndim == 1 and np.isin(previous, old).all()
+    source.previous_labels = np.searchsorted(old, previous) if known else None
+    if source.corruption.get("T") is not None:
+        source.corruption["T"] = None  # its rows and columns are the old numbers
+
+
+def name_lists(source: Source) -> list[Sequence[str]]:
+    """Return lists of what a file may call the images of a source: its own names, the original paths, our names."""
+    lists = [names for names in (source.names, source.origins) if names is not None]
+    return [*lists, image_names(0, source.length)]
+
+
+def _check_classes(path: str, found: Imported, class_names: Sequence[str] | None) -> None:
+    known, labels = found.class_names, found.labels
+    if known is not None and labels.ndim == 1 and labels.max(initial=0) >= len(known):
+        raise dnnlib.UserError(f"{path}: label {labels.max()} is too large, the source has {len(known)} classes")
+
+
+@dataclass
+class Cleaned:
+    """What became of the labels of a source, and what share of them is right by the label file's own probabilities."""
+
+    relabeled: int
+    left_out: int  # images
+    before: float
+    after: float  # of the images that are left
+
+
+def clean_source(
+    source: Source,
+    file: LabelFile,
+    classes: int,
+    fix: str,
+    drop_outliers: bool = False,
+    *,
+    confidence: float = CONFIDENCE,
+    unsure: str = "drop",
+) -> Cleaned:
+    """Correct the labels of a source.
+
+    fix            'relabel' replaces wrong labels by the suggested ones, 'drop' leaves these images out, 'keep' does
+                   neither
+    drop_outliers  leave out the images that the file believes foreign, too
+    confidence     probability of the suggested label below which nothing is relabeled; a file without such
+                   probabilities is believed
+    unsure         'drop' or 'keep': what happens to the images with wrong labels that are not relabeled
+
+    The old record of the noise no longer describes the labels, so it moves to `corruption["cleaned"]["before"]`.
+    UserError: no image would be left, or the file does not say which images are foreign.
+    """
+    sure = ~file.is_clean & (fix == "relabel")
+    if file.suggested_score is not None:
+        sure &= file.suggested_score >= confidence
+    dropped = ~file.is_clean & ~sure & (fix == "drop" or (fix == "relabel" and unsure == "drop"))
+    what: dict[str, Any] = dict(fix=fix, images=int(np.sum(~file.is_clean)))
+    if fix == "relabel":
+        what.update(relabeled=int(sure.sum()), confidence=confidence)
+    if drop_outliers:
+        if file.is_outlier is None:
+            raise dnnlib.UserError("the label file does not say which images are foreign")
+        dropped, what["outliers"] = dropped | file.is_outlier, int(file.is_outlier.sum())
+    record_cleaning(source, classes, **what)
+    source.labels = np.where(sure, file.suggested, file.labels)
+    right = np.where(sure, 1.0 if file.suggested_score is None else file.suggested_score, file.score)[~dropped]
+    if dropped.any():
+        select_images(source, ~dropped, "images are foreign or their labels are believed wrong" if drop_outliers
+                      else "labels are believed wrong")  # fmt: skip
+    return Cleaned(int(sure[~dropped].sum()), int(dropped.sum()), float(file.score.mean()), float(right.mean()))
+
+
+def decide(source: Source, path: str, names: list[Sequence[str]]) -> None:
+    """Correct labels and leave out images as a CSV says, which uses one of the lists of `names` (`load_decisions`).
+
+    UserError: the source has no class numbers, the CSV does not fit it, or no image would be left.
+    """
+    if source.labels is None or source.labels.ndim != 1:
+        raise dnnlib.UserError(
+            f"{path}: cannot be used with {source.path}, which has no labels with one class per image"
+        )
+    classes = count_classes(source)
+    found = load_decisions(path, names, source.labels, source.class_names, classes)
+    counts = dict(kept=len(found.keep), relabeled=len(found.relabel), dropped=len(found.drop))
+    record_cleaning(source, classes, fix="decisions", **counts)
+    source.labels = source.labels.copy()
+    source.labels[found.relabel] = found.new_labels
+    left = np.ones(source.length, dtype=bool)
+    left[found.drop] = False
+    select_images(source, left, "images are to be dropped")
+
+
+def record_cleaning(source: Source, classes: int, **what: Any) -> None:
+    """Record `what` was done to the labels; the record of their noise no longer describes them."""
+    kept = {k: v for k, v in source.corruption.items() if k in ("family", "clean_labels")}
+    before = {k: v for k, v in source.corruption.items() if k not in kept}
+    source.corruption = dict(family=None) | kept | dict(cleaned=dict(**what, before=before))
+    if source.class_names is None:  # the corrected labels may not show how many classes there are
+        source.class_names = [str(i) for i in range(classes)]
+
+
+def select_images(source: Source, chosen: np.ndarray, problem: str) -> None:
+    """Leave out all images but the `chosen`, bool [N]. UserError: none is left, because of the `problem` of all."""
+    rows = np.flatnonzero(chosen)
+    if not len(rows):
+        raise dnnlib.UserError(f"{source.path}: all {source.length} {problem}, so no image would be left")
+    source.take(rows)

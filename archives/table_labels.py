@@ -1,0 +1,75 @@
+"""Labels from a `metadata.csv` among the images, as the image folders of the Hugging Face Hub have it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import dnnlib
+from archives.folder_labels import FolderLabels
+from archives.imported_labels import labels_by_name
+from archives.labels import examples
+from archives.listing import as_text
+from archives.tables import TABLES, file_and_label, read_table
+
+__all__ = ["label_by_table", "note_tables"]
+
+NAMES = (b"metadata.csv", b"metadata.jsonl", b"metadata.parquet")
+
+
+def label_by_table(
+    names: list[bytes], others: list[bytes], read: Callable[[bytes], bytes], path: str
+) -> tuple[FolderLabels | None, list[str]]:
+    """Return what tables say about the images `names` of the archive `path`, None without such tables, and notes.
+
+    A table is called `metadata.csv` (or .jsonl, .parquet) and has a column `file_name`, relative to the folder of the
+    table, and one of labels. Each folder may have one. `others` are the archive's other files, of which `read` returns
+    the bytes.
+    """
+    chosen: dict[bytes, bytes] = {}
+    for kind in NAMES:
+        for name in others:
+            folder, _, base = name.rpartition(b"/")
+            if base == kind:
+                chosen.setdefault(folder, name)
+    given, values, used, notes = [], [], [], []
+    for folder, name in sorted(chosen.items()):
+        where = f"{path}: {as_text(name)}"
+        try:
+            table = read_table(read(name), where)
+        except dnnlib.UserError as e:
+            return FolderLabels(problem=e.message), notes
+        try:
+            files, labels, more = file_and_label(table, guess=False)
+        except dnnlib.UserError as e:
+            notes.append(f"{e.message}; so it is not used")
+            continue
+        if files is None:
+            notes.append(f"{where}: has no column file_name, so it is not used")
+            continue
+        start = as_text(folder) + "/" if folder else ""
+        given += [f"{start}{file}" for file in files]
+        values += labels
+        used.append(where)
+        notes += more
+    if not used:
+        return None, notes
+    try:
+        found = labels_by_name(given, values, [[as_text(name) for name in names]], examples(used, len(used)))
+    except dnnlib.UserError as e:
+        return FolderLabels(problem=e.message), notes
+    notes.append(f"{path}: labels come from {examples((as_text(name) for name in chosen.values()), len(chosen))}")
+    return FolderLabels(labels=found.labels, class_names=found.class_names, named=set(chosen.values())), [
+        *notes, *found.notes,
+    ]  # fmt: skip
+
+
+def note_tables(others: list[bytes], path: str) -> list[str]:
+    """Return a note about tables beside the images that nobody read, if there are any."""
+    tables = [as_text(name) for name in others if name.lower().endswith(ENDINGS)]
+    if not tables:
+        return []
+    names = f"{examples(tables, len(tables))} {'is' if len(tables) == 1 else 'are'} not read"
+    return [f"{path}: {names}; if it holds the labels, name it: dataset_tool.py --labels={tables[0]}"]
+
+
+ENDINGS = tuple(ending.encode() for ending in TABLES)

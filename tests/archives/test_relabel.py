@@ -1,0 +1,201 @@
+"""Other labels for a source, without taking the old ones for the truth; original paths stay with the images."""
+
+import json
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+
+import dnnlib
+from archives.dataset import ImageDataset
+from archives.relabel import declare_clean, replace_labels
+from archives.source import Source
+from tests.support import synth
+from tests.support.synth import run_dataset_tool as run
+
+LABELS = np.array([0, 1, 1, 2])
+NAMES = ["cat/a.jpg", "dog/b.jpg", "dog/c.jpg", "owl/d.jpg"]
+
+
+def make_source(**fields) -> Source:
+    images = np.arange(4, dtype=np.uint8)[:, None, None, None]
+    known = dict(labels=LABELS, class_names=["cat", "dog", "owl"], names=NAMES) | fields
+    return Source("here", 4, images.__getitem__, **known)
+
+
+def write(path, text):
+    path.write_text(text)
+    return str(path)
+
+
+def build(tmp_path, source, *args):
+    dest = tmp_path / "out.zip"
+    dest.unlink(missing_ok=True)
+    code, out, err = run(f"--source={source}", f"--dest={dest}", *args)
+    assert code == 0, err
+    with zipfile.ZipFile(dest) as archive:
+        return ImageDataset(str(dest)), json.loads(archive.read("dataset.json")), out + err
+
+
+def folder(tmp_path, name="in"):
+    for file, image in zip(NAMES, synth.pictures(4), strict=True):
+        (tmp_path / name / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name / file.replace(".jpg", ".png")).write_bytes(synth.png(image))
+    return tmp_path / name
+
+
+def test_replaced_labels_are_kept_but_are_not_the_truth(tmp_path):
+    source = folder(tmp_path)
+    table = write(tmp_path / "l.csv", "file,label\ncat/a.png,dog\ndog/b.png,dog\nowl/d.png,owl\ndog/c.png,cat\n")
+    data, record, shown = build(tmp_path, source, f"--labels={table}")
+    assert data.labels.tolist() == [1, 1, 0, 2] and data.clean_labels is None and "clean_labels" not in record
+    assert [label for _, label in record["previous_labels"]] == LABELS.tolist()
+    assert record["corruption"]["noise_type"] == "imported" and record["corruption"]["realised_rate"] is None
+    assert "2 of 4 labels differ" in shown and "do not count as clean" in shown
+    # The old labels stay on record when the archive is copied.
+    (tmp_path / "out.zip").rename(tmp_path / "first.zip")
+    _, again, _ = build(tmp_path, tmp_path / "first.zip")
+    assert again["previous_labels"] == record["previous_labels"] and again["source_names"] == record["source_names"]
+
+
+@pytest.mark.parametrize("clean", ["source", "file"])
+def test_clean_labels_are_those_that_are_declared(tmp_path, clean):
+    source = folder(tmp_path)
+    table = write(
+        tmp_path / "l.csv",
+        "file,label,true_label\ncat/a.png,dog,cat\ndog/b.png,dog,dog\nowl/d.png,owl,owl\ndog/c.png,cat,dog\n",
+    )
+    declared = f"--clean_labels={'source' if clean == 'source' else table}"
+    data, record, _ = build(tmp_path, source, f"--labels={table}", declared)
+    assert data.labels.tolist() == [1, 1, 0, 2] and data.clean_labels.tolist() == [0, 1, 1, 2]
+    assert record["corruption"]["clean_labels"] == "declared" and record["corruption"]["realised_rate"] == 0.5
+    assert data.truth == "clean labels, as declared"
+
+
+def test_cifar_n_with_its_clean_labels(tmp_path):
+    cifar, _, labels = synth.make_cifar10(tmp_path / "c.tar.gz", per_batch=4)
+    torch.save(dict(clean_label=labels, worse_label=(labels + 1) % 10), tmp_path / "human.pt")
+    args = [f"--labels={tmp_path}/human.pt", "--label_key=worse_label", f"--clean_labels={tmp_path}/human.pt"]
+    data, _, _ = build(tmp_path, cifar, *args)
+    assert data.labels.tolist() == ((labels + 1) % 10).tolist() and data.clean_labels.tolist() == labels.tolist()
+
+
+def test_suggestions_of_a_label_file_are_matched_by_name(tmp_path):
+    path = synth.make_archive(tmp_path / "a.zip", synth.pictures(3), [0, 1, 1])
+    names = [f"00000/img{i:08d}.png" for i in (2, 1, 0, 9)]
+    np.savez(tmp_path / "l.npz", names=names, labels=[1, 1, 0, 0], suggested=[0, 1, 1, 0], is_clean=[0, 1, 0, 1])
+    data, record, _ = build(tmp_path, path, f"--labels={tmp_path}/l.npz", "--label_key=suggested")
+    assert data.labels.tolist() == [1, 1, 0] and data.clean_labels is None
+    assert [label for _, label in record["previous_labels"]] == [0, 1, 1]
+
+
+def test_noise_on_top_of_replaced_labels_has_these_as_truth(tmp_path):
+    np.save(tmp_path / "l.npy", LABELS[::-1])
+    data, _, _ = build(tmp_path, folder(tmp_path), f"--labels={tmp_path}/l.npy", "--noise_type=pair", "--noise_rate=1")
+    assert data.clean_labels.tolist() == LABELS[::-1].tolist() and data.truth == "clean labels, from before the noise"
+
+
+def test_images_without_a_label_are_left_out_when_asked_for(tmp_path):
+    source = folder(tmp_path)
+    table = write(tmp_path / "l.csv", "file,label\nowl/d.png,owl\ncat/a.png,dog\n")
+    code, _, err = run(f"--source={source}", f"--dest={tmp_path}/o.zip", f"--labels={table}")
+    assert code == 1 and "no label for 2 of the 4 images: 'dog/b.png', 'dog/c.png'" in err and err.count("\n") == 1
+    data, record, shown = build(tmp_path, source, f"--labels={table}", "--skip_unlabeled")
+    assert data.labels.tolist() == [1, 2] and "2 images have no label and are left out" in shown
+    assert [path for _, path in record["source_names"]] == ["cat/a.png", "owl/d.png"]
+
+
+def test_other_classes_replace_folders_but_not_a_record(tmp_path):
+    table = write(tmp_path / "l.csv", "a.jpg,red\nb.jpg,blue\nc.jpg,blue\nd.jpg,red\n")
+    source = make_source()
+    replace_labels(source, table)
+    assert source.class_names == ["blue", "red"] and source.labels.tolist() == [1, 0, 0, 1]
+    assert source.previous_labels is None and "given up: 'cat', 'dog', 'owl'" in " ".join(source.notes)
+    with pytest.raises(dnnlib.UserError, match="to which the clean labels on record belong"):
+        replace_labels(make_source(clean_labels=LABELS), table)
+    typo = write(tmp_path / "t.csv", "a.jpg,cat\nb.jpg,dgo\nc.jpg,dog\nd.jpg,owl\n")
+    with pytest.raises(dnnlib.UserError, match="1 of 4 different labels are none of the 3 classes: 'dgo'"):
+        replace_labels(make_source(), typo)
+
+
+def test_clean_labels_may_have_a_class_that_no_label_has(tmp_path):
+    source = make_source()
+    declare_clean(source, write(tmp_path / "c.csv", "a.jpg,cat\nb.jpg,ant\nc.jpg,dog\nd.jpg,owl\n"), None, False)
+    assert source.class_names == ["cat", "dog", "owl", "ant"] and source.clean_labels.tolist() == [0, 3, 1, 2]
+    assert source.labels.tolist() == LABELS.tolist()
+
+
+def test_lines_without_names_count_only_where_images_have_none(tmp_path):
+    table = write(tmp_path / "l.csv", "label\n2\n1\n0\n1\n")
+    source = make_source(names=None)
+    replace_labels(source, table)
+    assert source.labels.tolist() == [2, 1, 0, 1] and "in the order of the images" in source.notes[0]
+    with pytest.raises(dnnlib.UserError, match="names no files"):
+        replace_labels(make_source(), table)
+
+
+@pytest.mark.parametrize("options, words", [
+    ("--clean_label_key=a", "needs --clean_labels=FILE"),
+    ("--clean_label_key=a --clean_labels=source", "needs --clean_labels=FILE"),
+    ("--skip_unlabeled", "--skip_unlabeled needs --labels=FILE"),
+])  # fmt: skip
+def test_options_that_need_others(tmp_path, options, words):
+    code, _, err = run("--source=digits", f"--dest={tmp_path}/o.zip", *options.split())
+    assert code == 2 and words in err
+
+
+def test_original_paths_stay_through_everything(tmp_path):
+    source = folder(tmp_path)
+    data, record, _ = build(tmp_path, source)
+    paths = [name.replace(".jpg", ".png") for name in NAMES]
+    assert data.source_names == paths and set(record) == {"labels", "class_names", "corruption", "source_names"}
+    (tmp_path / "out.zip").rename(tmp_path / "first.zip")
+    for csv in ("dog/c.png,dog,drop,\n", "00000/img00000002.png,dog,drop,\n"):
+        decisions = write(tmp_path / "d.csv", f"file,label,decision,new_label\n{csv}")
+        data, _, _ = build(tmp_path, tmp_path / "first.zip", f"--labels={decisions}")
+        assert data.source_names == [paths[i] for i in (0, 1, 3)] and data.file_names[2] == "00000/img00000002.png"
+    labels = write(tmp_path / "l.csv", "".join(f"{path},{i % 3}\n" for i, path in enumerate(paths)))
+    data, _, _ = build(tmp_path, tmp_path / "first.zip", f"--labels={labels}")
+    assert data.labels.tolist() == [0, 1, 2, 0]
+
+
+def test_an_archive_in_an_archive_keeps_the_first_names(tmp_path):
+    build(tmp_path, folder(tmp_path))
+    (tmp_path / "out.zip").rename(tmp_path / "first.zip")
+    both = ImageDataset(f"{tmp_path}/first.zip,{synth.make_archive(tmp_path / 'b.zip', synth.pictures(2), [0, 1], class_names=['cat', 'dog', 'owl'])}")  # fmt: skip # noqa: E501
+    assert both.source_names[3:] == [
+        "first.zip/owl/d.png",
+        "b.zip/00000/img00000000.png",
+        "b.zip/00000/img00000001.png",
+    ]
+    assert both.shown_name(0) == f"{tmp_path}/first.zip: 00000/img00000000.png (cat/a.png)"
+
+
+def test_messages_name_the_original_path(tmp_path):
+    pairs = [["00000/img00000001.png", "cat/x.jpg"], ["gone.png", "y"]]
+    images = {f"00000/img{i:08d}.png": synth.png(image) for i, image in enumerate(synth.pictures(2))}
+    images["00000/img00000001.png"] = images["00000/img00000001.png"][:60]
+    images["dataset.json"] = json.dumps({"labels": None, "source_names": pairs}).encode()
+    data = ImageDataset(str(synth.make_zip(tmp_path / "a.zip", images)))
+    assert data.source_names == ["00000/img00000000.png", "cat/x.jpg"]
+    with pytest.raises(dnnlib.UserError, match=r"a.zip: 00000/img00000001.png \(cat/x.jpg\): truncated"):
+        data.image(1)
+
+
+@pytest.mark.parametrize("value", [5, [["a"]], [["a.png", 5]], ["a"]])
+def test_a_damaged_list_of_paths_hurts_only_those_who_need_it(tmp_path, value):
+    path = synth.make_archive(tmp_path / "a.zip", synth.pictures(2), [0, 1], source_names=value)
+    data = ImageDataset(str(path))
+    assert data.labels.tolist() == [0, 1] and data.shown_name(0) == "00000/img00000000.png"
+    with pytest.raises(dnnlib.UserError, match='"source_names": must be a list of'):
+        assert data.source_names
+
+
+def test_outliers_have_the_name_of_the_image_that_is_there(tmp_path):
+    data, record, _ = build(
+        tmp_path, folder(tmp_path), "--outliers=digits", "--perturb_percent=50", "--resolution=8x8", "--seed=1"
+    )
+    paths = np.array(data.source_names)
+    assert all(path.startswith("digits: image ") for path in paths[data.outliers])
+    assert all(path.endswith(".png") for path in paths[~data.outliers])
