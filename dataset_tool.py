@@ -23,7 +23,7 @@ What --source and --outliers can name:
   digits                     1,797 handwritten digits, 8x8 gray, from scikit-learn
   photos                     random square crops of two photographs, from scikit-learn; the class is the photograph.
                              --max-images says how many ({PHOTO_CROPS:,} without it), --resolution their size (32x32)
-  a folder or a ZIP          of images; labels come from dataset.json, or from one subfolder per class
+  a folder or a ZIP          of images; labels come from dataset.json, metadata.csv, or one subfolder per class
   a published data set       MNIST, Fashion-MNIST, CIFAR-10 and -100, STL-10, CelebA, Clothing1M, WebVision, Food-101N,
                              ANIMAL-10N, LSUN: its folder or file (docs/data.md)
   a file .npz or .pk         of images, and perhaps labels, as arrays

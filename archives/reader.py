@@ -139,7 +139,7 @@ class ArchiveReader:
             found.others = [name for name in found.others if name not in self._by_folder.named]
             if self._by_folder.kept is not None:
                 rows, names = ([values[i] for i in self._by_folder.kept] for values in (rows, names))
-        self.notes += note_unread(found.others, self.path) + note_tables(found.others, self.path)
+        self.notes += note_unread(found.others, self.path) + note_tables(found.others, self.path, kind)
         self.names = Names.of(names)
         return rows
 

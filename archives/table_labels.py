@@ -63,13 +63,14 @@ def label_by_table(
     ]  # fmt: skip
 
 
-def note_tables(others: list[bytes], path: str) -> list[str]:
-    """Return a note about tables beside the images that nobody read, if there are any."""
+def note_tables(others: list[bytes], path: str, kind: str) -> list[str]:
+    """Return a note about tables beside the images that nobody read, if there are any; `kind` is 'folder' or 'ZIP'."""
     tables = [as_text(name) for name in others if name.lower().endswith(ENDINGS)]
     if not tables:
         return []
     names = f"{examples(tables, len(tables))} {'is' if len(tables) == 1 else 'are'} not read"
-    return [f"{path}: {names}; if it holds the labels, name it: dataset_tool.py --labels={tables[0]}"]
+    how = f"name it: dataset_tool.py --labels={path}/{tables[0]}" if kind == "folder" else "unpack it and name it"
+    return [f"{path}: {names}; if it holds the labels, {how}"]
 
 
 ENDINGS = tuple(ending.encode() for ending in TABLES)

@@ -20,6 +20,7 @@ DELIMITERS = ",;\t|"
 ROWS = 1 << 14  # that are read at a time
 MOST_COLUMNS = 10_000
 MOST_ROWS = 1 << 22  # in a small parquet file
+OLDEST_PYARROW = 15  # up to 14.0.0 a file could run code: CVE-2023-47248
 MOST_TEXT = 1 << 20  # bytes of JSON lines that are parsed at a time
 # What people call the column of file names, and that of labels, the usual names first.
 FILE = ("file_name", "filename", "file", "file_path", "filepath", "path", "image_path", "image_file", "image_name",
@@ -210,6 +211,8 @@ def _read_parquet(data: bytes, name: str) -> Table:
         import pyarrow.parquet
     except ImportError:
         raise dnnlib.UserError(f"{name}: reading parquet needs the package pyarrow: pip install pyarrow") from None
+    if int(pyarrow.__version__.split(".")[0]) < OLDEST_PYARROW:
+        raise dnnlib.UserError(f"{name}: pyarrow {pyarrow.__version__} is too old to read the files of strangers")
     damaged = (pyarrow.ArrowException, OSError, ValueError, LookupError, TypeError, MemoryError, ArithmeticError)
     most = max(MOST_ROWS, len(data))  # an honest row takes at least a byte
     try:

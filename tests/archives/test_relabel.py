@@ -199,3 +199,20 @@ def test_outliers_have_the_name_of_the_image_that_is_there(tmp_path):
     paths = np.array(data.source_names)
     assert all(path.startswith("digits: image ") for path in paths[data.outliers])
     assert all(path.endswith(".png") for path in paths[~data.outliers])
+
+
+def test_a_flat_folder_with_a_table_beside_it(tmp_path):
+    """As people scrape: images/ and labels.csv, whose names have no folders, with a damaged image and other files."""
+    for i, image in enumerate(synth.pictures(4)):
+        (tmp_path / "flat/images").mkdir(parents=True, exist_ok=True)
+        (tmp_path / f"flat/images/{i}.png").write_bytes(synth.png(image))
+    (tmp_path / "flat/.DS_Store").write_bytes(b"\0\0\0\1Bud1")
+    lines = ["file,label", "0.png,Dress", "1.png,Bag", "2.png,Dress", "3.png,Shirt", ""]
+    table = write(tmp_path / "flat/labels.csv", "\r\n".join(lines))
+    data, _, shown = build(tmp_path, tmp_path / "flat")
+    assert not data.has_labels and "'labels.csv' is not read" in shown and "flat/labels.csv" in shown
+    for source in ("flat", "flat/images"):
+        data, _, shown = build(tmp_path, tmp_path / source, f"--labels={table}")
+        assert data.class_names == ["Bag", "Dress", "Shirt"] and data.labels.tolist() == [1, 0, 1, 2]
+        assert ("compared without folders" in shown) == (source == "flat")
+        assert data.source_names[0] == ("images/0.png" if source == "flat" else "0.png")

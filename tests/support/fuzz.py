@@ -325,7 +325,7 @@ def targets(root, files) -> dict[str, Target]:
                             EDITS, relabel),
         "label table": Target("t.csv", b"file,is_label_issue,label_score,given_label,predicted_label\n" + b"".join(
             f"{name},False,0.5,{c},{c}\n".encode() for name, c in metadata["labels"]), spoil, EDITS, [
-                ("train_discriminator", "--data={zip} --outdir={new} --label-path={file} -n " + " ".join(TINY))]),
+                ("detect_noise", "--data={zip} --dest={new}.npz --labels={file} --foreign=0 --device=cpu")]),
         "matrix .npy": Target("m.npy", saved(np.save, np.eye(2)), spoil, EDITS, matrix),
         "matrix .json": Target("m.json", [[0.9, 0.1], [0.2, 0.8]], spoil_json, CHANGES, matrix),
         "snapshot": Target("s.pkl", files["pkl"].read_bytes(), without_checksum, EDITS, sample),
