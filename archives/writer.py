@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import struct
 import zipfile
@@ -17,7 +18,7 @@ import numpy as np
 import PIL.Image
 
 import dnnlib
-from archives.decode import PNG_SIGNATURE
+from archives.decode import PNG_SIGNATURE, Color
 from archives.reader import METADATA
 from archives.zip_directory import check_name
 from archives.zip_writer import ZipWriter
@@ -33,7 +34,9 @@ __all__ = [
     "with_channels",
 ]
 
-TRANSFORMS = ("center-crop", "center-crop-wide")
+_OTHER = "choose another name, or replace it with dataset_tool.py --overwrite"
+TRANSFORMS = ("center-crop", "center-crop-wide", "pad")
+FOLDER = re.compile(r"\d{5,}")  # the folders of `image_names`
 Transform = Callable[[np.ndarray], "np.ndarray | None"]
 
 
@@ -46,13 +49,14 @@ def image_names(start: int, stop: int) -> list[str]:
 # Transforms, uint8 [H, W, C] -> uint8 [H', W', C].
 
 
-def make_transform(name: str | None, resolution: tuple[int, int] | None) -> Transform:
+def make_transform(name: str | None, resolution: tuple[int, int] | None, background: Color = (0, 0, 0)) -> Transform:
     """Return the transform of this name (None or one of TRANSFORMS) and this resolution (width, height).
 
-    None              resizes to `resolution` if there is one
+    None              resizes to `resolution` if there is one, which squashes images of another shape
     center-crop       crops the largest central square, then resizes
     center-crop-wide  crops to the shape width:height, resizes, and centers the result in a black square of side width;
                       returns None for images that it would have to enlarge: they are left out
+    pad               resizes the whole image until it just fits, and centers it on the `background`
     """
     if name is None:
         return (lambda image: image) if resolution is None else (lambda image: _resize(image, *resolution))
@@ -60,6 +64,7 @@ def make_transform(name: str | None, resolution: tuple[int, int] | None) -> Tran
     return {
         "center-crop": lambda image: _resize(_crop(image, *[min(image.shape[:2])] * 2), width, height),
         "center-crop-wide": lambda image: _center_crop_wide(image, width, height),
+        "pad": lambda image: _pad(image, width, height, background),
     }[name]
 
 
@@ -99,6 +104,17 @@ def _center_crop_wide(image: np.ndarray, width: int, height: int) -> np.ndarray 
     return canvas
 
 
+def _pad(image: np.ndarray, width: int, height: int, background: Color) -> np.ndarray:
+    rows, columns = image.shape[:2]
+    scale = min(width / columns, height / rows)
+    inner_width, inner_height = max(1, round(columns * scale)), max(1, round(rows * scale))
+    canvas = np.empty([height, width, image.shape[2]], dtype=np.uint8)
+    canvas[:] = with_channels(np.array([[background]], dtype=np.uint8), image.shape[2])
+    top, left = (height - inner_height) // 2, (width - inner_width) // 2
+    canvas[top : top + inner_height, left : left + inner_width] = _resize(image, inner_width, inner_height)
+    return canvas
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # PNG.
 
@@ -134,8 +150,8 @@ class ArchiveWriter:
     """Writes an archive, a ZIP (`path` ends in .zip) or a folder; use it as a context manager.
 
     Everything goes to a temporary name beside `path`, which is renamed when the block ends without an error: there is
-    never a partial archive under the final name. An existing ZIP is replaced; a folder that is not empty is refused.
-    Missing parent folders are made. The same members give the same bytes: entries carry no time.
+    never a partial archive under the final name. An archive that is there is refused, or with `overwrite` replaced (see
+    `check_destination`). Missing parent folders are made. The same members give the same bytes: entries carry no time.
 
     With `in_place` the files of a folder appear in it at once, beside the files that it already holds, and several
     processes can write into the same folder. When the block ends with an error, the writer removes the files and the
@@ -143,12 +159,12 @@ class ArchiveWriter:
     enters its block: the constructor notes whether the folder is new. For a ZIP `in_place` changes nothing.
     """
 
-    def __init__(self, path: str, in_place: bool = False, keep: bool = False) -> None:
+    def __init__(self, path: str, in_place: bool = False, overwrite: bool = False, keep: bool = False) -> None:
         self.path, self._keep = path, keep
         self._folder = None  # where a folder's files go; stays None for a ZIP
         self._in_place, self._new, self._written = in_place and not is_zip(path), not os.path.isdir(path), []
         if not self._in_place:
-            check_destination(path)
+            check_destination(path, overwrite)
 
     def __enter__(self) -> ArchiveWriter:
         parent, name = os.path.split(os.path.abspath(self.path))
@@ -241,7 +257,7 @@ class ArchiveWriter:
         else:
             try:
                 if kind is None:
-                    os.rename(self._folder, self.path)  # also over an empty folder
+                    _move_folder(self._folder, self.path)
             finally:
                 shutil.rmtree(self._folder, ignore_errors=True)
                 os.close(self._held)
@@ -252,13 +268,39 @@ def is_zip(path: str) -> bool:
     return path.lower().endswith(".zip")
 
 
-def check_destination(path: str) -> None:
-    """Raise UserError when `path` cannot become an archive: it is of the wrong kind, or a folder that is not empty."""
+def check_destination(path: str, overwrite: bool = False) -> None:
+    """Raise UserError when an archive cannot be written to `path`, or would replace what is there.
+
+    With `overwrite` it may replace an archive: a ZIP, or a folder that holds `dataset.json`, folders with numbers as
+    names, and nothing else.
+    """
     if is_zip(path):
         if os.path.isdir(path):
             raise dnnlib.UserError(f"{path}: is a folder, expected the name of a ZIP file")
+        if os.path.lexists(path) and not overwrite:
+            raise dnnlib.UserError(f"{path}: exists already, {_OTHER}")
     elif os.path.isdir(path):
-        if os.listdir(path):
-            raise dnnlib.UserError(f"{path}: folder is not empty, choose another one or a name that ends in .zip")
+        found = sorted(os.listdir(path))
+        foreign = [name for name in found if name != METADATA and not FOLDER.fullmatch(name)]
+        if found and not overwrite:
+            raise dnnlib.UserError(f"{path}: folder is not empty, {_OTHER}")
+        if foreign or (found and METADATA not in found):
+            what = f"holds '{foreign[0]}'" if foreign else f"has no {METADATA}"
+            raise dnnlib.UserError(f"{path}: {what}, so it is no archive of this tool and stays; choose another name")
     elif os.path.lexists(path):
         raise dnnlib.UserError(f"{path}: exists and is not a folder; the name of a ZIP must end in .zip")
+
+
+def _move_folder(source: str, path: str) -> None:
+    """Move a folder to `path`. What is there goes only when the new folder is in its place."""
+    if not os.path.isdir(path) or not os.listdir(path):
+        os.rename(source, path)  # also over an empty folder
+        return
+    old = f"{source}.old"
+    os.rename(path, old)
+    try:
+        os.rename(source, path)
+    except OSError:
+        os.rename(old, path)
+        raise
+    shutil.rmtree(old, ignore_errors=True)

@@ -44,7 +44,7 @@ def building_rows(repeats: int) -> Iterator[Row]:
 
         def build(workers: int) -> None:
             source = open_source(os.path.join(folder, "photos"))
-            build_archive(source, dest, make_transform("center-crop", (64, 64)), workers=workers)
+            build_archive(source, dest, make_transform("center-crop", (64, 64)), workers=workers, overwrite=True)
 
         def plain() -> None:
             with zipfile.ZipFile(dest, "w") as file:
@@ -54,7 +54,8 @@ def building_rows(repeats: int) -> Iterator[Row]:
                     file.writestr(f"{i}.png", data.getvalue())
 
         def ours() -> None:
-            build_archive(Source("random", RAW, images.__getitem__), dest, make_transform(None, None), workers=1)
+            source = Source("random", RAW, images.__getitem__)
+            build_archive(source, dest, make_transform(None, None), workers=1, overwrite=True)
 
         t = compare(dict(all=lambda: build(usable_cores()), one=lambda: build(1), ours=ours, plain=plain), repeats)
     yield Row("photographs to a 64x64 archive, all cores; plain: one core", t["all"], t["one"], images=PHOTOS)

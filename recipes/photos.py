@@ -83,7 +83,7 @@ def plan(outdir: str, seed: int, scale: float, num: int) -> list[Step]:
                 f"{setup.name}-outliers",
                 f"archive of {setup.name} with 10% outliers",
                 3,
-                f"dataset_tool.py {setup.source} --perturb_percent=10 --dest={data}",
+                f"dataset_tool.py {setup.source} --perturb_percent=10 --dest={data} --overwrite",
             )
         )
         for row, (title, options) in zip(setup.rows(outdir), setup.methods.values(), strict=True):
