@@ -1,6 +1,7 @@
 """Find the weight of a discriminator: measure label accuracy and FD for each weight, constant and calibrated.
 
 The script writes sweep.png, sweep.md and sweep.json into --outdir. The same command continues an interrupted sweep.
+Without clean labels, the judge learns the labels that the detector is surest of, and the table says what that means.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ import torch
 import dnnlib
 from dnnlib.cli import Command, blame
 from metrics.options import evaluate_files
-from reports import page, plots
+from metrics.sure_labels import JudgeLabels, choose_judge_labels
+from reports.tradeoff import write_tradeoff
 from sampling.generation import generate_images, share_of
 from sampling.loading import DEFAULT_WEIGHTS, TrainedDiscriminator, guide, load_denoiser, load_discriminator
 from sampling.options import gate, sweep_options
@@ -36,7 +38,6 @@ Examples:
   torchrun --standalone --nproc_per_node=8 sweep.py --network=network.pkl --discriminator=discriminator.pkl \\
       --data=datasets/cifar10-32x32.zip --detector=classifier.pkl --seeds=0-9999 --weights=0.5,1,2,3 --outdir=sweep
 """
-COLUMNS = ["mode", "weight", "label accuracy", "FD", "FD / unguided"]
 
 
 @click.command(cls=Command, help=__doc__, epilog=EXAMPLES)
@@ -55,12 +56,15 @@ def run(o: dnnlib.EasyDict, device: torch.device) -> None:
     path = os.path.join(o.outdir, "sweep.json")
     kept = {k: v for k, v in o.items() if k not in ("outdir", "batch", "device", "modes", "weights", "trust_pickle")}
     with blame("--outdir"):
-        results = distributed.together(lambda: known_results(path, kept), rank0_first=True)
+        results, note = distributed.together(lambda: known_results(path, kept), rank0_first=True)
     modes = [*DEFAULT_WEIGHTS] if o.modes == "both" else [o.modes]
     settings = [("unguided", 0.0), *itertools.product(modes, o.weights)]
     networks = None
     if {f"{mode}-{weight:g}" for mode, weight in settings} - results.keys():
         networks = distributed.together(lambda: load(o, device), rank0_first=True)
+        judge = distributed.together(lambda: choose_judge(o, networks[2]), rank0_first=True)
+        note = judge.note
+        print0(note)
     for i, (mode, weight) in enumerate(settings):
         name = f"{mode}-{weight:g}"
         if name not in results:
@@ -69,25 +73,28 @@ def run(o: dnnlib.EasyDict, device: torch.device) -> None:
             # An interrupted sweep may have left images of this setting, without their result.
             distributed.on_rank0(functools.partial(pathlib.Path(images).unlink, missing_ok=True))
             generate(o, device, networks, mode, weight, images)
-            results[name] = measure(o, device, images)
+            results[name] = measure(o, device, images, judge)
             if distributed.get_rank() == 0:
                 with dnnlib.atomic_open(path, "wt") as f:
-                    json.dump(dict(options=kept, results=results), f, indent=1)
+                    json.dump(dict(options=kept, results=results, note=note), f, indent=1)
     if distributed.get_rank() == 0:
-        write(o.outdir, settings, results)
+        print("\n".join(write_tradeoff(o.outdir, settings, results, note)) + f"\nWritten to: {o.outdir}")
 
 
-def known_results(path: str, options: dict) -> dict:
-    """Return what an earlier call of the same sweep measured. UserError: the folder is in use for something else."""
+def known_results(path: str, options: dict) -> tuple[dict, str]:
+    """Return what an earlier call of the same sweep measured, and its note on the judge.
+
+    UserError: the folder is in use for something else.
+    """
     if not os.path.exists(path):
         check_free(os.path.dirname(path))
-        return {}
+        return {}, ""
     known = safe_files.load_json(dnnlib.read_bytes(path), path)
     if not isinstance(known, dict) or {"options", "results"} - known.keys():
         raise dnnlib.UserError(f"{path}: is not the result of a sweep; choose another folder")
-    if known["options"] != options:
+    if dict.fromkeys(options) | known["options"] != options:  # version 0.1 had fewer options
         raise dnnlib.UserError(f"{path}: is the result of a sweep with other options; choose another folder")
-    return known["results"]
+    return known["results"], known.get("note", "")
 
 
 def load(o: dnnlib.EasyDict, device: torch.device) -> tuple[torch.nn.Module, list[str] | None, TrainedDiscriminator]:
@@ -98,6 +105,12 @@ def load(o: dnnlib.EasyDict, device: torch.device) -> tuple[torch.nn.Module, lis
             raise dnnlib.UserError(f"{o.network}: was trained without labels, so there are none to correct")
     with blame("--discriminator"):
         return net, class_names, load_discriminator(o.discriminator, device, trust_pickle=o.trust_pickle)
+
+
+def choose_judge(o: dnnlib.EasyDict, discriminator: TrainedDiscriminator) -> JudgeLabels:
+    """Return what the judge learns from."""
+    with blame("--data" if o.label_path is None else "--label-path"):
+        return choose_judge_labels(o.data, o.label_path, discriminator.label_path)
 
 
 def generate(o: dnnlib.EasyDict, device: torch.device, networks: tuple, mode: str, weight: float, path: str) -> None:
@@ -114,32 +127,14 @@ def generate(o: dnnlib.EasyDict, device: torch.device, networks: tuple, mode: st
     save_images(progress(batches, len(o.seeds)), path, False, class_names)
 
 
-def measure(o: dnnlib.EasyDict, device: torch.device, images: str) -> dict:
+def measure(o: dnnlib.EasyDict, device: torch.device, images: str, judge: JudgeLabels) -> dict:
     """Return label accuracy and FD of one setting; an empty dict on all processes but rank 0. Collective."""
-    found = evaluate_files([images], device, data=o.data, detector=o.detector, judge=o.judge)
+    options = dict(data=o.data, detector=o.detector, judge=o.judge, outlier_data=judge.outlier_data)
+    found = evaluate_files([images], device, judge.labels, **options)
     values = {name: found[0]["metrics"][name] for name in ("label_accuracy", "fid")} if found else {}
     if None in values.values():
         raise dnnlib.UserError(f"--data={o.data}: gives no label accuracy or no FD: {found[0]['notes']}")
     return values
-
-
-def write(outdir: str, settings: list[tuple[str, float]], results: dict) -> None:
-    """Write table and plot, and print the table."""
-    rows, curves = [], {}
-    base = results["unguided-0"]
-    for mode, weight in settings:
-        found = results[f"{mode}-{weight:g}"]
-        accuracy, fid = found["label_accuracy"], found["fid"]
-        rows.append([mode, f"{weight:g}", f"{accuracy:.3f}", f"{fid:.4g}", f"{fid / base['fid']:.2f}"])
-        if weight:
-            curves.setdefault(mode, []).append((weight, fid, accuracy))
-    lines = page.markdown_table(COLUMNS, rows)
-    if {"calibrated", "constant"} <= curves.keys():
-        lines += ["", plots.compare_tradeoffs(curves, (base["fid"], base["label_accuracy"]), "calibrated", "constant")]
-    with dnnlib.atomic_open(os.path.join(outdir, "sweep.md"), "wt") as f:
-        f.write("\n".join(lines) + "\n")
-    plots.tradeoff(curves, (base["fid"], base["label_accuracy"]), os.path.join(outdir, "sweep.png"))
-    print("\n".join(lines) + f"\nWritten to: {outdir}")
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from torch_utils import distributed, persistence
 from torch_utils.distributed import print0
 from training import options, run
 from training.config import DiscriminatorConfig
+from training.objective import split_items
 from training.objectives.classifier import check_classifier
 from training.objectives.discriminator import DiscriminatorObjective
 from training.objectives.simix import EMBEDDINGS, nearest_partners
@@ -53,6 +54,10 @@ Examples:
 @click.option("--optimizer", type=click.Choice(["adam", "adamw", "sgd"]), default="adam", help="Optimizer")
 @click.option("--shift", metavar="SHARE", type=FloatRange(min=0, max=0.5), default=0.125,
               help="Random whole-pixel shifts up to this share of the image size")
+@click.option("--calibrate", metavar="SHARE", type=FloatRange(min=0, max=0.5),
+              help="Hold out this share of the images to calibrate the logits at each noise level, which generate.py "
+                   "--dg_mode=calibrated needs; 0: train on all images, as published  "
+                   "[default: 0.1; a run of version 0.1 continues with 0]")
 # fmt: on
 def main(**opts) -> None:
     path, embed = choose_embedding(opts["simix"], opts["embed"], opts["cls"], opts["label_path"])
@@ -62,13 +67,16 @@ def main(**opts) -> None:
             known = load_labels_or_table(opts["label_path"], dataset)
         stated = options.stated_transition(**options.noise_settings(opts), dataset=dataset)
         transition = choose_transition(opts["shuffle"], stated, known, opts["label_path"])
+        share = config.discriminator.calibrate
+        split = split_items(dataset, share, config.seed) if share else None
         partners = None
         if opts["simix"]:
-            partners = find_partners(dataset, device, embed, path, opts["trust_pickle"])
+            partners = find_partners(dataset, device, embed, path, opts["trust_pickle"], split and split[0])
         print0(
             f"Labels believed right: {known.is_clean.mean():.1%}. "
             f"Shuffle: {'uniform' if transition is None else 'transition'}. "
-            f"Mixed up with: {f'similar images, by {embed}' if opts['simix'] else 'any image'}."
+            f"Mixed up with: {f'similar images, by {embed}' if opts['simix'] else 'any image'}. "
+            f"Held out: {f'{len(split[0]):,} images, to calibrate' if split else 'none'}."
         )
         return DiscriminatorObjective(
             config,
@@ -78,17 +86,11 @@ def main(**opts) -> None:
             transition=transition,
             noise_rates=known.per_class_noise_rate,
             partners=partners,
+            split=split,
         )
 
-    section = DiscriminatorConfig(
-        label_path=opts["label_path"],
-        shuffle=opts["shuffle"],
-        simix=opts["simix"],
-        embed=embed,
-        cls=path,
-        shift=opts["shift"],
-        **options.noise_settings(opts),
-    )
+    own = {name: opts[name] for name in ("label_path", "shuffle", "simix", "shift", "calibrate")}
+    section = DiscriminatorConfig(embed=embed, cls=path, **own, **options.noise_settings(opts))
     method = DiscriminatorObjective.method
     run.start(opts, method, make, options.resnet, require_labels=True, discriminator=section)
 
@@ -125,8 +127,10 @@ def choose_transition(
     return transition
 
 
-def find_partners(dataset: ImageDataset, device, embed: str, path: str | None, trust_pickle: bool) -> np.ndarray:
-    """Return which images SiMix mixes with each image, int64 [N,2]. Collective."""
+def find_partners(
+    dataset: ImageDataset, device, embed: str, path: str | None, trust_pickle: bool, held_out: torch.Tensor | None
+) -> np.ndarray:
+    """Return which images SiMix mixes with each image, int64 [N,2]; none of those `held_out`. Collective."""
 
     def load() -> torch.nn.Module:
         net = persistence.load_snapshot(path, trust_pickle=trust_pickle, kind="classifier")["ema"].to(device)
@@ -136,7 +140,7 @@ def find_partners(dataset: ImageDataset, device, embed: str, path: str | None, t
     with blame("--cls"):
         classifier = None if path is None else distributed.together(load)
     with blame(f"--simix=1 --embed={embed}"):
-        return nearest_partners(dataset, embed, classifier, device)
+        return nearest_partners(dataset, embed, classifier, device, held_out=held_out)
 
 
 if __name__ == "__main__":

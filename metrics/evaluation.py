@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 import dnnlib
@@ -34,6 +35,7 @@ class Inputs:
     test: ImageSource | None  # real images that the classifier of CAS is tested on; None: no CAS
     outlier_record: ImageSource | None  # images of which some are recorded as outliers; None: no outlier ratio
     cache: FeatureCache  # keeps features for later calls
+    judge_labels: np.ndarray | None = None  # [N] classes of the reference for the judge, -1: unknown; None: its labels
 
 
 def load_judge(name: str, device: torch.device | str, reference: ImageSource) -> ClassifierDetector:
@@ -81,10 +83,12 @@ def evaluate(inputs: Inputs, settings: EvaluationSettings, device: torch.device 
     inputs.cache.save()
     if distributed.get_rank() != 0:
         return []
-    real_labels, left_out = best_labels(reference), 0
+    real_labels, judge_labels, left_out = best_labels(reference), inputs.judge_labels, 0
     if reference.outliers is not None:
         real, left_out = select_clean(real, reference.outliers), int(reference.outliers.sum())
-        real_labels = None if real_labels is None else real_labels[~reference.outliers]
+        real_labels, judge_labels = (
+            None if labels is None else labels[~reference.outliers] for labels in (real_labels, judge_labels)
+        )
     results, memo = [], Memo()
     for source, fake in zip(inputs.images, fakes, strict=True):
         result = evaluate_features(
@@ -96,6 +100,7 @@ def evaluate(inputs: Inputs, settings: EvaluationSettings, device: torch.device 
             class_names=reference.class_names,
             device=device,
             memo=memo,
+            judge_labels=judge_labels,
         )
         if result["judge"] is not None:
             result["judge"]["name"] = inputs.judge.name if inputs.judge else f"SVM on {inputs.detector.name} features"

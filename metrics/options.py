@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import click
+import numpy as np
 import torch
 
 from archives.archive_set import SEVERAL
@@ -85,14 +87,18 @@ def open_detector(name: str, precision: str, device: torch.device) -> Detector:
         return in_precision(detector, precision, device)
 
 
-def evaluate_files(images: Sequence[str], device: torch.device, **options: Any) -> list[dict[str, Any]]:
+def evaluate_files(
+    images: Sequence[str], device: torch.device, judge_labels: np.ndarray | None = None, **options: Any
+) -> list[dict[str, Any]]:
     """Open the files that the options name, and return what `metrics.evaluation.evaluate` does.
 
-    `images` are the paths of --images, `options` are fields of EvaluationSettings. Every process must call this
-    function. An error begins with the option that it belongs to.
+    `images` are the paths of --images, `options` are fields of EvaluationSettings, `judge_labels` is a field of
+    `metrics.evaluation.Inputs`. Every process must call this function. An error begins with the option that it belongs
+    to.
     """
     settings = EvaluationSettings(**options)
-    return evaluate(_open_inputs(images, settings, device), settings, device)
+    inputs = replace(_open_inputs(images, settings, device), judge_labels=judge_labels)
+    return evaluate(inputs, settings, device)
 
 
 def _open_inputs(images: Sequence[str], settings: EvaluationSettings, device: torch.device) -> Inputs:

@@ -34,12 +34,14 @@ def evaluate_features(
     class_names: list[str] | None = None,
     device: torch.device | str = "cpu",
     memo: Memo | None = None,
+    judge_labels: np.ndarray | None = None,
 ) -> dict[str, Any]:
     """Return all metrics of features `fake` [M,d] against `real` [N,d], with labels [M] and [N].
 
     Without labels (None) on one of the sides there are no class-wise metrics and no label accuracy. The dictionary has
     the keys below. `memo` keeps what follows from `real`, its labels and the settings alone, for a call with others
-    than `fake`.
+    than `fake`. The judge learns, or is tried on, `judge_labels` [N] in place of `real_labels`, except where they are
+    -1.
 
     num_images, num_reference, num_features, nearest_k
     reference_subset  how many reference images the pairs of KID and the neighbors come from; None: all
@@ -84,7 +86,8 @@ def evaluate_features(
         fast_y,
         minimum=k + 1,
     )
-    judge = _add_label_accuracy(table, real, fake, real_labels, fake_labels, settings.judge == "svm")
+    known = real_labels if judge_labels is None else judge_labels
+    judge = _add_label_accuracy(table, real, fake, known, fake_labels, settings.judge == "svm")
     whole_first = sorted(table.metrics, key=lambda name: (name == "label_accuracy", name.startswith("cw_")))
     return dict(
         num_images=len(y),
@@ -213,7 +216,8 @@ def _add_label_accuracy(
 ) -> dict[str, Any] | None:
     """Enter the label accuracy, and return how accurate the judge itself is (None if there is no judge).
 
-    The judge is the classifier that has already judged the features, or else an SVM if `svm` asks for one.
+    The judge is the classifier that has already judged the features, or else an SVM if `svm` asks for one. Where
+    `real_labels` are -1, it neither learns nor is tried.
     """
 
     def refuse(reason: str) -> None:
@@ -223,12 +227,14 @@ def _add_label_accuracy(
         return refuse("no judge was asked for")
     if table.without_labels:
         return refuse(table.without_labels)
+    known = slice(None) if real_labels.min() >= 0 else real_labels >= 0
+    real_labels = real_labels[known]
     if fake.judged is not None:
         judged, on = fake.judged, "reference images, which it may have been trained on"
-        accuracy, num = label_accuracy(real.judged, real_labels), len(real_labels)
+        accuracy, num = label_accuracy(real.judged[known], real_labels), len(real_labels)
     else:
         try:
-            machine = table.memo.get("svm", lambda: SvmJudge(real.features, real_labels))
+            machine = table.memo.get("svm", lambda: SvmJudge(real.features[known], real_labels))
         except ValueError as e:
             return refuse(str(e))
         judged, on = machine.predict(fake.features), "held-out reference images"

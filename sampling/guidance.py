@@ -101,9 +101,10 @@ class DiscriminatorGuidance(Guidance):
 
     weight        w; 0 leaves D alone and never calls f
     noise_rates   eta [C], P(label wrong | observed label): w is multiplied by the posterior probability that y is wrong
-                  for this x, sigmoid(logit eta_y - f + logit R_y), which makes weight 1 exact for the optimal f.
-                  None: w is constant, as in the paper
+                  for this x, sigmoid(logit eta_y - e) with the evidence e = f - logit R_y, which makes weight 1 exact
+                  for the optimal f. None: w is constant, as in the paper
     right_shares  R [C], the share of right pairs with each label that f was trained on
+    temperature   divides e and its gradient at each noise level, as held-out pairs say; needs noise rates. None: by 1
     stopwatch     runs while the correction is computed
 
     f is called with exactly the (x, sigma, y) that D gets. UserError: f has another resolution, channels or classes.
@@ -117,16 +118,17 @@ class DiscriminatorGuidance(Guidance):
         weight: float = 1,
         noise_rates: torch.Tensor | None = None,
         right_shares: torch.Tensor | None = None,
+        temperature: Callable[[torch.Tensor], torch.Tensor] | None = None,
         stopwatch: AbstractContextManager | None = None,
     ):
         super().__init__(net)
         if not net.label_dim or _format(discriminator) != _format(net):
             raise dnnlib.UserError(f"trained on {_format(discriminator)}; the network makes {_format(net)}")
-        self.discriminator, self.weight, self.log_odds = discriminator, weight, None
+        self.discriminator, self.weight, self.temperature = discriminator, weight, temperature
+        self.noise_odds = None if noise_rates is None else noise_rates.logit()
         if noise_rates is not None:
-            # logit eta + logit R; a label that is never wrong stays at -inf, one that is never right at inf, for any R
-            self.log_odds = torch.where(noise_rates > 0, noise_rates.logit() + right_shares.logit(), -math.inf)
-            self.log_odds[noise_rates == 1] = math.inf
+            # A label that is never wrong, or never right, stays so for any R.
+            self.right_odds = torch.where(self.noise_odds.isfinite(), right_shares.logit(), 0)
         self.stopwatch = stopwatch or nullcontext()
 
     def __call__(self, x: torch.Tensor, sigma: torch.Tensor, class_labels: torch.Tensor | None = None) -> torch.Tensor:
@@ -147,12 +149,18 @@ class DiscriminatorGuidance(Guidance):
             gradient = torch.autograd.grad(logits.sum(), x, allow_unused=True)[0] if logits.requires_grad else None
         if gradient is None:
             return torch.zeros_like(x, requires_grad=False)
-        if self.log_odds is None:
+        if self.noise_odds is None:
             return gradient
-        wrong = torch.sigmoid(self.log_odds.to(logits)[class_labels.argmax(dim=1)] - logits.detach())
-        wrong = wrong.reshape(-1, 1, 1, 1)
+        labels, temp = class_labels.argmax(dim=1), self.temp_at(sigma).to(logits)
+        noise_odds, right_odds = (odds.to(logits)[labels] for odds in (self.noise_odds, self.right_odds))
+        wrong = torch.sigmoid(noise_odds + right_odds / temp - logits.detach() / temp)
+        factor = (wrong / temp).reshape(-1, 1, 1, 1)
         # Where the label is certainly right, an optimal logit is infinite and its gradient is not a number.
-        return torch.where(wrong > 0, gradient * wrong, 0)
+        return torch.where(factor > 0, gradient * factor, 0)
+
+    def temp_at(self, sigma: torch.Tensor) -> torch.Tensor:
+        """Return what divides the evidence at noise levels of any shape, [1 or N]."""
+        return torch.ones_like(sigma.reshape(-1)) if self.temperature is None else self.temperature(sigma.reshape(-1))
 
 
 class GatedGuidance(Guidance):

@@ -14,6 +14,7 @@ from torch_utils import checkpoint, persistence
 from torch_utils.distributed import print0
 from torch_utils.precision import tf32
 from training import networks, networks_ddgan, networks_resnet  # noqa: F401  They register what a snapshot may hold.
+from training.calibration import Temperature
 
 __all__ = [
     "DEFAULT_WEIGHTS",
@@ -119,13 +120,24 @@ class TrainedDiscriminator:
     net: torch.nn.Module
     noise_rates: list[float] | None  # [C]: share of wrong labels among those observed, per class
     right_shares: list[float] | None  # [C]: share of right pairs among those it was trained on, per class
+    temperature: Temperature | None = None  # of its evidence, fitted to held-out pairs; None: was not calibrated
+    held_out: int = 0  # images that these pairs are made of
+    label_path: str | None = None  # label file that it was trained with
 
 
 def load_discriminator(path: str, device: torch.device, *, trust_pickle: bool = False) -> TrainedDiscriminator:
     """Return the discriminator of a snapshot. UserError: the file is missing, damaged or of another kind."""
     snapshot = _load(path, trust_pickle, ("discriminator",))
     info = snapshot.get("info") or {}
-    return TrainedDiscriminator(path, snapshot["ema"].to(device), info.get("noise_rates"), info.get("right_shares"))
+    return TrainedDiscriminator(
+        path,
+        snapshot["ema"].to(device),
+        info.get("noise_rates"),
+        info.get("right_shares"),
+        Temperature.read(info.get("temperature"), path),
+        int(info.get("held_out") or 0),
+        ((info.get("options") or {}).get("discriminator") or {}).get("label_path"),
+    )
 
 
 def guide(
@@ -141,14 +153,23 @@ def guide(
 ) -> GatedGuidance:
     """Return the denoiser `net` corrected by a discriminator (docs/methods/sbdc.md, section 3), and print its settings.
 
-    mode        'constant' (None) or 'calibrated'
+    mode        'constant' or 'calibrated'; None: calibrated if the discriminator is, else constant
     weights     of a step's first and second evaluation; None: DEFAULT_WEIGHTS of the mode
     gate        lowest and highest noise level that is corrected
     noise_rate  share of wrong labels in every class, for the mode 'calibrated'; None: those of the snapshot
 
-    UserError: the networks do not fit each other, or the mode is 'calibrated' and the snapshot does not say enough.
+    UserError: the networks do not fit each other, the mode is 'calibrated' and the snapshot does not say enough, or
+    there is a noise rate, but the discriminator is not calibrated and no mode was asked for.
     """
-    mode, rates, shares = mode or "constant", None, None
+    fitted, rates, shares = discriminator.temperature is not None, None, None
+    if mode is None and not fitted and noise_rate is not None:
+        raise dnnlib.UserError(
+            f"{discriminator.path}: is not calibrated, so the weights are constant and the noise rate {noise_rate:g} "
+            "would change nothing; leave it out, or ask for calibrated weights"
+        )
+    why = f"fitted to {discriminator.held_out:,} held-out images" if fitted else "not fitted to held-out images"
+    why = "as asked" if mode == "constant" else why
+    mode = mode or ("calibrated" if fitted else "constant")
     if mode == "calibrated":
         if discriminator.noise_rates is None or discriminator.right_shares is None:
             raise dnnlib.UserError(
@@ -169,7 +190,11 @@ def guide(
         gate=gate,
         noise_rates=rates,
         right_shares=shares,
+        temperature=None if rates is None else discriminator.temperature,
         stopwatch=stopwatch,
     )
-    print0(f"Guidance: {mode}, weights {weights[0]:g} and {weights[1]:g}, where {gate[0]:g} <= sigma <= {gate[1]:g}")
+    print0(
+        f"Guidance: {mode} ({why}), weights {weights[0]:g} and {weights[1]:g}, "
+        f"where {gate[0]:g} <= sigma <= {gate[1]:g}"
+    )
     return guided

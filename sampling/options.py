@@ -140,7 +140,7 @@ guidance_options = add_options([
     click.option("--affine_weight", metavar="W", type=FloatRange(), help="Affine guidance: D' = (1+W) D - W D_2  [default: no guidance]"),
     click.option("--cfg", metavar="S", type=FloatRange(), help="Classifier-free guidance: D' = D_0 + S (D_y - D_0)  [default: no guidance]"),
     discriminator_option(),
-    click.option("--dg_mode", type=click.Choice(list(DEFAULT_WEIGHTS)), help="Weight of the discriminator's gradient: constant, or multiplied by the probability that the label is wrong for this image  [default: constant]"),
+    click.option("--dg_mode", type=click.Choice(list(DEFAULT_WEIGHTS)), help="Weight of the discriminator's gradient: constant, or multiplied by the probability that the label is wrong for this image  [default: calibrated if the discriminator is, else constant]"),
     click.option("--dg_weight_1st_order", metavar="W", type=FloatRange(), help="Weight at the first evaluation of each step  [default: constant 2, calibrated 1]"),
     click.option("--dg_weight_2nd_order", metavar="W", type=FloatRange(), help="Weight at the second evaluation of each step of --solver=heun  [default: constant 0, calibrated 1]"),
     clip_options,
@@ -165,7 +165,8 @@ generate_options = add_options([image_options, sampler_options, guidance_options
 sweep_options = add_options([
     network_option,
     discriminator_option(required=True),
-    click.option("--data", metavar="PATH", required=True, help=f"Reference archive, with clean labels for its judge. {SEVERAL}"),
+    click.option("--data", metavar="PATH", required=True, help=f"Reference archive, with clean labels for its judge, or with --label-path. {SEVERAL}"),
+    click.option("--label-path", metavar="NPZ|CSV", help="Label file of --data: the judge learns the labels that it is surest of  [default: where --data has no clean labels, the file that the discriminator was trained with, if it is about --data]"),
     click.option("--detector", metavar="NAME", required=True, help="As in fid.py evaluate"),
     click.option("--judge", metavar="svm|PKL", default="svm", help="As in fid.py evaluate"),
     click.option("--outdir", metavar="DIR", required=True, help="Folder for the plot, the table and the images"),
@@ -210,7 +211,7 @@ def check_usage(o: dnnlib.EasyDict) -> None:
     for name in GUIDANCE_SETTINGS:
         if o[name] is not None and o.discriminator is None:
             raise click.UsageError(f"--{name}={o[name]}: needs --discriminator")
-    if o.noise_rate is not None and o.dg_mode != "calibrated":
+    if o.noise_rate is not None and o.dg_mode == "constant":
         raise click.UsageError(f"--noise_rate={o.noise_rate:g}: only --dg_mode=calibrated uses it")
     low, high = gate(o)
     if low > high:

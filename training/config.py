@@ -28,6 +28,7 @@ __all__ = [
     "TDSMConfig",
     "differences",
     "named_files",
+    "settle",
     "to_dict",
 ]
 
@@ -40,6 +41,14 @@ def changeable(**kwargs: Any) -> Any:
 def named_file(default: Any = None) -> Any:
     """Declare a field that names a file. A continued run compares the file's contents, wherever it lies now."""
     return dataclasses.field(default=default, metadata={"file": True})
+
+
+def settled(fresh: Any, before: Any) -> Any:
+    """Declare a field of a section that is None until `settle` chooses: `fresh` is its value in a fresh run.
+
+    `before` is what runs did before there was the field.
+    """
+    return dataclasses.field(default=None, metadata={"fresh": fresh, "before": before})
 
 
 @dataclass
@@ -121,6 +130,7 @@ class DiscriminatorConfig:
     embed: str | None = None  # features that define "similar"
     cls: str | None = named_file()  # snapshot of the classifier that gives those features
     shift: float = 0.125  # largest random shift, as a share of the image size
+    calibrate: float | None = settled(fresh=0.1, before=0.0)  # share of the images held out to calibrate the logits
     noise_type: str | None = None  # how the labels were corrupted
     noise_rate: float | None = None  # share of wrong labels
     noise_matrix: str | None = named_file()  # file that holds T
@@ -189,6 +199,24 @@ _SECTIONS = {"dataset": DatasetConfig}  # sections with changeable fields
 def to_dict(config: RunConfig) -> dict[str, Any]:
     """Return the configuration as nested plain data."""
     return dataclasses.asdict(config)
+
+
+def settle(config: RunConfig, old: dict[str, Any] | None) -> None:
+    """Choose every `settled` field that nobody has set: a continued run does what it did, a fresh run what is best now.
+
+    `old`: the configuration in the state, as a result of `to_dict`; None for a fresh run. Fields that it lacks because
+    it is older are added to it.
+    """
+    for name, section in vars(config).items():
+        known = (old or {}).get(name)
+        for field in dataclasses.fields(section) if dataclasses.is_dataclass(section) else ():
+            if "fresh" not in field.metadata:
+                continue
+            if known is not None and known.get(field.name) is None:
+                known[field.name] = field.metadata["before"]
+            if getattr(section, field.name) is None:
+                chosen = field.metadata["fresh"] if known is None else known[field.name]
+                setattr(section, field.name, chosen)
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], besides: Collection[str] = ()) -> list[str]:

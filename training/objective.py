@@ -21,7 +21,7 @@ from training.noise_levels import NoiseLevels
 from training.sharding import whole
 from training.trained_network import TrainedNetwork, linear_rampup
 
-__all__ = ["Objective", "Phase"]
+__all__ = ["Objective", "Phase", "split_items"]
 
 Phase = tuple[str, Callable[..., torch.Tensor], list[str]]
 
@@ -253,6 +253,18 @@ class Objective:
             trained.load_state_dict(state[name])
         if self.loss_scale.adapts and "loss_scale" in state:  # version 0.1 had none
             self.loss_scale.load_state_dict(state["loss_scale"])
+
+
+def split_items(dataset: ImageDataset, share: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the images to hold out, a `share` of all, and the items to train on in random order, both int64.
+
+    Which images these are follows from the seed alone; their mirror images are held out with them.
+    """
+    raw = dataset.num_raw
+    order = torch.from_numpy(np.random.RandomState(seed % 2**32).permutation(raw))
+    count = round(share * raw)
+    rest = order[count:]
+    return order[:count], torch.cat([rest + copy * raw for copy in range(len(dataset) // raw)])
 
 
 def _checksum(modules: Iterable[torch.nn.Module]) -> int:

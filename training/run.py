@@ -18,7 +18,7 @@ from dnnlib.cli import blame
 from torch_utils import checkpoint, distributed, persistence
 from torch_utils.distributed import print0
 from training import options
-from training.config import RunConfig, differences, named_files, to_dict
+from training.config import RunConfig, differences, named_files, settle, to_dict
 from training.objective import Objective
 from training.saver import Best, DrawSamples
 from training.sharding import check_pytorch
@@ -67,6 +67,7 @@ def start(
         with blame("--resume"):
             state, run_dir = find_state(opts["resume"], opts["outdir"], opts["nosubdir"])
             config.seed = choose_seed(opts["seed"], state)
+            settle(config, None if state is None else state["config"])
             if state is not None:
                 if config.transfer is None:  # the weights come from the state, which remembers where they began
                     config.transfer = state["config"].get("transfer")

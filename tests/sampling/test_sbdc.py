@@ -1,4 +1,4 @@
-"""SBDC in closed form: guidance by the optimal discriminator, what it is called with, the pairs it is trained on."""
+"""SBDC in closed form: guidance by the optimal discriminator, what it is called with, how it composes."""
 
 import functools
 import math
@@ -19,10 +19,8 @@ from sampling.guidance import (
 )
 from sampling.samplers import ablation_sampler, heun_sampler
 from tests.support.denoisers import Recorder, denoise, linear
-from tests.support.objectives import CPU, Data, make_config, ready
-from torch_utils import misc
-from training.objectives.discriminator import DiscriminatorObjective, Shuffle, right_shares
-from training.objectives.simix import nearest_partners
+from tests.support.objectives import CPU
+from training.objectives.discriminator import Shuffle
 
 PRIORS = np.array([0.5, 0.3, 0.2])
 MEANS = torch.tensor([[-2.0, 0.0], [2.0, 1.0], [0.5, -2.5]], dtype=torch.float64)
@@ -104,6 +102,49 @@ def test_calibrated_guidance_makes_the_clean_score_of_the_noisy_one(name):
         scores = [(net(x, sigma, labels) - x) / sigma**2 for net in (guided, clean, noisy)]
         assert (scores[0] - scores[1]).abs().max() <= 1e-6
         assert (scores[2] - scores[1]).abs().max() > (0.02 if sigma < 10 else 1e-5)
+
+
+class Overconfident(Gaussians):
+    """A discriminator whose evidence, its logit without logit R, is `factor(sigma)` times that of another."""
+
+    def __init__(self, inner, share, factor):
+        self.inner, self.prior, self.factor = inner, torch.as_tensor(share).logit(), factor
+
+    def __call__(self, x, sigma, class_labels):
+        prior = self.prior[class_labels.argmax(dim=1)]
+        return prior + self.factor(torch.as_tensor(sigma)) * (self.inner(x, sigma, class_labels) - prior)
+
+
+def factor(sigma):
+    return (0.9 - 0.3 * sigma.log()).exp()
+
+
+@pytest.mark.parametrize("name", WORLDS)
+def test_the_right_temperature_undoes_what_multiplied_the_evidence(name):
+    noisy, clean, optimal, eta, share = WORLDS[name]
+    kwargs = dict(noise_rates=eta, right_shares=share)
+    loud = Overconfident(optimal, share, factor)
+    nets = (
+        clean,
+        DiscriminatorGuidance(noisy, loud, temperature=factor, **kwargs),
+        DiscriminatorGuidance(noisy, loud, **kwargs),
+    )
+    generator = torch.Generator().manual_seed(0)
+    for sigma in torch.tensor([0.05, 0.3, 1, 4, 8], dtype=torch.float64):
+        labels, where = LABELS.repeat(40, 1), MEANS.repeat_interleave(40, dim=0)
+        x = where + (STD**2 + sigma**2).sqrt() * torch.randn([120, 2], generator=generator).double()
+        right, calibrated, as_it_is = (net(x[:, :, None, None], sigma, labels) / sigma**2 for net in nets)
+        assert (calibrated - right).abs().max() <= 1e-6
+        assert (as_it_is - right).abs().max() > 0.01
+
+
+def test_every_image_has_the_temperature_of_its_noise_level():
+    rates = dict(noise_rates=torch.full([3], 0.4), right_shares=torch.tensor([0.2, 0.5, 0.7]))
+    guided = DiscriminatorGuidance(Recorder(denoise), Recorder(linear), temperature=lambda s: 1 + s, **rates)
+    x, sigma, labels = torch.randn([3, 1, 2, 2]) / 9, torch.tensor([0.5, 2.0, 7.0]), torch.eye(3)
+    found = guided.correction(x, sigma, labels)
+    for i in range(3):
+        torch.testing.assert_close(found[i : i + 1], guided.correction(x[i : i + 1], sigma[i], labels[i : i + 1]))
 
 
 def test_uniform_shuffle_is_not_exact_for_asymmetric_noise():
@@ -293,102 +334,3 @@ def test_other_formats_are_refused():
     other.label_dim = 4
     with pytest.raises(dnnlib.UserError, match=r"1 channel\(s\) and 4 classes; the network makes 2x2 .* 3 classes"):
         DiscriminatorGuidance(Recorder(denoise), other)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The pairs.
-
-
-def make_objective(data, is_clean, transition=None, **kwargs):
-    config = make_config(discriminator=dict(shift=0.0))
-    config.network.kwargs = dict(depth="small", model_channels=8, channel_mult=[1, 1])
-    return ready(
-        DiscriminatorObjective,
-        config,
-        data,
-        CPU,
-        is_clean=is_clean,
-        noise_rates=np.full(data.label_dim, 0.4),
-        transition=transition,
-        **kwargs,
-    )
-
-
-@pytest.mark.parametrize("transition", [None, transition_matrix("pair", 0.3, 4)])
-def test_pairs_are_what_the_shuffle_says(transition):
-    data, n = Data(n=400), 400
-    data.labels = np.arange(n) % 3  # class 3 never occurs
-    is_clean = np.arange(n) % 10 < 7
-    objective = make_objective(data, is_clean, transition)
-    uniform = torch.rand([500, n, 2], generator=torch.Generator().manual_seed(0))
-    items = torch.arange(n)
-    drawn = [objective.pairs(items, u) for u in uniform]
-    labels = torch.stack([onehot.argmax(dim=1) for onehot, _ in drawn]).numpy()
-    targets = torch.stack([t for _, t in drawn]).numpy()
-    moved = labels != data.labels
-    assert not moved[:, ~is_clean].any() and (targets == (is_clean & ~moved)).all()
-    assert abs(targets.mean() - 0.5) < 0.005  # right and wrong come out even
-    if transition is None:
-        became = np.bincount(labels[moved & (data.labels == 0)], minlength=4)
-        np.testing.assert_allclose(became / became.sum(), [0, 1 / 3, 1 / 3, 1 / 3], atol=0.01)
-    else:  # wrong pairs as T makes them: class c only ever becomes c + 1, as often as T says of all its images
-        assert (labels[moved] == (np.broadcast_to(data.labels, labels.shape)[moved] + 1) % 4).all()
-    expected = objective.right_shares
-    for c in range(4):
-        seen = labels == c
-        if seen.any():
-            assert abs(targets[seen].mean() - expected[c]) < 0.01
-    assert objective.info()["right_shares"] == expected.tolist()
-
-
-def test_shuffle_keeps_some_pairs_right():
-    labels = np.array([0, 1, 1, 1, 1, 1, 2, 2, 2, 2])
-    T = np.array([[0.2, 0.8, 0.0], [0.1, 0.9, 0.0], [0, 0, 1.0]])
-    shuffle = Shuffle(labels, np.ones(10, dtype=bool), 3, T)
-    assert shuffle.flip.max() == pytest.approx(0.9) and shuffle.flip[2] == 0
-    assert shuffle.flip[1] / shuffle.flip[0] == pytest.approx((0.1 / 0.9) / (0.8 / 0.2))
-    assert np.allclose(shuffle.rows.sum(axis=1), 1) and np.diagonal(shuffle.rows).max() == 0
-    for known in (None, T):  # fewer right pairs than wrong ones: nothing to flip
-        assert Shuffle(labels, np.arange(10) < 4, 3, known).flip.max() == 0
-    assert right_shares(np.array([0, 0, 1]), np.array([True, False, True]), shuffle)[2] == 0.5  # never seen
-
-
-def test_second_half_of_a_batch_is_mixed_with_partners():
-    data = Data(n=8)
-    partners = np.stack([(np.arange(8) + 1) % 8, (np.arange(8) + 1) % 8], axis=1)
-    objective = make_objective(data, np.ones(8, dtype=bool), partners=partners)
-    objective.flip.zero_()
-    seen = {}
-
-    class Spy(torch.nn.Module):
-        def forward(self, x, sigma, labels, augment_labels=None):
-            seen.update(x=x, labels=labels)
-            return self.p.expand(len(x))
-
-    spy = Spy()
-    spy.p = torch.nn.Parameter(torch.zeros([]))
-    objective.trained["net"].forward = spy
-    draws = objective.draw(data.pixels, misc.step_generator(0, 0, 0, CPU))
-    draws.update(items=torch.arange(8), noise=torch.zeros_like(draws["noise"]))
-    from_stats = type("Silent", (), {"add": lambda *a: None})()
-    data.images_on = lambda device, items: data.pixels[items]
-    objective.loss(data.pixels, data.onehot(torch.arange(8)), draws, from_stats)
-    clean, share = data.pixels.float() / 127.5 - 1, draws["mixing"][4:]
-    torch.testing.assert_close(seen["x"][:4], clean[:4])
-    torch.testing.assert_close(
-        seen["x"][4:], clean[4:] * share.reshape(-1, 1, 1, 1) + clean[[5, 6, 7, 0]] * (1 - share.reshape(-1, 1, 1, 1))
-    )
-    onehot = data.onehot(torch.arange(8))
-    expected = onehot[4:] * share[:, None] + onehot[[5, 6, 7, 0]] * (1 - share[:, None])
-    torch.testing.assert_close(seen["labels"][4:], expected)
-    assert data.pixels.dtype == torch.uint8 and 0 <= share.min() <= share.max() <= 1
-
-
-def test_nearest_partners_are_the_nearest_others():
-    data = Data(n=6)
-    data.pixels = torch.tensor([0, 1, 3, 100, 101, 104], dtype=torch.uint8).reshape(6, 1, 1, 1).expand(6, 1, 8, 8)
-    data.path, data.images_on = "toy", lambda device, items: data.pixels[items]
-    found = np.sort(nearest_partners(data, "pixels", None, CPU), axis=1)
-    assert found.tolist() == [[1, 2], [0, 2], [0, 1], [4, 5], [3, 5], [3, 4]]
-    data.pixels = torch.zeros(6, 1, 8, 8, dtype=torch.uint8)  # all alike: still never the image itself
-    assert all(i not in row and len(set(row)) == 2 for i, row in enumerate(nearest_partners(data, "pixels", None, CPU)))

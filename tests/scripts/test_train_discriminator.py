@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 import threading
+import zipfile
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from tests.support.paths import FIXTURES, ROOT
 from tests.support.runs import TINY, assert_same, final_weights
 from tests.support.synth import make_cifar10, run_dataset_tool
 from torch_utils import persistence
+from training.calibration import Temperature
 from training.networks_resnet import Classifier, Discriminator
 
 
@@ -69,7 +71,7 @@ def world(tmp_path_factory):
             dataset.clean_labels,
             float(np.mean(~clean)),
             class_noise_rates(dataset.labels, clean, 10),
-            np.eye(10) * 0.5 + 0.05,
+            transition=np.eye(10) * 0.5 + 0.05,
         ),
     )
     np.savez(folder / "published.npz", clean)
@@ -106,6 +108,7 @@ def test_snapshot_says_what_guidance_needs(world, trained):
     clean = dataset.labels == dataset.clean_labels
     assert info["noise_rates"] == pytest.approx([np.mean(~clean[dataset.labels == c]) for c in range(10)])
     assert info["shuffle"] == "transition" and all(0 < r < 1 for r in info["right_shares"])
+    assert info["held_out"] == 16 and Temperature.read(info["temperature"], "")(torch.ones(())) > 0
     last = json.loads((trained / "stats.jsonl").read_text().splitlines()[-1])
     bands = [v for k, v in last.items() if k.startswith("Discriminator/correction_rate_sigma")]
     assert len(bands) == 5 and sum(b["num"] for b in bands) == last["Discriminator/correction_rate"]["num"] == 48
@@ -121,12 +124,15 @@ def test_resume_is_bit_exact(world, trained, tmp_path):
 
 def test_partners_are_decoded_ahead_and_change_no_number(world, trained, tmp_path, monkeypatch):
     """Without room for the decoded images, the threads that read batches ahead read the partners too."""
-    decode, readers = ImageDataset._decode, []
-    monkeypatch.setattr(
-        ImageDataset, "_decode", lambda *args: (readers.append(threading.current_thread()), decode(*args))[1]
-    )
+    decode, read = ImageDataset._decode, {True: [], False: []}
+
+    def note(dataset, raw):
+        read[threading.current_thread() is threading.main_thread()].append(raw)
+        return decode(dataset, raw)
+
+    monkeypatch.setattr(ImageDataset, "_decode", note)
     succeed(train_discriminator, *train_args(world, tmp_path, cls=world / "cls.pkl"), "--cache=0", "--workers=2")
-    assert len(readers) > 480 and threading.main_thread() not in readers
+    assert len(read[False]) > 480 and len(set(read[True])) == 16 and not set(read[True]) & set(read[False])
     assert_same(final_weights(tmp_path / trained.name)["objective"], final_weights(trained)["objective"])
 
 
@@ -220,7 +226,10 @@ def test_generate_with_guidance(world, trained, tmp_path):
     succeed(generate, *base, f"--outdir={tmp_path / 'plain'}")
     out = succeed(generate, *guide, f"--outdir={tmp_path / 'guided'}", "--batch=6")
     ratio = float(re.search(r"took ([\d.]+) times the network time of unguided", out)[1])
-    assert ratio > 1 and "Guidance: calibrated, weights 30 and 1, where 0 <= sigma <= inf" in out
+    assert (
+        ratio > 1
+        and "Guidance: calibrated (fitted to 16 held-out images), weights 30 and 1, where 0 <= sigma <= inf" in out
+    )
     assert "7 network evaluations per image" in out
     succeed(generate, *guide, f"--outdir={tmp_path / 'batch2.zip'}", "--batch=2")
     succeed(generate, *guide, f"--outdir={tmp_path / 'closed'}", "--S_clip_min=1e3", "--S_clip_max=1e4")
@@ -230,11 +239,49 @@ def test_generate_with_guidance(world, trained, tmp_path):
     assert np.array_equal(images(tmp_path / "closed"), images(tmp_path / "plain"))
 
 
-def test_defaults_are_the_papers(world, trained, tmp_path):
-    base = [f"--network={world / 'net.pkl'}", f"--discriminator={trained}", "--seeds=0", "--steps=3", "--device=cpu"]
-    assert "constant, weights 2 and 0" in succeed(generate, *base, f"--outdir={tmp_path / 'a'}")
-    out = succeed(generate, *base, f"--outdir={tmp_path / 'b'}", "--dg_mode=calibrated")
-    assert "calibrated, weights 1 and 1" in out
+def test_default_is_calibrated_where_the_discriminator_is(world, trained, tmp_path):
+    old = persistence.load_snapshot(persistence.find_snapshot(str(trained)))
+    del old["info"]["temperature"]  # as version 0.1 wrote it
+    persistence.save_snapshot(tmp_path / "old.pkl", old)
+    base = [f"--network={world / 'net.pkl'}", "--seeds=0", "--steps=3", "--device=cpu"]
+    with_old, said = [f"--discriminator={tmp_path / 'old.pkl'}", f"--outdir={tmp_path / 'none'}"], {}
+    for name, disc, args in (
+        ("new", trained, []),
+        ("asked", trained, ["--dg_mode=constant"]),
+        ("old", tmp_path / "old.pkl", []),
+        ("old-calibrated", tmp_path / "old.pkl", ["--dg_mode=calibrated"]),
+    ):
+        out = succeed(generate, *base, f"--discriminator={disc}", f"--outdir={tmp_path / name}", *args)
+        said[name] = re.search("Guidance: (.*), where", out)[1]
+    assert said == {
+        "new": "calibrated (fitted to 16 held-out images), weights 1 and 1",
+        "asked": "constant (as asked), weights 2 and 0",
+        "old": "constant (not fitted to held-out images), weights 2 and 0",
+        "old-calibrated": "calibrated (not fitted to held-out images), weights 1 and 1",
+    }
+    match = "--discriminator: .*old.pkl: is not calibrated, so the weights are constant and the noise rate 0.2"
+    fail(
+        1,
+        match,
+        generate,
+        *base,
+        f"--discriminator={tmp_path / 'old.pkl'}",
+        "--noise_rate=0.2",
+        f"--outdir={tmp_path}/x",
+    )
+    old["info"]["temperature"] = dict(coefficients="hot")
+    persistence.save_snapshot(tmp_path / "old.pkl", old)
+    match = "--discriminator: .*old.pkl: the temperature that it records is none"
+    fail(1, match, generate, *base, *with_old)
+
+
+def test_without_calibration_every_image_is_trained_on(world, tmp_path):
+    """As published: the same run as before there was calibration."""
+    args = train_args(world, tmp_path, duration=0.000064, calibrate=0, embed="pixels")
+    assert "Held out: none" in succeed(train_discriminator, *args)
+    snapshot = persistence.load_snapshot(persistence.find_snapshot(str(next(tmp_path.iterdir()))))
+    assert snapshot["info"]["temperature"] is None
+    assert snapshot["info"]["options"]["discriminator"]["calibrate"] == 0
 
 
 def test_noise_rate_replaces_the_label_files(world, trained, tmp_path):
@@ -258,7 +305,10 @@ def test_noise_rate_replaces_the_label_files(world, trained, tmp_path):
     [
         ("--dg_mode=calibrated: needs --discriminator", ["--dg_mode=calibrated"]),
         ("--S_clip_min=1.5: needs --discriminator", ["--S_clip_min=1.5"]),
-        ("--noise_rate=0.4: only --dg_mode=calibrated", ["--noise_rate=0.4", "--discriminator={trained}"]),
+        (
+            "--noise_rate=0.4: only --dg_mode=calibrated",
+            ["--noise_rate=0.4", "--dg_mode=constant", "--discriminator={trained}"],
+        ),
         (
             "--S_clip_min=3: must not exceed --S_clip_max=2",
             ["--S_clip_min=3", "--S_clip_max=2", "--discriminator={trained}"],
@@ -378,6 +428,34 @@ def test_sweep(world, trained, tmp_path, monkeypatch):
     args += [f"--network={tmp_path / 'uncond.pkl'}", f"--outdir={tmp_path / 'u'}"]
     fail(1, "trained without labels", sweep, *args)
     fail(2, "must be above 0", sweep, *args, "--weights=0,1")
+
+
+def test_sweep_without_clean_labels(world, trained, tmp_path):
+    """The label file that the discriminator was trained with judges; the table says what that means."""
+    record = json.loads(zipfile.ZipFile(world / "digits.zip").read("dataset.json"))
+    del record["clean_labels"]
+    data = tmp_path / "unknown.zip"
+    with zipfile.ZipFile(world / "digits.zip") as source, zipfile.ZipFile(data, "w") as dest:
+        for name in source.namelist():
+            dest.writestr(name, json.dumps(record) if name == "dataset.json" else source.read(name))
+    args = [
+        f"--network={world / 'net.pkl'}",
+        f"--discriminator={trained}",
+        f"--data={data}",
+        "--detector=pixels",
+        "--modes=calibrated",
+        "--weights=2",
+        "--seeds=0-19",
+        "--steps=2",
+        "--device=cpu",
+    ]
+    said = "Nobody knows the clean labels of .*unknown.zip: the judge learned [0-9]+ of its 160 labels"
+    out = succeed(sweep, *args, f"--outdir={tmp_path / 'sweep'}")
+    assert re.search(said, out) and re.search(said, (tmp_path / "sweep/sweep.md").read_text())
+    assert re.search(said, succeed(sweep, *args, f"--outdir={tmp_path / 'sweep'}"))  # nothing left to measure
+    match = "--label-path: .*arr_0 has 100 entries"
+    np.savez(tmp_path / "short.npz", np.ones(100))
+    fail(1, match, sweep, *args, f"--outdir={tmp_path / 'b'}", f"--label-path={tmp_path / 'short.npz'}")
 
 
 @pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.long), 2])

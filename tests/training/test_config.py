@@ -3,7 +3,7 @@
 import json
 
 from tests.support.objectives import make_config
-from training.config import differences, to_dict
+from training.config import differences, settle, to_dict
 
 
 def changed(**changes):
@@ -26,3 +26,23 @@ def test_sections_and_keys_of_other_versions():
     assert differences(config | dict(new_in_a_later_version=1), config)
     later = config | dict(discriminator=dict(shift=0.5))
     assert differences(config, later) == ["discriminator.shift: None there, 0.5 here"]
+
+
+def test_settled_fields_are_those_of_the_run_that_continues():
+    """A run that began before there was calibration goes on without it, unless somebody asks for another run."""
+
+    def settled(old, **given):
+        config = make_config(discriminator=given)
+        settle(config, old)
+        return config.discriminator.calibrate, [] if old is None else differences(old, to_dict(config))
+
+    def state(**known):
+        old = json.loads(json.dumps(to_dict(make_config(discriminator={}))))
+        del old["discriminator"]["calibrate"]
+        old["discriminator"].update(known)
+        return old
+
+    assert settled(None) == (0.1, []) and settled(None, calibrate=0.0) == (0.0, [])
+    assert settled(state()) == settled(state(), calibrate=0.0) == settled(state(calibrate=0.0)) == (0.0, [])
+    assert settled(state(calibrate=0.3)) == (0.3, [])
+    assert settled(state(), calibrate=0.2) == (0.2, ["discriminator.calibrate: 0.0 there, 0.2 here"])

@@ -5,6 +5,10 @@
 x_t: image at noise level sigma; o: a label. Training needs pairs of both kinds: the labels that a label file believes
 wrong are wrong pairs, and some of the right pairs get another label (`Shuffle`). Half of each batch is mixed up with
 similar images (SiMix).
+
+Guidance needs the evidence e = f - logit R_o, R_o the share of right pairs with label o: for the best f it is
+ln (p_right / p_wrong). Some images are held out to find how far f may be trusted at each noise level: e / temp(sigma)
+is the logit under which held-out pairs are most likely, right and wrong ones of each label weighing the same.
 """
 
 from __future__ import annotations
@@ -15,12 +19,15 @@ import numpy as np
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from archives.dataset import ImageDataset
-from torch_utils import misc
+from archives.dataset import ImageDataset, to_float
+from torch_utils import distributed, misc
+from torch_utils.distributed import print0
 from torch_utils.training_stats import Stats
 from training.augment import draw_shifts, shift_images
+from training.calibration import Temperature, fit_temperature, mean_log_likelihood
 from training.config import RunConfig
 from training.networks_resnet import Discriminator
+from training.noise_levels import LOWEST_SIGMA
 from training.objective import Objective
 from training.trained_network import TrainedNetwork
 
@@ -30,6 +37,9 @@ MIXUP_ALPHA = 0.2  # lambda ~ Beta(alpha, alpha)
 MAX_FLIP = 0.9  # largest share of a class's right pairs that become wrong, so that some stay right
 EVEN = 0.5  # share of right pairs to aim for
 SIGMA_BANDS = (0.0, 0.1, 0.5, 1.5, 5.0, float("inf"))
+CALIBRATED_SIGMAS = (LOWEST_SIGMA, 80.0)  # the noise levels of the samplers; ln sigma is uniform between them
+CALIBRATION_DRAWS = 8192  # held-out pairs to aim for, from several noise levels of each image
+DRAWS_PER_IMAGE = 32  # at most: more of them say little more
 
 
 class Shuffle:
@@ -89,7 +99,9 @@ class DiscriminatorObjective(Objective):
 
     def partners_of(self, items: torch.Tensor, choice: torch.Tensor) -> torch.Tensor:
         """Return the item that each of `items` [n] would be mixed up with, int64 [n], by the drawn `choice` [n]."""
-        return choice if self.partners is None else self.partners[items, choice]
+        if self.partners is not None:
+            return self.partners[items, choice]
+        return choice if self.train_items is None else self.train_items[choice]
 
     def companions(self, items: torch.Tensor, nimg: int) -> torch.Tensor:
         """Return the partners of a batch, -1 for images that are not mixed, int64 [n] on the CPU.
@@ -143,16 +155,23 @@ class DiscriminatorObjective(Objective):
         noise_rates: np.ndarray,
         transition: np.ndarray | None = None,
         partners: np.ndarray | None = None,
+        split: tuple[torch.Tensor, torch.Tensor] | None = None,
     ):
         """Take `is_clean` bool [N] and `noise_rates` [C] of a label file, and T [C,C] for the shuffle (None: uniform).
 
         `partners` int64 [N,k]: the images that an image of the second half of a batch may be mixed up with (None: any).
+        `split`: the images held out for calibration, and the items to train on (None: all items, no calibration).
         """
         super().__init__(config, dataset, device)
+        self.held_out, self.train_indices = (torch.empty(0, dtype=torch.int64), None) if split is None else split
+        self.train_items = None if split is None else self.train_indices.to(device)
+        self.temperature: Temperature | None = None
         self.transition = transition
-        self.shuffle = Shuffle(dataset.labels, is_clean, dataset.label_dim, transition)
+        used = slice(None) if split is None else self.train_indices.numpy()
+        labels, right = dataset.labels[used], is_clean[used]
+        self.shuffle = Shuffle(labels, right, dataset.label_dim, transition)
         self.noise_rates = noise_rates
-        self.right_shares = right_shares(dataset.labels, is_clean, self.shuffle)
+        self.right_shares = right_shares(labels, right, self.shuffle)
         self.observed = torch.as_tensor(dataset.labels, device=device)
         self.is_clean = torch.as_tensor(is_clean, device=device)
         self.flip = torch.as_tensor(self.shuffle.flip, dtype=torch.float32, device=device)
@@ -167,7 +186,8 @@ class DiscriminatorObjective(Objective):
     def draw(self, images: torch.Tensor, generator: torch.Generator) -> dict:
         """Draw what every objective draws, the shuffle, partners, shares of mixtures and shifts."""
         n, where = len(images), dict(generator=generator, device=self.device)
-        choices = len(self.dataset) if self.partners is None else self.partners.shape[1]
+        others = len(self.dataset) if self.train_items is None else len(self.train_items)
+        choices = others if self.partners is None else self.partners.shape[1]
         # PyTorch's Beta distribution takes no generator.
         mixing = np.random.default_rng(generator.initial_seed()).beta(MIXUP_ALPHA, MIXUP_ALPHA, n).astype(np.float32)
         draws = super().draw(images, generator) | dict(
@@ -182,10 +202,62 @@ class DiscriminatorObjective(Objective):
             draws["shift"] = shift
         return draws
 
+    def validate(self) -> float | None:
+        """Fit the temperature to held-out pairs, and return their mean cross-entropy; None without held-out images.
+
+        The pairs and their noise are always the same.
+        """
+        if not len(self.held_out):
+            return None
+        evidence, sigma, weights = self.held_out_evidence()
+        self.temperature = fit_temperature(evidence, sigma, weights, images=len(self.held_out))
+        plain, calibrated = (
+            -float(mean_log_likelihood(evidence, weights, temp=temp)) for temp in (1.0, self.temperature(sigma))
+        )
+        print0(f"Held-out pairs: cross-entropy {calibrated:.4f}, before calibration {plain:.4f}")
+        return calibrated
+
+    @torch.no_grad()
+    def held_out_evidence(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return 0 and the evidence [M,2] of held-out pairs by the EMA, their noise levels [M], and weights [M,2].
+
+        The weights say which of the two a pair speaks for: (1, 0) wrong, (0, 1) right, before each label's right and
+        wrong pairs get the same expected weight.
+        """
+        items = self.held_out[:CALIBRATION_DRAWS]
+        repeats = min(-(-CALIBRATION_DRAWS // len(items)), DRAWS_PER_IMAGE)
+        generator = misc.step_generator(self.config.seed, 0, 0, self.device, stream=4)
+        draw = dict(generator=generator, device=self.device)
+        low, high = np.log(CALIBRATED_SIGMAS)
+        # A label that is always right or always wrong among the pairs says nothing about evidence.
+        share = torch.as_tensor(self.right_shares, dtype=torch.float32, device=self.device)
+        both = (share > 0) & (share < 1)
+        share = torch.where(both, share, 0.5)
+        # Images at a time: without gradients, each takes about a tenth of the memory.
+        size = self.config.batch_gpu or 8 * self.config.batch_size // distributed.get_world_size()
+        rows = []
+        for part in items.split(max(self.config.batch_size // repeats, 32)):
+            y = to_float(self.dataset.images(part).to(self.device)).repeat(repeats, 1, 1, 1)
+            part = part.to(self.device).repeat(repeats)
+            labels, targets = self.pairs(part, torch.rand([len(part), 2], **draw))
+            sigma = (low + (high - low) * torch.rand([len(part)], **draw)).exp()
+            x = y + sigma.reshape(-1, 1, 1, 1) * torch.randn(y.shape, **draw)
+            inputs = (values.split(size) for values in (x, sigma, labels))
+            logits = torch.cat([*map(self.trained["net"].ema, *inputs)])
+            label = labels.argmax(dim=1)
+            right, counts = share[label], both[label]
+            weights = counts[:, None] / 2 * torch.stack([(1 - targets) / (1 - right), targets / right], dim=1)
+            evidence = logits - right.logit()
+            rows.append((torch.stack([torch.zeros_like(evidence), evidence], dim=1), sigma, weights))
+        evidence, sigma, weights = (torch.cat(values) for values in zip(*rows, strict=True))
+        return evidence, sigma, weights
+
     def info(self) -> dict[str, Any]:
         """Record what calibrated guidance needs (docs/methods/sbdc.md, section 3)."""
         return dict(
             noise_rates=self.noise_rates.tolist(),
             right_shares=self.right_shares.tolist(),
+            temperature=None if self.temperature is None else self.temperature.plain(),
+            held_out=len(self.held_out),
             shuffle="uniform" if self.transition is None else "transition",
         )

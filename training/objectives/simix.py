@@ -23,16 +23,25 @@ SPARE = 3  # candidates beyond the k nearest: the row itself, and those that rou
 
 
 def nearest_partners(
-    dataset: ImageDataset, embed: str, classifier: torch.nn.Module | None, device: torch.device, k: int = 2
+    dataset: ImageDataset,
+    embed: str,
+    classifier: torch.nn.Module | None,
+    device: torch.device,
+    k: int = 2,
+    held_out: torch.Tensor | None = None,
 ) -> np.ndarray:
     """Return the `k` nearest neighbors of each item among the data set's images, nearest first, int64 [N,k].
 
     A mirrored copy gets mirrored neighbors. `embed`: 'classifier' (penultimate features of `classifier` at the lowest
-    sigma), 'clip' or 'pixels'. Collective: every process computes a share, and all get the whole. UserError: fewer than
-    k + 1 images, or a package that is not installed.
+    sigma), 'clip' or 'pixels'. The images `held_out` are nobody's neighbors and have none (-1). Collective: every
+    process computes a share, and all get the whole. UserError: fewer than k + 1 images, or a package that is not
+    installed.
     """
-    if dataset.num_raw <= k:
-        raise dnnlib.UserError(f"{dataset.path} has {dataset.num_raw} images; similar ones need at least {k + 1}")
+    kept = torch.arange(dataset.num_raw)
+    if held_out is not None:
+        kept = kept[torch.isin(kept, held_out, invert=True)]
+    if len(kept) <= k:
+        raise dnnlib.UserError(f"{dataset.path} has {len(kept)} images to train on; similar ones need at least {k + 1}")
 
     @torch.no_grad()
     def embed_share() -> torch.Tensor:
@@ -41,16 +50,18 @@ def nearest_partners(
             "clip": lambda: _clip_embedding(device),
             "pixels": lambda: _pixel_embedding,
         }[embed]()
-        mine, features = torch.tensor(distributed.share(dataset.num_raw), dtype=torch.int64), []
+        mine, features = kept[torch.tensor(distributed.share(len(kept)), dtype=torch.int64)], []
         with distributed.progress_bar(total=len(mine), desc="SiMix embedding", unit="img") as bar:
             for images in ordered_map(lambda part: dataset.images_on(device, part), mine.split(BATCH), workers=2):
                 features.append(function(to_float(images)).to(torch.float32))
                 bar.update(len(images))
         return torch.cat(features)
 
-    found = nearest_rows(distributed.together(embed_share), dataset.num_raw, k).cpu().numpy()
-    raw = np.concatenate(distributed.all_gather_object(found))
-    return np.concatenate([raw + copy * dataset.num_raw for copy in range(len(dataset) // dataset.num_raw)])
+    found = nearest_rows(distributed.together(embed_share), len(kept), k).cpu().numpy()
+    raw = np.full([dataset.num_raw, k], -1)
+    raw[kept] = kept.numpy()[np.concatenate(distributed.all_gather_object(found))]
+    copies = np.arange(len(dataset) // dataset.num_raw)[:, None, None] * dataset.num_raw
+    return np.where(raw < 0, -1, raw + copies).reshape(-1, k)
 
 
 def nearest_rows(own: torch.Tensor, count: int, k: int) -> torch.Tensor:
