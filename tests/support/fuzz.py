@@ -340,7 +340,7 @@ def targets(root, files) -> dict[str, Target]:
         "reference": Target("r.npz", files["ref"].read_bytes(), inside_zip, EDITS, [
             ("fid", "calc --images={zip} --ref={file} --num=8 --detector=pixels --device=cpu")]),
         "images .npz": Target("i.npz", pack, inside_zip, EDITS, [measure, build]),
-        "images .pk": Target("i.pk", pickle.dumps({"images": pictures, "labels": labels.tolist()}, 2), spoil, EDITS,
+        "images .pk": Target("i.pk", pickle.dumps({"images": pictures, "labels": labels.tolist()}, 4), spoil, EDITS,
                              [build]),
         "images .pk, content": Target(
             "i.pk", {"images": pictures, "labels": [0, 1] * 4, "flags": [1] * 8},
