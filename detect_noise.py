@@ -10,6 +10,7 @@ from __future__ import annotations
 import dnnlib.before_torch
 
 import os
+import pathlib
 from dataclasses import replace
 
 import click
@@ -17,21 +18,23 @@ import numpy as np
 
 import dnnlib
 import dnnlib.cli
-from archives.build import build_archive, clean_source
+from archives.build import build_archive
 from archives.decisions import Decisions, apply_to_labels, load_decisions
 from archives.label_file import LabelFile
-from archives.sources import Source, open_source
+from archives.relabel import CONFIDENCE, clean_source
+from archives.sources import Source, open_archive
 from archives.writer import check_destination, make_transform
 from detection.inspection import look_for_foreign
-from detection.options import check_usage, detect_options, find_wrong_labels, open_data, save_results
+from detection.options import check_usage, detect_options, find_wrong_labels, open_data, save_results, training_state
 from detection.quality import describe, save_picture
-from dnnlib.cli import blame, output_file
+from dnnlib.cli import FloatRange, blame, output_file
 from torch_utils import distributed
 from training.options import preset_help
 
 EPILOG = """
---method=cores trains a classifier on the images whose labels fit it (Cheng et al. 2021), and saves it beside the label
-file. --method=confident is confident learning by the package cleanlab, on out-of-fold probabilities.
+--method=gce trains a classifier with a loss that wrong labels hardly move (Zhang & Sabuncu 2018), on the images whose
+labels it believes. --method=cores is a sample sieve (Cheng et al. 2021). --method=confident is confident learning by
+the package cleanlab, on out-of-fold probabilities. All end in Bayes' rule: the label counts as evidence.
 
 Examples:
   python detect_noise.py --data=datasets/digits_sym_40-8x8.zip --dest=digits-labels.npz
@@ -50,6 +53,10 @@ Examples:
 @click.option("--fix", type=click.Choice(["relabel", "drop", "keep"]), default="relabel",
               help="How --cleaned treats wrong labels: replace them by the suggested ones, leave the images out, or "
               "keep them, with --drop_foreign")
+@click.option("--confidence", type=FloatRange(0.5, 1), default=CONFIDENCE, metavar="PROB",
+              help="Relabel only where the suggested label is right with this probability")
+@click.option("--unsure", type=click.Choice(["drop", "keep"]), default="drop",
+              help="What becomes of the other images with wrong labels when --fix=relabel")
 @click.option("--drop_foreign", is_flag=True, help="Leave foreign images out of --cleaned, too")
 @click.option("--picture", metavar="PNG", callback=output_file,
               help="Picture of the most suspicious images  [default: beside --dest]")
@@ -65,22 +72,22 @@ def main(**opts) -> None:
     check_options(set(dnnlib.cli.given_options()), o)
     if o.cleaned:
         with blame("--cleaned"):
-            check_destination(o.cleaned)  # before the work
+            check_destination(o.cleaned, overwrite=True)  # before the work
     dataset, device = open_data(o)
     decisions = None
     if o.decisions:
         with blame("--decisions"):
             names = dataset.class_names, dataset.label_dim
-            decisions = load_decisions(o.decisions, dataset.file_names, dataset.labels, *names)
-    found, net = find_wrong_labels(o, dataset, device)
+            decisions = load_decisions(o.decisions, dataset.name_lists, dataset.labels, *names)
+    found, net = find_wrong_labels(o, dataset, device, o.dest)
 
     def write() -> None:
         lines = look_for_foreign(dataset, found, o.seed) if o.foreign else []
         judged = found if decisions is None else apply_to_labels(found, decisions)
         source = None
         if o.cleaned:  # before anything is written: there may be nothing left
-            source = open_source(o.data)
-            clean(source, judged, decisions, dataset.label_dim, o.fix, o.drop_foreign)
+            source = open_archive(o.data)
+            lines.append(clean(source, judged, decisions, dataset.label_dim, o))
         picture = o.picture or f"{os.path.splitext(o.dest)[0]}.png"
         os.makedirs(os.path.dirname(os.path.abspath(picture)), exist_ok=True)
         written = save_results(o.dest, dataset, judged, net)
@@ -88,28 +95,33 @@ def main(**opts) -> None:
             written.append(picture)
             save_picture(picture, dataset, judged)
         if source is not None:
-            build_archive(source, o.cleaned, make_transform(None, None))
+            build_archive(source, o.cleaned, make_transform(None, None), overwrite=True)
             written.append(o.cleaned)
         print("\n".join([describe(dataset, judged), *lines]))
         if decisions is not None:
             kept, relabeled, dropped = (len(x) for x in (decisions.keep, decisions.relabel, decisions.drop))
             print(f"Decisions:   {kept:,} kept, {relabeled:,} relabeled, {dropped:,} dropped")
+        pathlib.Path(training_state(o.dest)).unlink(missing_ok=True)
         print(f"Written to:  {', '.join(written)}")
 
     distributed.on_rank0(write)
 
 
-def clean(
-    source: Source, found: LabelFile, decisions: Decisions | None, classes: int, fix: str, drop_foreign: bool
-) -> None:
-    """Correct the labels of a source (see `clean_source`). It loses what a person decided to drop, in any case."""
+def clean(source: Source, found: LabelFile, decisions: Decisions | None, classes: int, o: dnnlib.EasyDict) -> str:
+    """Correct the labels of a source, and say what it gains. It loses what a person decided to drop, in any case."""
+    drop_foreign = o.drop_foreign
     if not drop_foreign and decisions is not None and len(decisions.drop):
         dropped = np.zeros(len(found.labels), dtype=bool)
         dropped[decisions.drop] = True
         found = replace(found, is_outlier=dropped)
         drop_foreign = True
-    with blame("--drop_foreign" if drop_foreign and found.is_outlier is None else f"--fix={fix}"):
-        clean_source(source, found, classes, fix, drop_foreign)
+    with blame("--drop_foreign" if drop_foreign and found.is_outlier is None else f"--fix={o.fix}"):
+        c = clean_source(source, found, classes, o.fix, drop_foreign, confidence=o.confidence, unsure=o.unsure)
+    text = (
+        f"Cleaned:     {c.relabeled:,} relabeled, {c.left_out:,} left out; {c.before:.1%} of the labels were right by "
+        f"estimate, {c.after:.1%} are"
+    )
+    return text if c.after > c.before else f"{text}\nWarning: the cleaned labels are no better than before"
 
 
 def check_options(given: set[str], o: dnnlib.EasyDict) -> None:
@@ -117,9 +129,11 @@ def check_options(given: set[str], o: dnnlib.EasyDict) -> None:
     if not o.dest.lower().endswith(".npz"):
         raise click.BadParameter(f"{o.dest}: the name of a label file ends in .npz", param_hint="--dest")
     check_usage(given, o)
-    for option in ("--fix", "--drop_foreign"):
+    for option in ("--fix", "--confidence", "--unsure", "--drop_foreign"):
         if option in given and not o.cleaned:
             raise click.UsageError(f"{option} needs --cleaned=X.zip")
+    if o.fix != "relabel" and given & {"--confidence", "--unsure"}:
+        raise click.UsageError(f"--fix={o.fix} relabels nothing: leave out --confidence and --unsure")
     if o.fix == "keep" and (not o.drop_foreign or o.decisions):
         raise click.UsageError("--fix=keep only leaves out foreign images: with --drop_foreign, without --decisions")
     if o.drop_foreign and not o.foreign and not o.labels:

@@ -9,13 +9,14 @@ from __future__ import annotations
 import dnnlib.before_torch
 
 import os
+import pathlib
 
 import click
 
 import dnnlib
 import dnnlib.cli
 from detection.inspection import look_for_foreign
-from detection.options import check_usage, detect_options, find_wrong_labels, open_data, save_results
+from detection.options import check_usage, detect_options, find_wrong_labels, open_data, save_results, training_state
 from dnnlib.cli import blame
 from recipes.advice import advise, name_confusable
 from reports.facts import gather_facts, summarize
@@ -29,7 +30,8 @@ Examples:
   python inspect_data.py --data=datasets/mine-64x64.zip --outdir=check
   python inspect_data.py --data=datasets/mine-64x64.zip --outdir=check-again --labels=check/labels.npz
 """
-OWN = {"report.html", "labels.npz", "labels.csv", "labels-classifier.pkl"}  # what a call writes, and replaces
+# What a call writes, and replaces.
+OWN = {"report.html", "labels.npz", "labels.csv", "labels-classifier.pkl", "labels-training.pt"}
 
 
 @click.command(cls=dnnlib.cli.Command, help=__doc__, epilog=EPILOG + preset_help("detect_noise.py"))
@@ -45,7 +47,8 @@ def main(**opts) -> None:
         check_outdir(o.outdir)
     dataset, device = open_data(o)
     print0(f"Step 1 of 3: {'read the label file' if o.labels else 'find wrong labels'}")
-    found, net = find_wrong_labels(o, dataset, device)
+    labels = os.path.join(o.outdir, "labels.npz")
+    found, net = find_wrong_labels(o, dataset, device, labels)
 
     def write() -> None:
         lines = []
@@ -53,12 +56,12 @@ def main(**opts) -> None:
             print(f"Step 2 of 3: find foreign images and duplicates among {len(dataset):,} images", flush=True)
             lines = look_for_foreign(dataset, found, o.seed)
         print("Step 3 of 3: write the page", flush=True)
-        labels = os.path.join(o.outdir, "labels.npz")
         written = save_results(labels, dataset, found, net)
         advice, why = advise(dataset, found, o.data, labels)
         facts = gather_facts(dataset, found, name_confusable(dataset, found), advice, why)
         report = os.path.join(o.outdir, "report.html")
         write_review(report, dataset, found, facts, o.images)
+        pathlib.Path(training_state(labels)).unlink(missing_ok=True)
         print("\n".join([summarize(facts), *lines, f"Written to:  {', '.join([report, *written])}"]))
 
     distributed.on_rank0(write)
@@ -69,7 +72,8 @@ def check_outdir(outdir: str) -> None:
     if os.path.lexists(outdir) and not os.path.isdir(outdir):
         raise dnnlib.UserError(f"{outdir}: is a file, expected a folder")
     for name in sorted(os.listdir(outdir)) if os.path.isdir(outdir) else []:
-        if name not in OWN and not (name.startswith("decisions") and name.endswith(".csv")):
+        mine = name in OWN or (name.startswith(".") and name.endswith(".tmp"))  # also what a killed call has left
+        if not mine and not (name.startswith("decisions") and name.endswith(".csv")):
             raise dnnlib.UserError(f"{outdir}: holds {name}; choose an empty folder")
 
 

@@ -3,7 +3,7 @@
     file,label,decision,new_label
     "00000/img00000007.png","Dress","relabel","Bag"
 
-The CSV names classes so that a person can read it and spreadsheets can open it: see `class_keys` and `guarded`.
+The CSV names classes so that a person can read it and spreadsheets can open it: see `class_keys` and `tables.guarded`.
 """
 
 from __future__ import annotations
@@ -16,14 +16,12 @@ import numpy as np
 
 import dnnlib
 from archives.label_file import LabelFile, class_noise_rates
-from archives.tables import read_table
+from archives.tables import read_table, unguarded
 
-__all__ = ["Decisions", "apply_to_labels", "class_keys", "guarded", "holds_decisions", "load_decisions", "unguarded"]
+__all__ = ["Decisions", "apply_to_labels", "class_keys", "holds_decisions", "load_decisions"]
 
 COLUMNS = ("file", "label", "decision", "new_label")
 KINDS = ("keep", "relabel", "drop")
-# A spreadsheet takes a cell that begins with one of these for a formula.
-FORMULA = "=+-@\t\r'"
 
 
 @dataclass
@@ -147,16 +145,6 @@ def apply_to_labels(found: LabelFile, decisions: Decisions) -> LabelFile:
         result.is_outlier[np.concatenate([keep, relabel])] = False
         result.is_outlier[drop] = True
     return result
-
-
-def guarded(cell: str) -> str:
-    """Return a cell that no spreadsheet takes for a formula: with a ' in front where that is needed."""
-    return f"'{cell}" if cell[:1] in FORMULA and cell else cell
-
-
-def unguarded(cell: str) -> str:
-    """Return a cell without the ' that guards it against being taken for a formula."""
-    return cell[1:] if cell[:1] == "'" and cell[1:2] and cell[1] in FORMULA else cell
 
 
 def _read(path: str) -> tuple[list[dict[str, str]], Callable[[int], str]]:

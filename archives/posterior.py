@@ -16,7 +16,7 @@ import dnnlib
 __all__ = ["TOP", "TopPosterior", "compress", "from_arrays", "to_arrays"]
 
 TOP = 8  # classes that are kept beside the observed label
-ROWS = 4096  # of a table [N,C] that are copied at a time
+ROWS = 1024  # of a table [N,C] that are copied at a time
 FIELDS = ("posterior", "posterior_classes", "posterior_prior")  # names in a label file
 TOLERANCE = 0.01  # by which the probabilities of an image may miss 1; rounding to float16 takes up to 0.0005
 

@@ -8,25 +8,29 @@ import numpy as np
 import torch
 
 import dnnlib
+from archives.classes import check_number
 from archives.dataset import ImageDataset, to_float
 from archives.label_file import LabelFile
 from archives.label_noise import inverse_transition
 from archives.workers import ordered_map
-from detection.quality import confusion, whole_label_file
+from detection.bayes import judge
+from detection.quality import label_file, whole_label_file
 from torch_utils import distributed
 from training.noise_levels import LOWEST_SIGMA
 from training.objectives.tdsm import clean_posterior
+from training.transition_estimate import estimate_transition
 
-__all__ = ["check_labels", "clean_sigma", "cross_entropies", "detect", "log_posterior"]
+__all__ = ["check_labels", "clean_sigma", "cross_entropies", "detect", "from_noisy", "log_posterior"]
 
 FLOOR = math.log(1e-8)  # of log-probabilities: without it, the loss of CORES has no lower bound
 READ = 512  # images in a batch
 
 
 def check_labels(dataset: ImageDataset) -> None:
-    """Raise UserError unless each image has a class label and there are at least two classes."""
+    """Raise UserError unless each image has a class label, of at least two classes, but not more than images."""
     if dataset.labels is None or dataset.label_dim < 2:
         raise dnnlib.UserError(f"{dataset.path}: has no class labels, one per image, of at least 2 classes")
+    check_number(dataset.label_dim, dataset.num_raw, dataset.class_names, dataset.path)
 
 
 def cross_entropies(log_probs: torch.Tensor) -> torch.Tensor:
@@ -62,17 +66,28 @@ def detect(net: torch.nn.Module, posterior: str, dataset: ImageDataset, device: 
     """Return the label file that follows from the posterior of the classifier `net`.
 
     `posterior` says what the classifier estimates: the probability of the 'clean' class or of the 'noisy' label. A
-    noisy posterior q becomes the clean posterior p by solving T^T p = q. The transition T is counted: of the images
-    with the same most probable class, the share that is observed as each label. Collective. Raises UserError when T has
-    no usable inverse.
+    noisy posterior q becomes the clean posterior p by solving T^T p = q. Collective.
     """
-    table = log_posterior(net.to(device), dataset, device).cpu()
-    if posterior == "noisy":
-        classes = np.concatenate(distributed.all_gather_object(table.argmax(dim=1).numpy()))
-        transition = confusion(classes, dataset)
-        inverse = inverse_transition(transition)
-        for rows in table.split(READ):  # in place: there is no room for a second table
-            rows.copy_(clean_posterior(rows, transition, inverse))
+    table = log_posterior(net.to(device), dataset, device)
+    if posterior == "clean":
+        return whole_label_file(dataset, table)
+    log_probs = distributed.rows_to_rank0(table, len(dataset))
+    return distributed.from_rank0(lambda: from_noisy(dataset, log_probs))
+
+
+def from_noisy(dataset: ImageDataset, log_probs: torch.Tensor, T: np.ndarray | None = None) -> LabelFile:
+    """Return the label file that follows from a noisy log-posterior [N,C], whose place the clean one takes.
+
+    `T` [C,C]: None for the T of the anchor points. Without a usable inverse of T, the noisy posterior stands for the
+    clean one, and a warning says so.
+    """
+    if T is None:
+        T = estimate_transition(log_probs.numpy(), dataset.labels)
+    try:
+        inverse = inverse_transition(T)
+    except dnnlib.UserError as e:
+        print(f"Warning: the labels are judged by the noisy posterior: {e.message}")
     else:
-        table.exp_()
-    return whole_label_file(dataset, table)
+        for rows in log_probs.split(READ):  # in place: there is no room for a second table
+            rows.copy_(clean_posterior(rows, T, inverse).log())
+    return label_file(dataset, judge(log_probs.numpy(), dataset.labels, T))

@@ -11,12 +11,10 @@ import torch
 import dnnlib
 from archives.dataset import ImageDataset
 from archives.label_file import LabelFile
-from archives.label_noise import inverse_transition, row_stochastic
-from detection.classifier import cross_entropies
-from detection.quality import ROWS, from_rank0, label_file
-from detection.trainer import Progress, Settings, Trainer
+from archives.label_noise import row_stochastic
+from detection.classifier import cross_entropies, from_noisy
+from detection.trainer import Progress, Settings, Trainer, TrainingState
 from torch_utils import distributed
-from training.objectives.tdsm import clean_posterior
 
 __all__ = ["detect", "out_of_fold_posterior"]
 
@@ -32,15 +30,28 @@ def out_of_fold_posterior(dataset: ImageDataset, device: torch.device, settings:
     order = np.random.default_rng(settings.seed).permutation(len(dataset))
     folds = np.array_split(order, min(FOLDS, len(dataset)))
     probs = np.empty([len(dataset), dataset.label_dim]) if distributed.get_rank() == 0 else None
-    progress = Progress("confident", epochs * len(folds))
-    for i, held_out in enumerate(folds):
-        trainer, rest = Trainer(dataset, device, settings, stream=i), np.setdiff1d(order, held_out)
-        for epoch in range(epochs):
-            trainer.epoch(epoch, rest, cross_entropy, progress.advance)
-            progress.end_epoch(f"fold {i + 1}/{len(folds)}")
-        found = distributed.rows_to_rank0(trainer.posterior(held_out).exp_(), len(held_out))
+    state, done = TrainingState("confident", dataset, settings), 0  # epochs, of all classifiers
+    if found := state.load():
+        done = found["done"]
         if probs is not None:
-            probs[held_out] = found.numpy()
+            probs[:] = found["table"].numpy()
+    progress = Progress("confident", epochs * len(folds), done)
+    for i, held_out in enumerate(folds):
+        if done >= epochs * (i + 1):
+            continue
+        trainer, rest = Trainer(dataset, device, settings, stream=i), np.setdiff1d(order, held_out)
+        if done > epochs * i:
+            trainer.load_state_dict(found["trainer"])
+        while done < epochs * (i + 1):
+            if done > epochs * i and state.due():
+                table = None if probs is None else torch.from_numpy(probs)
+                state.save(dict(done=done, trainer=trainer.state_dict()), table)
+            trainer.epoch(done - epochs * i, rest, cross_entropy, progress.advance)
+            progress.end_epoch(len(rest), f"fold {i + 1}/{len(folds)}")
+            done += 1
+        rows = distributed.rows_to_rank0(trainer.posterior(held_out).exp_(), len(held_out))
+        if probs is not None:
+            probs[held_out] = rows.numpy()
         trainer.close()
     return probs
 
@@ -51,16 +62,12 @@ def cross_entropy(log_probs: torch.Tensor, observed: torch.Tensor) -> torch.Tens
 
 
 def detect(dataset: ImageDataset, device: torch.device, settings: Settings) -> LabelFile:
-    """Return the label file that cleanlab's decisions on out-of-fold posteriors make.
+    """Return the label file that follows by Bayes' rule from out-of-fold posteriors and cleanlab's estimate of T.
 
-    `is_clean` comes from cleanlab's filter by noise rate, `transition` from its latent estimate. `score` is the label's
-    clean posterior, computed with the inverse of that transition; without a usable inverse it is the noisy posterior,
-    and a warning says so. The suggestion for a wrong label is the most probable other class. Raises UserError when
-    cleanlab is not installed.
+    Raises UserError when cleanlab is not installed.
     """
     try:
         from cleanlab.count import compute_confident_joint, estimate_latent  # optional dependency
-        from cleanlab.filter import find_label_issues
     except ImportError:
         raise dnnlib.UserError("confident learning needs the package cleanlab: pip install cleanlab") from None
     probs = out_of_fold_posterior(dataset, device, settings)
@@ -68,15 +75,7 @@ def detect(dataset: ImageDataset, device: torch.device, settings: Settings) -> L
     def decide() -> LabelFile:
         joint = compute_confident_joint(dataset.labels, probs)
         _, given, _ = estimate_latent(joint, dataset.labels)  # P(observed = row | clean = column)
-        is_clean = ~find_label_issues(dataset.labels, probs, confident_joint=joint, n_jobs=1)
         transition = row_stochastic(np.nan_to_num(given.T))  # NaN: a class that no image seems to have
-        try:
-            inverse = inverse_transition(transition)
-        except dnnlib.UserError as e:
-            print(f"Warning: the scores are those of the noisy posterior: {e.message}")
-        else:
-            for rows in torch.from_numpy(probs).split(ROWS):  # in place: there is no room for a second table
-                rows.copy_(clean_posterior(rows.log(), transition, inverse))
-        return label_file(dataset, probs, is_clean, transition)
+        return from_noisy(dataset, torch.from_numpy(probs).log_(), transition)
 
-    return from_rank0(decide)
+    return distributed.from_rank0(decide)

@@ -8,15 +8,16 @@ the share of each label among the images that the sieve keeps.
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 import torch
 
 from archives.dataset import ImageDataset
 from archives.label_file import LabelFile
-from detection.classifier import cross_entropies
+from detection.classifier import FLOOR, cross_entropies
 from detection.quality import ROWS, whole_label_file
-from detection.trainer import Progress, Settings, Trainer
+from detection.trainer import Progress, Settings, Trainer, TrainingState
 from torch_utils import distributed
 
 __all__ = ["detect", "keep", "regularized_loss", "schedule"]
@@ -54,9 +55,8 @@ def detect(dataset: ImageDataset, device: torch.device, settings: Settings) -> t
     """Train a classifier with the sieve; return the label file that follows from its posterior, and the classifier.
 
     Each epoch trains on the images that `keep` keeps by the posterior of the EMA after the epoch before. The result is
-    the mean posterior of all epochs with beta >= 1: a label is believed right when no class is more probable. This rule
-    is stricter than `keep`, which also accepts a label that is only the second most probable one. Asymmetric noise
-    consists of such labels.
+    the mean posterior of all epochs with beta >= 1, judged by Bayes' rule. This is stricter than `keep`, which also
+    accepts a label that is only the second most probable one. Asymmetric noise consists of such labels.
     """
     epochs = settings.epochs or EPOCHS
     trainer, n = Trainer(dataset, device, settings), len(dataset)
@@ -64,8 +64,14 @@ def detect(dataset: ImageDataset, device: torch.device, settings: Settings) -> t
     labels = trainer.labels[own.start : own.stop].split(ROWS)
     log_probs = torch.empty(0)  # of this process's share; only one such table and their mean have room
     mean, averaged = torch.zeros([len(own), dataset.label_dim], device=device), 0
-    progress = Progress("cores", epochs)
-    for epoch in range(epochs):
+    state, first = TrainingState("cores", dataset, settings), 0
+    if found := state.load():
+        first, averaged = found["epoch"], found["averaged"]
+        trainer.load_state_dict(found["trainer"])
+        distributed.rows_from_rank0(found["table"], mean, n)
+        log_probs = trainer.posterior()
+    progress = Progress("cores", epochs, first)
+    for epoch in range(first, epochs):
         beta, sieving = schedule(epoch, epochs)
         if sieving:  # never in the first epoch
             # One process decides about each image, since GPUs may round differently: all train on the same images.
@@ -80,6 +86,9 @@ def detect(dataset: ImageDataset, device: torch.device, settings: Settings) -> t
             averaged += 1
             for total, rows in zip(mean.split(ROWS), log_probs.split(ROWS), strict=True):
                 total += rows.exp()
-        progress.end_epoch(f"beta {beta:.2f}  kept {kept.float().mean():.1%}")
+        progress.end_epoch(int(kept.sum()), f"beta {beta:.2f}  kept {kept.float().mean():.1%}")
+        if state.due():
+            values = dict(epoch=epoch + 1, averaged=averaged, trainer=trainer.state_dict())
+            state.save(values, distributed.rows_to_rank0(mean, n))
     trainer.close()
-    return whole_label_file(dataset, mean.div_(averaged)), trainer.ema
+    return whole_label_file(dataset, mean.div_(averaged).clamp_min_(math.exp(FLOOR)).log_()), trainer.ema

@@ -12,12 +12,11 @@ from archives.label_file import LabelFile
 from detection.duplicates import count_groups, find_duplicates
 from detection.outliers import find_outliers
 
-__all__ = ["Pair", "confusable_pairs", "doubtful_share", "given_up", "look_for_foreign"]
+__all__ = ["Pair", "confusable_pairs", "look_for_foreign"]
 
 ENOUGH = 50  # images; with fewer, nothing says which of them are usual
 RATE = 2400  # images per second, measured on one core
-NEARLY_ALL = 0.8  # share of labels believed wrong in a class that the detector has given up
-LEAST, TIMES = 0.02, 3.0  # a pair of classes is confusable above this share of labels and so many times the usual share
+LEAST = 0.1  # share of a class's images above which another class counts as confusable with it
 
 
 def look_for_foreign(dataset: ImageDataset, found: LabelFile, seed: int = 0) -> list[str]:
@@ -44,65 +43,23 @@ def look_for_foreign(dataset: ImageDataset, found: LabelFile, seed: int = 0) -> 
 
 
 class Pair(NamedTuple):
-    """Two classes that the detector mixes up."""
+    """Two classes that the detector cannot tell apart."""
 
     first: int
     second: int
-    share: float  # of the labels of both: it suggests the other class for them
-    doubtful: int  # labels for which it does so as often in one direction as in the other: many of them may be right
+    share: float  # of the images of one of them, what the detector takes for the other on average; the larger direction
 
 
 def confusable_pairs(found: LabelFile) -> list[Pair]:
-    """Return the pairs of classes that the detector mixes up, the largest share first.
+    """Return the pairs of classes that resemble each other for the detector, the most alike first.
 
-    It suggests one for the other in both directions, and more than `TIMES` as often as for the usual pair: wrong labels
-    drawn at random spread over all pairs. Noise that swaps two classes looks the same. Of two classes nothing can be
-    said, since there is no other pair.
+    The mean posterior of the images of the first class gives the second class more than `LEAST`, or the other way
+    round. Labels count as evidence of which class an image has, so wrong labels do not make classes alike. A label file
+    that does not know these means has no such pairs.
     """
-    classes = len(found.per_class_noise_rate)
-    count = np.bincount(found.labels, minlength=classes)
-    wrong = ~found.is_clean
-    cells = found.labels[wrong] * classes + found.suggested[wrong]
-    flow = np.bincount(cells, minlength=classes * classes).reshape(classes, classes)
-    a, b = np.triu_indices(classes, k=1)
-    here = (count[a] > 0) & (count[b] > 0)
-    a, b = a[here], b[here]
-    if len(a) < 3:
+    if found.looks_like is None:
         return []
-    total = count[a] + count[b]
-    doubtful = 2 * np.minimum(flow[a, b], flow[b, a])
-    mutual = doubtful / total
-    share = (flow[a, b] + flow[b, a]) / total
-    chosen = np.flatnonzero(mutual > max(LEAST, TIMES * float(np.median(mutual))))
-    chosen = chosen[np.argsort(-share[chosen], kind="stable")]
-    return [Pair(int(a[i]), int(b[i]), float(share[i]), int(doubtful[i])) for i in chosen]
-
-
-def given_up(found: LabelFile) -> np.ndarray:
-    """Return the classes of which the detector believes nearly no label, int64, though it believes most of others.
-
-    A detector that has seen too little of a class takes its images for those of the classes that resemble it.
-    """
-    rates, count = _class_rates(found)
-    here = count > 0
-    return np.flatnonzero(here & (rates > NEARLY_ALL) & (rates > 2 * np.median(rates[here])))
-
-
-def doubtful_share(found: LabelFile) -> float:
-    """Return the share of all labels that are believed wrong on weak grounds.
-
-    They lie between two classes that the detector mixes up, or in a class that it has given up, as far as it believes
-    less of this class than of the median one.
-    """
-    lost = given_up(found)
-    rates, count = _class_rates(found)
-    excess = (rates[lost] - np.median(rates[count > 0])) * count[lost]
-    pairs = [p.doubtful for p in confusable_pairs(found) if p.first not in lost and p.second not in lost]
-    return float((excess.sum() + sum(pairs)) / len(found.labels))
-
-
-def _class_rates(found: LabelFile) -> tuple[np.ndarray, np.ndarray]:
-    """Return the share of labels believed wrong and the number of labels, both [C]."""
-    classes = len(found.per_class_noise_rate)
-    count = np.bincount(found.labels, minlength=classes)
-    return np.bincount(found.labels[~found.is_clean], minlength=classes) / np.maximum(count, 1), count
+    share = np.maximum(found.looks_like, found.looks_like.T)
+    a, b = np.nonzero(np.triu(share > LEAST, k=1))
+    order = np.argsort(-share[a, b], kind="stable")
+    return [Pair(int(i), int(j), float(share[i, j])) for i, j in zip(a[order], b[order], strict=True)]

@@ -15,9 +15,9 @@ from archives.archive_set import SEVERAL
 from archives.dataset import ImageDataset
 from archives.label_file import LabelFile, save_label_file
 from archives.label_table import load_labels_or_table, save_label_table
-from detection import classifier, confident, cores
+from detection import classifier, confident, cores, gce
 from detection.quality import confusion
-from detection.trainer import Settings
+from detection.trainer import CONV, Settings
 from dnnlib.cli import BOOL, FloatRange, add_options, blame
 from torch_utils import distributed, persistence
 from torch_utils.precision import tf32
@@ -25,8 +25,9 @@ from training.objectives.classifier import check_classifier
 from training.options import preset_option
 from training.presets import ARCHS
 
-__all__ = ["check_usage", "detect_options", "find_wrong_labels", "open_data", "save_results"]
+__all__ = ["check_usage", "detect_options", "find_wrong_labels", "open_data", "save_results", "training_state"]
 
+METHODS = {"gce": gce.detect, "cores": cores.detect, "confident": confident.detect}
 TRAINING = {"--epochs", "--arch", "--batch", "--lr"}
 
 
@@ -36,13 +37,13 @@ def detect_options() -> Callable:
     return add_options([
         click.option("--data", required=True, metavar="ZIP|DIR", help=f"Archive to examine. {SEVERAL}"),
         preset_option("detect_noise.py"),
-        click.option("--method", type=click.Choice(["cores", "confident"]), default="cores", help="How to find wrong labels"),
+        click.option("--method", type=click.Choice(METHODS), default="gce", help="How to find wrong labels"),
         click.option("--cls", metavar="PKL|DIR|URL", help="Decide by this snapshot of train_classifier.py; train nothing"),
         click.option("--labels", metavar="NPZ|CSV", help="Take this label file, or a CSV in cleanlab's columns; train nothing"),
-        click.option("--epochs", type=click.IntRange(min=1), metavar="INT", help="Length of training  [default: 60 for cores, 20 for each of the 5 classifiers of confident]"),
-        click.option("--arch", type=click.Choice(ARCHS), default="ddpmpp", help="Architecture of the classifier"),
+        click.option("--epochs", type=click.IntRange(min=1), metavar="INT", help="Length of training  [default: gce stops when held-out labels become no more likely; 60 for cores, 20 for each of the 5 classifiers of confident]"),
+        click.option("--arch", type=click.Choice([CONV, *ARCHS]), help="Small convolutional network, or the ResNet that goes with this U-Net  [default: conv for gce, ddpmpp otherwise]"),
         click.option("--batch", type=click.IntRange(min=1), default=256, metavar="INT", help="Batch size over all processes"),
-        click.option("--lr", type=FloatRange(min=0, min_open=True), default=2e-3, metavar="FLOAT", help="Learning rate"),
+        click.option("--lr", type=FloatRange(min=0, min_open=True), metavar="FLOAT", help="Learning rate  [default: 0.005 for conv, 0.002 otherwise]"),
         click.option("--seed", type=click.IntRange(min=0, max=2**63 - 1), default=0, metavar="INT", help="Random seed"),
         click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto", help="Where to train"),
         click.option("--foreign", type=BOOL, default=True, help="Look for foreign images and duplicates too: 25 s for 60,000 images on one core"),
@@ -78,22 +79,39 @@ def open_data(o: dnnlib.EasyDict) -> tuple[ImageDataset, torch.device]:
     dataset = ImageDataset(o.data)
     with blame("--data"):
         classifier.check_labels(dataset)
+    if distributed.get_rank() == 0:
+        dnnlib.print_notes([*dataset.notes, *dataset.class_notes()])
     return dataset, device
 
 
+def training_state(path: str) -> str:
+    """Return the file that keeps an unfinished training beside the label file `path`."""
+    return f"{os.path.splitext(path)[0]}-training.pt"
+
+
 def find_wrong_labels(
-    o: dnnlib.EasyDict, dataset: ImageDataset, device: torch.device
+    o: dnnlib.EasyDict, dataset: ImageDataset, device: torch.device, path: str
 ) -> tuple[LabelFile, torch.nn.Module | None]:
-    """Return what the options find about the labels of a set, and the classifier where one is left. Collective."""
+    """Return what the options find about the labels of a set, and the classifier where one is left. Collective.
+
+    `path`: the label file that it will become. A training that was killed continues from its `training_state` beside
+    that file, which the caller deletes when everything is written.
+    """
     if o.labels:
         with blame("--labels"):
             return load_labels(o.labels, dataset), None
     if o.cls:
         return detect_by_snapshot(o.cls, o.trust_pickle, dataset, device), None
-    settings = Settings(arch=o.arch, epochs=o.epochs, batch=o.batch, lr=o.lr, seed=o.seed)
-    if o.method == "cores":
-        return cores.detect(dataset, device, settings)
-    return confident.detect(dataset, device, settings), None
+    arch = o.arch or (CONV if o.method == "gce" else "ddpmpp")
+    lr = o.lr or (5e-3 if arch == CONV else 2e-3)
+    settings = Settings(arch=arch, epochs=o.epochs, batch=o.batch, lr=lr, seed=o.seed, state=training_state(path))
+    try:
+        if o.method == "confident":
+            return confident.detect(dataset, device, settings), None
+        return METHODS[o.method](dataset, device, settings)
+    except KeyboardInterrupt:
+        distributed.print0("Stopped. The same command goes on from the last epoch that it has saved.")
+        raise
 
 
 def load_labels(path: str, dataset: ImageDataset) -> LabelFile:
@@ -121,6 +139,7 @@ def save_results(path: str, dataset: ImageDataset, found: LabelFile, net: torch.
     stem = os.path.splitext(path)[0]
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     written = [path, f"{stem}.csv"]
+    found.source_names = dataset.source_names
     save_label_file(written[0], found)
     save_label_table(written[1], found, dataset.class_names)
     if net is not None:

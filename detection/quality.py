@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
 
 import numpy as np
 import torch
@@ -10,14 +10,16 @@ import torch
 from archives.dataset import ImageDataset
 from archives.label_file import LabelFile, class_noise_rates
 from archives.label_noise import row_stochastic
-from sampling.grid import save_grid
+from archives.posterior import compress
+from detection.bayes import Judgment, judge
+from sampling.grid import CELL, save_grid
 from torch_utils import distributed
+from training.transition_estimate import transition_table
 
 __all__ = [
     "ROWS",
     "confusion",
     "describe",
-    "from_rank0",
     "label_file",
     "quality",
     "save_picture",
@@ -39,52 +41,43 @@ def confusion(classes: np.ndarray, dataset: ImageDataset) -> np.ndarray:
     return row_stochastic(np.bincount(classes * c + dataset.labels, minlength=c * c).reshape(c, c))
 
 
-def whole_label_file(dataset: ImageDataset, own: torch.Tensor) -> LabelFile:
-    """Return the label file that follows from a clean posterior, of which each process gives its share of the rows.
+def whole_label_file(dataset: ImageDataset, own: torch.Tensor, T: np.ndarray | None = None) -> LabelFile:
+    """Return the label file that follows from a clean log-posterior, of which each process gives its share of the rows.
 
-    Collective. Rank 0 alone holds the whole posterior, and all get the label file.
+    `T` as in `judge`. Collective. Rank 0 alone holds the whole posterior, and all get the label file.
     """
-    posterior = distributed.rows_to_rank0(own, len(dataset))
-    return from_rank0(lambda: label_file(dataset, posterior.numpy()))
+    log_probs = distributed.rows_to_rank0(own, len(dataset))
+    return distributed.from_rank0(lambda: label_file(dataset, judge(log_probs.numpy(), dataset.labels, T)))
 
 
-def from_rank0(make: Callable[[], LabelFile]) -> LabelFile:
-    """Return the label file that `make` makes on rank 0, on every process. Collective."""
-    first = distributed.get_rank() == 0
-    return distributed.broadcast_object(distributed.together(lambda: make() if first else None))
+def label_file(dataset: ImageDataset, judged: Judgment) -> LabelFile:
+    """Return the label file that follows from a judgment.
 
-
-def label_file(
-    dataset: ImageDataset,
-    posterior: np.ndarray,
-    is_clean: np.ndarray | None = None,
-    transition: np.ndarray | None = None,
-) -> LabelFile:
-    """Return the label file that follows from a clean posterior [N,C].
-
-    By default a label `is_clean` when no class is more probable, and `transition` is the `confusion` of suggested
-    and observed labels. That estimate is too close to the identity when the detector misses wrong labels.
+    A label `is_clean` unless it is wrong with a probability above one half. For a wrong label, the most probable other
+    class is suggested.
     """
-    observed = dataset.labels
-    score = posterior[np.arange(len(dataset)), observed]
-    if is_clean is None:
-        is_clean = score >= posterior.max(axis=1)
+    observed, rows = dataset.labels, np.arange(len(dataset))
+    score = judged.posterior[rows, observed]
+    is_clean = score >= 0.5
     suggested, wrong = observed.copy(), np.flatnonzero(~is_clean)
-    for rows in np.split(wrong, range(ROWS, len(wrong), ROWS)):
-        others = posterior[rows]
-        others[np.arange(len(rows)), observed[rows]] = -1
-        suggested[rows] = others.argmax(axis=1)
-    if transition is None:
-        transition = confusion(suggested, dataset)
+    for part in np.split(wrong, range(ROWS, len(wrong), ROWS)):
+        others = judged.posterior[part]
+        others[np.arange(len(part)), observed[part]] = -1
+        suggested[part] = others.argmax(axis=1)
     return LabelFile(
         dataset.file_names,
         observed,
         is_clean,
         np.clip(score, 0, 1).astype(np.float32),
         suggested,
-        float(np.mean(~is_clean)),
-        class_noise_rates(observed, is_clean, dataset.label_dim),
-        transition,
+        judged.rate,
+        class_noise_rates(observed, score, dataset.label_dim),
+        source_names=dataset.source_names,
+        transition=judged.transition,
+        noise_interval=judged.interval,
+        suggested_score=judged.posterior[rows, suggested],
+        posterior=compress(judged.posterior, observed),
+        looks_like=judged.confusion,
     )
 
 
@@ -119,8 +112,13 @@ def describe(dataset: ImageDataset, found: LabelFile) -> str:
     def in_truth(rate: float) -> str:
         return "" if truth is None else f" (in truth {rate:.1%})"
 
+    interval = "" if found.noise_interval is None else "{:.1%} to {:.1%}".format(*found.noise_interval)
+    known = "" if truth is None else f"in truth {np.mean(~right):.1%}"
+    notes = "; ".join(filter(None, [interval, known]))
     lines = [
-        f"Noise rate:  {found.noise_rate:.1%} of {len(labels):,} labels are believed wrong" + in_truth(np.mean(~right))
+        f"Noise rate:  about {found.noise_rate:.1%} of {len(labels):,} labels are wrong"
+        + (f" ({notes})" if notes else ""),
+        f"Flagged:     {np.sum(~found.is_clean):,} labels ({np.mean(~found.is_clean):.1%}), each probably wrong",
     ]
     if truth is not None:
         q = quality(found.is_clean, labels, truth)
@@ -128,37 +126,42 @@ def describe(dataset: ImageDataset, found: LabelFile) -> str:
             f"Detection:   precision {q['precision']:.4f}, recall {q['recall']:.4f}, F1 {q['f1']:.4f} "
             "(positive: wrong label)"
         )
+        lines.append(f"Truth:       {dataset.truth}")
     counts, true_rates = np.bincount(labels, minlength=len(names)), class_noise_rates(labels, right, len(names))
     chosen = range(len(names)) if len(names) <= TABLE else np.argsort(-rates, kind="stable")[:TABLE]
     lines.append("Labeled as:" if len(names) <= TABLE else f"Labeled as (the {TABLE} with the most wrong labels):")
     lines += [
         f"  {names[c]:<16.16} {counts[c]:>8,} images, {rates[c]:6.1%} wrong" + in_truth(true_rates[c]) for c in chosen
     ]
-    emptied = [names[c] for c in np.flatnonzero((counts > 0) & (rates == 1))]
+    flagged = np.bincount(labels[~found.is_clean], minlength=len(names))
+    emptied = [names[c] for c in np.flatnonzero((counts > 0) & (flagged == counts))]
     if emptied:
         shown = ", ".join(emptied[:5]) + (" ..." if len(emptied) > 5 else "")
         lines.append(
             f"Warning: all images labeled {shown} are believed wrong; without them this class may have no image left. "
             "Look at the picture, or train longer"
         )
-    if len(names) <= TABLE and found.transition is not None:
-        lines += [
-            "Estimated transition, %: one row per class that images probably show, one column per label",
-            " " * 18 + " ".join(f"{name:>5.5}" for name in names),
-        ]
-        lines += [
-            f"  {name:<16.16}" + " ".join(f"{100 * p:5.1f}" for p in row)
-            for name, row in zip(names, found.transition, strict=True)
-        ]
+    if found.transition is not None:
+        lines += transition_table(found.transition, names)
     return "\n".join(lines)
 
 
 def save_picture(path: str, dataset: ImageDataset, found: LabelFile) -> None:
-    """Write a PNG of the images whose labels are most surely wrong, with 'observed > suggested' below each."""
+    """Write a PNG of the images whose labels are most surely wrong, with 'observed > suggested' below each and the file
+    that it came from where that is known."""
     names = _class_names(dataset)
     wrong = np.flatnonzero(~found.is_clean)
     worst = wrong[np.argsort(found.score[wrong], kind="stable")][:PICTURE]
     captions = [f"{names[found.labels[i]]} > {names[found.suggested[i]]}" for i in worst]
     if max(map(len, captions)) > CAPTION:
         captions = [text.replace(" > ", "\n> ") for text in captions]
+    if (origins := dataset.source_names) is not None:  # so that a person finds the files
+        room = CAPTION * max(1, dataset.image_shape[2] // CELL)
+        captions = [f"{text}\n{_short_name(origins[i], room)}" for text, i in zip(captions, worst, strict=True)]
     save_grid(dataset.images(worst).permute(0, 2, 3, 1).numpy(), path, captions=captions)
+
+
+def _short_name(path: str, room: int) -> str:
+    """Return the end of a file's name, without folders and ending, in at most `room` letters that the font has."""
+    name = os.path.splitext(path.rsplit("/", 1)[-1])[0].encode("latin-1", "replace").decode("latin-1")
+    return name if len(name) <= room else f"..{name[-room + 2 :]}"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,13 +14,15 @@ import torch
 import dnnlib
 from archives.dataset import BatchStream, ImageDataset, to_float
 from detection.classifier import clean_sigma, log_posterior
-from torch_utils import distributed, misc
+from torch_utils import checkpoint, distributed, misc
 from training.augment import draw_shifts, shift_images
+from training.networks_conv import ConvClassifier, conv_kwargs
 from training.networks_resnet import Classifier, resnet_kwargs
 from training.trained_network import TrainedNetwork, linear_rampup
 
-__all__ = ["Progress", "Settings", "Trainer"]
+__all__ = ["CONV", "Progress", "Settings", "Trainer", "TrainingState"]
 
+CONV = "conv"  # the name of the small convolutional network
 DROPOUT = 0.3
 SHIFT = 0.125  # largest random shift, as a share of the image size
 # From log-probabilities [n,C] and observed labels [n] to the loss of each image [n].
@@ -29,11 +33,12 @@ Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 class Settings:
     """How a detector trains its classifier."""
 
-    arch: str = "ddpmpp"  # the ResNet that goes with this U-Net
-    epochs: int | None = None  # None: 60 for CORES, 20 per classifier for confident learning
+    arch: str = "ddpmpp"  # the ResNet that goes with this U-Net, or CONV
+    epochs: int | None = None  # None: the method's own length
     batch: int = 256  # images per step, over all processes
     lr: float = 2e-3  # peak learning rate
     seed: int = 0
+    state: str | None = None  # file that keeps the training until it is done; None: nothing is kept
 
 
 class Trainer:
@@ -51,10 +56,19 @@ class Trainer:
         self.labels = torch.from_numpy(dataset.labels).to(device)
         self.nimg = 0
         torch.manual_seed(misc.step_seed(self.seed, 0, 0, stream=1))  # for the initial weights
-        kwargs = resnet_kwargs(settings.arch, dataset.resolution, dataset.num_channels, dataset.label_dim)
-        net = Classifier(dataset.resolution, dataset.num_channels, dataset.label_dim, dropout=DROPOUT, **kwargs)
-        n = len(dataset)
-        self.trained = TrainedNetwork(net, device, lr=settings.lr, lr_factor=linear_rampup(n / 2), ema_halflife=4 * n)
+        shape, n = (dataset.resolution, dataset.num_channels, dataset.label_dim), len(dataset)
+        if settings.arch == CONV:
+            net = ConvClassifier(*shape, dropout=DROPOUT, **conv_kwargs(dataset.num_channels))
+        else:
+            net = Classifier(*shape, dropout=DROPOUT, **resnet_kwargs(settings.arch, *shape))
+        self.trained = TrainedNetwork(
+            net,
+            device,
+            lr=settings.lr,
+            lr_factor=linear_rampup(n / 2),
+            ema_halflife=4 * n,
+            channels_last=settings.arch == CONV,
+        )
 
     @property
     def ema(self) -> torch.nn.Module:
@@ -98,34 +112,103 @@ class Trainer:
         """Return the EMA's log-probabilities [n,C] for this process's share of the images `items` (None: of all)."""
         return log_posterior(self.ema, self.dataset, self.device, items)
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return the training so far, for a `TrainingState`."""
+        return dict(nimg=self.nimg, trained=self.trained.state_dict())
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from what `state_dict` returned."""
+        self.nimg = state["nimg"]
+        self.trained.load_state_dict(state["trained"])
+
     def close(self) -> None:
         """Release what several processes share. `ema` stays."""
         self.trained.close()
 
 
+class TrainingState:
+    """What a detector has learned so far, kept in the file `settings.state`, so that it continues after a kill.
+
+    The file counts for the same method, settings and contents of the data only.
+    """
+
+    def __init__(self, method: str, dataset: ImageDataset, settings: Settings):
+        self.path, self.saved, self.took = settings.state, 0.0, 0.0
+        options = {name: value for name, value in asdict(settings).items() if name != "state"}
+        self.run = self.path and distributed.from_rank0(
+            lambda: dict(method=method, settings=options, contents=dataset.contents())
+        )
+
+    def load(self) -> dict[str, Any] | None:
+        """Return what `save` was given, on every process, but the `table` on rank 0 only; None to begin. Collective."""
+
+        def read() -> dict[str, Any] | None:
+            nonlocal table
+            try:
+                state = checkpoint.load_state(self.path)
+            except dnnlib.UserError as e:
+                print(f"{e.message}; training begins anew")
+                return None
+            if state.get("run") != self.run:
+                print(f"{self.path} belongs to other options or data; training begins anew")
+                return None
+            table = state.pop("table")
+            print(f"Training continues from {self.path}")
+            return state["values"]
+
+        table = None
+        found = self.path and distributed.from_rank0(lambda: read() if os.path.exists(self.path) else None)
+        return dict(found, table=table) if found else None
+
+    def due(self) -> bool:
+        """Return whether to save now, so that saving takes at most a twentieth of the time. Collective."""
+        return bool(self.path) and distributed.broadcast_object(time.time() - self.saved > 20 * self.took)
+
+    def save(self, values: dict[str, Any], table: torch.Tensor | None = None) -> None:
+        """Keep plain `values` and tensors, and a large `table` that rank 0 has. Collective."""
+
+        def write() -> None:
+            start = time.time()
+            os.makedirs(os.path.dirname(os.path.abspath(self.path)), exist_ok=True)
+            try:
+                checkpoint.save_state(self.path, dict(run=self.run, values=values, table=table))
+            except OSError as e:  # the training itself needs no disk
+                print(f"Warning: {self.path}: {e.strerror or e}; a killed run could not continue", flush=True)
+            self.saved = time.time()
+            self.took = self.saved - start
+
+        distributed.on_rank0(write)
+
+
 class Progress:
     """A progress bar with the time left, on terminals, and a printed line after every tenth of the epochs."""
 
-    def __init__(self, name: str, epochs: int):
-        self.start, self.epochs, self.done, self.line = time.time(), epochs, 0, max(epochs // 10, 1)
+    def __init__(self, name: str, epochs: int, done: int = 0):
+        self.start, self.epochs, self.first, self.done = time.time(), epochs, done, done
+        self.images, self.line = 0, max(epochs // 10, 1)
         layout = "{desc} {percentage:3.0f}%|{bar}| {elapsed} left {remaining}"
-        self.bar = distributed.progress_bar(total=1000 * epochs, desc=name, bar_format=layout)
+        self.bar = distributed.progress_bar(total=1000 * epochs, initial=1000 * done, desc=name, bar_format=layout)
 
     def advance(self, share: float) -> None:
         """Move the bar to where `share` of the current epoch is done."""
         self.bar.update(int(1000 * (self.done + share)) - self.bar.n)
 
-    def end_epoch(self, text: str) -> None:
-        """Count an epoch; at every tenth of the run, print `text` between the epoch's number and the times."""
+    def end_epoch(self, images: int, text: str = "") -> None:
+        """Count an epoch of so many images; at every tenth of the run, print speed, times and `text`."""
         self.done += 1
+        self.images += images
         if self.done % self.line == 0 or self.done == self.epochs:
             elapsed = time.time() - self.start
-            left = elapsed * (self.epochs - self.done) / self.done
+            left = elapsed * (self.epochs - self.done) / (self.done - self.first)
             self.bar.clear()
             distributed.print0(
-                f"epoch {self.done}/{self.epochs}  {text}  time {dnnlib.format_time(elapsed)}  "
-                f"left {dnnlib.format_time(left)}",
+                f"epoch {self.done}/{self.epochs}  {self.images / max(elapsed, 1e-3):,.0f} images/s  "
+                f"time {dnnlib.format_time(elapsed)}  left {dnnlib.format_time(left)}  {text}".rstrip(),
                 flush=True,
             )
         if self.done == self.epochs:
-            self.bar.close()
+            self.close()
+
+    def close(self) -> None:
+        """Remove the bar; training may end early."""
+        self.bar.close()

@@ -12,7 +12,7 @@ import numpy as np
 from archives.archive_set import find_archives
 from archives.dataset import ImageDataset
 from archives.label_file import LabelFile
-from detection.inspection import confusable_pairs, doubtful_share, given_up
+from detection.inspection import confusable_pairs
 from recipes.digits import WEIGHT
 from reports.facts import Advice, Confusable
 from training.presets import presets_of
@@ -26,8 +26,7 @@ ENOUGH = 1000  # images per class that must be left for dropping: between the di
 MEASURED_FOR = 15_000  # images; for more of them, the small presets' lengths grow in proportion
 SMALL = 16  # pixels; up to this side the presets for small images, which were measured on a CPU
 ROBUST_VALUES = 4096  # largest images that the robust cost of RDUOT takes
-TELL = 10  # pairs of classes that are named, and classes
-TO_TELL = 0.01  # share of doubtful labels that is worth a word
+TELL = 10  # pairs of classes that are named
 
 SOURCE = "The rules come from measurements on Fashion-MNIST and digits; your images may behave differently."
 FASHION = (
@@ -41,13 +40,13 @@ DIGITS = (
 
 
 def name_confusable(dataset: ImageDataset, found: LabelFile) -> list[Confusable]:
-    """Return the pairs of classes that the detector mixes up, the worst ones first, in words."""
+    """Return the pairs of classes that the detector cannot tell apart, the worst ones first, in words."""
     names = dataset.class_names or [str(c) for c in range(dataset.label_dim)]
     return [
         Confusable(
             names[pair.first],
             names[pair.second],
-            f"{pair.share:.0%} of their labels point at the other one; do not relabel automatically",
+            f"1 in {max(round(1 / pair.share), 2)} looks like the other one; do not relabel automatically",
         )
         for pair in confusable_pairs(found)[:TELL]
     ]
@@ -91,7 +90,7 @@ class _Commands:
         return shlex.join(["python", script, *own, f"--data={data or self.data}", *length, *rest])
 
     def tdsm(self, known: bool) -> str:
-        noise = ["--noise_type=matrix", f"--noise_matrix={self.labels}"] if known else ["--noise_type=learn"]
+        noise = ["--noise_type=matrix", f"--noise_matrix={self.labels}"] if known else ["--noise_type=auto"]
         model = self.train("train_noise.py", "tdsm", f"--cls={self.run('classifier')}")
         return f"{self.train('train_classifier.py', 'classifier', *noise)}\n{model}"
 
@@ -133,16 +132,12 @@ def advise(dataset: ImageDataset, found: LabelFile, data: str, labels: str) -> t
         for w in (None, (found.is_clean & here).astype(float))
     )
     fewest = int(kept[count > 0].min())
-    doubtful = doubtful_share(found)
-    # Where most of what the detector believes is doubtful, the rest is, too.
-    wrong = found.noise_rate - doubtful if doubtful <= found.noise_rate / 2 else 0.0
+    wrong = found.noise_rate
     best, why = _choose(wrong, foreign / len(here), fewest, dataset.resolution)
     only_foreign = foreign > 0 and wrong <= FEW_WRONG
     left = here if only_foreign else found.is_clean & here
-    stated = (
-        f"{found.noise_rate:.1%} of the labels are believed wrong and {foreign / len(here):.1%} of the images foreign."
-    )
-    why = f"{stated} {_doubts(dataset, found, doubtful)}{why} {SOURCE}"
+    stated = f"About {wrong:.1%} of the labels are wrong, and {foreign / len(here):.1%} of the images are foreign."
+    why = f"{stated} {why} {SOURCE}"
     c = _Commands(data, labels, dataset)
     model = c.passes("train.py")
     lost = f"{int((~left).sum()):,} of {len(left):,} images are lost"
@@ -194,24 +189,10 @@ def advise(dataset: ImageDataset, found: LabelFile, data: str, labels: str) -> t
     return rows, why
 
 
-def _doubts(dataset: ImageDataset, found: LabelFile, doubtful: float) -> str:
-    """Return a text about the labels that are believed wrong on weak grounds, empty where they are few."""
-    if doubtful < TO_TELL:
-        return ""
-    names = dataset.class_names or [str(c) for c in range(dataset.label_dim)]
-    lost = [names[c] for c in given_up(found)[:TELL]]
-    classes = f", or in a class of which it believes nearly no label ({', '.join(lost)})" if lost else ""
-    return (
-        f"But {doubtful:.1%} of the labels lie between classes that the detector cannot tell apart{classes}. Many of "
-        "these may be right, so they do not count here: look at them, or let the detector train longer. "
-    )
-
-
 def _choose(wrong: float, foreign: float, fewest: int, resolution: int) -> tuple[str, str]:
     """Return the recommended method and the reason.
 
-    `wrong` and `foreign` are shares of the set, the first one without doubtful labels. `fewest`: images that dropping
-    leaves in the smallest class.
+    `wrong` and `foreign` are shares of the set. `fewest`: images that dropping leaves in the smallest class.
     """
     if wrong <= FEW_WRONG and foreign <= FEW_FOREIGN:
         best = "Leave the set as it is"

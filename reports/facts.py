@@ -113,7 +113,7 @@ def summarize(facts: Facts) -> str:
     lines = [
         f"Set:         {facts.images:,} images of {width}x{height}, {'gray' if channels == 1 else 'RGB'}, "
         f"{len(facts.counts):,} classes of {facts.counts.min():,} to {facts.counts.max():,} images",
-        f"Labels:      {facts.noise_rate:.1%} are believed wrong{interval}",
+        f"Labels:      about {facts.noise_rate:.1%} are wrong{interval}",
     ]
     worst = np.argsort(-facts.class_rates, kind="stable")[:SHOWN]
     worst = [f"{facts.class_names[c]} {facts.class_rates[c]:.0%}" for c in worst if facts.class_rates[c] > 0]

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from archives.dataset import ImageDataset
-from detection import classifier, cores
+from detection import classifier, cores, gce
 from detection import quality as quality_file
+from detection.bayes import Judgment, judge
 from detection.quality import describe, label_file, quality
 from detection.trainer import Settings
 from sampling.grid import image_sheet
@@ -96,9 +97,12 @@ def test_cores_trains_on_what_it_keeps_and_averages_the_late_posteriors(four, mo
     np.testing.assert_allclose([rho for _, rho, _ in epochs], [[0.5, 0.5]] * 10 + [[2 / 3, 1 / 3]] * 50, rtol=1e-6)
     assert [beta for *_, beta in epochs] == [cores.schedule(e, 60)[0] for e in range(60)]
     # Epochs 25 to 59 count, in the last of which image 0 is doubted.
-    np.testing.assert_allclose(found.score, [(34 * 0.9 + 0.2) / 35, 0.9, 0.9, 0.2], rtol=1e-5)
-    assert found.is_clean.tolist() == [True, True, True, False] and found.suggested.tolist() == [0, 0, 1, 0]
-    assert net == "net" and found.noise_rate == 0.25 and found.per_class_noise_rate.tolist() == [0, 0.5]
+    mean = np.array([[(34 * 0.9 + 0.2) / 35] * 2, [0.9, 0.1], [0.1, 0.9], [0.8, 0.2]])
+    mean[0, 1] = 1 - mean[0, 0]
+    expected = judge(np.log(mean).astype(np.float32), four.labels)
+    np.testing.assert_allclose(found.score, expected.posterior[range(4), four.labels], rtol=1e-4)
+    np.testing.assert_allclose(found.transition, expected.transition)
+    assert net == "net"
 
 
 def test_processes_train_on_what_they_decided_together(four, monkeypatch):
@@ -113,20 +117,132 @@ def test_processes_train_on_what_they_decided_together(four, monkeypatch):
     assert [items for items, *_ in ScriptedTrainer.last.epochs] == [[0, 1, 2, 3]] * 10 + [[0, 2, 3]] * 50
 
 
+def judgment(posterior, observed):
+    """Return a judgment with this posterior of labels, as from a classifier that mixes up nothing."""
+    posterior = np.asarray(posterior, dtype=np.float32)
+    rate = 1 - float(posterior[np.arange(len(posterior)), observed].mean())
+    eye = np.eye(posterior.shape[1])
+    return Judgment(posterior, eye, rate, (max(rate - 0.1, 0), min(rate + 0.1, 1)), eye)
+
+
+class LearningTrainer:
+    """Stands in for `gce.Trainer`: it is certain of more labels round by round, up to a round, then of fewer."""
+
+    def __init__(self, dataset, device, settings):
+        self.labels, self.epochs, self.ema = dataset.labels, [], torch.nn.Linear(1, 1)
+        LearningTrainer.last = self
+
+    def close(self):
+        pass
+
+    def state_dict(self):
+        return {}
+
+    def epoch(self, number, items, loss, advance):
+        assert loss is gce.robust_loss
+        self.epochs.append(items.tolist())
+        with torch.no_grad():
+            self.ema.bias.fill_(number)
+
+    def posterior(self, items=None):
+        items = np.arange(len(self.labels)) if items is None else items
+        known = 1 - 1 / (1 + min(len(self.epochs), 12 - len(self.epochs)))  # best after six epochs
+        p = torch.full([len(items), 2], 1 - known)
+        p[torch.arange(len(items)), torch.from_numpy(self.labels[items])] = known
+        return p.log().log_softmax(dim=1)
+
+
+def test_training_stops_when_held_out_labels_get_no_more_likely(tmp_path, monkeypatch):
+    dataset = ImageDataset(str(make_archive(tmp_path / "a.zip", pictures(40), [0, 1] * 20)))
+    monkeypatch.setattr(gce, "Trainer", LearningTrainer)
+    monkeypatch.setattr(gce, "ROUND", 40)
+    _, net = gce.detect(dataset, torch.device("cpu"), Settings())
+    epochs = LearningTrainer.last.epochs
+    assert len(epochs) == 6 + gce.PATIENCE and net.bias.item() == 5  # the weights after the sixth epoch
+    (items,) = {tuple(items) for items in epochs}
+    assert len(items) == 36  # a tenth is held out in all epochs
+    gce.detect(dataset, torch.device("cpu"), Settings(epochs=2))
+    assert LearningTrainer.last.epochs == [list(range(40))] * 2  # a stated length holds nothing out
+
+
+def test_a_posterior_that_is_too_certain_is_softened():
+    rng, c, n = np.random.default_rng(3), 4, 20_000
+    clean = rng.integers(0, c, n)
+    x = clean * 2.5 + rng.normal(size=n)
+    observed = np.where(rng.random(n) < 0.3, (clean + rng.integers(1, c, n)) % c, clean)
+    rates = {}
+    for sharpened in (1, 4):
+        log_p = -((x[:, None] - 2.5 * np.arange(c)) ** 2) / 2 * sharpened
+        judged = judge(torch.log_softmax(torch.from_numpy(log_p), dim=1).float().numpy(), observed)
+        rates[sharpened] = judged.rate
+        assert (judged.temp == 1) if sharpened == 1 else (2 < judged.temp < 4)
+        assert judged.interval[1] - judged.rate > 0.01  # what it says without temperature, or T alone, is too much
+    assert abs(rates[1] - rates[4]) < 0.03 and rates[1] == pytest.approx(0.3, abs=0.02)
+
+
 def test_label_file_of_a_posterior(tmp_path):
-    path = make_archive(tmp_path / "a.zip", pictures(5), [0, 0, 1, 1, 2], class_names=list("abcd"))
+    labels = [0, 0, 1, 1, 2]
+    path = make_archive(tmp_path / "a.zip", pictures(5), labels, class_names=list("abcd"))
     dataset = ImageDataset(str(path))
     posterior = np.array([[0.7, 0.3, 0, 0], [0.2, 0.5, 0.3, 0], [0, 1, 0, 0], [0, 0.5, 0.5, 0], [0.4, 0.35, 0.25, 0]])
-    found = label_file(dataset, posterior)
-    assert found.is_clean.tolist() == [True, False, True, True, False]  # a tie counts for the label
+    found = label_file(dataset, judgment(posterior, labels))
+    assert found.is_clean.tolist() == [True, False, True, True, False]  # one half counts for the label
     assert found.suggested.tolist() == [0, 1, 1, 1, 0]
     np.testing.assert_allclose(found.score, [0.7, 0.2, 1, 0.5, 0.25])
-    T = [[1 / 2, 0, 1 / 2, 0], [1 / 3, 2 / 3, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]
-    np.testing.assert_allclose(found.transition, T)
-    np.testing.assert_allclose(found.per_class_noise_rate, [0.5, 0, 1, 0])
-    # With flags from elsewhere, a wrong label's suggestion is another class even when the label is most probable.
-    found = label_file(dataset, posterior, np.array([False, True, True, True, True]), np.eye(4))
-    assert found.suggested.tolist() == [1, 0, 1, 1, 2] and (found.transition == np.eye(4)).all()
+    np.testing.assert_allclose(found.suggested_score, [0.7, 0.5, 1, 0.5, 0.4])
+    np.testing.assert_allclose(found.per_class_noise_rate, [0.55, 0.25, 0.75, 0])
+    assert found.noise_rate == pytest.approx(1 - 2.65 / 5) and found.noise_interval[0] < found.noise_rate
+    best, probability = found.posterior.best()
+    assert best.tolist() == [0, 1, 1, 1, 0]
+    np.testing.assert_allclose(probability, [0.7, 0.5, 1, 0.5, 0.4], atol=1e-3)
+
+
+def test_bayes_rule_by_hand():
+    T = np.array([[0.8, 0.2], [0.4, 0.6]])
+    p = np.log(np.array([[0.5, 0.5], [0.1, 0.9], [0.5, 0.5]], dtype=np.float32))
+    judged = judge(p, np.array([0, 1, 1]), T)
+    expected = [[0.4 / 0.6, 0.2 / 0.6], [0.02 / 0.56, 0.54 / 0.56], [0.1 / 0.4, 0.3 / 0.4]]
+    np.testing.assert_allclose(judged.posterior, expected, rtol=1e-5)
+    assert judged.rate == pytest.approx(1 - np.mean([0.4 / 0.6, 0.54 / 0.56, 0.3 / 0.4]), abs=1e-6) and judged.temp == 1
+    w, q = np.array(expected), np.array([[0.5, 0.5], [0.1, 0.9], [0.5, 0.5]])
+    np.testing.assert_allclose(judged.confusion, (w.T @ q) / w.sum(axis=0)[:, None], rtol=1e-5)
+
+
+@pytest.mark.parametrize("noise", ["symmetric", "one class turns into the next", "none"])
+def test_the_rate_and_the_flags_of_an_exact_posterior_are_right(noise):
+    """Images are numbers with a normal density per class, so the posterior is known; T is counted from the labels."""
+    rng, c, n = np.random.default_rng(3), 4, 20_000
+    T = np.eye(c)
+    if noise != "none":
+        T = 0.6 * T + 0.4 * (np.roll(T, 1, axis=1) if noise != "symmetric" else (1 - T) / (c - 1))
+    clean = rng.integers(0, c, n)
+    x = clean * 3.0 + rng.normal(size=n)
+    observed = (rng.random(n)[:, None] > np.cumsum(T[clean], axis=1)).sum(axis=1)
+    log_p = -((x[:, None] - 3.0 * np.arange(c)) ** 2) / 2
+    log_p -= np.log(np.exp(log_p).sum(axis=1, keepdims=True))
+    judged = judge(log_p.astype(np.float32), observed)
+    wrong = observed != clean
+    assert abs(judged.rate - wrong.mean()) < 0.01
+    assert judged.interval[0] - 0.01 < wrong.mean() < judged.interval[1] + 0.01
+    flagged = judged.posterior[np.arange(n), observed] < 0.5
+    w = np.exp(log_p) * T.T[observed]
+    best = w[np.arange(n), observed] / w.sum(axis=1) < 0.5  # with the true T
+    assert np.mean(flagged != best) < 0.01
+    if noise != "none":
+        argmax = quality(log_p.argmax(axis=1) == observed, observed, clean)["f1"]
+        assert quality(~flagged, observed, clean)["f1"] > argmax + 0.01  # the label is evidence
+
+
+def test_robust_loss_by_hand():
+    p = torch.tensor([[0.5, 0.5], [0.01, 0.99]])
+    observed = torch.tensor([0, 0])
+    for q in (0.7, 1.0):
+        loss = gce.robust_loss(p.log(), observed, q)
+        torch.testing.assert_close(loss, (1 - p[:, 0] ** q) / q)
+    logits = p.log().requires_grad_()
+    gce.robust_loss(torch.log_softmax(logits, dim=1), observed, 0.9).sum().backward()
+    gradient = logits.grad[:, 0].abs()
+    assert gradient[1] < gradient[0] / 10  # a label that the classifier contradicts hardly moves it
 
 
 class BrightnessClassifier(torch.nn.Module):
@@ -143,17 +259,18 @@ class BrightnessClassifier(torch.nn.Module):
 
 def test_given_classifier(tmp_path):
     T = np.array([[0.75, 0.25], [0.25, 0.75]])
-    classes, observed = np.repeat([0, 1], 8), np.tile([0, 0, 0, 1], 4)
-    observed[8:] = 1 - observed[8:]  # exactly T
-    images = np.broadcast_to(50 * classes[:, None, None, None], [16, 8, 8, 1]).astype(np.uint8)
+    classes, observed = np.repeat([0, 1], 200), np.tile([0, 0, 0, 1], 100)
+    observed[200:] = 1 - observed[200:]  # exactly T
+    images = np.broadcast_to(50 * classes[:, None, None, None], [400, 8, 8, 1]).astype(np.uint8)
     dataset = ImageDataset(str(make_archive(tmp_path / "a.zip", images, observed.tolist())))
     net = BrightnessClassifier(T)
     found = classifier.detect(net, "noisy", dataset, torch.device("cpu"))
-    np.testing.assert_allclose(found.score, classes == observed, atol=1e-6)  # T^T p = q returns the certain posterior
-    np.testing.assert_allclose(found.transition, T)
-    assert (found.suggested == classes).all()
+    np.testing.assert_allclose(found.transition, T, atol=0.1)  # from a quarter of the images
+    assert ((found.score > 0.5) == (classes == observed)).all() and (found.suggested == classes).all()
     found = classifier.detect(net, "clean", dataset, torch.device("cpu"))
-    np.testing.assert_allclose(found.score, np.where(classes == observed, 0.75, 0.25))
+    stays = np.diagonal(found.transition)
+    odds = np.where(classes == observed, 3, 1 / 3) * (stays / (1 - stays[::-1]))[observed]
+    np.testing.assert_allclose(found.score, odds / (1 + odds), rtol=1e-4)
 
 
 def test_quality_by_hand():
@@ -169,17 +286,21 @@ def test_tables_of_many_classes_are_short(tmp_path):
     dataset = ImageDataset(str(path))
     posterior = np.eye(30)
     posterior[7] = posterior[8]
-    text = describe(dataset, label_file(dataset, posterior))
-    assert text.count(" images, ") == 20 and "class7 " in text and "transition" not in text and "truth" not in text
-    assert text.startswith("Noise rate:  3.3% of 30 labels")
+    text = describe(dataset, label_file(dataset, judgment(posterior, dataset.labels)))
+    assert text.count(" images, ") == 20 and "class7 " in text and "T, %" not in text and "truth" not in text
+    assert text.startswith(
+        "Noise rate:  about 3.3% of 30 labels are wrong (0.0% to 13.3%)\nFlagged:     1 labels (3.3%)"
+    )
 
 
 def test_a_class_that_would_be_lost_is_named(tmp_path):
     path = make_archive(tmp_path / "a.zip", pictures(4), [0, 0, 1, 1], class_names=["cat", "dog"])
     dataset = ImageDataset(str(path))
     all_dogs, one_dog = np.array([[0.1, 0.9]] * 4), np.array([[0.9, 0.1], [0.1, 0.9], [0.1, 0.9], [0.1, 0.9]])
-    assert "Warning: all images labeled cat are believed wrong" in describe(dataset, label_file(dataset, all_dogs))
-    assert "Warning" not in describe(dataset, label_file(dataset, one_dog))
+    assert "Warning: all images labeled cat are believed wrong" in describe(
+        dataset, label_file(dataset, judgment(all_dogs, dataset.labels))
+    )
+    assert "Warning" not in describe(dataset, label_file(dataset, judgment(one_dog, dataset.labels)))
 
 
 @pytest.mark.parametrize(
@@ -187,7 +308,7 @@ def test_a_class_that_would_be_lost_is_named(tmp_path):
 )
 def test_the_picture_shows_the_most_suspicious_images_first(tmp_path, monkeypatch, names, captions):
     dataset = ImageDataset(str(make_archive(tmp_path / "a.zip", pictures(3), [0, 0, 1], class_names=names)))
-    found = label_file(dataset, np.array([[0.4, 0.6], [0.9, 0.1], [0.7, 0.3]]))
+    found = label_file(dataset, judgment([[0.4, 0.6], [0.9, 0.1], [0.7, 0.3]], dataset.labels))
     seen = {}
     monkeypatch.setattr(quality_file, "save_grid", lambda images, path, **kwargs: seen.update(kwargs, images=images))
     quality_file.save_picture("x.png", dataset, found)

@@ -21,7 +21,7 @@ from torch_utils import distributed
 from training.objectives import simix
 
 class Images:
-    path, label_dim, file_names = "toy", 100, []
+    path, label_dim, file_names, source_names = "toy", 100, [], None
 
     def __init__(self, n, side):
         self.num_raw, self.image_shape, self.read = n, (1, side, side), 0
@@ -101,7 +101,7 @@ def test_rank_0_alone_holds_all_features(results):
 
 
 def test_rank_0_alone_holds_the_posterior_of_all_images(results):
-    """It takes 46 MiB. Each process used to take 4 times that."""
+    """It takes 46 MiB. Each process used to take 4 times that. All get the label file, with the best classes."""
     whole = 120000 * 100 * 4 / 2**20
     one, first, second = (each["detection_mib"] / whole for each in results)
-    assert one < 1.8 and first < 2 and second < 1, (one, first, second)
+    assert one < 1.8 and first < 2.4 and second < 1.2, (one, first, second)

@@ -1,0 +1,99 @@
+"""Judge labels by Bayes' rule: the observed label is evidence (docs/methods/sbdc.md, section 1).
+
+    P(y | x, o) = T[y,o] p_y(x) / sum_c T[c,o] p_c(x)          P(wrong | x, o) = 1 - P(o | x, o)
+
+x: an image; o: its observed label; p(x): the classifier's posterior of the clean classes, at a temperature; T[y,o] =
+P(observed = o | clean = y), counted at anchor points (training/transition_estimate.py).
+
+Classifiers are often too certain, and then too many labels seem wrong. T does not depend on how certain p is, but the
+mean of P(wrong) does. So the temperature is the one, from 1 on, at which that mean is the rate of wrong labels that T
+implies. (The likelihood of the labels through T would serve too if the noise did not depend on the image. Where it
+does, the likelihood explains wrong labels by a softer p: 15% instead of 40% wrong labels were found.)
+
+A label is believed wrong when P(wrong) is above one half. The noise rate is the mean of P(wrong) over all images. It is
+another number than the share of labels believed wrong: of ten labels that are wrong with probability 0.1, about one is
+wrong, and none is believed wrong.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import scipy.optimize
+import torch
+
+from archives.label_noise import row_stochastic
+from training.objectives.tdsm import posterior_weights
+from training.transition_estimate import estimate_transition, noise_rate
+
+__all__ = ["Judgment", "judge"]
+
+ROWS = 1024  # images at a time
+TINY = 1e-6  # smallest entry of T
+SAMPLE = 20_000  # images that choose the temperature
+HOTTEST = 20.0  # highest temperature
+DEVIATIONS = 1.96  # standard deviations to either side of the interval: 95%
+
+
+@dataclass
+class Judgment:
+    """What images and their labels say about the labels."""
+
+    posterior: np.ndarray  # [N,C] float32, P(y | x, o)
+    transition: np.ndarray  # [C,C] float64, T
+    rate: float  # the share of wrong labels: mean of P(wrong | x, o)
+    interval: tuple[float, float]  # around it, see `judge`
+    confusion: np.ndarray  # [C,C] float64, mean of p(x) over the images of each class: row y says what y looks like
+    temp: float = 1.0  # what the classifier's log-probabilities are divided by
+
+
+def judge(log_probs: np.ndarray, observed: np.ndarray, T: np.ndarray | None = None) -> Judgment:
+    """Return the judgment of observed labels int64 [N] by the clean log-posterior ln p(x), float32 [N,C].
+
+    `T` [C,C]: the transition where it is known. The posterior takes the place of `log_probs`: with many images and
+    classes there is no room for a second table.
+
+    The interval of the rate holds what the classifier says at temperature 1, what T implies, and 1.96 standard
+    deviations of a count of N labels.
+    """
+    n, c = log_probs.shape
+    if T is None:
+        T = estimate_transition(log_probs, observed)
+    T = row_stochastic(np.maximum(T, TINY))  # nothing is impossible: every observed label has a cause
+    implied = noise_rate(T, observed)
+    sample = np.random.default_rng(0).permutation(n)[:SAMPLE]
+    certain = _mean_wrong(log_probs, observed, T, sample, 1.0)
+
+    def excess(log_temp: float) -> float:
+        return _mean_wrong(log_probs, observed, T, sample, math.exp(log_temp)) - implied
+
+    temp = 1.0
+    if certain > implied:
+        highest = math.log(HOTTEST)
+        temp = HOTTEST if excess(highest) >= 0 else math.exp(scipy.optimize.brentq(excess, 0, highest, xtol=1e-3))
+    confusion, right = np.zeros([c, c]), 0.0
+    for start in range(0, n, ROWS):
+        rows, given = log_probs[start : start + ROWS], observed[start : start + ROWS]
+        p = torch.from_numpy(rows).double() / temp
+        weights = posterior_weights(p, torch.from_numpy(T), torch.from_numpy(given), check=False)
+        confusion += (weights.T @ torch.softmax(p, dim=1)).numpy()
+        rows[:] = weights.numpy()
+        right += float(np.take_along_axis(rows, given[:, None], 1).sum(dtype=np.float64))
+    rate = 1 - right / max(n, 1)
+    estimates = rate, implied, certain
+    spread = DEVIATIONS * max((r * (1 - r) / max(n, 1)) ** 0.5 for r in estimates)
+    confusion /= np.maximum(confusion.sum(axis=1, keepdims=True), 1e-30)
+    interval = max(min(estimates) - spread, 0.0), min(max(estimates) + spread, 1.0)
+    return Judgment(log_probs, T, rate, interval, confusion, temp)
+
+
+def _mean_wrong(log_probs: np.ndarray, observed: np.ndarray, T: np.ndarray, rows: np.ndarray, temp: float) -> float:
+    """Return the mean of P(wrong | x, o) over the images `rows`, at a temperature."""
+    right = 0.0
+    for part in np.split(rows, range(ROWS, len(rows), ROWS)):
+        p, labels = torch.from_numpy(log_probs[part]).double() / temp, torch.from_numpy(observed[part])
+        weights = posterior_weights(p, torch.from_numpy(T), labels, check=False)
+        right += float(weights.gather(1, labels[:, None]).sum())
+    return 1 - right / max(len(rows), 1)
