@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
+import importlib
 import textwrap
 from collections.abc import Callable
 from typing import Any
@@ -186,9 +186,12 @@ def check_usage(opts: dict[str, Any], method: str, require_labels: bool) -> None
         raise click.UsageError(f"--fp16=1 contradicts --precision={opts['precision']}")
     if opts.get("precond", "edm") != "edm" and (opts["P_mean"], opts["P_std"]) != (None, None):
         raise click.UsageError(f"--P_mean and --P_std belong to --precond=edm, not {opts['precond']}")
-    for package in ("tensorboard", "wandb"):
-        if opts[package] and importlib.util.find_spec(package) is None:
-            raise click.UsageError(f"--{package} needs the package {package}: pip install {package}")
+    for package, module in (("tensorboard", "torch.utils.tensorboard"), ("wandb", "wandb")):
+        if opts[package]:
+            try:
+                importlib.import_module(module)
+            except ImportError:
+                raise click.UsageError(f"--{package} needs the package {package}: pip install {package}") from None
     world = distributed.get_world_size()
     if opts["batch"] % world:
         raise click.UsageError(f"--batch={opts['batch']} must be divisible by the number of processes ({world})")

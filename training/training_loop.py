@@ -211,7 +211,7 @@ def logged_ticks(path: str) -> Iterator[tuple[str, int, float]]:
     if os.path.exists(path):
         with open(path, errors="replace") as f:
             for line in f:
-                with contextlib.suppress(ValueError, KeyError, TypeError):
+                with contextlib.suppress(AttributeError, ValueError, KeyError, TypeError):
                     values = json.loads(line)
                     seconds = float(values.get("Timing/total_sec", {}).get("mean", 0))
                     yield line, round(values["Progress/kimg"]["mean"] * 1000), seconds

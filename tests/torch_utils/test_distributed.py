@@ -80,6 +80,11 @@ x = torch.full([2], rank + 1.0)
 result = dict(before=before, backend=torch.distributed.get_backend(), rank=rank, device=str(device),
               broadcast=d.broadcast_object({"rank": rank}), gathered=d.all_gather_object([rank]),
               summed=d.all_reduce_sum(x).tolist(), x=x.tolist())
+table = torch.arange(10.0).reshape(5, 2)
+own = torch.zeros(len(d.share(5)), 2)
+d.rows_from_rank0(table if rank == 0 else None, own, 5)
+whole = d.rows_to_rank0(own, 5)
+result.update(own=own.tolist(), whole=whole is not None and torch.equal(whole, table), made=d.from_rank0(lambda: rank))
 d.barrier()
 d.print0("only once")
 stats = Stats(device)
@@ -146,6 +151,8 @@ def test_two_processes(tmp_path):
         result = json.loads((tmp_path / f"rank{rank}").read_text())
         assert result.pop("before") == [rank, 2] and result.pop("rank") == rank
         assert result.pop("x") == [rank + 1.0] * 2  # the argument does not change
+        assert result.pop("own") == [[[0, 1], [2, 3]], [[4, 5], [6, 7], [8, 9]]][rank]
+        assert result.pop("whole") == (rank == 0) and result.pop("made") == 0
         assert "different statistics" in result.pop("error")
         assert result.pop("stats")["a"] == {"num": 6, "mean": 6.0, "std": pytest.approx((2 / 3 + 25) ** 0.5)}
         assert result == {
