@@ -15,7 +15,7 @@ import numpy as np
 
 from archives.listing import as_text, count_of, endings, some
 
-__all__ = ["FolderLabels", "label_by_folder"]
+__all__ = ["FolderLabels", "find_parts", "label_by_folder"]
 
 Path = tuple[bytes, ...]  # a folder, as the names of the folders from the root to it
 
@@ -75,14 +75,16 @@ def label_by_folder(
         found.kept = np.array([row for row, home in enumerate(homes) if home not in left_out], dtype=np.int64)
         examples = [as_text(name) for name, home in zip(names, homes, strict=True) if home in left_out]
         found.notes.append(
-            f"{path}: {count_of(outside, 'image')} beside the class folders {some(classes)} left out: {some(examples)}"
+            f"{path}: {count_of(outside, 'image')} beside the class folders {some(classes)} "
+            f"{'is' if outside == 1 else 'are'} left out: {some(examples)}"
         )
     number = {name: i for i, name in enumerate(classes)}
     label = {home: number[as_text(place[len(root)])] for place, home in used}
     found.labels = np.array([label[home] for home in homes if home in label], dtype=np.int64)
     found.class_names = classes
-    found.problem = _find_parts(classes, root, path, kind)
-    _name_doubtful_classes(found, [place[len(root) :] for place, _ in used], path)
+    found.problem = find_parts(classes, root, path, kind)
+    if found.problem is None:
+        _name_doubtful_classes(found, [place[len(root) :] for place, _ in used], path)
     return found
 
 
@@ -107,7 +109,7 @@ def _set_beside(used: list[tuple[Path, bytes]]) -> tuple[list[tuple[Path, bytes]
     return used[:start], used[start:]
 
 
-def _find_parts(classes: list[str], root: Path, path: str, kind: str) -> str | None:
+def find_parts(classes: list[str], root: Path, path: str, kind: str) -> str | None:
     """Return why classes are parts of a data set; None if they are not: at least two of training, validation, test."""
     matches = [(name, match.lastindex) for name in classes if (match := PART.fullmatch(name))]
     if len({part for _, part in matches}) < 2:
@@ -124,9 +126,10 @@ def _name_empty_folders(
     """Note the folders without images beside the classes, and beside the folders that hold all of them."""
     inside: dict[Path, list[bytes]] = {}
     places = [(_split(folder), []) for folder in folders] + [(_split(name)[:-1], [name]) for name in others]
+    known = set(classes)
     for place, files in places:
         shared = len(_common(place, root))
-        if len(place) > shared and (shared < len(root) or as_text(place[shared]) not in classes):
+        if len(place) > shared and (shared < len(root) or as_text(place[shared]) not in known):
             inside.setdefault(place[: shared + 1], []).extend(files)
     if inside:
         found.named.update(name for files in inside.values() for name in files)
@@ -142,6 +145,13 @@ def _name_doubtful_classes(found: FolderLabels, places: list[Path], path: str) -
     for names in same.values():
         if len(names) > 1:
             found.notes.append(f"{path}: {some(map(repr, names))} are different classes, although they look alike")
+    numbers = [name for name in found.class_names or [] if name.isdecimal() and len(name) < 19]
+    moved = [(name, label) for label, name in enumerate(numbers) if int(name) != label]
+    if moved and len(numbers) == len(found.class_names):
+        found.notes.append(
+            f"{path}: classes are numbered in the alphabetical order of their folders: {moved[0][0]} has the label "
+            f"{moved[0][1]}, and so on"
+        )
     below = sorted({as_text(place[1]) for place in places if len(place) > 1})
     if len(below) > 1 and all(len(place) > 1 for place in places):
         found.notes.append(

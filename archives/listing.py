@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 from collections import Counter
 from collections.abc import Iterable
@@ -18,8 +19,9 @@ __all__ = ["METADATA", "Listing", "as_text", "count_of", "endings", "examine", "
 METADATA = "dataset.json"
 LIST = METADATA.encode()
 ENDINGS = tuple(extension.encode() for extension in EXTENSIONS)
-# Folders of operating systems and file servers, which hold no images or hold thumbnails of the images.
-SYSTEM_FOLDERS = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information")
+# Names with a dot in front, and the folders of operating systems and file servers, some of which hold thumbnails.
+HIDDEN = re.compile(rb"(?:^|/)(?:\.|(?:__MACOSX|@eaDir|\$RECYCLE\.BIN|System Volume Information)(?:/|$))")
+HIDDEN_SIGNS = (b"/.", b"/__MACOSX", b"/@eaDir", b"/$RECYCLE.BIN", b"/System Volume")  # to look for in a long text
 # Nobody expects an image in a file of these names, so nothing is said about them.
 OTHER_FILES = frozenset(
     b".txt .md .rst .csv .tsv .json .jsonl .parquet .xml .yaml .yml .toml .html .htm .log .ini .db .lnk .url .py "
@@ -66,7 +68,7 @@ def list_folder(path: str) -> tuple[list[bytes], list[bytes], dict[bytes, str]]:
             with os.scandir(os.path.join(path, prefix)) as entries:
                 for entry in entries:
                     name = prefix + entry.name
-                    if _is_hidden(entry.name):
+                    if HIDDEN.search(os.fsencode(entry.name)):
                         continue
                     if entry.is_dir():
                         if entry.is_symlink():
@@ -106,7 +108,7 @@ def _check_file(path: str, root: str, where: str) -> None:
     `path` is no regular file itself.
     """
     name = os.path.basename(path)
-    used = name == METADATA or name.lower().endswith(tuple(EXTENSIONS))
+    used = name.startswith(("dataset.", "metadata.")) or name.lower().endswith(tuple(EXTENSIONS))
     try:
         linked = stat.S_ISLNK(os.lstat(path).st_mode)
         if used and linked and os.path.commonpath([root, os.path.realpath(path)]) != root:
@@ -134,8 +136,8 @@ def examine(files: list[bytes], path: str, kind: str) -> Listing:
     lists = [row for row, name in enumerate(files) if name.endswith(LIST) and _base(name) == LIST]
     text = b"/".join([b"", *files])
     hidden: set[int] = set()
-    if b"/." in text or any(b"/" + name.encode() in text for name in SYSTEM_FOLDERS):
-        hidden = {row for row, name in enumerate(files) if any(map(_is_hidden, as_text(name).split("/")))}
+    if any(sign in text for sign in HIDDEN_SIGNS):
+        hidden = {row for row, name in enumerate(files) if HIDDEN.search(name)}
         images, lists = ([row for row in rows if row not in hidden] for rows in (images, lists))
     found = Listing(images=images)
     if lists:
@@ -195,11 +197,6 @@ def _move_root(found: Listing, files: list[bytes], path: str) -> None:
 def count_of(number: int, what: str) -> str:
     """Return '1 image' or '2 images'."""
     return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
-
-
-def _is_hidden(part: str) -> bool:
-    """Return whether a file or folder of this name, without the folders above, is left out with all below."""
-    return part.startswith(".") or part in SYSTEM_FOLDERS
 
 
 def _base(name: bytes) -> bytes:

@@ -10,7 +10,7 @@ import torch
 import dnnlib
 from archives.dataset import ImageDataset
 from archives.labels import plain_labels
-from torch_utils import safe_files
+from torch_utils import distributed, safe_files
 
 __all__ = ["ImageSource", "NpzImages", "best_labels", "check_same_shape", "describe_shape", "open_images"]
 
@@ -84,6 +84,8 @@ def open_images(path: str, num: int | None = None, seed: int = 0) -> ImageSource
         source: ImageSource = NpzImages(path, max_size=num, seed=seed)
     else:
         source = ImageDataset(path, max_size=num, seed=seed, square=False)
+        if distributed.get_rank() == 0:
+            dnnlib.print_notes(source.notes)
     if len(source) < (num or 2):
         needed = f"num = {num} asks for more" if num else "metrics need at least 2"
         raise dnnlib.UserError(f"found {len(source)} images in {path}, {needed}")

@@ -328,4 +328,5 @@ def stated_transition(
         return np.eye(dataset.label_dim)
     with blame(f"--noise_type={noise_type}"):
         T = load_matrix(noise_matrix, dataset.label_dim) if noise_matrix else None
-        return transition_matrix(noise_type, noise_rate, dataset.label_dim, family=dataset.family, matrix=T)
+        counts = dataset.images_per_class(also_clean=True)
+        return transition_matrix(noise_type, noise_rate, dataset.label_dim, dataset.family, T, counts)

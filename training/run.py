@@ -7,7 +7,7 @@ import functools
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -61,6 +61,8 @@ def start(
                 f"--data: the labels of {opts['data']} are vectors of {dataset.label_dim} numbers; this method needs "
                 "one class per image"
             )
+        with blame("--data"):
+            notes = [*dataset.notes, *dataset.class_notes()]
 
         config = options.make_config(opts, method, dataset, settings(opts, dataset), **sections)
         config.contents = find_contents(config, dataset)
@@ -75,7 +77,7 @@ def start(
         if run_dir is None:
             run_dir = opts["outdir"] if opts["nosubdir"] else new_run_dir(opts["outdir"], dataset, config)
         if opts["dry_run"]:
-            print_summary(config, dataset, run_dir, device)
+            print_summary(config, dataset, run_dir, device, notes)
             print0("Dry run; exiting.")
             return None
 
@@ -95,7 +97,7 @@ def start(
             distributed.on_rank0(functools.partial(make_run_dir, run_dir, config, fresh, again))
         log_file = os.path.join(run_dir, "log.txt") if distributed.get_rank() == 0 else None
         with dnnlib.Logger(log_file, mode="a"):
-            print_summary(config, dataset, run_dir, device)
+            print_summary(config, dataset, run_dir, device, notes)
             print0("".join(f"{line}\n" for line in objective.notes()), end="")
             training_loop(objective, dataset, config, run_dir, device, nimg, best, draw_samples)
         distributed.barrier()
@@ -266,8 +268,10 @@ def interrupted_early(run_dir: str, config: RunConfig) -> bool:
     return same and not checkpoint.states(run_dir) and last_nimg(run_dir) < config.total_nimg
 
 
-def print_summary(config: RunConfig, dataset: ImageDataset, run_dir: str, device: torch.device) -> None:
-    """Print the configuration, and the facts that a person looks for first."""
+def print_summary(
+    config: RunConfig, dataset: ImageDataset, run_dir: str, device: torch.device, notes: Sequence[str]
+) -> None:
+    """Print the configuration, the facts that a person looks for first, and notes about the data."""
     shape = f"{dataset.num_channels} x {dataset.resolution} x {dataset.resolution}"
     rows = {
         "Output directory": run_dir,
@@ -283,3 +287,4 @@ def print_summary(config: RunConfig, dataset: ImageDataset, run_dir: str, device
     }
     print0(f"\nTraining options:\n{json.dumps(to_dict(config), indent=2)}\n")
     print0("\n".join(f"{k + ':':<18s} {v}" for k, v in rows.items()) + "\n")
+    print0("".join(f"Note: {dnnlib.one_line(note)}\n" for note in notes), end="")
