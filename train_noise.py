@@ -34,8 +34,12 @@ Examples:
 @options.run_options("train_noise.py", cond=True)
 @options.denoiser_options()
 @options.noise_options("clean", "sym", "asym", "pair", "matrix")
+@options.posterior_options("relabel")
 @click.option("--cls", metavar="PKL|DIR|URL", required=True,
               help="Classifier: a snapshot of train_classifier.py, or its run directory")
+@click.option("--others", type=click.Choice(["sample", "all"]),
+              help="Other possible classes of an image: one drawn by its weight, or their whole sum, as published  "
+                   "[default: sample; all with --tau or --pairs]")
 @click.option("--tau", metavar="W", type=FloatRange(min=0, max=1), default=0.01,
               help="Ignore other possible classes whose weight is at most this")
 @click.option("--pairs", metavar="K", type=click.IntRange(min=1),
@@ -49,6 +53,15 @@ def main(**opts) -> None:
         if opts["transfer"]:
             raise click.UsageError("--resume_sub and --transfer are the same option; give one")
         opts["transfer"] = opts["resume_sub"]
+    cut = [option for option in dnnlib.cli.given_options() if option in ("--tau", "--pairs")]
+    if cut and opts["others"] == "sample":
+        raise click.UsageError(f"{cut[0]}: shortens the sum over all classes; leave it out or give --others=all")
+    posterior = options.posterior_settings(opts, "relabel")
+    if posterior is not None and posterior.mode == "sample":
+        raise click.UsageError(
+            "--posterior_mode=sample: labels drawn from the posterior leave no noise to correct; "
+            "give them to train.py, or choose another rule"
+        )
     with blame("--cls"):
         path = persistence.find_snapshot(opts["cls"])
 
@@ -58,17 +71,21 @@ def main(**opts) -> None:
             check_classifier(snapshot["ema"], dataset, path)
         stated = options.stated_transition(**options.noise_settings(opts), dataset=dataset)
         with blame("--noise_type"):
-            transition, posterior = known_transition(snapshot["info"], stated, dataset, path)
-        return TDSM(config, dataset, device, classifier=snapshot["ema"], transition=transition, posterior=posterior)
+            transition, kind = known_transition(snapshot["info"], stated, dataset, path)
+        labels = options.posterior_labels(config, dataset, device)
+        known = dict(transition=transition, posterior=kind, posterior_labels=labels)
+        return TDSM(config, dataset, device, classifier=snapshot["ema"], **known)
 
     section = TDSMConfig(
         cls=path,
         tau=opts["tau"],
         pairs=opts["pairs"],
+        others=opts["others"] or ("all" if cut else None),
         temp=opts["temp"],
         **options.noise_settings(opts),
     )
-    run.start(opts, TDSM.method, make, require_labels=True, draw_samples=save_samples, tdsm=section)
+    sections = dict(tdsm=section, posterior=posterior)
+    run.start(opts, TDSM.method, make, require_labels=True, draw_samples=save_samples, **sections)
 
 
 if __name__ == "__main__":

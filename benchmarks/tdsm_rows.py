@@ -1,7 +1,8 @@
-"""Rows about TDSM: its step against DSM's for different numbers of classes, and against a loop over the classes."""
+"""Rows about TDSM: its step, with one drawn class or with all, against DSM's for different numbers of classes."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -12,38 +13,43 @@ from benchmarks.core import Row, compare
 from benchmarks.data import RandomImages, train_config
 from torch_utils.training_stats import Stats
 from training.config import TDSMConfig
+from training.networks_resnet import Classifier, resnet_kwargs
 from training.objective import Objective
 from training.objectives.dsm import DSM
 from training.objectives.tdsm import TDSM
 
 __all__ = ["rows"]
 
-PAIRS = 3  # other classes that each image keeps
+PAIRS = 3  # other classes above tau of each image
+OTHERS = 0.43  # their weight together: how often the drawn class is another one, on digits with 40% symmetric noise
 CLASSES = (10, 100, 1000)
 LOOP = 100  # classes of the loop, which is too slow for more
 
 
 class KnownPairs(torch.nn.Module):
-    """A classifier that costs nothing and leaves PAIRS other classes above tau for each image."""
+    """A classifier that costs what a real one does, and leaves PAIRS other classes above tau for each image."""
 
     augment_dim = 0
 
-    def __init__(self, labels: np.ndarray, transition: np.ndarray):
+    def __init__(self, data: RandomImages, transition: np.ndarray):
         super().__init__()
-        observed, classes = torch.from_numpy(labels)[:, None], len(transition)
+        observed, classes = torch.from_numpy(data.labels)[:, None], len(transition)
+        kwargs = resnet_kwargs("ddpmpp_tiny", data.resolution, data.num_channels, classes)
+        self.net = Classifier(data.resolution, data.num_channels, classes, **kwargs)
         index = (observed + torch.arange(PAIRS + 1)) % classes
-        # Dividing by T[y, o] makes all PAIRS + 1 weights equal for any number of classes.
-        logits = -torch.from_numpy(transition).float()[index, observed].log()
-        self.register_buffer("logits", torch.full([len(labels), classes], -30.0).scatter_(1, index, logits))
+        # Divided by T[y, o], so that the weights are these for any number of classes.
+        weights = torch.tensor([1 - OTHERS] + [OTHERS / PAIRS] * PAIRS).log()
+        logits = weights - torch.from_numpy(transition).float()[index, observed].log()
+        self.register_buffer("logits", torch.full([len(observed), classes], -60.0).scatter_(1, index, logits))
 
     def forward(self, x: torch.Tensor, sigma: torch.Tensor, augment_labels: torch.Tensor | None = None) -> torch.Tensor:
-        return self.logits
+        return self.logits + 0 * self.net(x, sigma)
 
 
 class TDSMClassLoop(TDSM):
     """The plain form of TDSM: one pass of the whole batch for every class."""
 
-    def combine(self, x, sigma, labels, augment_labels, stats):
+    def combine(self, x, sigma, labels, augment_labels, stats, *_):
         observed = labels.argmax(dim=1)
         w = self.weights(x, sigma, observed, augment_labels)
         own = w.gather(1, observed[:, None])[:, :, None, None]
@@ -57,10 +63,10 @@ class TDSMClassLoop(TDSM):
 
 
 def stepper(objective: Objective, data: RandomImages) -> Callable[[], None]:
-    """Return a form: one step on all of `data`."""
+    """Return a form: one step on all of `data`, each with other random numbers."""
     objective.setup()
-    stats, labels = Stats(torch.device("cpu")), data.onehot()
-    return lambda: objective.step(data.pixels, labels, 10_000, stats)
+    stats, labels, step = Stats(torch.device("cpu")), data.onehot(), itertools.count(100)
+    return lambda: objective.step(data.pixels, labels, next(step) * len(labels), stats)
 
 
 def rows(repeats: int) -> Iterator[Row]:
@@ -68,23 +74,34 @@ def rows(repeats: int) -> Iterator[Row]:
     forms, cpu, n = {}, torch.device("cpu"), 64
     for classes in CLASSES:
         data = RandomImages(n, 3, 16, classes)
-        config = train_config(data, "--arch=ddpmpp_tiny", "--augment=0", f"--batch={n}")
-        config.tdsm = TDSMConfig()
         transition = transition_matrix("sym", 0.4, classes)
-        kwargs = dict(classifier=KnownPairs(data.labels, transition), transition=transition, posterior="clean")
-        forms[f"dsm{classes}"] = stepper(DSM(config, data, cpu), data)
-        forms[f"tdsm{classes}"] = stepper(TDSM(config, data, cpu, **kwargs), data)
+        classifier = KnownPairs(data, transition).eval().requires_grad_(False)
+
+        def form(cls: type[DSM], others: str | None = None, data=data, transition=transition, classifier=classifier):
+            config = train_config(data, "--arch=ddpmpp_tiny", "--augment=0", f"--batch={n}")
+            if others is None:
+                return stepper(cls(config, data, cpu), data)
+            config.tdsm = TDSMConfig(others=others)
+            known = dict(classifier=classifier, transition=transition, posterior="clean")
+            return stepper(cls(config, data, cpu, **known), data)
+
+        forms[f"dsm{classes}"] = form(DSM)
+        for others in ("sample", "all"):
+            forms[f"{others}{classes}"] = form(TDSM, others)
         if classes == LOOP:
-            forms["loop"] = stepper(TDSMClassLoop(config, data, cpu, **kwargs), data)
+            forms["loop"] = form(TDSMClassLoop, "all")
     t = compare(forms, repeats, "TDSM")
-    for classes in CLASSES:
+    shares = dict(sample=f"another class in {OTHERS:.0%} of the images", all=f"{PAIRS} pairs per image")
+    for classes, others in itertools.product(CLASSES, shares):
         yield Row(
-            f"TDSM step, {classes} classes; plain: DSM step",
-            t[f"tdsm{classes}"],
+            f"TDSM step, {classes} classes, --others={others}; plain: DSM step",
+            t[f"{others}{classes}"],
             t[f"dsm{classes}"],
             images=n,
-            note=f"{PAIRS} pairs per image, ddpmpp_tiny, 16x16, batch {n}",
+            note=f"{shares[others]}, with its classifier, ddpmpp_tiny, 16x16, batch {n}",
         )
     for classes in CLASSES[1:]:
-        yield Row(f"TDSM step, {classes} classes; plain: 10 classes", t[f"tdsm{classes}"], t["tdsm10"], images=n)
-    yield Row(f"TDSM step, {LOOP} classes; plain: loop over the classes", t[f"tdsm{LOOP}"], t["loop"], images=n)
+        name = f"TDSM step, {classes} classes, --others=all; plain: 10 classes"
+        yield Row(name, t[f"all{classes}"], t["all10"], images=n)
+    name = f"TDSM step, {LOOP} classes, --others=all; plain: loop over the classes"
+    yield Row(name, t[f"all{LOOP}"], t["loop"], images=n)

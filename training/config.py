@@ -114,6 +114,7 @@ class TDSMConfig:
     cls: str = named_file("")  # snapshot of the classifier
     tau: float = 0.01  # classes whose weight is at most this leave the sum, except the observed one
     pairs: int | None = None  # how many other classes each image keeps at most; None: all above tau
+    others: str | None = settled(fresh="sample", before="all")  # the sum over other classes: one draw, or all
     temp: float = 1.0  # divides the classifier's logits
     noise_type: str | None = None  # how the labels were corrupted, where the classifier's snapshot does not say
     noise_rate: float | None = None  # share of wrong labels

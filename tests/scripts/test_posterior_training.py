@@ -1,20 +1,23 @@
 """train.py on labels by a posterior and by its other methods: runs, resume, what reaches the network, bad input."""
 
 import json
+import re
 
 import numpy as np
 import pytest
 
 import train
+import train_classifier
+import train_noise
 from archives.dataset import ImageDataset
-from archives.label_file import load_label_file, save_label_file
+from archives.label_file import LabelFile, class_noise_rates, load_label_file, save_label_file
 from archives.posterior import compress
-from detection.quality import label_file
 from tests.support.commands import callers
 from tests.support.runs import TINY, assert_same, final_weights
 from tests.support.synth import run_dataset_tool
 
 succeed, fail = callers(train.main)
+tdsm, tdsm_fails = callers(train_noise.main)
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +28,9 @@ def folder(tmp_path_factory):
     assert run_dataset_tool(*args)[0] == 0
     data = ImageDataset(str(folder / "d.zip"))
     p = np.eye(10)[data.clean_labels] * 0.7 + 0.03
-    file = label_file(data, p)
+    right = data.labels == data.clean_labels
+    known = data.file_names, data.labels, right, p[np.arange(96), data.labels].astype(np.float32), data.clean_labels
+    file = LabelFile(*known, float(np.mean(~right)), class_noise_rates(data.labels, right, 10))
     save_label_file(folder / "without.npz", file)
     file.posterior = compress(p, data.labels)
     save_label_file(folder / "labels.npz", file)
@@ -43,7 +48,8 @@ def stats(run_dir):
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch):
     """Sampling takes longer than these runs."""
-    monkeypatch.setattr(train, "save_samples", None)
+    for script in (train, train_noise):
+        monkeypatch.setattr(script, "save_samples", None)
 
 
 CEP = pytest.param(["--method=cep", "--label-dropout=0.3"], marks=pytest.mark.long)
@@ -95,3 +101,41 @@ def test_mistakes_are_named(folder, tmp_path):
     fail(1, *args, known, "--posterior_mode=null", "--posterior_min=0.9", "--posterior_mode=null|0.9")
     assert not list(tmp_path.iterdir())
     assert load_label_file(folder / "labels.npz", ImageDataset(str(folder / "d.zip"))).posterior is not None
+
+
+# TDSM.
+
+
+@pytest.fixture(scope="module")
+def classifier(folder):
+    """The run directory of a classifier that has learned a little."""
+    args = [f"--data={folder}/d.zip", f"--outdir={folder}/cls", "--nosubdir", "--duration=0.00004", *TINY]
+    callers(train_classifier.main)[0](*args, "--noise_type=sym", "--noise_rate=0.4")
+    return folder / "cls"
+
+
+def settings(output):
+    return json.loads(output.split("Training options:")[1].split("\n\n")[0])["tdsm"]
+
+
+def test_tdsm_draws_one_class_unless_the_sum_is_shortened(folder, classifier, tmp_path):
+    args = common(folder, f"--cls={classifier}", f"--outdir={tmp_path}")
+    assert settings(tdsm(*args, "-n"))["others"] == "sample"
+    assert settings(tdsm(*args, "-n", "--preset=cifar10"))["others"] == "sample"
+    for published in ("--tau=0.01", "--pairs=2", "--others=all"):
+        assert settings(tdsm(*args, "-n", published))["others"] == "all"
+    tdsm_fails(2, *args, "--others=sample", "--pairs=2", "--pairs|--others=all")
+    assert not list(tmp_path.iterdir())
+
+
+def test_tdsm_corrects_the_noise_that_posterior_labels_leave(folder, classifier, tmp_path):
+    args = common(
+        folder, f"--cls={classifier}", "--nosubdir", "--duration=0.000064", f"--posterior={folder}/labels.npz"
+    )
+    shown = tdsm(*args, f"--outdir={tmp_path}/a")
+    assert "the rule 'relabel'" in shown
+    left = float(re.search(r"Label noise that remains: ([\d.]+)%", shown)[1])
+    assert 20 < left < 35  # each image has its class with 0.73
+    assert 0 < stats(tmp_path / "a")[-1]["TDSM/pairs_per_image"]["mean"] < 1
+    tdsm_fails(2, *args, f"--outdir={tmp_path}/b", "--posterior_mode=sample", "--posterior_mode=sample|train.py")
+    assert not (tmp_path / "b").exists()

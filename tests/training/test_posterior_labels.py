@@ -211,7 +211,7 @@ def half_sure(data, mode, **kwargs):
     return PosteriorLabels(compress(p, data.labels), mode, CPU, **kwargs)
 
 
-@pytest.mark.parametrize("cls", [DSM])
+@pytest.mark.parametrize("cls", [DSM, TDSM])
 def test_steps_draw_labels_and_repeat_them(cls):
     data, kwargs = Data(), {}
     if cls is TDSM:

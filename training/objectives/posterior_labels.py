@@ -58,7 +58,8 @@ class PosteriorLabels:
         if uncertain.all():
             raise dnnlib.UserError(f"no label is left: no class has a probability of {limit:g} or more")
 
-        self.listed = self._put(np.concatenate([posterior.labels[:, None], posterior.classes], axis=1), device)
+        own = posterior.labels[:, None].astype(posterior.classes.dtype)  # of the type that takes less memory
+        self.listed = self._put(np.concatenate([own, posterior.classes], axis=1), device)
         self.probabilities = self._put(posterior.probabilities, device)
         # A class that the prior excludes still shares a rest that belongs to nobody else.
         self.prior = self._put(posterior.prior, device).to(widest(device)).clamp_min(1e-12)

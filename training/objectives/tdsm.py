@@ -4,6 +4,13 @@
 
     w_c = P(clean = c | x_t, observed = o)  is proportional to  T[c, o] P(clean = c | x_t)
 
+The gradient goes through the first term alone and is linear in the others, so one class c' drawn with probability w_c
+may stand for the sum: with all classes (tau = 0), the gradient of
+
+    E lambda(sigma) || w_o D(x_t; o) + sg[D(x_t; c') - w_o D(x_t; o)] - y ||^2
+
+is the same in expectation. Where c' = o, D(x_t; c') needs no pass of its own.
+
 An image that loses its label (label dropout) has the loss of plain denoising, || D(x_t; none) - y ||^2.
 
 y: image; x_t = y + n: the image at noise level sigma; o: its observed label; D(x_t; c): the denoiser asked for class c;
@@ -26,6 +33,7 @@ from torch_utils.training_stats import Stats
 from training.config import RunConfig
 from training.objectives.dsm import DSM, without
 from training.objectives.pair_passes import pass_size, read_later, sum_over_pairs
+from training.objectives.posterior_labels import PosteriorLabels, draw_classes
 
 __all__ = ["TDSM", "clean_posterior", "cut_weights", "known_transition", "posterior_weights", "survivors"]
 
@@ -96,7 +104,8 @@ class TDSM(DSM):
         y, augment_labels = self.prepare(images, draws)
         sigma = draws["sigma"].reshape(-1, 1, 1, 1)
         x = y + sigma * draws["noise"]
-        denoised = self.combine(x, sigma, labels, augment_labels, stats, draws.get("dropped"))
+        labels, dropped = self.choose_labels(labels, draws, stats)
+        denoised = self.combine(x, sigma, labels, augment_labels, stats, dropped, draws.get("other"))
         return self.noise_levels.weight(sigma) * (denoised - y).square()
 
     def combine(
@@ -107,8 +116,12 @@ class TDSM(DSM):
         augment_labels: torch.Tensor | None,
         stats: Stats,
         dropped: torch.Tensor | None = None,
+        uniform: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Compute w_o D(x; o) + sum_c w_c sg[D(x; c)], and D(x; none) where `dropped` (bool [n]) says so, [n,C,H,W]."""
+        """Compute w_o D(x; o) + sum_c w_c sg[D(x; c)], and D(x; none) where `dropped` (bool [n]) says so, [n,C,H,W].
+
+        With `uniform` [n], numbers in [0,1), compute w_o D(x; o) + sg[D(x; c') - w_o D(x; o)] with c' drawn by them.
+        """
         observed = labels.argmax(dim=1)
         w = self.weights(x, sigma, observed, augment_labels)
         kept = None
@@ -116,12 +129,14 @@ class TDSM(DSM):
             # The whole weight is on the one pass with gradients, which gets no label.
             w, labels, kept = torch.where(dropped[:, None], labels, w), without(labels, dropped), ~dropped
         w_observed = w.gather(1, observed[:, None])
-        w_others = w.scatter(1, observed[:, None], 0)
+        one = None if uniform is None else torch.nn.functional.one_hot(draw_classes(w, uniform), w.shape[1]).to(w)
+        w_others = (w if one is None else one).scatter(1, observed[:, None], 0)
         pairs = (w_others > 0).sum(dim=1)
         count = read_later(pairs.sum())  # the number arrives while the device computes the next line
 
         net = self.trained["net"]
-        denoised = net.forward(x, sigma, labels, augment_labels=augment_labels) * w_observed[:, :, None, None]
+        own = net.forward(x, sigma, labels, augment_labels=augment_labels)
+        denoised = own * w_observed[:, :, None, None]
         with torch.no_grad(), net.gathered():
 
             def denoise(image: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
@@ -130,6 +145,8 @@ class TDSM(DSM):
                 return net.net(x[image], sigma[image], onehot, augment_labels=augmented)
 
             others = sum_over_pairs(denoise, w_others, count(), self.pass_size, self.fixed_size, like=denoised)
+        if one is not None:
+            others = torch.where((pairs > 0)[:, None, None, None], others, own.detach()) - denoised.detach()
 
         stats.add("TDSM/pairs_per_image", pairs, kept)
         stats.add("TDSM/observed_weight", w_observed[:, 0], kept)
@@ -161,17 +178,24 @@ class TDSM(DSM):
         classifier: torch.nn.Module,
         transition: np.ndarray,
         posterior: str,
+        posterior_labels: PosteriorLabels | None = None,
     ):
         """Take a time-dependent `classifier` (in eval mode), `transition` T [C,C], and the kind of `posterior` that the
         classifier's softmax is: 'clean' P(y | x_t) or 'noisy' P(o | x_t).
+
+        With `posterior_labels` in place of the observed labels, the weights correct for the noise that those leave.
         """
-        super().__init__(config, dataset, device)
+        super().__init__(config, dataset, device, posterior_labels=posterior_labels)
         if dataset.labels is None:
             raise dnnlib.UserError(f"{dataset.name}: its labels are vectors, but TDSM needs one class per image")
         check_observed(transition, dataset.labels)
-        self.transition = torch.as_tensor(transition, dtype=torch.float32, device=device)
-        self.posterior, self.tau, self.temp = posterior, config.tdsm.tau, config.tdsm.temp
-        self.pairs = config.tdsm.pairs
+        remaining = transition if posterior_labels is None else posterior_labels.transition()
+        self.transition = torch.as_tensor(remaining, dtype=torch.float32, device=device)
+        # A drawn class costs no more than another, so none leaves the sum.
+        self.one_draw = config.tdsm.others == "sample"
+        self.tau, self.pairs = (0.0, None) if self.one_draw else (config.tdsm.tau, config.tdsm.pairs)
+        self.posterior = posterior
+        self.temp = config.tdsm.temp
         # Only a classifier of noisy labels needs the inverse of T; a T without one is refused before the first step.
         self.inverse = None
         if posterior == "noisy":
@@ -190,8 +214,23 @@ class TDSM(DSM):
         self.pass_size = pass_size(min(config.batch_gpu or share, share), dataset.resolution**2, device.type)
         self.fixed_size = config.compile or device.type != "cpu"
 
+    def notes(self) -> list[str]:
+        """Say what becomes of the labels and what noise remains."""
+        lines = super().notes()
+        if self.posterior_labels is not None:
+            left = 1 - float(self.transition.diagonal().mean())
+            lines.append(f"Label noise that remains: {left:.1%} in the mean class.")
+        return lines
+
+    def draw(self, images: torch.Tensor, generator: torch.Generator) -> dict:
+        """Draw what DSM draws, and what decides the drawn class."""
+        draws = super().draw(images, generator)
+        if self.one_draw:
+            draws["other"] = torch.rand(len(images), generator=generator, device=self.device)
+        return draws
+
     def info(self) -> dict[str, Any]:
-        """Record T and the kind of posterior."""
+        """Record the T that the weights correct for, and the kind of posterior."""
         return dict(transition=self.transition.tolist(), posterior=self.posterior)
 
 
