@@ -18,7 +18,6 @@ import numpy as np
 import dnnlib
 from archives import label_noise
 from archives.classes import check_number, name_class
-from archives.decisions import guarded
 from archives.decode import Color
 from archives.encoder import Encoder
 from archives.label_file import flagged_labels, save_label_file
@@ -26,6 +25,7 @@ from archives.labels import describe_truth
 from archives.listing import some
 from archives.sources import Source, open_source
 from archives.summary import Summary
+from archives.tables import guarded
 from archives.writer import ArchiveWriter, Transform, check_destination, is_zip
 from dnnlib.threads import usable_cores
 

@@ -13,7 +13,7 @@ import dnnlib
 from archives.json_lists import in_pieces, load_lists
 from archives.labels import NUMBER, examples, number_classes, plain_labels
 from archives.name_matching import match_names
-from archives.tables import TABLES, Table, file_and_label, is_table, read_table, table_of
+from archives.tables import TABLES, Table, file_and_label, is_table, read_table, table_of, unguarded
 from torch_utils import safe_files
 
 __all__ = ["Imported", "labels_by_name", "load_labels"]
@@ -180,6 +180,8 @@ def _from_table(
 ) -> tuple[list[Any] | None, list[Any], str, list[str]]:
     key = _usual_key(key, table.fields, usual)
     names, labels, notes = file_and_label(table, key)
+    if names is not None and "probability_wrong" in table.fields:  # ours, whose cells are guarded
+        names, labels = ([unguarded(x) if type(x) is str else x for x in cells] for cells in (names, labels))
     return names, labels, table.name if key is None else f"{table.name}: '{key}'", notes
 
 

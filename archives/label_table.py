@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 import dnnlib
-from archives.decisions import class_keys, guarded, unguarded
+from archives.decisions import class_keys
 from archives.label_file import (
     LabelFile,
     check_labels,
@@ -17,7 +17,7 @@ from archives.label_file import (
     load_outlier_flags,
     match_rows,
 )
-from archives.tables import is_table, read_table
+from archives.tables import guarded, is_table, read_table, unguarded
 
 if TYPE_CHECKING:  # needs PyTorch, which dataset_tool.py avoids because it loads slowly
     from archives.dataset import ImageDataset

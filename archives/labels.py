@@ -179,7 +179,17 @@ def match_origins(pairs: Any, names: Sequence[str], where: str) -> list[str]:
                 if name in table:
                     origins[table[name]] = path
         count = stop
-    return origins
+    text = "".join(origins)
+    return origins if text.isascii() and "\0" not in text else list(map(_writable, origins))
+
+
+def _writable(name: str) -> str:
+    """Return a name as a text file can hold it: without null characters and halves of characters."""
+    try:
+        name.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        name = name.encode("utf-8", "replace").decode()
+    return name.replace("\0", "?")
 
 
 def _pieces(pairs: Any) -> Iterable[list[Any]] | None:

@@ -133,7 +133,9 @@ class ArchiveReader:
         self._list = None if found.metadata is None or self._file is None else self._entries[found.metadata].item()
         rows, names = found.images, [files[row][len(found.root) :] for row in found.images]
         if self._metadata is None:
-            by_table, notes = label_by_table(names, found.others, lambda name: read(files.index(name)), self.path)
+            by_table, notes = label_by_table(
+                names, found.others, lambda name: read(files.index(name)), self.path, kind
+            )
             self._by_folder = by_table or label_by_folder(names, folders, found.others, self.path, kind)
             self.notes += notes + self._by_folder.notes
             found.others = [name for name in found.others if name not in self._by_folder.named]

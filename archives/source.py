@@ -45,7 +45,7 @@ class Source:
     previous_labels: np.ndarray | None = None  # labels that others replaced, of which nobody said that they are clean
     class_names: list[str] | None = None
     names: Sequence[str] | None = None  # [N], where the images have names
-    origins: Sequence[str] | None = None  # [N], their original paths, where the source remembers other ones than `names`
+    origins: Sequence[str] | None = None  # [N], their original paths, where the source remembers others than `names`
     outliers: np.ndarray | None = None  # bool [N], which images came from another source; None without a record
     corruption: dict[str, Any] = field(default_factory=dict)  # family of the images; how labels and images were changed
     notes: list[str] = field(default_factory=list)  # what a person should know, such as what was left out

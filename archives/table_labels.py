@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import dnnlib
-from archives.folder_labels import FolderLabels
+from archives.folder_labels import FolderLabels, find_parts
 from archives.imported_labels import labels_by_name
 from archives.labels import examples
 from archives.listing import as_text
@@ -17,20 +17,23 @@ NAMES = (b"metadata.csv", b"metadata.jsonl", b"metadata.parquet")
 
 
 def label_by_table(
-    names: list[bytes], others: list[bytes], read: Callable[[bytes], bytes], path: str
+    names: list[bytes], others: list[bytes], read: Callable[[bytes], bytes], path: str, kind: str
 ) -> tuple[FolderLabels | None, list[str]]:
     """Return what tables say about the images `names` of the archive `path`, None without such tables, and notes.
 
     A table is called `metadata.csv` (or .jsonl, .parquet) and has a column `file_name`, relative to the folder of the
     table, and one of labels. Each folder may have one. `others` are the archive's other files, of which `read` returns
-    the bytes.
+    the bytes; `kind` is 'folder' or 'ZIP'.
     """
     chosen: dict[bytes, bytes] = {}
-    for kind in NAMES:
+    for wanted in NAMES:
         for name in others:
             folder, _, base = name.rpartition(b"/")
-            if base == kind:
+            if base == wanted:
                 chosen.setdefault(folder, name)
+    problem = find_parts([as_text(folder) for folder in chosen], (), path, kind)
+    if problem is not None:
+        return FolderLabels(problem=problem), []
     given, values, used, notes = [], [], [], []
     for folder, name in sorted(chosen.items()):
         where = f"{path}: {as_text(name)}"

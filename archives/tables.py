@@ -13,7 +13,7 @@ import dnnlib
 from archives.decode import EXTENSIONS
 from torch_utils.safe_files import decode_text, load_json
 
-__all__ = ["TABLES", "Table", "file_and_label", "is_table", "read_table", "table_of"]
+__all__ = ["TABLES", "Table", "file_and_label", "guarded", "is_table", "read_table", "table_of", "unguarded"]
 
 TABLES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
 DELIMITERS = ",;\t|"
@@ -27,6 +27,9 @@ FILE = ("file_name", "filename", "file", "file_path", "filepath", "path", "image
         "image_filename", "image", "img", "img_name", "img_path", "name", "image_id", "img_id", "id")  # fmt: skip
 LABEL = ("label", "labels", "class", "class_name", "category", "category_name", "target", "noisy_label", "given_label",
          "class_id", "label_id", "category_id", "label_name", "y")  # fmt: skip
+
+# A spreadsheet takes a cell that begins with one of these for a formula.
+FORMULA = "=+-@\t\r'"
 
 
 class Table:
@@ -58,6 +61,16 @@ class Table:
                 + ("" if count else f" (there are: {', '.join(self.fields[:20]) or 'none'})")
             )
         return self._find(self.fields.index(field))
+
+
+def guarded(cell: str) -> str:
+    """Return a cell that no spreadsheet takes for a formula: with a ' in front where that is needed."""
+    return f"'{cell}" if cell[:1] in FORMULA and cell else cell
+
+
+def unguarded(cell: str) -> str:
+    """Return a cell without the ' that guards it against being taken for a formula."""
+    return cell[1:] if cell[:1] == "'" and cell[1:2] and cell[1] in FORMULA else cell
 
 
 def is_table(path: str | os.PathLike[str]) -> bool:

@@ -9,6 +9,8 @@ import torch
 
 import dnnlib
 from archives.dataset import ImageDataset
+from archives.label_file import LabelFile
+from archives.label_table import load_labels_or_table, save_label_table
 from archives.relabel import declare_clean, replace_labels
 from archives.source import Source
 from tests.support import synth
@@ -181,6 +183,36 @@ def test_messages_name_the_original_path(tmp_path):
     assert data.source_names == ["00000/img00000000.png", "cat/x.jpg"]
     with pytest.raises(dnnlib.UserError, match=r"a.zip: 00000/img00000001.png \(cat/x.jpg\): truncated"):
         data.image(1)
+
+
+def test_paths_of_strangers_can_be_written(tmp_path):
+    """JSON can hold halves of characters and null characters, which no CSV holds."""
+    names = [f"00000/img{i:08d}.png" for i in range(3)]
+    odd = ["\ud800.png", "a\0b.png", "caf\u00e9.png"]
+    pairs = [list(pair) for pair in zip(names, odd, strict=True)]
+    data = ImageDataset(str(synth.make_archive(tmp_path / "a.zip", synth.pictures(3), [0, 1, 1], source_names=pairs)))
+    assert data.source_names == ["?.png", "a?b.png", odd[2]]
+    flags = np.ones(3, bool)
+    file = LabelFile(
+        names, data.labels, flags, flags.astype(np.float32), data.labels, 0, np.zeros(2), data.source_names
+    )
+    save_label_table(tmp_path / "t.csv", file, None)
+    assert load_labels_or_table(tmp_path / "t.csv", data).is_clean.all()
+
+
+def test_the_table_of_a_detector_is_a_table_of_labels(tmp_path):
+    """Cells that spreadsheets would take for formulas are guarded in it."""
+    pairs = [["00000/img00000000.png", "=1.png"], ["00000/img00000001.png", "-2.png"]]
+    path = synth.make_archive(
+        tmp_path / "a.zip", synth.pictures(2), [0, 1], source_names=pairs, class_names=["+a", "b"]
+    )
+    data = ImageDataset(str(path))
+    file = LabelFile(data.file_names, data.labels, np.zeros(2, bool), np.zeros(2, np.float32), 1 - data.labels, 1,
+                     np.zeros(2), data.source_names)  # fmt: skip
+    save_label_table(tmp_path / "t.csv", file, data.class_names)
+    assert "'=1.png" in (tmp_path / "t.csv").read_text()
+    data, record, _ = build(tmp_path, path, f"--labels={tmp_path}/t.csv", "--label_key=suggested_label")
+    assert data.labels.tolist() == [1, 0] and data.source_names == ["=1.png", "-2.png"]
 
 
 @pytest.mark.parametrize("value", [5, [["a"]], [["a.png", 5]], ["a"]])

@@ -54,6 +54,16 @@ def test_folders_with_a_table_each_share_their_classes(tmp_path, kind):
     assert reader.labels().tolist() == [1, 2, 0] and reader.class_names() == ["bee", "cat", "dog"]
 
 
+def test_tables_of_parts_are_not_mixed(tmp_path):
+    files = {
+        f"{part}/{name}": text for part in ("train", "test") for name, text in {"a.png": None, "b.png": None}.items()
+    }
+    files |= {"train/metadata.csv": CSV, "test/metadata.csv": CSV}
+    with pytest.raises(dnnlib.UserError, match="train and test|test, train.*name one of them"):
+        ImageDataset(make(tmp_path, "folder", files))
+    assert ImageDataset(str(tmp_path / "in/train")).labels.tolist() == [0, 1]
+
+
 def test_the_table_counts_more_than_the_folders(tmp_path):
     files = {"p1/a.png": None, "p2/b.png": None, "metadata.csv": "file_name,label\np1/a.png,cat\np2/b.png,cat\n"}
     data = ImageDataset(make(tmp_path, "zip", files))
