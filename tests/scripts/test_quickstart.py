@@ -23,18 +23,20 @@ def demo(tmp_path_factory):
 
 def test_report_is_complete(demo):
     outdir, output = demo
-    assert re.search(r"\[1/18\].* left", output) and "Report: " in output
+    assert re.search(r"\[1/30\].* left", output) and "Report: " in output
     html, markdown = (outdir / "report.html").read_text(), (outdir / "report.md").read_text()
     rows = [line for line in markdown.splitlines() if line.startswith("| ")]
-    assert len(rows) == 6 and "baseline" in rows[1] and "TDSM" in rows[2] and rows[2] in output
-    assert [row.split("|")[1].strip() for row in rows[3:]] == [
+    assert len(rows) == 10 and "baseline" in rows[1] and "TDSM" in rows[6] and rows[6] in output
+    titles = [row.split("|")[1].strip() for row in rows[2:]]
+    assert titles[0].startswith("oracle") and [title.split()[0] for title in titles[1:4]] == ["drop", "replace", "draw"]
+    assert titles[5:] == [
         "SBDC, constant weight",
         "SBDC, calibrated weight",
         "SBDC on top of TDSM",
     ]
-    assert "n/a" not in rows[1] + rows[2]
+    assert "n/a" not in rows[1] + rows[6]
     table = json.loads((outdir / "tables" / "tdsm.json").read_text())
-    assert f"{table['metrics']['label_accuracy']:.3f}" in rows[2] and all(
+    assert f"{table['metrics']['label_accuracy']:.3f}" in rows[6] and all(
         c["num_images"] == 2 for c in table["classes"].values()
     )
     inlined = re.findall(r"data:image/png;base64,([^']+)'", html)
@@ -54,7 +56,7 @@ def test_second_call_goes_on_where_the_first_stopped(demo):
     del journal["seconds"]["tdsm-table"]
     (outdir / "quickstart.json").write_text(json.dumps(journal))
     result = CliRunner().invoke(quickstart.main, [f"--outdir={outdir}", "--minutes=0.01", "--seed=1", "--num=20"])
-    assert result.exit_code == 0 and re.findall(r"\[(\d+)/18\]", result.output) == ["11"]
+    assert result.exit_code == 0 and re.findall(r"\[(\d+)/30\]", result.output) == ["23"]
     assert (outdir / "report.html").exists()
 
 
