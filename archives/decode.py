@@ -153,8 +153,9 @@ def _read_chunks(data: bytes, check: bool = True) -> dict[bytes, int]:
             raise ValueError
         if check and zlib.crc32(view[start + 4 : end - 4]) != int.from_bytes(data[end - 4 : end], "big"):
             raise ValueError
-        if kind in LOOKS or (kind in TEXTS and data.startswith(LOOKS_IN_TEXTS, start + 8)):
-            found[kind] = start
+        if kind > b"a":  # the names of chunks that hold the image begin with capital letters
+            if kind in LOOKS or (kind in TEXTS and data.startswith(LOOKS_IN_TEXTS, start + 8)):
+                found[kind] = start
         start = end
     return found
 
@@ -173,7 +174,9 @@ def _check_mode(image: PIL.Image.Image, where: object) -> None:
 
 
 def _orientation(image: PIL.Image.Image) -> int:
-    """Return the orientation of a loaded image, 1 to 8. Pillow has turned TIFFs, which then have none."""
+    """Return the orientation of a loaded image, 1 to 8."""
+    if image.format == "TIFF":  # Pillow has turned it, and some versions still call it turned
+        return 1
     try:
         return image.getexif().get(ORIENTATION, 1)
     except DAMAGED:  # the pixels are fine

@@ -132,13 +132,15 @@ def exif(orientation):
     return found
 
 
-@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF", "TIFF LZW"])
 @pytest.mark.parametrize("orientation", SIDES)
 def test_images_are_upright(kind, orientation):
     """Red stands above blue and left of green, at every orientation and in every format that can hold one."""
     picture = np.zeros((16, 32, 3), np.uint8)
     picture[8:, :, 2], picture[:, 16:, 1], picture[:8, :16, 0] = 255, 255, 255
-    lossless = dict(lossless=True) if kind == "WEBP" else dict(quality=100, subsampling=0) if kind == "JPEG" else {}
+    lossless = dict(WEBP=dict(lossless=True), JPEG=dict(quality=100, subsampling=0)).get(kind, {})
+    if kind == "TIFF LZW":
+        kind, lossless = "TIFF", dict(compression="tiff_lzw")
     data = encoded(PIL.Image.fromarray(stored(picture, orientation)), kind, exif=exif(orientation), **lossless)
     image = decode.decode_image(data, "x")
     assert decode.image_shape(data, "x") == image.shape == picture.shape

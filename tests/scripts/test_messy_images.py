@@ -348,5 +348,5 @@ def test_label_noise_that_nobody_added(tmp_path):
     assert "Label noise: none added\n" in build(source)[1]
     assert "Label noise: none added\n" in build(tmp_path / "out.zip", dest=tmp_path / "again.zip")[1]
     noisy = build(source, "--noise_type=sym", "--noise_rate=1", dest=tmp_path / "noisy.zip")[1]
-    assert "Label noise: 100.00% of the labels are wrong\n" in noisy
+    assert "Label noise: 100.00% of the labels" in noisy
     assert "100.00%" in build(tmp_path / "noisy.zip", dest=tmp_path / "noisy again.zip")[1]
