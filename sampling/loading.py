@@ -13,7 +13,7 @@ from sampling.guidance import GatedGuidance, gated_discriminator
 from torch_utils import checkpoint, persistence
 from torch_utils.distributed import print0
 from torch_utils.precision import tf32
-from training import networks, networks_conv, networks_ddgan, networks_resnet  # noqa: F401  They register what a snapshot may hold.
+from training import networks, networks_conv, networks_ddgan, networks_resnet  # noqa: F401  They register classes.
 from training.calibration import Temperature
 
 __all__ = [

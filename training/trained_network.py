@@ -84,6 +84,13 @@ class TrainedNetwork:
             for module in (m for m in self.net.modules() if isinstance(m, UNITS)) if shard else (self.net,):
                 module.compile()
         self._shards = Shards(self.net, self.ema, device) if shard else None
+        self._running = [
+            pair
+            for (name, *pair) in (
+                (n, a, b) for (n, a), b in zip(self.ema.named_buffers(), self.net.buffers(), strict=True)
+            )
+            if name.rpartition(".")[2] in ("running_mean", "running_var")
+        ]
         self.params = self._shards.params if shard else list(self.net.parameters())
         self.optimizer = make_optimizer(self.params, optimizer, lr, device, betas)
         if optimizer == "sgd" and self.loss_scale.adapts:
@@ -178,6 +185,8 @@ class TrainedNetwork:
         beta = 0.5 ** (batch_size / halflife) if halflife > 0 else 0.0
         ema, net = (list(self.ema.parameters()), self.params) if self._shards is None else self._shards.slices()
         torch._foreach_lerp_(ema, net, 1 - beta)
+        for average, value in self._running:
+            average.lerp_(value, 1 - beta)
 
     def take_bad_grads(self) -> torch.Tensor:
         """Return the number of non-finite gradient elements since the last call, a tensor on the device."""
