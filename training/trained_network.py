@@ -84,13 +84,9 @@ class TrainedNetwork:
             for module in (m for m in self.net.modules() if isinstance(m, UNITS)) if shard else (self.net,):
                 module.compile()
         self._shards = Shards(self.net, self.ema, device) if shard else None
-        self._running = [
-            pair
-            for (name, *pair) in (
-                (n, a, b) for (n, a), b in zip(self.ema.named_buffers(), self.net.buffers(), strict=True)
-            )
-            if name.rpartition(".")[2] in ("running_mean", "running_var")
-        ]
+        buffers = zip(self.ema.named_buffers(), self.net.buffers(), strict=True)
+        running = (".running_mean", ".running_var")  # statistics of batch normalization; other buffers are constant
+        self._running = [(average, value) for (name, average), value in buffers if name.endswith(running)]
         self.params = self._shards.params if shard else list(self.net.parameters())
         self.optimizer = make_optimizer(self.params, optimizer, lr, device, betas)
         if optimizer == "sgd" and self.loss_scale.adapts:
