@@ -121,6 +121,6 @@ def evaluate(inputs: Inputs, settings: EvaluationSettings, device: torch.device 
 
 
 def _describe_labels(reference: ImageSource) -> str | None:
-    if reference.clean_labels is not None:
-        return "clean labels"
+    if reference.truth is not None:
+        return reference.truth
     return None if reference.labels is None else "labels as they are, it has no clean ones"

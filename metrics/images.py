@@ -24,6 +24,7 @@ class ImageSource(Protocol):
     label_dim: int  # number of classes
     labels: np.ndarray | None  # int64 [N]
     clean_labels: np.ndarray | None  # int64 [N]
+    truth: str | None  # what the clean labels are, in words; None without clean labels
     class_names: list[str] | None
     outliers: np.ndarray | None  # bool [N]: does the image come from another source? None: not recorded
     cache: bool  # may the decoded images be kept in memory?
@@ -60,7 +61,7 @@ class NpzImages:
         self._images, self._chosen, self.cache = images, chosen, False
         self.image_shape = (images.shape[3], *images.shape[1:3])
         self.labels = labels if labels is None else labels[chosen]
-        self.clean_labels = self.class_names = self.outliers = None
+        self.clean_labels = self.truth = self.class_names = self.outliers = None
         self.label_dim = int(labels.max()) + 1 if labels is not None and len(labels) else 0
 
     def __len__(self) -> int:

@@ -160,7 +160,7 @@ def test_table_of_pixels(files):
     assert result["judge"]["accuracy"] == 1 and result["judge"]["num"] == 12
     assert metrics["is"] is None and "probabilities" in result["notes"]["is"]
     assert {"kid", "precision_k3", "recall_k3", "density_k3", "coverage_k3", "cw_kid", "cw_coverage_k3"} < set(metrics)
-    assert result["reference_labels"] == "clean labels"
+    assert result["reference_labels"].startswith("clean labels")
     assert (result["num_images"], result["num_reference"], result["num_features"]) == (37, 60, 64)
     lines = {line.split()[0]: line.split() for line in text.splitlines() if line}
     assert set(metrics) < set(lines)
