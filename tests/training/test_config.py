@@ -15,7 +15,7 @@ def test_only_changeable_fields_may_differ():
     assert not changed(dataset=dict(path="toy", cache=False))
     assert changed(batch_size=64) == ["batch_size: 32 there, 64 here"]
     assert changed(dataset=dict(path="other")) == ["dataset.path: toy there, other here"]
-    assert changed(tdsm=dict(tau=0.5)) == ["tdsm.tau: 0.01 there, 0.5 here"]
+    assert changed(tdsm=dict(tau=0.5, temp=1.0)) == ["tdsm.tau: 0.01 there, 0.5 here"]
     assert not differences(to_dict(make_config(seed=1)), to_dict(make_config(seed=2)), besides=["seed"])
 
 
