@@ -208,4 +208,5 @@ def _ending(name: bytes) -> bytes:
 
 
 def as_text(name: bytes) -> str:
+    """Return a name as text; bytes that are not UTF-8 survive the way back by `os.fsencode`."""
     return name.decode("utf-8", "surrogateescape")
