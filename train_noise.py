@@ -11,10 +11,11 @@ import dnnlib.before_torch
 import click
 
 import dnnlib.cli
-from dnnlib.cli import FloatRange, blame
+from dnnlib.cli import AutoFloat, FloatRange, blame
 from sampling.sheet import save_samples
 from torch_utils import persistence
 from training import options, run
+from training.calibration import Temperature
 from training.config import TDSMConfig
 from training.objectives.classifier import check_classifier
 from training.objectives.tdsm import TDSM, known_transition
@@ -44,8 +45,9 @@ Examples:
               help="Ignore other possible classes whose weight is at most this")
 @click.option("--pairs", metavar="K", type=click.IntRange(min=1),
               help="Keep at most the K heaviest other classes per image; faster with many  [default: no limit]")
-@click.option("--temp", metavar="FLOAT", type=FloatRange(min=0, min_open=True), default=1.0,
-              help="Divide the classifier's logits by this; below 1 makes it more certain")
+@click.option("--temp", metavar="FLOAT|auto", type=AutoFloat(min=0, min_open=True),
+              help="Divide the classifier's logits by this; below 1 makes it more certain. auto: by what its snapshot "
+                   "records for each noise level  [default: auto]")
 @click.option("--resume_sub", metavar="PKL|URL", help="The same as --transfer")
 # fmt: on
 def main(**opts) -> None:
@@ -69,12 +71,13 @@ def main(**opts) -> None:
         with blame("--cls"):
             snapshot = persistence.load_snapshot(path, trust_pickle=opts["trust_pickle"], kind="classifier")
             check_classifier(snapshot["ema"], dataset, path)
+            temperature = Temperature.read(snapshot["info"].get("temperature"), path)
         stated = options.stated_transition(**options.noise_settings(opts), dataset=dataset)
         with blame("--noise_type"):
             transition, kind = known_transition(snapshot["info"], stated, dataset, path)
+        known = dict(transition=transition, posterior=kind, temperature=temperature)
         labels = options.posterior_labels(config, dataset, device)
-        known = dict(transition=transition, posterior=kind, posterior_labels=labels)
-        return TDSM(config, dataset, device, classifier=snapshot["ema"], **known)
+        return TDSM(config, dataset, device, classifier=snapshot["ema"], posterior_labels=labels, **known)
 
     section = TDSMConfig(
         cls=path,

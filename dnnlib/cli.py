@@ -20,6 +20,7 @@ __all__ = [
     "CLASS_LIST",
     "FLOAT_LIST",
     "INT_LIST",
+    "AutoFloat",
     "Command",
     "FloatRange",
     "Group",
@@ -90,6 +91,15 @@ class FloatRange(click.FloatRange):
         if math.isnan(number) or (self._finite and math.isinf(number)):
             self.fail(f"{value!r} is not a finite number" if self._finite else f"{value!r} is not a number", param, ctx)
         return number
+
+
+class AutoFloat(FloatRange):
+    """A FloatRange that takes 'auto', too."""
+
+    name = "FLOAT or auto"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float | str:
+        return value if value == "auto" else super().convert(value, param, ctx)
 
 
 def output_file(_ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:

@@ -31,6 +31,8 @@ __all__ = ["Temperature", "fit_temperature", "mean_log_likelihood"]
 GRID = np.linspace(-3, 3, 25)  # of ln temp, constant over the noise levels: the likelihood may have several peaks
 LIMIT = 3.0  # of the coefficients, in units of the spread of ln sigma
 PRIOR = (1.0, 0.5, 0.25)  # standard deviations of the coefficients around 0, which is temp 1
+DROP = 1.92  # of the log-likelihood from its peak to the limits of a 95% interval: half of chi^2 with one degree
+MOST = math.log(2)  # by how much ln temp may lie below its most likely value, where nothing contradicts
 TAILS = 0.01  # share of the noise levels at either end to which the polynomial does not reach
 
 
@@ -95,8 +97,14 @@ def fit_temperature(
     targets: torch.Tensor,
     T: torch.Tensor | None = None,
     images: int | None = None,
+    certain: bool = False,
 ) -> Temperature:
     """Return the temperature at which held-out targets are most likely.
+
+    With `certain`, return the lowest one that they do not contradict (a 95% interval), at least half of the most likely
+    one. The more images there are, the nearer the two are to each other. Few noisy labels hardly tell 3% of doubt from
+    10%: a sample of them has more or fewer wrong labels than T says. Where doubt does more harm than certainty, it
+    needs the evidence.
 
     `logits` [N,C], of each image at noise level `sigma` [N]. `targets`: observed classes int64 [N], or shares of the
     classes [N,C]. `T` [C,C]: what turns the classes of the logits into those of `targets` int64 [N]. A network of two
@@ -111,11 +119,13 @@ def fit_temperature(
     powers = ((x - center) / spread)[:, None] ** torch.arange(len(PRIOR), device=x.device)
     evidence = (images or len(x)) / len(x)
 
+    def likelihood(a: torch.Tensor) -> torch.Tensor:
+        temp = (powers @ a.to(powers)).clamp(-2 * LIMIT, 2 * LIMIT).exp()
+        return evidence * _log_likelihoods(logits, targets, columns, temp[:, None]).sum().to("cpu", torch.float64)
+
     def negative(a: np.ndarray) -> tuple[float, np.ndarray]:
         a = torch.tensor(a, dtype=torch.float64, requires_grad=True)
-        temp = (powers @ a.to(powers)).clamp(-2 * LIMIT, 2 * LIMIT).exp()
-        likely = _log_likelihoods(logits, targets, columns, temp[:, None]).sum()
-        loss = (a / torch.tensor(PRIOR)).square().sum() / 2 - evidence * likely.to("cpu", torch.float64)
+        loss = (a / torch.tensor(PRIOR)).square().sum() / 2 - likelihood(a)
         loss.backward()
         return loss.item(), a.grad.numpy()
 
@@ -123,6 +133,14 @@ def fit_temperature(
     start = min(([float(a), *rest] for a in GRID), key=lambda a: negative(np.array(a))[0])
     bounds = [(-LIMIT, LIMIT)] * len(PRIOR)
     found = scipy.optimize.minimize(negative, start, jac=True, method="L-BFGS-B", bounds=bounds).x
+    if certain:
+
+        def spare(down: float) -> float:
+            fall = peak - float(likelihood(torch.tensor(found - [down, *rest])))
+            return 1 - fall / DROP - (down / MOST) ** 2
+
+        peak = float(likelihood(torch.tensor(found)))
+        found[0] -= MOST if spare(MOST) >= 0 else scipy.optimize.brentq(spare, 0, MOST, xtol=1e-3)
     polynomial = Polynomial(found)(Polynomial([-center / spread, 1 / spread]))
     return Temperature(tuple(polynomial.coef.tolist()), math.exp(low), math.exp(high))
 
@@ -137,7 +155,7 @@ def _as_classes(
         targets = torch.stack([1 - targets, targets], dim=1)
     if targets.is_floating_point():
         return logits, targets.to(logits), None
-    return logits, targets, None if T is None else T.to(logits).T[targets].log()
+    return logits, targets, None if T is None else T.detach().to(logits).T[targets].log()
 
 
 def _log_likelihoods(

@@ -100,10 +100,12 @@ class CEPConfig:
 class ClassifierConfig:
     """What `train_classifier.py` adds (docs/methods/tdsm.md)."""
 
-    noise_type: str = "clean"  # how the labels were corrupted; clean: learn the noisy posterior; learn: learn T too
+    noise_type: str = "clean"  # how the labels were corrupted; clean: learn the noisy posterior; auto, learn: find T
     noise_rate: float | None = None  # share of wrong labels
     noise_matrix: str | None = named_file()  # file that holds T
-    val: float = 0.05  # share of the images held out to choose the best snapshot
+    label_path: str | None = named_file()  # label file that says what T is, or where it starts
+    warm_start: bool | None = settled(fresh=True, before=False)  # a learned T starts at an estimate, not at 52%
+    val: float = 0.05  # share of the images held out to choose the best snapshot and its temperature
     shift: float = 0.125  # largest random shift, as a share of the image size
 
 
@@ -115,7 +117,7 @@ class TDSMConfig:
     tau: float = 0.01  # classes whose weight is at most this leave the sum, except the observed one
     pairs: int | None = None  # how many other classes each image keeps at most; None: all above tau
     others: str | None = settled(fresh="sample", before="all")  # the sum over other classes: one draw, or all
-    temp: float = 1.0  # divides the classifier's logits
+    temp: float | str | None = settled(fresh="auto", before=1.0)  # divides the classifier's logits; auto: its own
     noise_type: str | None = None  # how the labels were corrupted, where the classifier's snapshot does not say
     noise_rate: float | None = None  # share of wrong labels
     noise_matrix: str | None = named_file()  # file that holds T

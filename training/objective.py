@@ -78,8 +78,15 @@ class Objective:
         """Return a value on held-out data, lower is better, equal on all ranks; None without held-out data."""
         return None
 
+    def begin(self) -> None:
+        """Prepare what only a fresh run needs; the state keeps it. All ranks call it."""
+
     def notes(self) -> list[str]:
         """Return lines to print before training begins."""
+        return []
+
+    def results(self, snapshot: str) -> list[str]:
+        """Return lines to print after the training, which has kept the file `snapshot`. Rank 0 calls it."""
         return []
 
     def loss_settings(self) -> dict[str, Any]:

@@ -322,7 +322,7 @@ def stated_transition(
         raise click.UsageError("--noise_type=matrix and --noise_matrix=FILE go together")
     if (noise_type in ("sym", "asym", "pair")) != (noise_rate is not None):
         raise click.UsageError("--noise_rate goes with --noise_type=sym, asym or pair, and they with it")
-    if noise_type in (None, "learn"):
+    if noise_type in (None, "auto", "learn"):
         return None
     if noise_type == "clean":
         return np.eye(dataset.label_dim)

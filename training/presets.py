@@ -97,7 +97,7 @@ PRESETS = [
     Preset(
         "digits",
         "train_classifier.py",
-        "the classifier of the TDSM row below; state the noise with --noise_type, or learn it",
+        "the classifier of the TDSM row below; state the noise with --noise_type, or let it be found",
         _DIGITS | dict(batch=256, lr=2e-3, lr_rampup_kimg=10, ema=0.01, dropout=0.5, snap=1, duration=0.2, tick=10),
     ),
     Preset(
@@ -105,8 +105,7 @@ PRESETS = [
         "train_noise.py",
         "1,797 digits, 40% symmetric noise, seeds 0-2: label accuracy 0.936, 0.943, 0.944; "
         "class-wise FD 1.41, 1.27, 1.52",
-        # A classifier of few images is unsure where it could be certain, and T's large diagonal multiplies its doubt.
-        _DIGITS_UNET | dict(duration=0.28, tick=14, temp=0.5),
+        _DIGITS_UNET | dict(duration=0.28, tick=14),
     ),
     Preset(
         "digits",

@@ -98,8 +98,12 @@ def start(
         log_file = os.path.join(run_dir, "log.txt") if distributed.get_rank() == 0 else None
         with dnnlib.Logger(log_file, mode="a"):
             print_summary(config, dataset, run_dir, device, notes)
+            if state is None:
+                objective.begin()
             print0("".join(f"{line}\n" for line in objective.notes()), end="")
             training_loop(objective, dataset, config, run_dir, device, nimg, best, draw_samples)
+            if best.name is not None and distributed.get_rank() == 0:
+                print0("".join(f"{line}\n" for line in objective.results(os.path.join(run_dir, best.name))), end="")
         distributed.barrier()
     return run_dir
 

@@ -134,9 +134,14 @@ def test_tdsm_with_clean_and_noisy_posterior(data, classifier, tmp_path):
 
     for noise in ([], ["--noise_type=learn"]):
         out = tmp_path / f"cls{len(noise)}"
-        succeed("train_classifier", f"--outdir={out}", f"--data={data}", "--duration=0.0002", *noise, *TINY)
+        told = succeed("train_classifier", f"--outdir={out}", f"--data={data}", "--duration=0.0002", *noise, *TINY)
+        assert re.search(
+            r"\nTemperature: [\d.]+ at sigma .* held-out loss [\d.]+ without it, [\d.]+ with it\n", told.output
+        )
+    for origin in ("estimated", "learned"):
+        assert re.search(rf"\nLabel noise, {origin}: [\d.]+% .*\(in truth [\d.]+%; T differs", told.output)
     fail(1, "--noise_type.*sym.*0.4", "train_noise", *args, f"--cls={tmp_path}/cls0/00000*/network*.pkl")
-    succeed(
+    told = succeed(
         "train_noise",
         *args,
         f"--cls={tmp_path}/cls0/00000*/network*.pkl",
@@ -146,6 +151,7 @@ def test_tdsm_with_clean_and_noisy_posterior(data, classifier, tmp_path):
         "--resume_sub",
         persistence.find_snapshot(str(run_dir)),
     )
+    assert re.search(r"\nThe classifier's temperature: [\d.]+ at sigma", told.output)
     succeed(
         "train_noise",
         *args,
@@ -337,6 +343,10 @@ def test_bad_options(data, trained, classifier, tmp_path):
     fail(1, "no-such", "train_noise", *good, "--cls=no-such/network-snapshot-*.pkl")
     snapshot = persistence.find_snapshot(str(trained))
     fail(1, "classifier", "train_noise", *good, f"--cls={snapshot}")  # a denoiser is no classifier
+    fail(2, "--label-path goes with", "train_classifier", *good, "--noise_type=pair", f"--label-path={tmp_path}/x.npz")
+    fail(1, "--label-path.*x.npz", "train_classifier", *good, "--noise_type=auto", f"--label-path={tmp_path}/x.npz")
+    for temp in ("0", "-1", "nan", "warm"):
+        fail(2, f"--temp.*{temp}", "train_noise", *good, f"--cls={classifier}", f"--temp={temp}")
     fail(1, "0.8.*0.6", "train_noise", *good, f"--cls={classifier}", "--noise_type=sym", "--noise_rate=0.2")
     fail(1, "not-a-snapshot", "train", *good, f"--transfer={_file(tmp_path / 'not-a-snapshot.pkl')}")
     fail(1, "garbage.pt", "train", *good, f"--resume={_file(tmp_path / 'garbage.pt')}")

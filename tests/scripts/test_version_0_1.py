@@ -104,6 +104,15 @@ def test_classifiers_and_discriminators_answer_as_before(old, name):
     compare(logits.numpy(), expected[f"logits.{name}"], exact, 1e-6)
 
 
+def test_classifier_without_a_temperature_keeps_its_logits(old, tmp_path, monkeypatch):
+    folder, made, _, _ = old
+    monkeypatch.chdir(folder)
+    script, *args = made["commands"]["tdsm"]
+    args = [arg for arg in args if arg != "--temp=0.5"]
+    output = run(SCRIPTS[script], *args, f"--outdir={tmp_path}/new", "--duration=0.00001")
+    assert "The classifier's snapshot records no temperature; its logits stay as they are.\n" in output
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_runs_resume_as_before(old, name, tmp_path, monkeypatch):
     folder, made, expected, exact = old

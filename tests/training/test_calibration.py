@@ -77,6 +77,20 @@ def test_few_images_change_little():
     assert 1 < little < 2 < much
 
 
+@pytest.mark.parametrize("images, low, high", [(40_000, 0.9, 1.0), (400, 0.6, 0.9), (1, 0.5, 0.65)])
+def test_certainty_needs_no_evidence_but_bows_to_it(images, low, high):
+    """Of the most likely temperature, as much is left as the labels of so many images demand, and at least half."""
+    logits, sigma, clean = mixture(4000)
+    T, observed = observe(clean, "sym", 0.4)
+    likely, found = (
+        fit_temperature(2 * logits, sigma, observed, T, images=images, certain=certain)(torch.tensor(1.0))
+        for certain in (False, True)
+    )
+    assert low < found / likely < high
+    if images == 40_000:
+        assert found == pytest.approx(2, rel=0.15)
+
+
 @pytest.mark.parametrize("case", ["one noise level", "certain", "no information", "impossible"])
 def test_degenerate_logits_give_a_temperature(case):
     logits, sigma, clean = mixture(50)

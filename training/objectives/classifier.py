@@ -5,10 +5,15 @@
 x_t: image at noise level sigma; o: its observed label; T[y, o] = P(observed = o | clean = y). With T, stated or
 learned, p becomes the clean posterior P(clean | x_t). Without T the loss is -ln p_o, and p becomes the noisy posterior
 P(o | x_t). A learned T adds the volume penalty lambda ln det T (VolMinNet: Li et al., ICML 2021).
+
+The held-out noisy labels choose the best snapshot, and a temperature for its logits at each noise level, which the
+snapshot records (training/calibration.py). TDSM multiplies doubt by T's large diagonal, so the temperature is the most
+certain one that these labels do not contradict.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -16,26 +21,38 @@ import torch
 
 import dnnlib
 from archives.dataset import ImageDataset, to_float
-from archives.label_noise import check_observed
-from torch_utils import distributed, misc
+from archives.label_noise import check_matrix, check_observed
+from torch_utils import distributed, misc, persistence
+from torch_utils.distributed import print0
 from torch_utils.precision import widest
 from torch_utils.training_stats import Stats
 from training.augment import draw_shifts, shift_images
+from training.calibration import Temperature, fit_temperature, mean_log_likelihood
 from training.config import RunConfig
 from training.networks_resnet import Classifier
-from training.objective import Objective
+from training.objective import Objective, split_items
 from training.trained_network import TrainedNetwork
+from training.transition_estimate import describe_transition
 
 __all__ = ["ClassifierObjective", "LearnedTransition", "check_classifier"]
 
 VOLUME_WEIGHT = 1e-4  # lambda
 VALIDATION_DRAWS = 4096  # a validation value is the mean over at least so many noisy images
-# Learning rate of the learned T: share of the run -> factor; then T stays fixed (published: 1.5, 3, 7.5 of 10 Mimg).
+CALIBRATION_DRAWS = 16_384  # a temperature comes from at most so many of them
+# Learning rate of a T that starts at -2: share of the run -> factor; then T stays fixed (published: 1.5, 3, 7.5 of 10
+# Mimg).
 TRANSITION_SCHEDULE = ((0.15, 1.0), (0.30, 0.1), (0.75, 0.01))
+# That of a T that starts at an estimate: first the classifier learns what the estimate says, then T moves, at most by
+# REACH in each theta however short the run is, and settles.
+REACH = 2.0
+ESTIMATE_SCHEDULE = ((0.30, 0.0), (0.60, 1.0), (0.75, 0.1))
 
 
 class LearnedTransition(torch.nn.Module):
-    """T [C,C]: 1 on the diagonal, sigmoid(theta) elsewhere, then rows divided by their sums; theta starts at -2."""
+    """T [C,C]: 1 on the diagonal, sigmoid(theta) elsewhere, then rows divided by their sums.
+
+    theta starts at -2, which is a rate of 52% wrong labels with 10 classes, or at `start_at`.
+    """
 
     def __init__(self, num_classes: int):
         super().__init__()
@@ -46,6 +63,12 @@ class LearnedTransition(torch.nn.Module):
         eye = torch.eye(len(self.theta), device=self.theta.device)
         t = eye + (1 - eye) * torch.sigmoid(self.theta)
         return t / t.sum(dim=1, keepdim=True)
+
+    @torch.no_grad()
+    def start_at(self, T: torch.Tensor) -> None:
+        """Set theta to give T [C,C], up to entries that are 0 or larger than the diagonal."""
+        ratio = T / T.diagonal()[:, None].clamp_min(1e-6)
+        self.theta.copy_(ratio.clamp(1e-4, 0.99).logit())
 
 
 class ClassifierObjective(Objective):
@@ -86,34 +109,75 @@ class ClassifierObjective(Objective):
         *,
         transition: np.ndarray | None,
         learn: bool = False,
+        estimate: Callable[[], np.ndarray] | None = None,
     ):
+        """Take T [C,C], or None, or `estimate`, which finds T when a fresh run begins, on all processes at once.
+
+        With `learn`, T starts at the estimate and learns with the classifier.
+        """
         super().__init__(config, dataset, device)
-        self.learn = learn
+        self.learn, self.estimate = learn, estimate
         if transition is not None and dataset.labels is not None:
             check_observed(transition, dataset.labels)
-        self.fixed = None if transition is None else torch.as_tensor(transition, dtype=torch.float32).to(device)
-        # Which images are held out follows from the seed alone; their mirror images are held out with them.
-        raw = dataset.num_raw
-        order = torch.from_numpy(np.random.RandomState(config.seed % 2**32).permutation(raw))
-        held_out = round(config.classifier.val * raw)
-        self.val_indices, rest = order[:held_out], order[held_out:]
-        self.train_indices = torch.cat([rest + copy * raw for copy in range(len(dataset) // raw)])
-        self.snapshot_on_best = held_out > 0
+        self.fixed: torch.Tensor | None = None
+        if transition is not None:
+            self.use(transition)
+        self.held_out: tuple[torch.Tensor, ...] | None = None  # logits, noise levels and labels of the last validation
+        self.val_indices, self.train_indices = split_items(dataset, config.classifier.val, config.seed)
+        self.snapshot_on_best = len(self.val_indices) > 0
 
     def build(self) -> dict[str, TrainedNetwork]:
         """Create the classifier, and T when it is learned."""
         net = self.resnet(Classifier)
         trained = {"net": self.trained_network(net)}
         if self.learn:
-            total = self.config.total_nimg
+            total, unit, schedule = self.config.total_nimg, 1.0, TRANSITION_SCHEDULE
+            if self.estimate is not None:
+                schedule = ESTIMATE_SCHEDULE
+                steps = (schedule[1][0] - schedule[0][0]) * total / self.config.batch_size
+                unit = REACH / max(steps, 1) / self.config.optimizer.lr
             trained["transition"] = self.trained_network(
                 LearnedTransition(self.dataset.label_dim),
                 compile=False,
                 shard=False,  # only C x C numbers
                 ema_halflife=0,
-                lr_factor=lambda nimg: next((f for share, f in TRANSITION_SCHEDULE if nimg < share * total), 0.0),
+                lr_factor=lambda nimg: unit * next((f for share, f in schedule if nimg < share * total), 0.0),
             )
         return trained
+
+    def begin(self) -> None:
+        """Find T, if it is to be estimated."""
+        if self.estimate is None:
+            return
+        T = self.estimate()
+        check_observed(T, self.dataset.labels)
+        print0(describe_transition(T, self.dataset, "estimated"))
+        swapped = np.flatnonzero(T.argmax(axis=1) != np.arange(len(T)))
+        if len(swapped):
+            print0(
+                f"Warning: by this estimate, images of {len(swapped)} classes carry another label more often than "
+                "their own. It may have had too few images or too little training; state the label noise if you know it"
+            )
+        if self.learn:
+            for net in (self.trained["transition"].net, self.trained["transition"].ema):
+                net.start_at(torch.as_tensor(T, dtype=torch.float32))
+        else:
+            self.use(T)
+
+    def use(self, T: np.ndarray) -> None:
+        """Correct for T [C,C] from now on."""
+        self.fixed = torch.as_tensor(T, dtype=torch.float32).to(self.device)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a training state holds, with the estimate of T."""
+        found = self.estimate is not None and not self.learn
+        return super().state_dict() | (dict(estimate=self.fixed.cpu()) if found else {})
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from what `state_dict` returned."""
+        super().load_state_dict(state)
+        if self.estimate is not None and not self.learn:
+            self.use(check_matrix(state["estimate"].numpy(), self.dataset.label_dim))
 
     def draw(self, images: torch.Tensor, generator: torch.Generator) -> dict:
         """Draw what every objective draws, and random shifts."""
@@ -135,6 +199,7 @@ class ClassifierObjective(Objective):
         # Images at a time: without gradients, each takes about a tenth of the memory.
         size = self.config.batch_gpu or 8 * self.config.batch_size // distributed.get_world_size()
         total = torch.zeros([], dtype=torch.float64, device=self.device)
+        rows, kept = [], 0
         for part in indices.split(max(self.config.batch_size, 256)):
             y = to_float(self.dataset.images(part).to(self.device))
             labels = self.dataset.onehot(part).to(self.device)
@@ -142,15 +207,46 @@ class ClassifierObjective(Objective):
             x = y + sigma.reshape(-1, 1, 1, 1) * torch.randn(y.shape, generator=generator, device=self.device)
             logits = torch.cat([*map(self.trained["net"].ema, x.split(size), sigma.split(size))])
             total -= (self.noisy_log_probs(torch.log_softmax(logits, dim=1), transition) * labels).sum()
+            if kept < CALIBRATION_DRAWS:
+                rows.append((logits, sigma, labels.argmax(dim=1)))
+                kept += len(part)
+        self.held_out = tuple(map(torch.cat, zip(*rows, strict=True)))
         return float(total) / len(indices)
 
+    def calibration(self, transition: torch.Tensor | None) -> dict[str, Any]:
+        """Return the temperature that the last validation's labels ask for, and their mean loss with it."""
+        if self.held_out is None:
+            return {}
+        logits, sigma, observed = self.held_out
+        found = fit_temperature(logits, sigma, observed, transition, images=len(self.val_indices), certain=True)
+        loss = -float(mean_log_likelihood(logits, observed, transition, found(sigma)))
+        return dict(temperature=found.plain(), calibrated_loss=loss)
+
     def info(self) -> dict[str, Any]:
-        """Record T and which posterior the softmax is."""
+        """Record T, which posterior the softmax is, and its temperature at each noise level."""
         transition = self.trained["transition"].net() if self.learn else self.fixed
         return dict(
             posterior="noisy" if transition is None else "clean",
             transition=None if transition is None else transition.tolist(),
+            **self.calibration(transition),
         )
+
+    def results(self, snapshot: str) -> list[str]:
+        """Say how sure the kept classifier is, and which T it has found."""
+        info = persistence.load_snapshot(snapshot)["info"]
+        found, lines = Temperature.read(info.get("temperature"), snapshot), []
+        if found is not None:
+            lines.append(
+                f"Temperature: {found}; held-out loss {info['validation_loss']:.4f} without it, "
+                f"{info['calibrated_loss']:.4f} with it"
+            )
+        if self.estimate is not None or self.learn:
+            lines.append(
+                describe_transition(
+                    np.array(info["transition"]), self.dataset, "learned" if self.learn else "estimated"
+                )
+            )
+        return lines
 
 
 def check_classifier(classifier: torch.nn.Module, dataset: ImageDataset, path: str) -> None:

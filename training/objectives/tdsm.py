@@ -30,6 +30,7 @@ from archives.label_noise import check_matrix, check_observed, impossible_label,
 from torch_utils import distributed
 from torch_utils.precision import widest
 from torch_utils.training_stats import Stats
+from training.calibration import Temperature
 from training.config import RunConfig
 from training.objectives.dsm import DSM, without
 from training.objectives.pair_passes import pass_size, read_later, sum_over_pairs
@@ -163,7 +164,8 @@ class TDSM(DSM):
         dtype = self.classifier_dtype
         with torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
             logits = self.classifier(x, sigma.flatten(), augment_labels=augment_labels)
-        log_p = torch.log_softmax(logits.to(torch.float32) / self.temp, dim=1)
+        temp = self.temp if self.temperature is None else self.temperature(sigma.reshape(-1, 1))
+        log_p = torch.log_softmax(logits.to(torch.float32) / temp, dim=1)
         if self.posterior == "noisy":
             log_p = clean_posterior(log_p, self.transition, self.inverse).clamp_min(torch.finfo(log_p.dtype).tiny).log()
         w = posterior_weights(log_p, self.transition, observed, check=False)  # the labels were checked before the run
@@ -178,12 +180,15 @@ class TDSM(DSM):
         classifier: torch.nn.Module,
         transition: np.ndarray,
         posterior: str,
+        temperature: Temperature | None = None,
         posterior_labels: PosteriorLabels | None = None,
     ):
         """Take a time-dependent `classifier` (in eval mode), `transition` T [C,C], and the kind of `posterior` that the
         classifier's softmax is: 'clean' P(y | x_t) or 'noisy' P(o | x_t).
 
         With `posterior_labels` in place of the observed labels, the weights correct for the noise that those leave.
+
+        `temperature` is the classifier's own, which the configuration's `temp` may replace by a number.
         """
         super().__init__(config, dataset, device, posterior_labels=posterior_labels)
         if dataset.labels is None:
@@ -195,7 +200,9 @@ class TDSM(DSM):
         self.one_draw = config.tdsm.others == "sample"
         self.tau, self.pairs = (0.0, None) if self.one_draw else (config.tdsm.tau, config.tdsm.pairs)
         self.posterior = posterior
-        self.temp = config.tdsm.temp
+        auto = config.tdsm.temp in ("auto", None)
+        self.temp = 1.0 if auto else config.tdsm.temp  # where there is no temperature by noise level
+        self.temperature = temperature if auto else None
         # Only a classifier of noisy labels needs the inverse of T; a T without one is refused before the first step.
         self.inverse = None
         if posterior == "noisy":
@@ -215,11 +222,15 @@ class TDSM(DSM):
         self.fixed_size = config.compile or device.type != "cpu"
 
     def notes(self) -> list[str]:
-        """Say what becomes of the labels and what noise remains."""
+        """Say what becomes of the labels, what noise remains, and what the classifier's logits are divided by."""
         lines = super().notes()
         if self.posterior_labels is not None:
             left = 1 - float(self.transition.diagonal().mean())
             lines.append(f"Label noise that remains: {left:.1%} in the mean class.")
+        if self.temperature is not None:
+            lines.append(f"The classifier's temperature: {self.temperature}.")
+        elif self.config.tdsm.temp in ("auto", None):
+            lines.append("The classifier's snapshot records no temperature; its logits stay as they are.")
         return lines
 
     def draw(self, images: torch.Tensor, generator: torch.Generator) -> dict:
