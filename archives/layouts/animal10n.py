@@ -60,6 +60,7 @@ def open_animal10n(path: str, choice: Choice) -> Source:
     source = Source(path, len(reader), reader.image, np.array([int(name[0]) for name in names]), names=reader.names)
     source.corruption["family"] = "animal10n"
     source.notes.append(f"{path}: labels are the digits before '_' in the names of the images, as in ANIMAL-10N")
-    if not flat or os.path.basename(os.path.abspath(path)) in PARTS.values() or "animal" in path.lower():
+    folder = os.path.basename(os.path.abspath(path)).lower()
+    if not flat or folder in PARTS.values() or "animal" in folder:  # else a folder of other images with such names
         source.class_names = list(CLASSES)
     return source
