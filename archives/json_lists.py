@@ -5,6 +5,8 @@ As Python objects, a million labels take 300 MB. As arrays they take eight.
 
 from __future__ import annotations
 
+import contextlib
+import json
 import secrets
 from collections.abc import Iterator
 from typing import Any
@@ -26,6 +28,14 @@ class LongList:
     def __init__(self, data: bytes, start: int, end: int, commas: list[int], name: str):
         self._data, self._name = data, name
         self._borders = [start - 1, *commas, end]
+
+    def first(self) -> Any:
+        """Return the first item; None where it is not found within a few thousand bytes."""
+        start = self._borders[0] + 1
+        text = self._data[start : start + 4096].decode("utf-8", "replace").lstrip()
+        with contextlib.suppress(ValueError, RecursionError):
+            return json.JSONDecoder().raw_decode(text)[0]
+        return None
 
     def pieces(self) -> Iterator[list[Any]]:
         """Yield the items in order, in lists of about a megabyte of text. UserError: a piece is not valid JSON."""

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 import dnnlib
-from archives.json_lists import in_pieces
+from archives.json_lists import LongList, in_pieces
 
 __all__ = [
     "NUMBER",
@@ -100,6 +100,9 @@ def text_classes(lists: Iterable[Any], where: str) -> list[str] | None:
     """Return the names of the classes of lists of labels as in `match_labels`, None where labels are no names."""
     texts: set[str] = set()
     for pairs in lists:
+        first = pairs.first() if isinstance(pairs, LongList) else None
+        if _is_pair(first) and type(first[1]) is not str:
+            continue  # numbers: no piece needs to be parsed twice
         for piece in _pieces(pairs) or ():
             if not piece or not _is_pair(piece[0]) or type(piece[0][1]) is not str:
                 break

@@ -9,6 +9,8 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+import numpy as np
+
 import dnnlib
 from archives.decode import EXTENSIONS
 from archives.zip_directory import plain_names
@@ -132,8 +134,9 @@ def examine(files: list[bytes], path: str, kind: str) -> Listing:
     `dataset.json` lies. UserError: there are no images, `dataset.json` lies in several folders, or it lies in a folder
     that has fewer images than there are outside.
     """
-    images = [row for row, name in enumerate(files) if name.lower().endswith(ENDINGS)]
-    lists = [row for row, name in enumerate(files) if name.endswith(LIST) and _base(name) == LIST]
+    pictures = np.fromiter((name.lower().endswith(ENDINGS) for name in files), bool, len(files))
+    images, rest = np.flatnonzero(pictures).tolist(), np.flatnonzero(~pictures).tolist()
+    lists = [row for row in rest if _base(files[row]) == LIST]
     text = b"/".join([b"", *files])
     hidden: set[int] = set()
     if any(sign in text for sign in HIDDEN_SIGNS):
@@ -151,9 +154,8 @@ def examine(files: list[bytes], path: str, kind: str) -> Listing:
             )
         if found.root:
             _move_root(found, files, path)
-    if len(images) + len(hidden) + len(lists) < len(files):
-        used = {*images, *hidden, *lists}
-        found.others = [name for row, name in enumerate(files) if row not in used and name.startswith(found.root)]
+    used = {*hidden, *lists}
+    found.others = [files[row] for row in rest if row not in used and files[row].startswith(found.root)]
     if not found.images:
         what = f"; it holds {endings(found.others)}" if found.others else ""
         raise dnnlib.UserError(f"{path}: {kind} without images (.png, .jpg, ...){what}")

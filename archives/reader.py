@@ -131,11 +131,11 @@ class ArchiveReader:
         self._root, self.notes = as_text(found.root), found.notes
         self._metadata = None if found.metadata is None else self._parse(read(found.metadata))
         self._list = None if found.metadata is None or self._file is None else self._entries[found.metadata].item()
-        rows, names = found.images, [files[row][len(found.root) :] for row in found.images]
+        rows, names = found.images, [files[row] for row in found.images]
+        if found.root:
+            names = [name[len(found.root) :] for name in names]
         if self._metadata is None:
-            by_table, notes = label_by_table(
-                names, found.others, lambda name: read(files.index(name)), self.path, kind
-            )
+            by_table, notes = label_by_table(names, found.others, lambda name: read(files.index(name)), self.path, kind)
             self._by_folder = by_table or label_by_folder(names, folders, found.others, self.path, kind)
             self.notes += notes + self._by_folder.notes
             found.others = [name for name in found.others if name not in self._by_folder.named]

@@ -5,9 +5,9 @@
 x: an image; o: its observed label; p(x): the classifier's posterior of the clean classes, at a temperature; T[y,o] =
 P(observed = o | clean = y), counted at anchor points (training/transition_estimate.py).
 
-Classifiers are often too certain, and then too many labels seem wrong. T does not depend on how certain p is, but the
-mean of P(wrong) does. So the temperature is the one, from 1 on, at which that mean is the rate of wrong labels that T
-implies. (The likelihood of the labels through T would serve too if the noise did not depend on the image. Where it
+Classifiers are too certain, and then too many labels seem wrong, or not certain enough, and then too few do. T does not
+depend on how certain p is, but the mean of P(wrong) does. So the temperature is the one at which that mean is the rate
+of wrong labels that T implies. (The likelihood of the labels through T would serve too if the noise did not depend on the image. Where it
 does, the likelihood explains wrong labels by a softer p: 15% instead of 40% wrong labels were found.)
 
 A label is believed wrong when P(wrong) is above one half. The noise rate is the mean of P(wrong) over all images. It is
@@ -33,7 +33,7 @@ __all__ = ["Judgment", "judge"]
 ROWS = 1024  # images at a time
 TINY = 1e-6  # smallest entry of T
 SAMPLE = 20_000  # images that choose the temperature
-HOTTEST = 20.0  # highest temperature
+COLDEST, HOTTEST = 0.2, 20.0  # lowest and highest temperature
 DEVIATIONS = 1.96  # standard deviations to either side of the interval: 95%
 
 
@@ -49,10 +49,12 @@ class Judgment:
     temp: float = 1.0  # what the classifier's log-probabilities are divided by
 
 
-def judge(log_probs: np.ndarray, observed: np.ndarray, T: np.ndarray | None = None) -> Judgment:
+def judge(
+    log_probs: np.ndarray, observed: np.ndarray, T: np.ndarray | None = None, temp: float | None = None
+) -> Judgment:
     """Return the judgment of observed labels int64 [N] by the clean log-posterior ln p(x), float32 [N,C].
 
-    `T` [C,C]: the transition where it is known. The posterior takes the place of `log_probs`: with many images and
+    `T` [C,C] and `temp`: transition and temperature where they are known. The posterior takes the place of `log_probs`: with many images and
     classes there is no room for a second table.
 
     The interval of the rate holds what the classifier says at temperature 1, what T implies, and 1.96 standard
@@ -69,10 +71,13 @@ def judge(log_probs: np.ndarray, observed: np.ndarray, T: np.ndarray | None = No
     def excess(log_temp: float) -> float:
         return _mean_wrong(log_probs, observed, T, sample, math.exp(log_temp)) - implied
 
-    temp = 1.0
-    if certain > implied:
-        highest = math.log(HOTTEST)
-        temp = HOTTEST if excess(highest) >= 0 else math.exp(scipy.optimize.brentq(excess, 0, highest, xtol=1e-3))
+    if temp is None:
+        ends = math.log(COLDEST), math.log(HOTTEST)
+        values = [excess(end) for end in ends]
+        if values[0] * values[1] < 0:
+            temp = math.exp(scipy.optimize.brentq(excess, *ends, xtol=1e-3))
+        else:
+            temp = math.exp(ends[int(np.argmin(np.abs(values)))])
     confusion, right = np.zeros([c, c]), 0.0
     for start in range(0, n, ROWS):
         rows, given = log_probs[start : start + ROWS], observed[start : start + ROWS]

@@ -50,8 +50,13 @@ def members():
 KINDS = {
     "labels": make,
     "everything": lambda path: make(
-        path, clean_labels=CLEAN, outliers=NAMES[3:5], class_names=["a", "b", "c"], corruption=dict(family="digits"),
-        previous_labels=CLEAN[::-1], source_names=[[name, f"x/{i}.jpg"] for i, name in enumerate(NAMES)],
+        path,
+        clean_labels=CLEAN,
+        outliers=NAMES[3:5],
+        class_names=["a", "b", "c"],
+        corruption=dict(family="digits"),
+        previous_labels=CLEAN[::-1],
+        source_names=[[name, f"x/{i}.jpg"] for i, name in enumerate(NAMES)],
     ),
     "class names as labels": lambda path: make(path, ["cat", "dog", "owl"] * 3),
     "vectors": lambda path: make(path, [[0.5, i] for i in range(9)]),
@@ -275,8 +280,10 @@ def test_limits_grow_with_the_archive(tmp_path, monkeypatch):
 MISTAKES = {
     "absent": (lambda pairs: [*pairs[:-1], ["no.png", 1]], "8 labels for 9 images, none for '00000/img00000008.png'"),
     "missing": (lambda pairs: pairs[:-1], "8 labels for 9 images, none for '00000/img00000008.png'"),
-    "most missing": (lambda pairs: pairs[:2], "none for '00000/img00000002.png', '00000/img00000003.png', "
-                     "'00000/img00000004.png' and 4 more"),
+    "most missing": (
+        lambda pairs: pairs[:2],
+        "none for '00000/img00000002.png', '00000/img00000003.png', '00000/img00000004.png' and 4 more",
+    ),
     "many absent": (lambda pairs: [*([f"{i}.png", 1] for i in range(99)), *pairs, pairs[0]], "listed twice"),
     "text among numbers": (lambda pairs: [*pairs[:-1], [NAMES[8], "cat"]], "is not an integer"),
     "twice": (lambda pairs: [*pairs, pairs[0]], "1 files are listed twice"),
@@ -323,7 +330,10 @@ def test_pieces_are_the_list(chunk, monkeypatch):
 
     def whole(value):
         pieces = json_lists.in_pieces(value)
-        return value if pieces is None else [item for piece in pieces for item in piece]
+        items = value if pieces is None else [item for piece in pieces for item in piece]
+        if isinstance(value, json_lists.LongList) and items:
+            assert value.first() == items[0]
+        return items
 
     for text in TEXTS:
         found = json_lists.load_lists(text.encode(), "x")
