@@ -85,7 +85,9 @@ def plan_noise(
     T = label_noise.transition_matrix(noise_type, rate, classes, family, given, counts)
     if noise_type == "asym":
         targets = label_noise.asym_targets(family, classes)
-        kept = [name_class(c, source.class_names) for c in np.flatnonzero((counts > 0) & (counts[targets] == 0)).tolist()]
+        kept = [
+            name_class(c, source.class_names) for c in np.flatnonzero((counts > 0) & (counts[targets] == 0)).tolist()
+        ]
         if kept:
             source.notes.append(f"no noise for {some(kept)}: the class that it would turn into has no images")
     return Noise(noise_type, rate, seed, T)
@@ -216,7 +218,9 @@ def build_archive(
         label_file=label_file,
         oblong=encoder.oblong,
         classes=classes,
-        counts=None if record.labels is None or record.labels.ndim > 1 else np.bincount(record.labels, minlength=classes),
+        counts=None
+        if record.labels is None or record.labels.ndim > 1
+        else np.bincount(record.labels, minlength=classes),
         class_names=source.class_names,
         shape=encoder.shape,
         noise=any(record.corruption.get(key) for key in ("noise_type", "cleaned")),
@@ -282,7 +286,9 @@ def add_noise(record: Record, noise: Noise, classes: int, images: np.ndarray | N
     T = noise.T
     if noise.type in ("sym", "asym", "pair"):  # the transform may have left out all images of a class
         counts = np.bincount(clean, minlength=classes)
-        T = label_noise.transition_matrix(noise.type, noise.rate, classes, record.corruption.get("family"), None, counts)
+        T = label_noise.transition_matrix(
+            noise.type, noise.rate, classes, record.corruption.get("family"), None, counts
+        )
     if T is not None:
         record.labels = label_noise.corrupt_labels(clean, T, noise.seed)
     else:

@@ -7,8 +7,9 @@ P(observed = o | clean = y), counted at anchor points (training/transition_estim
 
 Classifiers are too certain, and then too many labels seem wrong, or not certain enough, and then too few do. T does not
 depend on how certain p is, but the mean of P(wrong) does. So the temperature is the one at which that mean is the rate
-of wrong labels that T implies. (The likelihood of the labels through T would serve too if the noise did not depend on the image. Where it
-does, the likelihood explains wrong labels by a softer p: 15% instead of 40% wrong labels were found.)
+of wrong labels that T implies. (The likelihood of the labels through T would serve too if the noise did not depend on
+the image. Where it does, the likelihood explains wrong labels by a softer p: 15% instead of 40% wrong labels were
+found.)
 
 A label is believed wrong when P(wrong) is above one half. The noise rate is the mean of P(wrong) over all images. It is
 another number than the share of labels believed wrong: of ten labels that are wrong with probability 0.1, about one is
@@ -54,8 +55,8 @@ def judge(
 ) -> Judgment:
     """Return the judgment of observed labels int64 [N] by the clean log-posterior ln p(x), float32 [N,C].
 
-    `T` [C,C] and `temp`: transition and temperature where they are known. The posterior takes the place of `log_probs`: with many images and
-    classes there is no room for a second table.
+    `T` [C,C] and `temp`: transition and temperature where they are known. The posterior takes the place of `log_probs`:
+    with many images and classes there is no room for a second table.
 
     The interval of the rate holds what the classifier says at temperature 1, what T implies, and 1.96 standard
     deviations of a count of N labels.

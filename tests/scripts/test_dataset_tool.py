@@ -294,8 +294,8 @@ def test_help_names_every_option():
     code, out, _ = run("--help")
     assert code == 0
     for option in ("--source", "--dest", "--eval", "--max-images", "--transform", "--resolution", "--labels",
-                   "--label_key", "--noise_type", "--noise_rate", "--noise_matrix", "--seed", "--workers", "--overwrite",
-                   "--background", "--skip_damaged"):  # fmt: skip
+                   "--label_key", "--noise_type", "--noise_rate", "--noise_matrix", "--seed", "--workers",
+                   "--overwrite", "--background", "--skip_damaged"):  # fmt: skip
         assert option in out
 
 
