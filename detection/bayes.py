@@ -19,7 +19,9 @@ wrong, and none is believed wrong.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import scipy.optimize
@@ -34,7 +36,7 @@ __all__ = ["Judgment", "judge"]
 ROWS = 1024  # images at a time
 TINY = 1e-6  # smallest entry of T
 SAMPLE = 20_000  # images that choose the temperature
-COLDEST, HOTTEST = 0.2, 20.0  # lowest and highest temperature
+COLDEST, HOTTEST, STEPS = 0.2, 10.0, 12  # lowest and highest temperature; steps of the search from 1 to either
 DEVIATIONS = 1.96  # standard deviations to either side of the interval: 95%
 
 
@@ -73,12 +75,7 @@ def judge(
         return _mean_wrong(log_probs, observed, T, sample, math.exp(log_temp)) - implied
 
     if temp is None:
-        ends = math.log(COLDEST), math.log(HOTTEST)
-        values = [excess(end) for end in ends]
-        if values[0] * values[1] < 0:
-            temp = math.exp(scipy.optimize.brentq(excess, *ends, xtol=1e-3))
-        else:
-            temp = math.exp(ends[int(np.argmin(np.abs(values)))])
+        temp = math.exp(_nearest_root(excess, certain - implied))
     confusion, right = np.zeros([c, c]), 0.0
     for start in range(0, n, ROWS):
         rows, given = log_probs[start : start + ROWS], observed[start : start + ROWS]
@@ -103,3 +100,17 @@ def _mean_wrong(log_probs: np.ndarray, observed: np.ndarray, T: np.ndarray, rows
         weights = posterior_weights(p, torch.from_numpy(T), labels, check=False)
         right += float(weights.gather(1, labels[:, None]).sum())
     return 1 - right / max(len(rows), 1)
+
+
+def _nearest_root(excess: Callable[[float], float], at_zero: float) -> float:
+    """Return the root of `excess` nearest to 0 in the direction in which it falls in size, or where it is smallest.
+
+    The mean of P(wrong) first falls with the temperature, and rises again where p says nothing any more.
+    """
+    grid = np.linspace(0, math.log(HOTTEST if at_zero > 0 else COLDEST), STEPS + 1)
+    values = [at_zero]
+    for before, here in pairwise(grid):
+        values.append(excess(here))
+        if values[-1] * at_zero <= 0:
+            return scipy.optimize.brentq(excess, min(before, here), max(before, here), xtol=1e-3)
+    return float(grid[np.argmin(np.abs(values))])

@@ -152,7 +152,7 @@ PRESETS = [
         "32x32 images, after the settings of the TDSM paper; not measured here",
         _CIFAR10
         | dict(duration=200, batch=512, lr=1e-3, lr_rampup_kimg=10000, ema=0.5, dropout=0.13, augment=0.12)
-        | dict(tau=0.01, temp=1.0),
+        | dict(others="all", tau=0.01, temp=1.0),
     ),
     Preset(
         "cifar10",
