@@ -6,6 +6,7 @@ A few images are made again and compared; no record of settings is needed. So it
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -93,19 +94,32 @@ def find_earlier(
     this call does. UserError: an image is of no seed, of another shape, or not one that this call makes.
     """
 
+    folder = f"{path}{PARTIAL}" if is_zip(path) else path
+
     def find() -> Earlier:
-        folder = f"{path}{PARTIAL}" if is_zip(path) else path
-        if os.path.lexists(folder) and not os.path.isdir(folder):
-            raise dnnlib.UserError(f"{folder}: is a file; give a folder, or a name that ends in .zip")
-        if is_zip(path) and os.path.lexists(path):
-            _unpack(path, folder)
         seeds = _find_seeds(path, folder, subdirs, (net.img_resolution, net.img_resolution, net.img_channels))
+        if not seeds and os.path.exists(os.path.join(folder, METADATA)):
+            message = f"{path}: holds {METADATA}, but no image that this command makes; choose another folder"
+            raise dnnlib.UserError(message)
         classes = [turns[s % len(turns)] for s in seeds] if turns else drawn_classes(net, seeds, device)
         earlier = Earlier(path, folder, subdirs, seeds, classes)
         earlier.check(remake)
         return earlier
 
-    return distributed.from_rank0(find)
+    def unpack_and_find() -> Earlier:
+        if os.path.lexists(folder) and not os.path.isdir(folder):
+            raise dnnlib.UserError(f"{folder}: is a file; give a folder, or a name that ends in .zip")
+        new = is_zip(path) and not os.path.isdir(folder)
+        if is_zip(path) and os.path.lexists(path):
+            _unpack(path, folder)
+        try:
+            return find()
+        except dnnlib.UserError:
+            if new:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+    return distributed.from_rank0(unpack_and_find)
 
 
 def _find_seeds(path: str, folder: str, subdirs: bool, shape: tuple[int, int, int]) -> list[int]:
@@ -139,14 +153,21 @@ def _decode(folder: str, name: str) -> np.ndarray | None:
 
 
 def _unpack(path: str, folder: str) -> None:
-    """Copy the images of a ZIP into a folder, unless they are there."""
+    """Copy the images and labels of a ZIP into a folder, unless they are there."""
     with contextlib.closing(ArchiveReader(path)) as reader:
+        labels = reader.labels()
+        entries = None if labels is None else [list(entry) for entry in zip(reader.names, labels.tolist(), strict=True)]
         for row, name in enumerate(reader.names):
-            target = os.path.join(folder, name)
-            if not os.path.exists(target):
-                os.makedirs(os.path.dirname(target), exist_ok=True)
-                with open(target, "wb") as file:
-                    file.write(reader.read(row))
+            _add(folder, name, lambda row=row: reader.read(row))
+        _add(folder, METADATA, lambda: json.dumps(dict(labels=entries)).encode())
+
+
+def _add(folder: str, name: str, content: Callable[[], bytes]) -> None:
+    target = os.path.join(folder, name)
+    if not os.path.exists(target):
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        with open(target, "wb") as file:
+            file.write(content())
 
 
 def _labels(folder: str) -> dict[str, int]:

@@ -127,12 +127,31 @@ def test_images_of_other_settings_are_not_mixed_in(pkl, tmp_path, code, words, a
     assert files(tmp_path) == before
 
 
+@pytest.mark.parametrize("args", [["--network=other"], ["--class=zero,zero,one"]])
+def test_a_zip_of_other_settings_stays_as_it_is(pkl, tmp_path, args):
+    """The second call would give image 5 another class; it is none of those that are made again."""
+    classes = "--class=zero,zero,one,zero,zero,two,zero,zero,one,zero,zero,one"
+    make(tmp_path / "out.zip", f"--network={pkl['cond']}", "--seeds=0-11", classes)
+    before = files(tmp_path)
+    args = [f"--network={pkl[arg[10:]]}" if arg.startswith("--network") else arg for arg in args]
+    result = run(f"--outdir={tmp_path}/out.zip", f"--network={pkl['cond']}", "--seeds=0-14", *FAST, *args, "--resume")
+    assert result.exit_code == 1 and "of another network, class or setting" in result.output
+    assert files(tmp_path) == before
+
+
 def test_other_seeds_stay_and_are_listed(pkl, tmp_path):
     make(tmp_path / "out", f"--network={pkl['cond']}", "--seeds=3-5", "--class=two")
     make(tmp_path / "out", f"--network={pkl['cond']}", "--seeds=0-1", "--class=two", "--resume")
     labels = json.loads((tmp_path / "out/dataset.json").read_text())["labels"]
     assert labels == [[f"{seed:06d}.png", 2] for seed in (0, 1, 3, 4, 5)]
     assert read(tmp_path / "out")[0].shape == (5, 1, 8, 8)
+
+
+def test_a_list_of_other_images_is_not_replaced(pkl, tmp_path):
+    (tmp_path / "dataset.json").write_text('{"labels": [["mine.png", 0]]}')
+    result = run(f"--outdir={tmp_path}", f"--network={pkl['cond']}", "--seeds=0-3", *FAST, "--resume")
+    assert result.exit_code == 1 and "holds dataset.json, but no image that this command makes" in result.output
+    assert (tmp_path / "dataset.json").read_text() == '{"labels": [["mine.png", 0]]}'
 
 
 def test_without_the_option_it_is_named(pkl, tmp_path):
