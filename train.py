@@ -15,6 +15,7 @@ from dnnlib.cli import FloatRange
 from sampling.sheet import save_samples
 from training import options, run
 from training.config import CEPConfig
+from training.objective import Objective
 from training.objectives.cep import CEP
 from training.objectives.dmis import DMIS
 from training.objectives.dsm import DSM
@@ -26,7 +27,11 @@ Examples:
   torchrun --standalone --nproc_per_node=8 train.py --outdir=training-runs --cond=1 \\
       --data=datasets/cifar10_sym_40-32x32.zip
 """
-METHODS = {cls.method: cls for cls in (DSM, CEP, DMIS)}
+
+
+def methods() -> dict[str, type[Objective]]:
+    """Return what --method chooses among."""
+    return {cls.method: cls for cls in (DSM, CEP, DMIS)}
 
 
 # fmt: off
@@ -34,14 +39,14 @@ METHODS = {cls.method: cls for cls in (DSM, CEP, DMIS)}
 @options.run_options("train.py")
 @options.denoiser_options()
 @options.posterior_options("sample")
-@click.option("--method", type=click.Choice(list(METHODS)), default="dsm",
+@click.option("--method", type=click.Choice(list(methods())), default="dsm",
               help="dsm: denoising score matching; cep: with noise on the embeddings of labels; dmis: the denoiser "
                    "finds the posterior itself")
 @click.option("--gamma", metavar="FLOAT", type=FloatRange(min=0),
               help="Length of the perturbation of an embedding, for --method=cep  [default: 1]")
 # fmt: on
 def main(**opts) -> None:
-    cls = METHODS[opts["method"]]
+    cls = methods()[opts["method"]]
     posterior = options.posterior_settings(opts, "sample")
     if opts["gamma"] is not None and cls is not CEP:
         raise click.UsageError("--gamma: belongs to --method=cep")
