@@ -48,7 +48,7 @@ SCRIPTS = {
     "fid.py": fid,
     "sweep.py": sweep,
 }
-MINUTES = {"posterior": 6.5, "tdsm": 5.0, "sbdc": 4.5, "rduot": 22.0}  # duration of each part on two cores
+MINUTES = {"posterior": 6.5, "tdsm": 6.5, "sbdc": 4.5, "rduot": 22.0}  # duration of each part on two cores
 
 
 class Parts(click.ParamType):
@@ -79,7 +79,7 @@ class Parts(click.ParamType):
     metavar="M",
     type=FloatRange(min=0.01),
     help="Aim for this duration on two cores; scales all training lengths  "
-    "[default: 6.5 for posterior, 5 for tdsm, 4.5 for sbdc, 22 for rduot]",
+    "[default: 6.5 for posterior, 6.5 for tdsm, 4.5 for sbdc, 22 for rduot]",
 )
 @click.option(
     "--seed", metavar="INT", type=click.IntRange(min=0), default=0, help="Seed of the label noise and all training"

@@ -85,7 +85,7 @@ def plan(outdir: str, seed: int, scale: float, only: Sequence[str], noise: str, 
         cls = f" --cls={outdir}/classifier"
         steps += [
             Step("classifier", "train TDSM's classifier", 35, training("train_classifier.py", "classifier", known)),
-            Step("tdsm", "train TDSM", 180, training("train_noise.py", "tdsm", cls)),
+            Step("tdsm", "train TDSM", 270, training("train_noise.py", "tdsm", cls)),
         ]
     if {"posterior", "sbdc"} & set(only):
         epochs = max(round(presets_of("detect_noise.py")["digits"].options["epochs"] * scale), 1)
