@@ -78,7 +78,7 @@ ARCHIVES = {
     "ragged": (archive(json=labels([0, 1], [1, 0], [1], [0, 1])), ["dataset.json", "ragged"]),
     "mixed sizes": (archive(img2=synth.png(synth.pictures(1, 16)[0])), [NAMES[2], "16x16", "8x8"]),
     "alpha": (archive(img2=synth.png(synth.pictures(1, channels=4)[0])), [NAMES[2], "has transparent pixels"]),
-    "2 channels": (archive(img2=synth.png(synth.pictures(1)[0], "LA")), [NAMES[2], "2 channels"]),
+    "gray among RGB": (archive(img2=synth.png(synth.pictures(1)[0], "LA")), [NAMES[2], "1 channels", "8x8 with 3"]),
     "not square": ({"a.png": synth.png(synth.pictures(1)[0][:4])}, ["8x4", "square"]),
     "not a power of two": (every(12), ["12x12", "power of two"]),
 }

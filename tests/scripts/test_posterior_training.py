@@ -121,8 +121,7 @@ def settings(output):
 def test_tdsm_draws_one_class_unless_the_sum_is_shortened(folder, classifier, tmp_path):
     args = common(folder, f"--cls={classifier}", f"--outdir={tmp_path}")
     assert settings(tdsm(*args, "-n"))["others"] == "sample"
-    assert settings(tdsm(*args, "-n", "--preset=cifar10"))["others"] == "sample"
-    for published in ("--tau=0.01", "--pairs=2", "--others=all"):
+    for published in ("--preset=cifar10", "--tau=0.01", "--pairs=2", "--others=all"):
         assert settings(tdsm(*args, "-n", published))["others"] == "all"
     tdsm_fails(2, *args, "--others=sample", "--pairs=2", "--pairs|--others=all")
     assert not list(tmp_path.iterdir())
