@@ -269,7 +269,8 @@ def test_a_process_that_dies_is_named_by_one_of_the_others(ask, undisturbed, tmp
     assert run["codes"] == [1, -signal.SIGKILL, 1][:ranks]
     kimg = 2.0 if ranks == 2 else 2.4
     # A third process may have stopped by then, too.
-    named = rf"Error: process 1 \(id \d+\)( and process 2 \(id \d+\))? ended at {kimg} kimg, so the other processes stop"
+    ended = rf" ended at {kimg} kimg, so the other processes stop"
+    named = r"Error: process 1 \(id \d+\)( and process 2 \(id \d+\))?" + ended
     assert re.fullmatch(named, errors(run)[0])
     # A third process may notice it only after the first one has stopped too. Then it names both.
     late = re.compile(r"Error: process 0 \(id \d+\) and process 1 \(id \d+\) ended at .*")
