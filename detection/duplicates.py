@@ -31,11 +31,6 @@ class Duplicates:
     difference: np.ndarray  # float32 [N], from that image, relative to the contrast: 0 for equal ones
     exact: np.ndarray  # bool [N], whether all pixels equal those of an earlier image
 
-    def across_labels(self, labels: np.ndarray) -> np.ndarray:
-        """Return the pairs [n,2] of an image and the first one of its group whose labels differ."""
-        rows = np.flatnonzero(labels != labels[self.duplicate_of])
-        return np.stack([self.duplicate_of[rows], rows], axis=1)
-
 
 def find_duplicates(dataset: ImageDataset, near: float = NEAR) -> Duplicates:
     """Return which images of a data set equal another one, or nearly. Mirrored copies have groups of their own.
