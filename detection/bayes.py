@@ -14,6 +14,9 @@ found.)
 A label is believed wrong when P(wrong) is above one half. The noise rate is the mean of P(wrong) over all images. It is
 another number than the share of labels believed wrong: of ten labels that are wrong with probability 0.1, about one is
 wrong, and none is believed wrong.
+
+All this takes p from images alone. A classifier that has learned a small set by heart has seen the labels that it
+judges, and its answer already counts them: `judge_seen` takes it for P(y | x, o).
 """
 
 from __future__ import annotations
@@ -31,7 +34,7 @@ from archives.label_noise import row_stochastic
 from training.objectives.tdsm import posterior_weights
 from training.transition_estimate import estimate_transition, noise_rate
 
-__all__ = ["Judgment", "judge"]
+__all__ = ["Judgment", "judge", "judge_seen"]
 
 ROWS = 1024  # images at a time
 TINY = 1e-6  # smallest entry of T
@@ -85,11 +88,37 @@ def judge(
         rows[:] = weights.numpy()
         right += float(np.take_along_axis(rows, given[:, None], 1).sum(dtype=np.float64))
     rate = 1 - right / max(n, 1)
-    estimates = rate, implied, certain
-    spread = DEVIATIONS * max((r * (1 - r) / max(n, 1)) ** 0.5 for r in estimates)
     confusion /= np.maximum(confusion.sum(axis=1, keepdims=True), 1e-30)
-    interval = max(min(estimates) - spread, 0.0), min(max(estimates) + spread, 1.0)
-    return Judgment(log_probs, T, rate, interval, confusion, temp)
+    return Judgment(log_probs, T, rate, _interval(n, rate, implied, certain), confusion, temp)
+
+
+def judge_seen(log_probs: np.ndarray, observed: np.ndarray) -> Judgment:
+    """Return the judgment of labels int64 [N] that the classifier has seen: its log-posterior [N,C] is ln P(y | x, o).
+
+    T[y,o] is the share of the label o in the posterior of class y. The posterior takes the place of `log_probs`. The
+    interval holds the share of labels that are not the most probable class, too.
+    """
+    n, c = log_probs.shape
+    labels, confusion = np.zeros([c, c]), np.zeros([c, c])  # what images of each class carry, and what they look like
+    right, less_probable = 0.0, 0
+    for start in range(0, n, ROWS):
+        rows, given = log_probs[start : start + ROWS], observed[start : start + ROWS]
+        np.exp(rows, out=rows)
+        rows /= rows.sum(axis=1, keepdims=True)
+        np.add.at(labels.T, given, rows)
+        confusion += rows.T.astype(np.float64) @ rows
+        right += float(np.take_along_axis(rows, given[:, None], 1).sum(dtype=np.float64))
+        less_probable += int((rows.argmax(axis=1) != given).sum())
+    rate = 1 - right / max(n, 1)
+    T = row_stochastic(np.maximum(row_stochastic(labels), TINY))
+    confusion /= np.maximum(confusion.sum(axis=1, keepdims=True), 1e-30)
+    return Judgment(log_probs, T, rate, _interval(n, rate, less_probable / max(n, 1)), confusion)
+
+
+def _interval(n: int, *estimates: float) -> tuple[float, float]:
+    """Return the interval that holds all estimates of a rate and 1.96 standard deviations of a count of n labels."""
+    spread = DEVIATIONS * max((r * (1 - r) / max(n, 1)) ** 0.5 for r in estimates)
+    return max(min(estimates) - spread, 0.0), min(max(estimates) + spread, 1.0)
 
 
 def _mean_wrong(log_probs: np.ndarray, observed: np.ndarray, T: np.ndarray, rows: np.ndarray, temp: float) -> float:

@@ -90,12 +90,12 @@ def training_state(path: str) -> str:
 
 
 def find_wrong_labels(
-    o: dnnlib.EasyDict, dataset: ImageDataset, device: torch.device, path: str
+    o: dnnlib.EasyDict, dataset: ImageDataset, device: torch.device, path: str | None
 ) -> tuple[LabelFile, torch.nn.Module | None]:
     """Return what the options find about the labels of a set, and the classifier where one is left. Collective.
 
     `path`: the label file that it will become. A training that was killed continues from its `training_state` beside
-    that file, which the caller deletes when everything is written.
+    that file, which the caller deletes when everything is written. None: no file, and a killed training begins anew.
     """
     if o.labels:
         with blame("--labels"):
@@ -104,7 +104,9 @@ def find_wrong_labels(
         return detect_by_snapshot(o.cls, o.trust_pickle, dataset, device), None
     arch = o.arch or (CONV if o.method == "gce" else "ddpmpp")
     lr = o.lr or (5e-3 if arch == CONV else 2e-3)
-    settings = Settings(arch=arch, epochs=o.epochs, batch=o.batch, lr=lr, seed=o.seed, state=training_state(path))
+    settings = Settings(
+        arch=arch, epochs=o.epochs, batch=o.batch, lr=lr, seed=o.seed, state=path and training_state(path)
+    )
     try:
         if o.method == "confident":
             return confident.detect(dataset, device, settings), None

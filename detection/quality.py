@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -26,6 +27,8 @@ __all__ = [
     "whole_label_file",
 ]
 
+Rule = Callable[[np.ndarray, np.ndarray], Judgment]  # log-posterior [N,C] and labels [N] -> judgment
+
 ROWS = 4096  # of a table [N,C] that are copied at a time
 TABLE = 20  # tables of up to so many classes are printed in full
 PICTURE = 64  # images in the picture
@@ -41,13 +44,13 @@ def confusion(classes: np.ndarray, dataset: ImageDataset) -> np.ndarray:
     return row_stochastic(np.bincount(classes * c + dataset.labels, minlength=c * c).reshape(c, c))
 
 
-def whole_label_file(dataset: ImageDataset, own: torch.Tensor, T: np.ndarray | None = None) -> LabelFile:
+def whole_label_file(dataset: ImageDataset, own: torch.Tensor, rule: Rule = judge) -> LabelFile:
     """Return the label file that follows from a clean log-posterior, of which each process gives its share of the rows.
 
-    `T` as in `judge`. Collective. Rank 0 alone holds the whole posterior, and all get the label file.
+    `rule`: `judge` or `judge_seen`. Collective. Rank 0 alone holds the whole posterior, and all get the label file.
     """
     log_probs = distributed.rows_to_rank0(own, len(dataset))
-    return distributed.from_rank0(lambda: label_file(dataset, judge(log_probs.numpy(), dataset.labels, T)))
+    return distributed.from_rank0(lambda: label_file(dataset, rule(log_probs.numpy(), dataset.labels)))
 
 
 def label_file(dataset: ImageDataset, judged: Judgment) -> LabelFile:

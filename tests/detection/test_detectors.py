@@ -9,7 +9,7 @@ import torch
 from archives.dataset import ImageDataset
 from detection import classifier, cores, gce
 from detection import quality as quality_file
-from detection.bayes import Judgment, judge
+from detection.bayes import Judgment, judge, judge_seen
 from detection.quality import describe, label_file, quality
 from detection.trainer import Settings
 from sampling.grid import image_sheet
@@ -89,8 +89,10 @@ def four(tmp_path):
     return ImageDataset(str(make_archive(tmp_path / "four.zip", pictures(4), [0, 0, 1, 1])))
 
 
-def test_cores_trains_on_what_it_keeps_and_averages_the_late_posteriors(four, monkeypatch):
+@pytest.mark.parametrize("by_heart, rule", [(3, judge), (4, judge_seen)])
+def test_cores_trains_on_what_it_keeps_and_averages_the_late_posteriors(four, monkeypatch, by_heart, rule):
     monkeypatch.setattr(cores, "Trainer", ScriptedTrainer)
+    monkeypatch.setattr(cores, "BY_HEART", by_heart)
     found, net = cores.detect(four, torch.device("cpu"), Settings())
     epochs = ScriptedTrainer.last.epochs
     assert [items for items, *_ in epochs] == [[0, 1, 2, 3]] * 10 + [[0, 1, 3]] * 3 + [[0, 1, 2]] * 47
@@ -99,7 +101,7 @@ def test_cores_trains_on_what_it_keeps_and_averages_the_late_posteriors(four, mo
     # Epochs 25 to 59 count, in the last of which image 0 is doubted.
     mean = np.array([[(34 * 0.9 + 0.2) / 35] * 2, [0.9, 0.1], [0.1, 0.9], [0.8, 0.2]])
     mean[0, 1] = 1 - mean[0, 0]
-    expected = judge(np.log(mean).astype(np.float32), four.labels)
+    expected = rule(np.log(mean).astype(np.float32), four.labels)
     np.testing.assert_allclose(found.score, expected.posterior[range(4), four.labels], rtol=1e-4)
     np.testing.assert_allclose(found.transition, expected.transition)
     assert net == "net"
@@ -208,6 +210,17 @@ def test_bayes_rule_by_hand():
     assert judged.rate == pytest.approx(1 - np.mean([0.4 / 0.6, 0.54 / 0.56, 0.3 / 0.4]), abs=1e-6)
     w, q = np.array(expected), np.array([[0.5, 0.5], [0.1, 0.9], [0.5, 0.5]])
     np.testing.assert_allclose(judged.confusion, (w.T @ q) / w.sum(axis=0)[:, None], rtol=1e-5)
+
+
+def test_a_posterior_that_has_seen_the_labels_counts_as_it_is():
+    p = np.array([[0.9, 0.1, 0], [0.2, 0.8, 0], [0.2, 0.3, 0.5]])
+    judged = judge_seen(np.log(np.maximum(p, 1e-30)).astype(np.float32), np.array([0, 0, 1]))
+    np.testing.assert_allclose(judged.posterior, p, atol=1e-6)
+    assert judged.rate == pytest.approx(1 - (0.9 + 0.2 + 0.3) / 3)
+    T = [[1.1 / 1.3, 0.2 / 1.3, 0], [0.9 / 1.2, 0.3 / 1.2, 0], [0, 1, 0]]
+    np.testing.assert_allclose(judged.transition, T, atol=1e-5)
+    np.testing.assert_allclose(judged.confusion, (p.T @ p) / p.sum(axis=0)[:, None], rtol=1e-5)
+    assert judged.interval[0] < min(judged.rate, 2 / 3) and judged.interval[1] == 1  # two are not the most probable
 
 
 @pytest.mark.parametrize("noise", ["symmetric", "one class turns into the next", "none"])
