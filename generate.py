@@ -18,6 +18,7 @@ from sampling.generation import generate_images, share_of
 from sampling.guidance import AffineGuidance, ClassifierFreeGuidance
 from sampling.loading import guide, load_denoiser, load_discriminator
 from sampling.options import (
+    PUBLISHED_SETTINGS,
     check_network,
     check_precision,
     check_usage,
@@ -110,8 +111,10 @@ def load(o: dnnlib.EasyDict, device: torch.device) -> tuple:
         with blame("--outdir"):
             check_free(o.outdir, ", or make the missing images with --resume")
     form = dict(precision=o.precision, compile=o.compile, trust_pickle=o.trust_pickle)
+    published = {name: o[name] for name in PUBLISHED_SETTINGS}
     with blame("--network"):
-        net, class_names = load_denoiser(o.network, device, kinds=("denoiser", "generator"), **form)
+        kinds = ("denoiser", "generator")
+        net, class_names = load_denoiser(o.network, device, kinds=kinds, published=published, **form)
     check_network(o, net)
     o.classes = o.classes and find_classes(o.classes, net.label_dim, class_names)
     networks = [net]
@@ -133,6 +136,7 @@ def load(o: dnnlib.EasyDict, device: torch.device) -> tuple:
             weights=(o.dg_weight_1st_order, o.dg_weight_2nd_order),
             gate=gate(o),
             noise_rate=o.noise_rate,
+            published=bool(o.dg_published),
             stopwatch=correcting,
         )
     return net, class_names, EvaluationMeter(*networks, stopwatch=Stopwatch(device)), correcting

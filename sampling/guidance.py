@@ -14,9 +14,11 @@ import torch
 
 import dnnlib
 from torch_utils.precision import full_float32
+from training.networks import vp_sigma_inv
 
 __all__ = [
     "AffineGuidance",
+    "AsPublished",
     "ClassifierFreeGuidance",
     "Denoiser",
     "DiscriminatorGuidance",
@@ -161,6 +163,23 @@ class DiscriminatorGuidance(Guidance):
     def temp_at(self, sigma: torch.Tensor) -> torch.Tensor:
         """Return what divides the evidence at noise levels of any shape, [1 or N]."""
         return torch.ones_like(sigma.reshape(-1)) if self.temperature is None else self.temperature(sigma.reshape(-1))
+
+
+class AsPublished:
+    """A discriminator f that is asked as SBDC's published sampling does: f(x/sqrt(1 + sigma^2), tau(sigma), y).
+
+    tau is the time at which the variance-preserving process has noise level sigma. Published training gives f the noise
+    level itself, so this is for comparison (docs/methods/sbdc.md, section 3).
+    """
+
+    def __init__(self, discriminator: Callable[..., torch.Tensor]):
+        self.discriminator = discriminator
+        self.img_resolution, self.img_channels = discriminator.img_resolution, discriminator.img_channels
+        self.label_dim = discriminator.label_dim
+
+    def __call__(self, x: torch.Tensor, sigma: torch.Tensor, class_labels: torch.Tensor) -> torch.Tensor:
+        scale = (1 + sigma.square()).rsqrt().reshape(-1, 1, 1, 1)
+        return self.discriminator(scale * x, vp_sigma_inv(sigma), class_labels)
 
 
 class GatedGuidance(Guidance):

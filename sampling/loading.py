@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 import dnnlib
 from sampling.evaluations import Stopwatch
-from sampling.guidance import GatedGuidance, gated_discriminator
+from sampling.guidance import AsPublished, GatedGuidance, gated_discriminator
 from torch_utils import checkpoint, persistence
 from torch_utils.distributed import print0
 from torch_utils.precision import tf32
-from training import networks, networks_conv, networks_ddgan, networks_resnet  # noqa: F401  They register classes.
+from training import (  # noqa: F401  They register classes.
+    networks,
+    networks_conv,
+    networks_ddgan,
+    networks_published,
+    networks_resnet,
+)
 from training.calibration import Temperature
+from training.published_ddgan import build_generator, is_checkpoint, load_checkpoint
 
 __all__ = [
     "DEFAULT_WEIGHTS",
@@ -40,25 +48,34 @@ def load_denoiser(
     compile: bool = False,
     trust_pickle: bool = False,
     kinds: Sequence[str] = ("denoiser",),
+    published: Mapping[str, Any] | None = None,
 ) -> tuple[torch.nn.Module, list[str] | None]:
     """Return the network of a snapshot, ready to sample on `device`, and its class names or None.
 
-    path          a snapshot, the run directory of one, or a URL
+    path          a snapshot, the run directory of one, or a URL; or a published generator, X.pth
     precision     and `compile` as in `prepare`
     trust_pickle  run code that the snapshot contains
     kinds         what the snapshot may hold: 'denoiser', 'generator'
+    published     settings that a published generator does not record (training.published_ddgan.SETTINGS)
 
     UserError: the file is missing, damaged or of another kind, or its images are neither gray nor RGB.
     """
-    snapshot = _load(path, trust_pickle, kinds)
+    snapshot = _load(path, trust_pickle, kinds, published)
     net = prepare(snapshot["ema"].to(device), precision, compile)
     if net.img_channels not in (1, 3):
         raise dnnlib.UserError(f"{path}: makes images of {net.img_channels} channels; PNGs have 1 or 3")
     return net, (snapshot.get("info") or {}).get("class_names")
 
 
-def _load(path: str, trust_pickle: bool, kinds: Sequence[str]) -> dict:
+def _load(path: str, trust_pickle: bool, kinds: Sequence[str], published: Mapping[str, Any] | None = None) -> dict:
     path = persistence.find_snapshot(path)
+    given = {name: value for name, value in (published or {}).items() if value is not None}
+    if is_checkpoint(path):
+        if "generator" not in kinds:
+            raise dnnlib.UserError(f"{path}: holds a generator of RDUOT or DDGAN, not a {' or '.join(kinds)}")
+        return dict(ema=build_generator(load_checkpoint(path), **given))
+    if given:
+        raise dnnlib.UserError(f"{path}: records its {', '.join(given)}; only a published X.pth needs them stated")
     checkpoint.warn_if_older(path)
     return persistence.load_snapshot(path, trust_pickle=trust_pickle, kind=kinds)
 
@@ -149,6 +166,7 @@ def guide(
     weights: Sequence[float | None] = (None, None),
     gate: Sequence[float],
     noise_rate: float | None = None,
+    published: bool = False,
     stopwatch: Stopwatch | None = None,
 ) -> GatedGuidance:
     """Return the denoiser `net` corrected by a discriminator (docs/methods/sbdc.md, section 3), and print its settings.
@@ -157,18 +175,22 @@ def guide(
     weights     of a step's first and second evaluation; None: DEFAULT_WEIGHTS of the mode
     gate        lowest and highest noise level that is corrected
     noise_rate  share of wrong labels in every class, for the mode 'calibrated'; None: those of the snapshot
+    published   ask the discriminator as SBDC's published sampling does (`AsPublished`), with a constant weight
 
     UserError: the networks do not fit each other, the mode is 'calibrated' and the snapshot does not say enough, or
     there is a noise rate, but the discriminator is not calibrated and no mode was asked for.
     """
     fitted, rates, shares = discriminator.temperature is not None, None, None
+    if published:
+        mode = "constant"
     if mode is None and not fitted and noise_rate is not None:
         raise dnnlib.UserError(
             f"{discriminator.path}: is not calibrated, so the weights are constant and the noise rate {noise_rate:g} "
             "would change nothing; leave it out, or ask for calibrated weights"
         )
     why = f"fitted to {discriminator.held_out:,} held-out images" if fitted else "not fitted to held-out images"
-    why = "as asked" if mode == "constant" else why
+    if mode == "constant":
+        why = "asked as in SBDC's published sampling" if published else "as asked"
     mode = mode or ("calibrated" if fitted else "constant")
     if mode == "calibrated":
         if discriminator.noise_rates is None or discriminator.right_shares is None:
@@ -185,7 +207,7 @@ def guide(
     weights = [default if w is None else w for w, default in zip(weights, DEFAULT_WEIGHTS[mode], strict=True)]
     guided = gated_discriminator(
         net,
-        discriminator.net,
+        AsPublished(discriminator.net) if published else discriminator.net,
         weights=weights,
         gate=gate,
         noise_rates=rates,

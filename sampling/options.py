@@ -19,6 +19,7 @@ import dnnlib
 from archives.archive_set import SEVERAL
 from archives.writer import is_zip
 from dnnlib.cli import (
+    BOOL,
     CLASS_LIST,
     FLOAT_LIST,
     INT_LIST,
@@ -34,6 +35,7 @@ from sampling.samplers import SOLVERS
 from sampling.schedules import DISCRETIZATIONS, SCALINGS, SCHEDULES
 
 __all__ = [
+    "PUBLISHED_SETTINGS",
     "check_network",
     "check_precision",
     "check_usage",
@@ -61,7 +63,17 @@ SAMPLER_SETTINGS = [
     "schedule",
     "scaling",
 ]
-GUIDANCE_SETTINGS = ["dg_mode", "dg_weight_1st_order", "dg_weight_2nd_order", "S_clip_min", "S_clip_max", "noise_rate"]
+GUIDANCE_SETTINGS = [
+    "dg_published",
+    "dg_mode",
+    "dg_weight_1st_order",
+    "dg_weight_2nd_order",
+    "S_clip_min",
+    "S_clip_max",
+    "noise_rate",
+]
+# What a published generator does not record: the options that state it, by their published names.
+PUBLISHED_SETTINGS = ["image_size", "num_timesteps", "beta_min", "beta_max", "use_geometric", "centered", "not_use_tanh"]
 # What generate.py can be asked when the network is a generator; everything else shapes the path of a denoiser.
 GENERATOR_OPTIONS = {
     "network",
@@ -77,6 +89,7 @@ GENERATOR_OPTIONS = {
     "trust_pickle",
     "precision",
     "compile",
+    *PUBLISHED_SETTINGS,
 }
 
 
@@ -98,10 +111,10 @@ def batch_option(default: int) -> Callable:
 def discriminator_option(required: bool = False) -> Callable:
     """Return the option --discriminator."""
     default = "" if required else "  [default: no guidance]"
-    return click.option("--discriminator", metavar="PKL|DIR|URL", required=required, help=f"Snapshot of train_discriminator.py, or its run directory: it corrects what the network learned from wrong labels{default}")
+    return click.option("--discriminator", metavar="PKL|DIR|URL", required=required, help=f"Snapshot of train_discriminator.py, its run directory, or a published snapshot of SBDC: it corrects what the network learned from wrong labels{default}")
 
 
-network_option = click.option("--network", metavar="PKL|DIR|URL", required=True, help="Snapshot to sample, or its run directory")
+network_option = click.option("--network", metavar="PKL|DIR|URL", required=True, help="Snapshot to sample, its run directory, or a published generator of RDUOT or DDGAN, netG_1200.pth")
 steps_option = click.option("--steps", "num_steps", metavar="INT", type=COUNT, default=18, help="Number of sampling steps; not for RDUOT and DDGAN, whose steps are fixed")
 noise_rate_option = click.option("--noise_rate", metavar="R", type=RATE, help="Share of wrong labels, for calibrated weights  [default: that of each class in the label file]")
 device_option = click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto", help="Where to run")
@@ -143,8 +156,19 @@ guidance_options = add_options([
     click.option("--dg_mode", type=click.Choice(list(DEFAULT_WEIGHTS)), help="Weight of the discriminator's gradient: constant, or multiplied by the probability that the label is wrong for this image  [default: calibrated if the discriminator is, else constant]"),
     click.option("--dg_weight_1st_order", metavar="W", type=FloatRange(), help="Weight at the first evaluation of each step  [default: constant 2, calibrated 1]"),
     click.option("--dg_weight_2nd_order", metavar="W", type=FloatRange(), help="Weight at the second evaluation of each step of --solver=heun  [default: constant 0, calibrated 1]"),
+    click.option("--dg_published", metavar="BOOL", type=BOOL, help="Ask the discriminator as SBDC's published sampling does, for comparison: with the time of the VP process for the noise level, and constant weights  [default: 0]"),
     clip_options,
     noise_rate_option,
+])
+
+published_options = add_options([
+    click.option("--image_size", metavar="INT", type=COUNT, help="Of a published generator, netG_1200.pth: height and width of its images. This option and the next six state what the file does not record  [default: that of content.pth beside it]"),
+    click.option("--num_timesteps", metavar="INT", type=COUNT, help="Steps of its diffusion  [default: that of content.pth, else 4]"),
+    click.option("--beta_min", metavar="FLOAT", type=POSITIVE, help="Rate of its noise schedule at the start  [default: that of content.pth, else 0.1]"),
+    click.option("--beta_max", metavar="FLOAT", type=POSITIVE, help="Rate of its noise schedule at the end  [default: that of content.pth, else 20]"),
+    click.option("--use_geometric", metavar="BOOL", type=BOOL, help="Its noise schedule has geometric variances  [default: that of content.pth, else 0]"),
+    click.option("--centered", metavar="BOOL", type=BOOL, help="Its network sees the image as it is; 0: twice the image, minus 1  [default: that of content.pth, else 1]"),
+    click.option("--not_use_tanh", metavar="BOOL", type=BOOL, help="It has no tanh at the end  [default: that of content.pth, else 0]"),
 ])
 
 output_options = add_options([
@@ -160,7 +184,7 @@ run_options = add_options([
     trust_option,
 ])
 
-generate_options = add_options([image_options, sampler_options, guidance_options, output_options, run_options])
+generate_options = add_options([image_options, sampler_options, guidance_options, published_options, output_options, run_options])
 
 sweep_options = add_options([
     network_option,
@@ -211,6 +235,10 @@ def check_usage(o: dnnlib.EasyDict) -> None:
     for name in GUIDANCE_SETTINGS:
         if o[name] is not None and o.discriminator is None:
             raise click.UsageError(f"--{name}={o[name]}: needs --discriminator")
+    if o.dg_published and (o.dg_mode == "calibrated" or o.noise_rate is not None):
+        raise click.UsageError(
+            "--dg_published=1: has constant weights; leave out --dg_mode=calibrated and --noise_rate"
+        )
     if o.noise_rate is not None and o.dg_mode == "constant":
         raise click.UsageError(f"--noise_rate={o.noise_rate:g}: only --dg_mode=calibrated uses it")
     low, high = gate(o)

@@ -29,6 +29,8 @@ if TYPE_CHECKING:  # imported where there are tensors to read, so that other pro
 __all__ = [
     "ARRAYS",
     "CONTAINERS",
+    "MODULES",
+    "NAMESPACES",
     "TENSORS",
     "Record",
     "Resolver",
@@ -36,6 +38,7 @@ __all__ = [
     "load",
     "load_cifar_batch",
     "load_torch",
+    "on_list",
     "parse",
     "refuse",
 ]
@@ -45,6 +48,23 @@ TENSORS = frozenset(
     {"torch._utils._rebuild_parameter", "torch._utils._rebuild_tensor_v2", "torch.storage._load_from_bytes"}
 )
 CONTAINERS = frozenset(f"torch.nn.modules.container.{name}" for name in ("ModuleDict", "ModuleList", "Sequential"))
+# Other modules that published snapshots hold as plain objects: layers, and whatever classes the authors have in their
+# package `training` (TDSM's is training.resnet_cond.ResNet_cond).
+MODULES = CONTAINERS | frozenset(
+    f"{module}.{name}"
+    for module, names in {
+        "torch.nn.modules.activation": "ReLU SiLU Sigmoid",
+        "torch.nn.modules.batchnorm": "BatchNorm2d",
+        "torch.nn.modules.conv": "Conv2d",
+        "torch.nn.modules.dropout": "Dropout",
+        "torch.nn.modules.flatten": "Flatten",
+        "torch.nn.modules.linear": "Identity Linear",
+        "torch.nn.modules.pooling": "AdaptiveAvgPool2d AvgPool2d MaxPool2d",
+        "training": "*",
+    }.items()
+    for name in names.split()
+)
+NAMESPACES = frozenset({"argparse.Namespace"})  # the options that training scripts of others save
 _SCALARS = frozenset({"numpy.dtype", "numpy.core.multiarray.scalar"})
 _DICTS = frozenset({"collections.OrderedDict", "dnnlib.util.EasyDict"})
 # The names that arrays in CIFAR's archives need, whichever versions of Python and NumPy wrote them.
@@ -116,7 +136,7 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> type:
         path = re.sub(r"^numpy\._core\.", "numpy.core.", f"{module}.{name}")
         if path not in self._classes:
-            if path not in self._allowed:
+            if not on_list(path, self._allowed):
                 # Continue with a record: the caller may have a better explanation than the first forbidden name.
                 self.refused.append(f"{module}.{name}")
             base = _RecordDict if path in _DICTS else Record
@@ -128,6 +148,11 @@ class _Unpickler(pickle.Unpickler):
         if not _KINDS.keys() & self._allowed or kind not in _KINDS or pid[5:] not in ((), (None,)):
             raise pickle.UnpicklingError("it refers to an object outside")
         return self.stored.setdefault(pid[2], _Stored(kind, pid[2], pid[4]))
+
+
+def on_list(path: str, allowed: frozenset[str]) -> bool:
+    """Return whether the list has this dotted name, or 'package.*'."""
+    return path in allowed or f"{path.partition('.')[0]}.*" in allowed
 
 
 def end_of_pickle(data: bytes | IO[bytes], name: str) -> int:
@@ -197,11 +222,14 @@ def load(data: bytes, name: str, extra: Iterable[str] = (), encoding: str = "ASC
     return Resolver(name, len(data)).plain(tree)
 
 
-def load_torch(file: IO[bytes], name: str, extra: Iterable[str] = ()) -> Any:
+def load_torch(
+    file: IO[bytes], name: str, extra: Iterable[str] = (), wanted: Callable[[dict], Iterable[Any]] | None = None
+) -> Any:
     """Return the plain data and tensors (on the CPU) in a file of torch.save, in its ZIP form or its older form.
 
-    `extra`: names that are allowed besides, such as ARRAYS. Raises UserError that names the file `name` when it is
-    truncated or corrupt, or asks for anything else.
+    `extra`: names that are allowed besides, such as ARRAYS or NAMESPACES (which become dicts). `wanted`, given the
+    file's dictionary before its tensors are read, returns the keys that matter. Raises UserError that names the file
+    `name` when it is truncated or corrupt, or asks for anything else.
     """
     extra = frozenset(extra) | TENSORS | _KINDS.keys()
     size = file.seek(0, io.SEEK_END)
@@ -213,6 +241,8 @@ def load_torch(file: IO[bytes], name: str, extra: Iterable[str] = ()) -> Any:
     except _MALFORMED as e:
         raise UserError(f"{name}: malformed ({e})") from e
     refuse(refused, name)
+    if wanted is not None and isinstance(tree, dict):
+        tree = {key: tree[key] for key in wanted(tree)}
     return Resolver(name, size, read).plain(tree)
 
 
@@ -322,6 +352,7 @@ class Resolver:
             "numpy.core.multiarray._reconstruct": self._reconstructed,
             "numpy.core.numeric._frombuffer": self._frombuffer,
             "_codecs.encode": self._encoded,
+            "argparse.Namespace": lambda namespace: self._plain(namespace.state or {}, depth + 1),
             "torch._utils._rebuild_tensor_v2": self.tensor,
             "torch._utils._rebuild_parameter": self.tensor,
         }.get(type(record).path)

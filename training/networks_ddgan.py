@@ -66,7 +66,7 @@ class LatentUNet(SongUNet):
 
 @persistent_class(embed_source=False)
 class DDGANGenerator(torch.nn.Module):
-    """Generator G(x_{t+1}, t, z) -> x_0 in [-1,1] (Xiao et al. 2022, Eq. 4).
+    """Generator G(x_{t+1}, t, z) -> x_0 (Xiao et al. 2022, Eq. 4).
 
     It is a U-Net whose group norms depend on the latent z. It records the settings of its diffusion, so its snapshot is
     enough for sampling. Raises ValueError if the resolution cannot be halved for all levels of `channel_mult`.
@@ -90,6 +90,11 @@ class DDGANGenerator(torch.nn.Module):
         attn_resolutions: Sequence[int] = (16,),        # resolutions with self-attention
         dropout: float                  = 0,            # dropout probability in the blocks
         embedding_type: str             = "positional", # time embedding: positional, fourier
+        channel_mult_noise: int         = 1,            # its width in multiples of model_channels; published fourier: 2
+        geometric: bool                 = False,        # noise schedule: geometric variances in place of VP's
+        log_time: bool                  = False,        # embed ln t, as published fourier does; t = 0 counts as 1/2
+        centered: bool                  = True,         # False: the U-Net sees 2x - 1 in place of x
+        tanh: bool                      = True,         # False: the image is what the U-Net returns
     ):  # fmt: skip
         if img_resolution % 2 ** (len(channel_mult) - 1):
             raise ValueError(
@@ -98,6 +103,7 @@ class DDGANGenerator(torch.nn.Module):
         super().__init__()
         self.img_resolution, self.img_channels, self.label_dim, self.nz = img_resolution, img_channels, label_dim, nz
         self.num_timesteps, self.beta_min, self.beta_max = num_timesteps, beta_min, beta_max
+        self.geometric, self.log_time, self.centered, self.tanh = geometric, log_time, centered, tanh
         widths = [nz] + [z_emb_dim] * (n_mlp + 1)
         self.map_latent = torch.nn.ModuleList(Linear(a, b) for a, b in zip(widths[:-1], widths[1:], strict=True))
         self.model = LatentUNet(
@@ -112,6 +118,7 @@ class DDGANGenerator(torch.nn.Module):
             attn_resolutions=attn_resolutions,
             dropout=dropout,
             embedding_type=embedding_type,
+            channel_mult_noise=channel_mult_noise,
             encoder_type="residual",
             resample_filter=FIR,
         )
@@ -119,7 +126,7 @@ class DDGANGenerator(torch.nn.Module):
     def forward(
         self, x: torch.Tensor, t: torch.Tensor, z: torch.Tensor, class_labels: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Return the clean images x_0, float32 [N,C,H,W].
+        """Return the clean images x_0, float32 [N,C,H,W], in [-1,1] with `tanh`.
 
         x: x_{t+1} [N,C,H,W], t: [N] in 0..T-1, z: [N,nz], class_labels: one-hot [N,label_dim].
         """
@@ -127,7 +134,11 @@ class DDGANGenerator(torch.nn.Module):
         for layer in self.map_latent:
             latent = silu(layer(latent))
         labels = class_labels if self.label_dim else None
-        return self.model(x, (t.to(torch.float32), latent), labels).to(torch.float32).tanh()
+        time = t.to(torch.float32)
+        if self.log_time:
+            time = time.clamp(min=0.5).log()  # the published code takes ln 0, which is no number
+        image = self.model(x if self.centered else 2 * x - 1, (time, latent), labels).to(torch.float32)
+        return image.tanh() if self.tanh else image
 
 
 class PotentialBlock(torch.nn.Module):
@@ -165,10 +176,13 @@ class Potential(torch.nn.Module):
         label_dim: int      = 0,                # number of classes; 0: unconditional
         model_channels: int = 64,               # unit of all widths: 2, 4, 8, 8, ... times this
         embedding_type: str = "positional",     # time embedding: positional, fourier
+        t_emb_dim: int      = 0,                # its width; 0: 2 model_channels
+        strided: bool       = False,            # how images share their minibatch deviation, see `minibatch_std`
     ):  # fmt: skip
         super().__init__()
         self.img_resolution, self.img_channels, self.label_dim = img_resolution, img_channels, label_dim
-        emb = 2 * model_channels
+        self.strided = strided
+        emb = t_emb_dim or 2 * model_channels
         self.map_noise = EMBEDDINGS[embedding_type](emb)
         self.map_label = Linear(label_dim, emb) if label_dim else None
         self.map_layer0, self.map_layer1 = Linear(emb, emb), Linear(emb, emb)
@@ -192,18 +206,23 @@ class Potential(torch.nn.Module):
         h = self.stem(torch.cat([x, x_next], dim=1))
         for block in self.blocks:
             h = block(h, emb)
-        h = leaky_relu(self.conv(torch.cat([h, minibatch_std(h).to(h.dtype)], dim=1)), 0.2)
+        h = leaky_relu(self.conv(torch.cat([h, minibatch_std(h, self.strided).to(h.dtype)], dim=1)), 0.2)
         with no_autocast(h.device):  # 8 bits are too few for a potential
             return self.head(h.sum(dim=[2, 3], dtype=torch.float32)).flatten()
 
 
-def minibatch_std(x: torch.Tensor) -> torch.Tensor:
+def minibatch_std(x: torch.Tensor, strided: bool = False) -> torch.Tensor:
     """Return the minibatch standard deviation of features [N,C,H,W] as a channel [N,1,H,W] (Karras et al., ICLR 2018,
     section 3).
 
     It is the standard deviation over `GROUP` consecutive images, averaged over all features. The last group may be
-    smaller.
+    smaller. If `strided`, the images are sorted by i mod G first, where G is the number of groups: of 8 images, 0, 2, 4
+    and 6 are a group, as in the published code.
     """
+    if strided:
+        groups = -(-len(x) // GROUP)
+        order = torch.argsort(torch.arange(len(x), device=x.device) % groups, stable=True)
+        return minibatch_std(x[order])[torch.argsort(order)]
     x = x.to(torch.float32)
     whole = len(x) // GROUP * GROUP
     values = []

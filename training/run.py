@@ -20,6 +20,7 @@ from torch_utils.distributed import print0
 from training import options
 from training.config import RunConfig, differences, named_files, settle, to_dict
 from training.objective import Objective
+from training.published_ddgan import build_generator, build_potential, is_checkpoint, load_checkpoint
 from training.saver import Best, DrawSamples
 from training.sharding import check_pytorch
 from training.training_loop import last_nimg, training_loop
@@ -109,10 +110,17 @@ def start(
 
 
 def transfer(objective: Objective, pattern: str, trust_pickle: bool) -> None:
-    """Start from the weights of a snapshot, as far as names and shapes agree."""
+    """Start from the weights of a snapshot or of a published X.pth, as far as names and shapes agree."""
     path = persistence.find_snapshot(pattern)
-    source = persistence.load_snapshot(path, trust_pickle=trust_pickle)["ema"]
-    print0(f"Transferred {objective.trained['net'].transfer(source, path)} tensors from {path}")
+    if is_checkpoint(path):
+        published = load_checkpoint(path)
+        sources = {"net": build_generator(published, image_size=objective.dataset.resolution)}
+        if published.potential is not None and "potential" in objective.trained:
+            sources["potential"] = build_potential(published.potential, path)
+    else:
+        sources = {"net": persistence.load_snapshot(path, trust_pickle=trust_pickle)["ema"]}
+    count = sum(objective.trained[name].transfer(source, path) for name, source in sources.items())
+    print0(f"Transferred {count} tensors from {path}")
 
 
 # Resuming.

@@ -49,6 +49,12 @@ DOORS = {
         (generate, "--network={pkl} --discriminator={file} --outdir={new} --seeds=0 --device=cpu"),
         (detect_noise, "--data={zip} --dest={new}.npz --cls={file} --device=cpu"),
     ],
+    "checkpoint": [
+        (generate, "--network={file} --image_size=8 --outdir={new} --seeds=0 --device=cpu"),
+        (train, f"--data={{zip}} --outdir={{new}} --transfer={{file}} {TINY}"),
+        (generate, "--network={pkl} --discriminator={file} --outdir={new} --seeds=0 --device=cpu"),
+        (detect_noise, "--data={zip} --dest={new}.npz --cls={file} --device=cpu"),
+    ],
     "label file": [
         (train_discriminator, f"--data={{zip}} --outdir={{new}} --label-path={{file}} {TINY}"),
     ],
@@ -58,6 +64,7 @@ DOORS = {
     ],
     "labels": [
         (dataset_tool, "--source={zip} --labels={file} --dest={new}"),
+        (dataset_tool, "--source={zip} --clean_labels={file} --skip_damaged --dest={new}"),
     ],
     "matrix": [
         (dataset_tool, "--source={zip} --noise_type=matrix --noise_matrix={file} --dest={new}"),
@@ -100,6 +107,8 @@ def kinds(name, data):
     )
     yield "state", "training-state-000001.pt", hostile.torch_zip(data)
     yield "state", "training-state-000001.pt", hostile.legacy(data)
+    yield "checkpoint", "netG_1.pth", hostile.torch_zip(data)
+    yield "checkpoint", "content.pth", hostile.legacy(data)
     yield "labels", "l.pt", hostile.torch_zip(data)
     yield "labels", "l.pt", hostile.legacy(data)
     yield "labels", "l.npy", hostile.npy_of_objects(data)
@@ -123,7 +132,7 @@ def careless(path, data):
         if path.endswith(".tar.gz"):
             with hostile.tarfile.open(fileobj=io.BytesIO(data)) as tar:
                 pickle.load(tar.extractfile("data_batch_1"))
-        elif path.endswith(".pt"):
+        elif path.endswith((".pt", ".pth")):
             torch.load(io.BytesIO(data), weights_only=False)
         elif path.endswith((".npy", ".npz")):
             found = np.load(io.BytesIO(data), allow_pickle=True)
@@ -266,7 +275,7 @@ def test_json_that_grows(kind, file, data, honest, tmp_path):
     try_doors(kind, tmp_path / file, honest, tmp_path, 0, True)
 
 
-@pytest.mark.parametrize("kind, file", [("labels", "l.pt"), ("state", "s.pt")])
+@pytest.mark.parametrize("kind, file", [("labels", "l.pt"), ("state", "s.pt"), ("checkpoint", "netG_1.pth")])
 @pytest.mark.parametrize("wrap", [hostile.torch_zip, hostile.legacy])
 @pytest.mark.parametrize("name", hostile.TORCH)
 def test_torch_files_that_grow(kind, file, wrap, name, honest, tmp_path):

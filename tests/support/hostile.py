@@ -6,6 +6,7 @@ lists.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import functools
 import gzip
@@ -58,6 +59,8 @@ def gadgets(marker):
     ]
     namespace = named("types:SimpleNamespace") + b")R}"  # an object whose methods BUILD can choose
     raw = b"\x80\x02" + system + args + b"R."
+    layer = torch.nn.ReLU()
+    layer.act = Raw(os.system, touch)
     return {
         # GLOBAL, REDUCE and the other opcodes that find or call a function
         "REDUCE": system + args + b"R.",
@@ -113,6 +116,9 @@ def gadgets(marker):
         "key": b"}" + system + args + b"RK\1s.",
         "settings": pickle.dumps({"ema": 1, "loss_fn": persistent("EDMLoss", {"a": Raw(os.system, touch)})}),
         "module": pickle.dumps({"ema": persistent("EDMPrecond", {"_modules": {"model": Raw(os.system, touch)}})}),
+        "plain module": pickle.dumps({"ema": persistent("EDMPrecond_classifier", {"_modules": {"model": layer}})}),
+        "namespace": pickle.dumps({"netG_dict": {}, "args": argparse.Namespace(nz=Raw(os.system, touch))}),
+        "optimizer": pickle.dumps({"netG_dict": {}, "args": argparse.Namespace(), "optimizerG": Raw(os.system, touch)}),
         "class name": pickle.dumps({"ema": persistent(Raw(os.system, touch), {})}),
         "dtype": named("numpy:dtype") + b"(" + system + args + b"RtR" + b".",
         "object array": pickle.dumps({"data": np.array([Raw(os.system, touch)], dtype=object)}),

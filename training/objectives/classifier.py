@@ -26,6 +26,7 @@ from torch_utils import distributed, misc, persistence
 from torch_utils.distributed import print0
 from torch_utils.precision import widest
 from torch_utils.training_stats import Stats
+from training import networks_published  # noqa: F401  It registers TDSM's classifiers.
 from training.augment import draw_shifts, shift_images
 from training.calibration import Temperature, fit_temperature, mean_log_likelihood
 from training.config import RunConfig
