@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -16,6 +17,7 @@ from archives.workers import ordered_map
 from detection.bayes import judge
 from detection.quality import label_file, whole_label_file
 from torch_utils import distributed
+from training.augment import shift_images
 from training.noise_levels import LOWEST_SIGMA
 from training.objectives.tdsm import clean_posterior
 from training.transition_estimate import estimate_transition
@@ -45,20 +47,28 @@ def clean_sigma(x: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def log_posterior(
-    net: torch.nn.Module, dataset: ImageDataset, device: torch.device, items: np.ndarray | None = None
+    net: torch.nn.Module,
+    dataset: ImageDataset,
+    device: torch.device,
+    items: np.ndarray | None = None,
+    reach: int = 0,
 ) -> torch.Tensor:
     """Return the log-probabilities [n,C] that `net`, in eval mode, gives this process's share of the images `items`.
 
-    Without `items`, it is the share of all images. With many images and classes, the table of all is too large for
-    every process; `distributed.rows_to_rank0` puts it together.
+    Without `items`, it is the share of all images. With `reach`, the probabilities are the mean over all shifts of an
+    image by up to so many pixels. With many images and classes, the table of all is too large for every process;
+    `distributed.rows_to_rank0` puts it together.
     """
+    shifts = torch.tensor(list(itertools.product(range(-reach, reach + 1), repeat=2)), device=device)
     items = np.arange(len(dataset)) if items is None else items
     own = np.asarray(items)[distributed.share(len(items))]
     table = torch.empty([len(own), dataset.label_dim], device=device)
     parts = np.split(own, range(READ, len(own), READ))
     for rows, images in zip(table.split(READ), ordered_map(dataset.images, parts, workers=2), strict=True):
         x = to_float(images.to(device))
-        rows.copy_(torch.log_softmax(net(x, clean_sigma(x)), dim=1))
+        views = [shift_images(x, shift.expand(len(x), 2)) for shift in shifts] if reach else [x]
+        log_probs = torch.stack([torch.log_softmax(net(view, clean_sigma(view)), dim=1) for view in views])
+        rows.copy_(log_probs.logsumexp(dim=0) - math.log(len(views)))
     return table
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from scipy.spatial import cKDTree
 
 from archives.dataset import ImageDataset
-from detection.image_features import block_means
+from training.image_features import block_means
 
 __all__ = ["NEAR", "Duplicates", "count_groups", "find_duplicates"]
 
@@ -71,7 +72,7 @@ def count_groups(labels: np.ndarray, duplicate_of: np.ndarray) -> tuple[int, int
 def _signatures(images: np.ndarray) -> np.ndarray:
     """Return what uint8 images [N,C,H,W] are compared by, float32 [N,d]: block means in units of the contrast."""
     x = images.astype(np.float32) / 255
-    means = block_means(x, min(BLOCKS, *x.shape[2:])).reshape(len(x), -1)
+    means = block_means(torch.from_numpy(x), min(BLOCKS, *x.shape[2:])).flatten(1).numpy()
     return means / np.maximum(means.std(axis=1, keepdims=True), FLAT)
 
 

@@ -25,13 +25,14 @@ from torch_utils import distributed
 from training.calibration import mean_log_likelihood
 from training.transition_estimate import estimate_transition
 
-__all__ = ["detect", "robust_loss"]
+__all__ = ["HELD_OUT", "PATIENCE", "PROGRESS", "detect", "held_out_likelihood", "robust_loss"]
 
 Q = 0.7  # the paper's
 HELD_OUT = 0.1  # share of the images that only decide how long the others train
 ROUND = 15_000  # images that are seen between two decisions, and at least one epoch
 EPOCHS, IMAGES = 12, 300_000  # how long training takes at most: the longer of the two
 PATIENCE = 3  # rounds without progress, after which training stops
+REACH = 1  # pixels: the posterior is the mean over so small shifts, as training has shown them, too
 PROGRESS = 1e-3  # nats per held-out label
 
 
@@ -73,7 +74,7 @@ def detect(dataset: ImageDataset, device: torch.device, settings: Settings) -> t
     progress.close()
     if weights is not None:
         trainer.ema.load_state_dict(weights)
-    log_probs = trainer.posterior()
+    log_probs = trainer.posterior(reach=REACH)
     trainer.close()
     return whole_label_file(dataset, log_probs), trainer.ema
 
@@ -81,10 +82,10 @@ def detect(dataset: ImageDataset, device: torch.device, settings: Settings) -> t
 def likelihood(trainer: Trainer, labels: np.ndarray, held_out: np.ndarray) -> float:
     """Return the mean of ln P(o | x) over held-out images, in nats, with the T of their anchor points. Collective."""
     table = distributed.rows_to_rank0(trainer.posterior(held_out), len(held_out))
+    return distributed.from_rank0(lambda: held_out_likelihood(table, labels[held_out]))
 
-    def compute() -> float:
-        observed = labels[held_out]
-        T = torch.from_numpy(estimate_transition(table.numpy(), observed))
-        return float(mean_log_likelihood(table, torch.from_numpy(observed), T))
 
-    return distributed.from_rank0(compute)
+def held_out_likelihood(log_probs: torch.Tensor, observed: np.ndarray) -> float:
+    """Return the mean of ln P(o | x), in nats, of observed labels [n] by a log-posterior [n,C] and its anchors' T."""
+    T = torch.from_numpy(estimate_transition(log_probs.numpy(), observed))
+    return float(mean_log_likelihood(log_probs, torch.from_numpy(observed), T))

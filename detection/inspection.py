@@ -19,14 +19,19 @@ RATE = 2400  # images per second, measured on one core
 LEAST = 0.1  # share of a class's images above which another class counts as confusable with it
 
 
-def look_for_foreign(dataset: ImageDataset, found: LabelFile, seed: int = 0) -> list[str]:
-    """Add foreign images and duplicates to a label file that does not know them; return a line about each."""
+def look_for_foreign(
+    dataset: ImageDataset, found: LabelFile, seed: int = 0, features: np.ndarray | None = None
+) -> list[str]:
+    """Add foreign images and duplicates to a label file that does not know them; return a line about each.
+
+    `features` [N,d]: further features of the images, which help to tell foreign ones.
+    """
     start, lines, n = time.monotonic(), [], len(found.labels)
     if n > 5 * RATE:
         print(f"Looking for foreign images and duplicates, about {n / RATE:.0f} s", flush=True)
     note = "" if n >= ENOUGH else f"; not looked for among fewer than {ENOUGH}"
     if found.is_outlier is None and n >= ENOUGH:
-        outliers = find_outliers(dataset, seed=seed)
+        outliers = find_outliers(dataset, features, seed=seed)
         found.outlier_score, found.is_outlier = outliers.score, outliers.is_outlier
         if outliers.is_outlier.any():
             note = f"; of those, about {outliers.expected_false:.1f} are usual ones"

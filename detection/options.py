@@ -16,19 +16,29 @@ from archives.dataset import ImageDataset
 from archives.label_file import LabelFile, save_label_file
 from archives.label_table import load_labels_or_table, save_label_table
 from detection import classifier, confident, cores, gce
+from detection.features import FEATURES, load_features
+from detection.features import detect as detect_by_features
 from detection.quality import confusion
 from detection.trainer import CONV, Settings
 from dnnlib.cli import BOOL, FloatRange, add_options, blame
 from torch_utils import distributed, persistence
 from torch_utils.precision import tf32
+from training.networks_resnet import DEPTHS
 from training.objectives.classifier import check_classifier
 from training.options import preset_option
 from training.presets import ARCHS
 
-__all__ = ["check_usage", "detect_options", "find_wrong_labels", "open_data", "save_results", "training_state"]
+__all__ = [
+    "check_usage",
+    "detect_options",
+    "find_wrong_labels",
+    "open_data",
+    "save_results",
+    "training_state",
+]
 
 METHODS = {"gce": gce.detect, "cores": cores.detect, "confident": confident.detect}
-TRAINING = {"--epochs", "--arch", "--batch", "--lr"}
+TRAINING = {"--epochs", "--arch", "--encoder", "--batch", "--lr"}
 
 
 # fmt: off
@@ -41,6 +51,8 @@ def detect_options() -> Callable:
         click.option("--cls", metavar="PKL|DIR|URL", help="Decide by this snapshot of train_classifier.py; train nothing"),
         click.option("--labels", metavar="NPZ|CSV", help="Take this label file, or a CSV in cleanlab's columns; train nothing"),
         click.option("--epochs", type=click.IntRange(min=1), metavar="INT", help="Length of training  [default: gce stops when held-out labels become no more likely; 60 for cores, 20 for each of the 5 classifiers of confident]"),
+        click.option("--features", metavar="NAME", help=f"Find wrong and foreign images by the features of a network that others have trained: {FEATURES}. A linear classifier of these features trains, with the loss of gce"),
+        click.option("--encoder", type=click.Choice(DEPTHS), help="Residual network of this depth, in place of --arch"),
         click.option("--arch", type=click.Choice([CONV, *ARCHS]), help="Small convolutional network, or the ResNet that goes with this U-Net  [default: conv for gce, ddpmpp otherwise]"),
         click.option("--batch", type=click.IntRange(min=1), default=256, metavar="INT", help="Batch size over all processes"),
         click.option("--lr", type=FloatRange(min=0, min_open=True), metavar="FLOAT", help="Learning rate  [default: 0.005 for conv, 0.002 otherwise]"),
@@ -59,6 +71,11 @@ def check_usage(given: set[str], o: dnnlib.EasyDict) -> None:
     for source, useless in (("cls", given & TRAINING), ("labels", given & (TRAINING | {"--method"}))):
         if o[source] and useless:
             raise click.UsageError(f"--{source}: nothing is trained with this option; leave out {sorted(useless)[0]}")
+    if o.encoder and o.arch:
+        raise click.UsageError(f"--encoder={o.encoder} and --arch={o.arch} both choose the network; give one of them")
+    useless = ["--cls"] * bool(o.cls) + sorted(given & {"--arch", "--encoder", "--lr", "--method"})
+    if o.features and not o.labels and useless:
+        raise click.UsageError(f"--features: a linear classifier of the features decides; leave out {useless[0]}")
     if o.cls and o.method == "confident":
         raise click.UsageError("--cls: --method=confident needs classifiers that have not seen the labels they judge")
     if o.batch % distributed.get_world_size():
@@ -67,8 +84,8 @@ def check_usage(given: set[str], o: dnnlib.EasyDict) -> None:
         )
 
 
-def open_data(o: dnnlib.EasyDict) -> tuple[ImageDataset, torch.device]:
-    """Return the data set and the device. At the end of the command, it leaves the other processes.
+def open_data(o: dnnlib.EasyDict) -> tuple[ImageDataset, torch.device, np.ndarray | None]:
+    """Return the data set, the device and, on rank 0, what --features asks for. At the end, it leaves other processes.
 
     TF32 is forbidden until then. UserError: the data set has no class labels.
     """
@@ -81,7 +98,11 @@ def open_data(o: dnnlib.EasyDict) -> tuple[ImageDataset, torch.device]:
         classifier.check_labels(dataset)
     if distributed.get_rank() == 0:
         dnnlib.print_notes([*dataset.notes, *dataset.class_notes()])
-    return dataset, device
+    features = None
+    if o.features is not None:
+        with blame("--features"):
+            features = load_features(o.features, dataset, device)
+    return dataset, device, features
 
 
 def training_state(path: str) -> str:
@@ -90,11 +111,15 @@ def training_state(path: str) -> str:
 
 
 def find_wrong_labels(
-    o: dnnlib.EasyDict, dataset: ImageDataset, device: torch.device, path: str | None
+    o: dnnlib.EasyDict,
+    dataset: ImageDataset,
+    device: torch.device,
+    path: str | None,
+    features: np.ndarray | None = None,
 ) -> tuple[LabelFile, torch.nn.Module | None]:
     """Return what the options find about the labels of a set, and the classifier where one is left. Collective.
 
-    `path`: the label file that it will become. A training that was killed continues from its `training_state` beside
+    `features`: of `open_data`. `path`: the label file that it will become. A training that was killed continues from its `training_state` beside
     that file, which the caller deletes when everything is written. None: no file, and a killed training begins anew.
     """
     if o.labels:
@@ -102,7 +127,10 @@ def find_wrong_labels(
             return load_labels(o.labels, dataset), None
     if o.cls:
         return detect_by_snapshot(o.cls, o.trust_pickle, dataset, device), None
-    arch = o.arch or (CONV if o.method == "gce" else "ddpmpp")
+    if o.features:
+        settings = Settings(epochs=o.epochs, batch=o.batch, seed=o.seed)
+        return detect_by_features(dataset, features, device, settings), None
+    arch = o.encoder or o.arch or (CONV if o.method == "gce" else "ddpmpp")
     lr = o.lr or (5e-3 if arch == CONV else 2e-3)
     settings = Settings(
         arch=arch, epochs=o.epochs, batch=o.batch, lr=lr, seed=o.seed, state=path and training_state(path)

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.special import ndtr
 
-from archives.dataset import ImageDataset
-from detection.image_features import image_features
+from archives.dataset import ImageDataset, to_float
+from training.image_features import image_features
 from training.robust_core import find_core
 
 __all__ = ["FALSE_ALARMS", "Outliers", "find_outliers"]
@@ -89,7 +89,7 @@ def find_outliers(
 
 def _features(dataset: ImageDataset, items: np.ndarray) -> Iterator[np.ndarray]:
     for start in range(0, len(items), CHUNK):
-        yield image_features(dataset.images(items[start : start + CHUNK]).numpy())
+        yield image_features(to_float(dataset.images(items[start : start + CHUNK]))).numpy()
 
 
 class Space:

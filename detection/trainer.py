@@ -17,7 +17,7 @@ from detection.classifier import clean_sigma, log_posterior
 from torch_utils import checkpoint, distributed, misc
 from training.augment import draw_shifts, shift_images
 from training.networks_conv import ConvClassifier, conv_kwargs
-from training.networks_resnet import Classifier, resnet_kwargs
+from training.networks_resnet import DEPTHS, Classifier, resnet_kwargs
 from training.trained_network import TrainedNetwork, linear_rampup
 
 __all__ = ["CONV", "Progress", "Settings", "Trainer", "TrainingState"]
@@ -33,7 +33,7 @@ Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 class Settings:
     """How a detector trains its classifier."""
 
-    arch: str = "ddpmpp"  # the ResNet that goes with this U-Net, or CONV
+    arch: str = "ddpmpp"  # the ResNet that goes with this U-Net, or of this depth (of DEPTHS), or CONV
     epochs: int | None = None  # None: the method's own length
     batch: int = 256  # images per step, over all processes
     lr: float = 2e-3  # peak learning rate
@@ -60,7 +60,8 @@ class Trainer:
         if settings.arch == CONV:
             net = ConvClassifier(*shape, dropout=DROPOUT, **conv_kwargs(dataset.num_channels))
         else:
-            net = Classifier(*shape, dropout=DROPOUT, **resnet_kwargs(settings.arch, *shape))
+            encoder = settings.arch if settings.arch in DEPTHS else None
+            net = Classifier(*shape, dropout=DROPOUT, **resnet_kwargs(settings.arch, *shape, encoder=encoder))
         self.trained = TrainedNetwork(
             net,
             device,
@@ -108,9 +109,12 @@ class Trainer:
             advance((step + 1) / steps)
         stream.close()
 
-    def posterior(self, items: np.ndarray | None = None) -> torch.Tensor:
-        """Return the EMA's log-probabilities [n,C] for this process's share of the images `items` (None: of all)."""
-        return log_posterior(self.ema, self.dataset, self.device, items)
+    def posterior(self, items: np.ndarray | None = None, reach: int = 0) -> torch.Tensor:
+        """Return the EMA's log-probabilities [n,C] for this process's share of the images `items` (None: of all).
+
+        `reach`: shifts to average over, see `log_posterior`.
+        """
+        return log_posterior(self.ema, self.dataset, self.device, items, reach)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the training so far, for a `TrainingState`."""

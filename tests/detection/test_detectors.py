@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from archives.dataset import ImageDataset
+from archives.dataset import ImageDataset, to_float
 from detection import classifier, cores, gce
 from detection import quality as quality_file
 from detection.bayes import Judgment, judge, judge_seen
+from detection.classifier import log_posterior
 from detection.quality import describe, label_file, quality
 from detection.trainer import Settings
 from sampling.grid import image_sheet
@@ -146,7 +147,7 @@ class LearningTrainer:
         with torch.no_grad():
             self.ema.bias.fill_(number)
 
-    def posterior(self, items=None):
+    def posterior(self, items=None, reach=0):
         items = np.arange(len(self.labels)) if items is None else items
         known = 1 - 1 / (1 + min(len(self.epochs), 12 - len(self.epochs)))  # best after six epochs
         p = torch.full([len(items), 2], 1 - known)
@@ -210,6 +211,23 @@ def test_bayes_rule_by_hand():
     assert judged.rate == pytest.approx(1 - np.mean([0.4 / 0.6, 0.54 / 0.56, 0.3 / 0.4]), abs=1e-6)
     w, q = np.array(expected), np.array([[0.5, 0.5], [0.1, 0.9], [0.5, 0.5]])
     np.testing.assert_allclose(judged.confusion, (w.T @ q) / w.sum(axis=0)[:, None], rtol=1e-5)
+
+
+def test_a_posterior_over_shifts_is_the_mean_of_the_shifted_images_probabilities(tmp_path):
+    class Corner(torch.nn.Module):
+        def forward(self, x, sigma):
+            return x[:, :1, 0, 0].expand(-1, 2) * torch.tensor([1.0, 0.0])
+
+    dataset = ImageDataset(str(make_archive(tmp_path / "a.zip", pictures(3), [0, 1, 0])))
+    x = to_float(dataset.images(np.arange(3)))
+    # Shifts down and right repeat the border, so the corner keeps its value; up and left bring in its neighbors.
+    corner = x[:, 0, [0, 0, 0, 0, 0, 0, 1, 1, 1], [0, 0, 0, 0, 1, 1, 0, 0, 1]]
+    expected = torch.sigmoid(corner).mean(dim=1)
+    found = log_posterior(Corner(), dataset, torch.device("cpu"), reach=1).exp()
+    torch.testing.assert_close(found[:, 0], expected)
+    torch.testing.assert_close(
+        log_posterior(Corner(), dataset, torch.device("cpu"))[:, 0], torch.sigmoid(x[:, 0, 0, 0]).log()
+    )
 
 
 def test_a_posterior_that_has_seen_the_labels_counts_as_it_is():

@@ -7,7 +7,6 @@ from sklearn.datasets import load_digits
 from sklearn.metrics import roc_auc_score
 
 from detection.duplicates import count_groups, find_duplicates
-from detection.image_features import block_means, image_features
 from detection.outliers import Space, _flag, _nearest, find_outliers, foreign_scores
 from training.robust_core import find_core
 
@@ -124,24 +123,6 @@ def test_nearest_agrees_with_a_loop():
         d[own == i] = np.inf
         assert rows[i].tolist() == d.argsort()[:4].tolist()
         np.testing.assert_allclose(distances[i], np.sort(d)[:4], rtol=1e-3)
-
-
-def test_block_means_weigh_pixels_by_area():
-    image = np.array([0.0, 3.0, 6.0], np.float32).reshape(1, 1, 1, 3)
-    np.testing.assert_allclose(block_means(image, 2)[0, 0], [[1, 5], [1, 5]], rtol=1e-6)  # (0 + 3/2) / 1.5, ...
-    whole = np.random.default_rng(0).random([2, 3, 28, 28], dtype=np.float32)
-    blocks = whole.reshape(2, 3, 7, 4, 7, 4).mean(axis=(3, 5))
-    np.testing.assert_allclose(block_means(whole, 7), blocks, rtol=1e-5)
-
-
-def test_features_mean_the_same_at_every_size():
-    """An enlarged image has the block means and the coarse contrast of the small one."""
-    small = np.random.default_rng(0).integers(0, 256, [4, 3, 8, 8], dtype=np.uint8)
-    large = small.repeat(8, axis=2).repeat(8, axis=3)
-    a, b = image_features(small), image_features(large)
-    np.testing.assert_allclose(a[:, :80], b[:, :80], atol=1e-4)  # 64 block means, 16 contrasts
-    np.testing.assert_allclose(a[:, 80:], b[:, -16:], atol=1e-4)  # color
-    assert b.shape[1] - a.shape[1] == 32  # the bands that 8x8 pixels do not have
 
 
 def test_a_space_compares_in_deviations_within_classes():
