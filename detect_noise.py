@@ -73,16 +73,16 @@ def main(**opts) -> None:
     if o.cleaned:
         with blame("--cleaned"):
             check_destination(o.cleaned, overwrite=True)  # before the work
-    dataset, device = open_data(o)
+    dataset, device, features = open_data(o)
     decisions = None
     if o.decisions:
         with blame("--decisions"):
             names = dataset.class_names, dataset.label_dim
             decisions = load_decisions(o.decisions, dataset.name_lists, dataset.labels, *names)
-    found, net = find_wrong_labels(o, dataset, device, o.dest)
+    found, net = find_wrong_labels(o, dataset, device, o.dest, features)
 
     def write() -> None:
-        lines = look_for_foreign(dataset, found, o.seed) if o.foreign else []
+        lines = look_for_foreign(dataset, found, o.seed, features) if o.foreign else []
         judged = found if decisions is None else apply_to_labels(found, decisions)
         source = None
         if o.cleaned:  # before anything is written: there may be nothing left

@@ -45,16 +45,16 @@ def main(**opts) -> None:
     check_usage(set(dnnlib.cli.given_options()), o)
     with blame("--outdir"):
         check_outdir(o.outdir)
-    dataset, device = open_data(o)
+    dataset, device, features = open_data(o)
     print0(f"Step 1 of 3: {'read the label file' if o.labels else 'find wrong labels'}")
     labels = os.path.join(o.outdir, "labels.npz")
-    found, net = find_wrong_labels(o, dataset, device, labels)
+    found, net = find_wrong_labels(o, dataset, device, labels, features)
 
     def write() -> None:
         lines = []
         if o.foreign:
             print(f"Step 2 of 3: find foreign images and duplicates among {len(dataset):,} images", flush=True)
-            lines = look_for_foreign(dataset, found, o.seed)
+            lines = look_for_foreign(dataset, found, o.seed, features)
         print("Step 3 of 3: write the page", flush=True)
         written = save_results(labels, dataset, found, net)
         advice, why = advise(dataset, found, o.data, labels)

@@ -42,7 +42,7 @@ SHARE = FloatRange(min=0, max=0.5)
 # fmt: off
 @click.command(cls=dnnlib.cli.Command, help=__doc__, epilog=EXAMPLES + options.preset_help("train_classifier.py"))
 @options.run_options("train_classifier.py", cond=True, duration=10.0, batch=1024, dropout=0.3)
-@options.noise_level_options(ema=0.05)
+@options.encoder_options()
 @options.noise_options("clean", "sym", "asym", "pair", "matrix", "auto", "learn")
 @click.option("--label-path", metavar="NPZ|CSV",
               help="Label file of detect_noise.py whose T --noise_type=auto takes, or learn starts from  "

@@ -39,7 +39,7 @@ Examples:
 # fmt: off
 @click.command(cls=dnnlib.cli.Command, help=__doc__, epilog=EXAMPLES + options.preset_help("train_discriminator.py"))
 @options.run_options("train_discriminator.py", cond=True, duration=10.0, batch=1024, dropout=0.1)
-@options.noise_level_options(ema=0.05)
+@options.encoder_options()
 @options.noise_options("sym", "asym", "pair", "matrix")
 @click.option("--label-path", metavar="NPZ|CSV", required=True,
               help="Which labels are believed right: a label file of detect_noise.py, or one in a published layout")

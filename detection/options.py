@@ -119,8 +119,9 @@ def find_wrong_labels(
 ) -> tuple[LabelFile, torch.nn.Module | None]:
     """Return what the options find about the labels of a set, and the classifier where one is left. Collective.
 
-    `features`: of `open_data`. `path`: the label file that it will become. A training that was killed continues from its `training_state` beside
-    that file, which the caller deletes when everything is written. None: no file, and a killed training begins anew.
+    `features`: of `open_data`. `path`: the label file that it will become. A training that was killed continues from
+    its `training_state` beside that file, which the caller deletes when everything is written. None: no file, and a
+    killed training begins anew.
     """
     if o.labels:
         with blame("--labels"):

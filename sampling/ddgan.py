@@ -18,19 +18,25 @@ def ddgan_sampler(
     latents: torch.Tensor,
     class_labels: torch.Tensor | None = None,
     randn_like: Callable[[torch.Tensor], torch.Tensor] = torch.randn_like,
+    observe: Callable[[torch.Tensor, float, float], None] | None = None,
 ) -> torch.Tensor:
     """Return images float32 [N,C,H,W] in [-1,1] from latents [N,C,H,W] ~ N(0,I), by T calls of the generator `net`.
 
     For t = T-1..0: z ~ N(0,I), x_0 = G(x_{t+1}, t, z), then a sample of q(x_t | x_0, x_{t+1}). `randn_like` supplies
-    z and then, except for t = 0, the noise of that sample.
+    z and then, except for t = 0, the noise of that sample; `observe` sees all states x = s (image + sigma noise).
     """
-    steps = _steps(net.num_timesteps, net.beta_min, net.beta_max, latents.device)
+    steps = _steps(net.num_timesteps, net.beta_min, net.beta_max, latents.device, net.geometric)
     x = latents.to(torch.float32)
+    abar = [] if observe is None else steps.abar.tolist()
     for i in reversed(range(net.num_timesteps)):
+        if observe is not None:
+            observe(x, (1 - abar[i + 1] ** 2) ** 0.5 / abar[i + 1], abar[i + 1])
         t = torch.full([len(x)], i, device=x.device)
         z = randn_like(x.new_empty([len(x), net.nz]))
         x_0 = net(x, t, z, class_labels)
         x = steps.posterior(x_0, x, t, randn_like(x) if i else torch.zeros_like(x))
+    if observe is not None:
+        observe(x, 0.0, 1.0)
     return x
 
 

@@ -27,6 +27,7 @@ __all__ = [
     "RunConfig",
     "TDSMConfig",
     "differences",
+    "flatten",
     "named_files",
     "settle",
     "to_dict",
@@ -113,7 +114,8 @@ class ClassifierConfig:
 class TDSMConfig:
     """What `train_noise.py` adds (docs/methods/tdsm.md)."""
 
-    cls: str = named_file("")  # snapshot of the classifier
+    cls: str = named_file("")  # snapshot of the classifier; empty: class-level weights, which need none
+    weights: str | None = settled(fresh="image", before="image")  # of the classes: by image, or class (S-DSM)
     tau: float = 0.01  # classes whose weight is at most this leave the sum, except the observed one
     pairs: int | None = None  # how many other classes each image keeps at most; None: all above tau
     others: str | None = settled(fresh="sample", before="all")  # the sum over other classes: one draw, or all
@@ -146,13 +148,14 @@ class RDUOTConfig:
     num_timesteps: int = 4  # steps of the diffusion
     beta_min: float = 0.1  # noise schedule: rate at the start
     beta_max: float = 20.0  # noise schedule: rate at the end
+    geometric: bool | None = None  # noise schedule: the variance rises geometrically from beta_min to beta_max
     cost: str = "pixels"  # what the transport cost compares
     tau: float = 1e-3  # weight of the transport cost
     phi1: str = "softplus"  # conjugate on generated images
     phi2: str = "softplus"  # conjugate on real images
     r1_gamma: float = 0.02  # weight of the gradient penalty R1
     lazy_reg: int = 15  # steps from one penalty to the next
-    schedule_nimg: int | None = None  # images over which the learning rates fall; None: the whole training
+    schedule_nimg: int | None = None  # images over which the learning rates fall; None: the whole training, 0: never
 
 
 @dataclass
@@ -187,6 +190,8 @@ class RunConfig:
     desc: str | None = changeable(default=None)  # text at the end of the run directory's name
     tensorboard: bool = changeable(default=False)  # write the statistics for TensorBoard too
     wandb: str | None = changeable(default=None)  # project on Weights & Biases that gets the statistics too
+    wandb_mode: str | None = changeable(default=None)  # online or offline; None: as its environment variables say
+    wandb_resume: str | None = changeable(default=None)  # the run there that goes on; None: that of the run directory
     contents: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)  # of the files, by the field of each
     posterior: PosteriorConfig | None = None  # labels by a posterior; None: the data set's labels
     cep: CEPConfig | None = None  # one section per method that has settings of its own
@@ -230,7 +235,7 @@ def differences(old: dict[str, Any], new: dict[str, Any], besides: Collection[st
     """
     old, new = (json.loads(json.dumps(config)) for config in (old, new))
     there, here = (config.pop("contents", None) or {} for config in (old, new))
-    old, new = _flatten(old), _flatten(new)
+    old, new = flatten(old), flatten(new)
     ignored = {*_changeable_fields(), *besides}
     found = []
     for key in sorted(old | new):
@@ -262,9 +267,9 @@ def _changeable_fields() -> set[str]:
     return names
 
 
-def _flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    # {'a': {'b': 1}} -> {'a.b': 1}
+def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return a nested dictionary as a flat one: {'a': {'b': 1}} becomes {'a.b': 1}."""
     flat: dict[str, Any] = {}
     for key, value in config.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return flat

@@ -183,6 +183,13 @@ class GroupNorm(torch.nn.Module):
         return F.group_norm(x, self.num_groups, _like(self.weight, x), _like(self.bias, x), self.eps)
 
 
+def _half(num_channels: int) -> int:
+    # Embeddings consist of as many cosines as sines.
+    if num_channels % 2 or num_channels < 2:
+        raise ValueError(f"{num_channels} channels: the embedding of noise levels or times needs an even number")
+    return num_channels // 2
+
+
 @persistent_class
 class PositionalEmbedding(torch.nn.Module):
     """Sinusoids of [N] numbers, [N,num_channels] = [cos, sin](x max_positions^(-k/K)) (Vaswani et al. 2017).
@@ -193,7 +200,7 @@ class PositionalEmbedding(torch.nn.Module):
 
     def __init__(self, num_channels: int, max_positions: float = 10000, endpoint: bool = False):
         super().__init__()
-        half = num_channels // 2
+        half = _half(num_channels)
         k = torch.arange(half, dtype=torch.float32) / max(half - bool(endpoint), 1)
         self.register_buffer("freqs", (1 / max_positions) ** k, persistent=False)
 
@@ -208,7 +215,7 @@ class FourierEmbedding(torch.nn.Module):
 
     def __init__(self, num_channels: int, scale: float = 16):
         super().__init__()
-        self.register_buffer("freqs", torch.randn(num_channels // 2) * scale)
+        self.register_buffer("freqs", torch.randn(_half(num_channels)) * scale)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         angles = x[:, None] * (2 * np.pi * self.freqs)

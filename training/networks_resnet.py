@@ -14,7 +14,7 @@ from torch_utils.persistence import persistent_class
 from torch_utils.precision import no_autocast
 from training.networks import EMBEDDINGS, Conv2d, GroupNorm, Linear, edm_coefs, ve_coefs, vp_coefs
 
-__all__ = ["Classifier", "Discriminator", "resnet_kwargs"]
+__all__ = ["DEPTHS", "Classifier", "Discriminator", "resnet_kwargs"]
 
 # name: (blocks per stage, width of the first stage, width of each stage in multiples of the first)
 DEPTHS = {
@@ -32,12 +32,15 @@ def resnet_kwargs(
     label_dim: int,
     cbase: int | None = None,
     cres: list[int] | None = None,
+    encoder: str | None = None,
 ) -> dict:
     """Return the constructor arguments for a data set and the name of a U-Net architecture (docs/methods/tdsm.md).
 
-    `cbase` and `cres` replace the width of the first stage and the multipliers.
+    `cbase` and `cres` replace the width of the first stage and the multipliers, `encoder` the depth (of DEPTHS).
     """
-    if arch in ("ddpmpp_tiny", "ddpmpp_mnist") or img_channels == 1:
+    if encoder is not None:
+        depth = encoder
+    elif arch in ("ddpmpp_tiny", "ddpmpp_mnist") or img_channels == 1:
         depth = "small"
     else:
         depth = "resnet34" if label_dim > 50 or img_resolution >= 64 else "resnet18"

@@ -72,22 +72,37 @@ class NoiseLevels:
 
 
 class DiffusionSteps:
-    """Forward process x_0 -> x_1 -> ... -> x_T in T steps of the variance-preserving schedule, and its posterior.
+    """Forward process x_0 -> x_1 -> ... -> x_T in T steps that keep the variance, and its posterior.
+
+    The variance of the noise at time u is 1 - exp(-u^2 (beta_max - beta_min)/2 - u beta_min), and with `geometric`
+    beta_min (beta_max / beta_min)^u.
 
     Attributes: `betas`, `a` = sqrt(1 - beta), `sigma` = sqrt(beta) and `abar`, the cumulative product of a, are float32
     [T+1]; their entry 0 is the start, with beta = 1e-8. `posterior_variance`, `coef_x0` and `coef_xt` are float32 [T];
-    their entry t describes q(x_t | x_0, x_{t+1}) (Ho et al. 2020, Eq. 7). The schedule is that of Xiao et al., ICLR
-    2022. Raises ValueError for fewer than one step.
+    their entry t describes q(x_t | x_0, x_{t+1}) (Ho et al. 2020, Eq. 7). The schedules are those of Xiao et al., ICLR
+    2022. Raises ValueError for fewer than one step, and unless every step adds noise and keeps some of the image.
     """
 
     def __init__(
-        self, num_timesteps: int = 4, beta_min: float = 0.1, beta_max: float = 20.0, device: torch.device | str = "cpu"
+        self,
+        num_timesteps: int = 4,
+        beta_min: float = 0.1,
+        beta_max: float = 20.0,
+        device: torch.device | str = "cpu",
+        geometric: bool = False,
     ):
         if num_timesteps < 1:
             raise ValueError(f"num_timesteps={num_timesteps}: must be at least 1")
-        self.num_timesteps, self.beta_min, self.beta_max = num_timesteps, beta_min, beta_max
+        self.num_timesteps, self.beta_min, self.beta_max, self.geometric = num_timesteps, beta_min, beta_max, geometric
         time = torch.arange(num_timesteps + 1, dtype=torch.float64) / num_timesteps * (1 - 1e-3) + 1e-3
         kept = torch.exp(-0.5 * time**2 * (beta_max - beta_min) - time * beta_min)  # 1 - var(t)
+        if geometric:
+            kept = 1 - beta_min * (beta_max / beta_min) ** time
+        if not (kept[-1] > 0 and (kept.diff() < 0).all()):
+            raise ValueError(
+                f"beta_min={beta_min:g}, beta_max={beta_max:g}: "
+                + ("a geometric schedule needs 0 < beta_min < beta_max < 1" if geometric else "too much noise")
+            )
         first = torch.tensor([1e-8], dtype=torch.float64)
         self.betas = torch.cat([first, 1 - kept[1:] / kept[:-1]]).to(torch.float32)
         self.a, self.sigma = (1 - self.betas).sqrt(), self.betas.sqrt()
@@ -104,7 +119,8 @@ class DiffusionSteps:
 
     def settings(self) -> dict:
         """Return plain data from which DiffusionSteps(**settings()) makes an equal object."""
-        return dict(num_timesteps=self.num_timesteps, beta_min=self.beta_min, beta_max=self.beta_max)
+        names = ("num_timesteps", "beta_min", "beta_max", "geometric")
+        return {name: getattr(self, name) for name in names}
 
     def diffuse(self, x_0: torch.Tensor, t: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         """Return x_t [N,...] for images x_0 [N,...], t [N] in 0..T and standard normal noise in the shape of x_0."""

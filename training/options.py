@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import textwrap
 from collections.abc import Callable
 from typing import Any
@@ -21,15 +20,18 @@ from dnnlib.cli import BOOL, INT_LIST, FloatRange, add_options, blame
 from torch_utils import distributed
 from training.augment import default_augment
 from training.config import DatasetConfig, NetworkConfig, OptimizerConfig, PosteriorConfig, RunConfig
-from training.networks_resnet import resnet_kwargs
+from training.networks_resnet import DEPTHS, resnet_kwargs
 from training.noise_levels import NoiseLevels
 from training.objectives.posterior_labels import MODES, PosteriorLabels
 from training.presets import ARCHS, network_kwargs, presets_of
+from training.trackers import WANDB_MODES, check_package
 
 __all__ = [
     "check_precision",
     "check_usage",
     "denoiser_options",
+    "encoder_options",
+    "few_step_options",
     "make_config",
     "noise_level_options",
     "noise_options",
@@ -48,6 +50,7 @@ __all__ = [
 
 COUNT, COUNT_OR_0 = click.IntRange(min=1), click.IntRange(min=0, max=2**63 - 1)
 POSITIVE, SHARE = FloatRange(min=0, min_open=True), FloatRange(min=0, max=1)
+DECAY = FloatRange(min=0, max=1, max_open=True)
 LENGTH, LENGTH_OR_0 = (
     FloatRange(min=0, min_open=True, max=1e12),
     FloatRange(min=0, max=1e12),
@@ -88,8 +91,11 @@ def run_options(script: str, *, cond: bool = False, duration: float = 200.0, bat
         click.option("--seed", metavar="INT", type=COUNT_OR_0, help="Random seed  [default: random]"),
         click.option("--transfer", metavar="PKL|URL", help="Start from the weights of a snapshot"),
         click.option("--resume", metavar="PT|DIR|latest", help="Continue a run: a training state, a run directory, or the newest run in --outdir (a new run if there is none)"),
-        click.option("--tensorboard", type=BOOL, default=False, help="Write the statistics for TensorBoard too"),
-        click.option("--wandb", metavar="PROJECT", help="Send the statistics to this Weights & Biases project too"),
+        click.option("--tensorboard", type=BOOL, default=False, help="Show the run in TensorBoard too: tensorboard --logdir=DIR"),
+        click.option("--wandb", "--wandb-project", "wandb", metavar="PROJECT", help="Show the run in this project of Weights & Biases too"),
+        click.option("--wandb-mode", type=click.Choice(WANDB_MODES), help="Send the run to Weights & Biases, or record it for `wandb sync`  [default: what the environment variable WANDB_MODE says, else online]"),
+        click.option("--wandb-resume", metavar="ID", help="Go on with this run of the project  [default: with --resume the run of the run directory, else a new one]"),
+        click.option("--wandb-api-key", metavar="KEY", help="Key of Weights & Biases. Other users of the machine can see it here: better set the environment variable WANDB_API_KEY, or call `wandb login` once"),
         click.option("--trust_pickle", is_flag=True, help="Run the code inside snapshots of other programs; only for files that you trust"),
         click.option("-n", "--dry-run", is_flag=True, help="Print the configuration and stop"),
     ])
@@ -110,6 +116,45 @@ def noise_level_options(*, lr: float = 1e-3, ema: float = 0.5) -> Callable:
         click.option("--augment", metavar="P", type=SHARE, default=0.12, help="Probability of each non-leaking augmentation; 0 for none"),
         click.option("--fp16", type=BOOL, default=False, help="The same as --precision=fp16"),
         click.option("--ls", metavar="FLOAT", type=POSITIVE, default=1.0, help="Multiply the loss by this while gradients are computed, for fp16"),
+    ])
+
+
+def encoder_options() -> Callable:
+    """Return a decorator for the options of classifiers and discriminators: `noise_level_options` and the depth."""
+    return add_options([
+        noise_level_options(ema=0.05),
+        click.option("--encoder", type=click.Choice(DEPTHS), help="Depth of the residual network  [default: by --arch and the data: small for small or gray images, resnet34 from 64 pixels or with more than 50 classes, else resnet18]"),
+    ])
+
+
+def few_step_options() -> Callable:
+    """Return a decorator for the published options of RDUOT and DDGAN, without those of the loss."""
+    return add_options([
+        click.option("--num_epoch", metavar="INT", type=COUNT, help="Length of training in passes over the data"),
+        click.option("--num_timesteps", metavar="INT", type=COUNT, default=4, help="Steps of the diffusion"),
+        click.option("--beta_min", metavar="FLOAT", type=POSITIVE, default=0.1, help="Noise schedule: rate at the start"),
+        click.option("--beta_max", metavar="FLOAT", type=POSITIVE, default=20.0, help="Noise schedule: rate at the end"),
+        click.option("--use_geometric", is_flag=True, help="Noise schedule: the variance rises geometrically from --beta_min to --beta_max, both below 1"),
+        click.option("--lr_g", metavar="FLOAT", type=POSITIVE, default=1.6e-4, help="Learning rate of the generator"),
+        click.option("--lr_d", metavar="FLOAT", type=POSITIVE, default=1.25e-4, help="Learning rate of the potential"),
+        click.option("--beta1", metavar="FLOAT", type=DECAY, default=0.5, help="Adam: decay of the mean gradient per step"),
+        click.option("--beta2", metavar="FLOAT", type=DECAY, default=0.9, help="Adam: decay of the mean squared gradient per step"),
+        click.option("--schedule", metavar="MIMG", type=POSITIVE, help="The learning rates fall to 1e-5 over this many million images, or, with --num_epoch, passes over the data  [default: the whole training]"),
+        click.option("--no_lr_decay", is_flag=True, help="The learning rates stay as they are"),
+        click.option("--ema_decay", metavar="FLOAT", type=DECAY, default=0.9999, help="Decay per step of the generator's moving average; shorter at the start"),
+        click.option("--use_ema/--no_use_ema", default=True, help="Keep that average, or take the generator as it is"),
+        click.option("--nz", metavar="INT", type=COUNT, default=100, help="Width of the generator's latent"),
+        click.option("--z_emb_dim", metavar="INT", type=COUNT, default=256, help="Width of the latent's embedding"),
+        click.option("--n_mlp", metavar="INT", type=COUNT_OR_0, default=4, help="Further layers of the embedding"),
+        click.option("--num_channels_dae", metavar="INT", type=COUNT, default=128, help="Generator: channels of level 1"),
+        click.option("--ch_mult", metavar="LIST", type=INT_LIST, default="1,2,2,2", help="Generator: multiplier of each level"),
+        click.option("--num_res_blocks", metavar="INT", type=COUNT, default=2, help="Generator: residual blocks per level"),
+        click.option("--attn_resolutions", metavar="LIST", type=INT_LIST, help="Generator: levels with attention, by their size in pixels; 0: none  [default: 16, where there is this level]"),
+        click.option("--embedding_type", type=click.Choice(["positional", "fourier"]), default="positional", help="How both networks see the time step"),
+        click.option("--centered", metavar="BOOL", type=BOOL, is_flag=False, flag_value="0", default=True, help="The generator sees x; 0: it sees 2 x - 1. Without a value it means 0, as published"),
+        click.option("--not_use_tanh", is_flag=True, help="Generator: no tanh at the end"),
+        click.option("--ngf", metavar="INT", type=COUNT, default=64, help="Potential: channels of level 1"),
+        click.option("--t_emb_dim", metavar="INT", type=COUNT, help="Potential: width of the time embedding; published is 256  [default: twice --ngf]"),
     ])
 
 
@@ -186,12 +231,15 @@ def check_usage(opts: dict[str, Any], method: str, require_labels: bool) -> None
         raise click.UsageError(f"--fp16=1 contradicts --precision={opts['precision']}")
     if opts.get("precond", "edm") != "edm" and (opts["P_mean"], opts["P_std"]) != (None, None):
         raise click.UsageError(f"--P_mean and --P_std belong to --precond=edm, not {opts['precond']}")
-    for package, module in (("tensorboard", "torch.utils.tensorboard"), ("wandb", "wandb")):
-        if opts[package]:
+    for name in ("tensorboard", "wandb"):
+        if opts[name]:
             try:
-                importlib.import_module(module)
-            except ImportError:
-                raise click.UsageError(f"--{package} needs the package {package}: pip install {package}") from None
+                check_package(name)
+            except dnnlib.UserError as e:
+                raise click.UsageError(f"--{name} {e.message}") from None
+    for name in ("wandb_mode", "wandb_resume", "wandb_api_key"):
+        if opts[name] is not None and not opts["wandb"]:
+            raise click.UsageError(f"--{name.replace('_', '-')} goes with --wandb=PROJECT")
     world = distributed.get_world_size()
     if opts["batch"] % world:
         raise click.UsageError(f"--batch={opts['batch']} must be divisible by the number of processes ({world})")
@@ -225,14 +273,14 @@ def make_config(
     `settings`: fields that depend on the kind of network (`sigma_settings`, or a script's own). `sections`: the
     method's section of the configuration. An option `num_epoch` counts passes over the data in place of --duration.
     """
-    nimg = opts["duration"] * 1e6 if opts.get("num_epoch") is None else opts["num_epoch"] * len(dataset)
+    nimg = images(opts, opts["duration"] if opts.get("num_epoch") is None else opts["num_epoch"], dataset)
     return RunConfig(
         method=method,
         dataset=DatasetConfig(",".join(dataset.archives), opts["cond"], opts["xflip"], opts["cache"]),
         batch_size=opts["batch"],
         batch_gpu=opts["batch_gpu"],
         num_processes=distributed.get_world_size(),
-        total_nimg=max(round(nimg), 1),
+        total_nimg=nimg,
         kimg_per_tick=opts["tick"],
         snapshot_ticks=opts["snap"],
         state_ticks=opts["dump"],
@@ -247,9 +295,16 @@ def make_config(
         desc=opts["desc"],
         tensorboard=opts["tensorboard"],
         wandb=opts["wandb"],
+        wandb_mode=opts["wandb_mode"],
+        wandb_resume=opts["wandb_resume"],
         **settings,
         **sections,
     )
+
+
+def images(opts: dict[str, Any], length: float, dataset: ImageDataset) -> int:
+    """Return a length in images, at least 1. It is in millions of images, or with `num_epoch` in passes over the data."""
+    return max(round(length * (1e6 if opts.get("num_epoch") is None else len(dataset))), 1)
 
 
 def sigma_settings(opts: dict[str, Any], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -275,7 +330,7 @@ def unet(opts: dict[str, Any], dataset: ImageDataset) -> dict[str, Any]:
 def resnet(opts: dict[str, Any], dataset: ImageDataset) -> dict[str, Any]:
     """Return the settings of a run that trains the ResNet that goes with an architecture and a data set."""
     shape = (dataset.resolution, dataset.num_channels, dataset.label_dim)
-    kwargs = resnet_kwargs(opts["arch"], *shape, opts["cbase"], opts["cres"])
+    kwargs = resnet_kwargs(opts["arch"], *shape, opts["cbase"], opts["cres"], opts["encoder"])
     return sigma_settings(opts, kwargs | dict(dropout=opts["dropout"]))
 
 

@@ -23,6 +23,7 @@ from training.objective import Objective
 from training.published_ddgan import build_generator, build_potential, is_checkpoint, load_checkpoint
 from training.saver import Best, DrawSamples
 from training.sharding import check_pytorch
+from training.trackers import check_wandb
 from training.training_loop import last_nimg, training_loop
 
 __all__ = ["start"]
@@ -53,6 +54,9 @@ def start(
         if opts["shard"] and distributed.get_world_size() > 1:
             with blame("--shard=1"):
                 check_pytorch()
+        if opts["wandb"] and not opts["dry_run"]:
+            with blame("--wandb"):
+                distributed.on_rank0(lambda: check_wandb(opts["wandb_mode"], opts["wandb_api_key"]))
         with blame("--data"):
             dataset = ImageDataset(opts["data"], use_labels=opts["cond"], xflip=opts["xflip"], cache=opts["cache"])
         if opts["cond"] and not dataset.has_labels:

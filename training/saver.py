@@ -15,6 +15,7 @@ from torch_utils import checkpoint, distributed, persistence
 from torch_utils.distributed import print0
 from training.config import RunConfig, to_dict
 from training.objective import Objective
+from training.trackers import Trackers
 
 __all__ = ["Best", "DrawSamples", "Saver"]
 
@@ -33,7 +34,8 @@ class Best:
 class Saver:
     """Writes snapshots and states into `run_dir`, and a picture of samples beside each snapshot.
 
-    `best` comes from the state that the run continues. Every rank calls `tick`; rank 0 writes.
+    `best` comes from the state that the run continues. Every rank calls `tick`; rank 0 writes, and its `trackers` show
+    what the snapshots show.
     """
 
     def __init__(
@@ -43,9 +45,10 @@ class Saver:
         run_dir: str,
         best: Best,
         draw_samples: DrawSamples | None = None,
+        trackers: Trackers | None = None,
     ):
         self.objective, self.config, self.run_dir, self.best = objective, config, run_dir, best
-        self.draw_samples = draw_samples
+        self.draw_samples, self.trackers = draw_samples, trackers
         self._best_of_state = best.name  # the newest state counts on this snapshot, so it stays
         if best.name is not None and distributed.get_rank() == 0:
             self.remove_outdated()
@@ -106,10 +109,13 @@ class Saver:
         if self.objective.snapshot_on_best and outdated not in (None, name, self._best_of_state):
             with contextlib.suppress(FileNotFoundError):
                 os.remove(os.path.join(self.run_dir, outdated))
+        picture = None
         if self.draw_samples is not None and nimg > self.config.batch_size:
             with self.objective.trained["net"].exported_here() as net:
                 picture = os.path.join(self.run_dir, f"samples-{nimg // 1000:06d}.png")
                 self.draw_samples(net, picture, self.objective.dataset.class_names)
+        if self.trackers is not None:
+            self.trackers.snapshot(data["info"], picture, nimg)
 
     def save_state(self, nimg: int, weights: dict) -> None:
         """Write `training-state-NNNNNN.pt`, and keep the newest `config.keep` states."""

@@ -9,9 +9,8 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import psutil
@@ -23,9 +22,10 @@ from torch_utils import distributed
 from torch_utils.distributed import print0
 from torch_utils.precision import tf32
 from torch_utils.training_stats import Stats
-from training.config import RunConfig, to_dict
+from training.config import RunConfig
 from training.objective import Objective
 from training.saver import Best, DrawSamples, Saver
+from training.trackers import Trackers
 
 __all__ = ["last_nimg", "last_seconds", "training_loop"]
 
@@ -54,8 +54,9 @@ def training_loop(
 
     if nimg:
         print0(f"Resuming at {nimg / 1000:.1f} kimg.")
-    saver = Saver(objective, config, run_dir, best or Best(), draw_samples)
-    log = distributed.together(lambda: TickLog(run_dir, config, device, nimg) if rank == 0 else None)
+    trackers = distributed.together(lambda: Trackers(config, run_dir, nimg) if rank == 0 else None)
+    saver = Saver(objective, config, run_dir, best or Best(), draw_samples, trackers)
+    log = distributed.together(lambda: TickLog(run_dir, device, nimg, trackers) if rank == 0 else None)
     stats, start_time = Stats(device), time.time()
     tick_time, start_nimg, tick_start, maintenance = start_time, nimg, nimg, 0.0
     print0(f"Training for {total / 1000:g} kimg...\n")
@@ -63,6 +64,7 @@ def training_loop(
         tf32(config.precision != "fp32"),
         distributed.guard(lambda: f"at {nimg / 1000:.1f} kimg", lone=True),
         StopRequest() as stop,
+        contextlib.closing(trackers) if trackers is not None else contextlib.nullcontext(),
         contextlib.closing(
             BatchStream(
                 dataset,
@@ -239,25 +241,13 @@ class Pace:
 
 
 class TickLog:
-    """Writes a line per tick to the screen and to `stats.jsonl`, and to TensorBoard and Weights & Biases if wanted."""
+    """Writes a line per tick to the screen and to `stats.jsonl`, and shows it to the trackers."""
 
-    def __init__(self, run_dir: str, config: RunConfig, device: torch.device, nimg: int):
-        self.path, self.device = os.path.join(run_dir, "stats.jsonl"), device
-        self.mirrors: list[Callable[[dict[str, float], int], Any]] = []
+    def __init__(self, run_dir: str, device: torch.device, nimg: int, trackers: Trackers):
+        self.path, self.device, self.trackers = os.path.join(run_dir, "stats.jsonl"), device, trackers
         self.before = 0.0  # seconds that the run took until it was interrupted
         if os.path.exists(self.path):
             self._go_back(nimg)
-        if config.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter  # optional dependency, which `options` looks for
-
-            writer = SummaryWriter(run_dir)
-            self.mirrors.append(lambda values, step: [writer.add_scalar(k, v, step) for k, v in values.items()])
-        if config.wandb:
-            import wandb  # optional dependency
-
-            name = os.path.basename(run_dir)
-            run = wandb.init(project=config.wandb, dir=run_dir, config=to_dict(config), name=name)
-            self.mirrors.append(lambda values, step: run.log(values, step=step))
 
     def _go_back(self, nimg: int) -> None:
         # Drop the ticks that a resumed run repeats, and a line that was cut off: one whole object per tick remains.
@@ -285,8 +275,7 @@ class TickLog:
             f.write(json.dumps({**values, "timestamp": time.time()}) + "\n")
             f.flush()
             os.fsync(f.fileno())  # a state on disk has the ticks before it on disk too
-        for mirror in self.mirrors:
-            mirror({k: v["mean"] for k, v in values.items() if np.isfinite(v["mean"])}, nimg)
+        self.trackers.scalars({k: v["mean"] for k, v in values.items() if np.isfinite(v["mean"])}, nimg)
         parts = [
             f"tick {tick:<5d}",
             f"kimg {nimg / 1000:<9.1f}",

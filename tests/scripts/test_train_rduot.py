@@ -125,6 +125,7 @@ def test_published_flags(data, tmp_path):
         num_timesteps=4,
         beta_min=0.1,
         beta_max=20.0,
+        geometric=None,
         phi1="softplus",
         phi2="softplus",
         cost="pixels",

@@ -25,7 +25,7 @@ from training.config import RunConfig
 from training.networks_ddgan import GROUP, DDGANGenerator, Potential
 from training.noise_levels import DiffusionSteps
 from training.objective import Objective, Phase
-from training.trained_network import TrainedNetwork, cosine_decay
+from training.trained_network import TrainedNetwork, cosine_decay, linear_rampup
 from training.transport_cost import TransportCost, cost_by_origin
 
 __all__ = ["CONJUGATES", "DDGAN", "GROUP", "RDUOT", "TransportLosses", "ema_halflife", "gradient_penalty"]
@@ -115,7 +115,7 @@ class RDUOT(Objective):
     def __init__(self, config: RunConfig, dataset: ImageDataset, device: torch.device):
         super().__init__(config, dataset, device)
         c = config.rduot
-        self.steps = DiffusionSteps(c.num_timesteps, c.beta_min, c.beta_max, device=device)
+        self.steps = DiffusionSteps(c.num_timesteps, c.beta_min, c.beta_max, device, bool(c.geometric))
         cost = TransportCost(c.cost, dataset, self.steps, device)
         self.losses = TransportLosses(self.steps, cost, c.tau, c.phi1, c.phi2, c.r1_gamma, self.log_sigmoid)
 
@@ -134,13 +134,14 @@ class RDUOT(Objective):
         # Nothing reads an average of the potential. R1 needs second derivatives, which do not compile and do not find
         # weights that a sharded network freed after the first derivatives.
         own = dict(net=dict(ema_rampup=EMA_RAMPUP), potential=dict(ema_halflife=0, compile=False, shard=False))
-        schedule = self.config.rduot.schedule_nimg or self.config.total_nimg
+        schedule = self.config.rduot.schedule_nimg
+        schedule = self.config.total_nimg if schedule is None else schedule
         return {
             name: self.trained_network(
                 net,
                 lr=optimizer.lr[name],
                 betas=tuple(optimizer.betas),
-                lr_factor=cosine_decay(schedule, FINAL_LR / optimizer.lr[name]),
+                lr_factor=cosine_decay(schedule, FINAL_LR / optimizer.lr[name]) if schedule else linear_rampup(0),
                 **own[name],
             )
             for name, net in nets.items()

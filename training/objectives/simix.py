@@ -13,7 +13,7 @@ from archives.workers import ordered_map
 from torch_utils import distributed, misc
 from training.noise_levels import LOWEST_SIGMA
 
-__all__ = ["EMBEDDINGS", "nearest_partners"]
+__all__ = ["EMBEDDINGS", "clip_embedding", "nearest_partners"]
 
 EMBEDDINGS = ("classifier", "clip", "pixels")
 CLIP = ("ViT-B-32", "laion2b_s34b_b79k")  # architecture and weights, by open_clip's names
@@ -47,7 +47,7 @@ def nearest_partners(
     def embed_share() -> torch.Tensor:
         function = {
             "classifier": lambda: _classifier_embedding(classifier),
-            "clip": lambda: _clip_embedding(device),
+            "clip": lambda: clip_embedding(device),
             "pixels": lambda: _pixel_embedding,
         }[embed]()
         mine, features = kept[torch.tensor(distributed.share(len(kept)), dtype=torch.int64)], []
@@ -109,7 +109,8 @@ def _pixel_embedding(images: torch.Tensor) -> torch.Tensor:
     return images.flatten(1)
 
 
-def _clip_embedding(device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
+def clip_embedding(device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return the function from images [n,C,H,W] in [-1,1] to CLIP's features [n,d]. UserError without open_clip."""
     try:
         import open_clip  # optional dependency
     except ImportError:
