@@ -21,7 +21,7 @@ import pickle
 import re
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import numpy as np
@@ -29,16 +29,18 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dnnlib import UserError, atomic_open, is_url, match_paths, read_bytes
-from torch_utils import distributed, safe_pickle
+from torch_utils import distributed, portable, safe_pickle
 
-__all__ = ["find_snapshot", "load_snapshot", "persistent_class", "save_snapshot"]
+__all__ = ["build_network", "find_snapshot", "load_snapshot", "persistent_class", "save_snapshot"]
 
 _VERSION = 6
 _classes: dict[str, type] = {}  # the persistent classes of this program, by name
 _sources: dict[str, str] = {}  # source code by module, as it was when the module was imported
 _executed: set[str] = set()  # modules made from the source code in trusted snapshots; their classes are not ours
+_EDM2 = "Precond"  # the network in EDM2's snapshots; our class of this name is abstract
 _OBJECT = "torch_utils.persistence._reconstruct_persistent_obj"
-_ALLOWED = safe_pickle.TENSORS | safe_pickle.CONTAINERS | {_OBJECT}
+_WRITTEN = safe_pickle.TENSORS | safe_pickle.CONTAINERS | {_OBJECT}
+_ALLOWED = _WRITTEN | safe_pickle.MODULES
 
 
 def _module_source(module_name: str) -> str:
@@ -156,9 +158,9 @@ def save_snapshot(path: str | os.PathLike[str], data: dict[str, Any]) -> None:
     `load_snapshot` would refuse.
     """
     payload = pickle.dumps({key: _savable(value, key) for key, value in data.items()}, protocol=4)
-    refused = safe_pickle.parse(payload, str(path), _ALLOWED)[1]
+    refused = safe_pickle.parse(payload, str(path), _WRITTEN)[1]
     if refused:
-        raise TypeError(f"the snapshot would hold a {refused[0]}, which load_snapshot refuses")
+        raise TypeError(f"the snapshot would hold a {refused[0]}, which ours do not")
     with atomic_open(path) as file:
         file.write(payload)
         file.write(hashlib.sha256(payload).digest())
@@ -186,7 +188,8 @@ def find_snapshot(pattern: str | os.PathLike[str]) -> str:
 
     `pattern` is a file, a URL, a run directory, or a glob of one, such as `runs/00000-*` or
     `dir/network-snapshot-*.pkl`, since shells do not expand a glob inside an option. Of several files, the one with the
-    highest kimg number is chosen. Raises UserError when nothing matches, or several run directories do.
+    highest kimg number is chosen. A folder without snapshots may be one that export.py has written (docs/export.md).
+    Raises UserError when nothing matches, or several run directories do.
     """
     pattern = os.fspath(pattern)
     if is_url(pattern) or os.path.isfile(pattern):
@@ -196,6 +199,9 @@ def find_snapshot(pattern: str | os.PathLike[str]) -> str:
         raise UserError(f"{pattern}: matches {len(folders)} folders, {folders[0]} and others; name one of them")
     if folders:
         found = match_paths(os.path.join(folders[0], "network-snapshot-*.pkl"))
+        weights = os.path.join(folders[0], portable.WEIGHTS)
+        found = found or ([weights] if os.path.isfile(weights) else [])
+        found = found or match_paths(os.path.join(folders[0], "netG_*.pth"))  # RDUOT's (training/published_ddgan.py)
         missing = "no network-snapshot-*.pkl in this folder"
     else:
         found = [path for path in match_paths(pattern) if os.path.isfile(path)]
@@ -206,14 +212,14 @@ def find_snapshot(pattern: str | os.PathLike[str]) -> str:
 
 
 def _kimg(path: str) -> float:
-    match = re.search(r"([0-9]+(?:\.[0-9]+)?)\.pkl$", path)
+    match = re.search(r"([0-9]+(?:\.[0-9]+)?)\.(?:pkl|pth)$", path)
     return float(match[1]) if match else -1.0
 
 
 def load_snapshot(
     path_or_url: str | os.PathLike[str], trust_pickle: bool = False, kind: str | tuple[str, ...] | None = None
 ) -> dict[str, Any]:
-    """Return the contents of a snapshot, ours or EDM's, without running anything in it.
+    """Return the contents of a snapshot, ours, EDM's or a `.safetensors` file, without running anything in it.
 
     The result is a dict. `ema` is an object of our class with the recorded name, in eval mode, without gradients, on
     the CPU. `info` and `dataset_kwargs` are dicts. `loss_fn` and `augment_pipe` are dicts with a `class_name`, or None.
@@ -223,7 +229,10 @@ def load_snapshot(
     Raises UserError that names the file and says what is wrong: it is missing, truncated or corrupt, holds a network of
     another kind, or asks for something that no snapshot needs.
     """
-    name, data = os.fspath(path_or_url), read_bytes(path_or_url)
+    name = os.fspath(path_or_url)
+    if portable.is_portable(name):
+        return _load_portable(name, kind)
+    data = read_bytes(name)
     if trust_pickle:
         end = safe_pickle.end_of_pickle(data, name)
     else:
@@ -239,20 +248,20 @@ def load_snapshot(
     reader = _Reader(name, len(data))
     cls = reader.network_class(tree["ema"], kind)  # this error explains more than the name of a refused global
     safe_pickle.refuse(refused, name, hint)
-    info = reader.settings(tree.get("info")) or {}
-    names = info.get("class_names")
-    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
-        raise reader.fail("its class_names are not a list of strings")
-    nimg = info.get("nimg")
-    if isinstance(nimg, int) and nimg < 1000:
-        distributed.print0(f"Warning: {name} has seen only {nimg} images, so it has learned nearly nothing")
-    return {
-        "ema": reader.build(cls, tree["ema"]),
-        "info": info,
-        "dataset_kwargs": reader.settings(tree.get("dataset_kwargs")) or {},
-        "loss_fn": reader.settings(tree.get("loss_fn")),
-        "augment_pipe": reader.settings(tree.get("augment_pipe")),
-    }
+    return reader.contents(tree, lambda: reader.build(cls, tree["ema"]))
+
+
+def build_network(name: str, cls: type, kwargs: dict[str, Any], tensors: dict[str, torch.Tensor]) -> torch.nn.Module:
+    """Return a network in eval mode that has exactly these tensors. UserError that names the file: none has."""
+    return _Reader(name, sys.maxsize).construct(cls, (), kwargs, tensors)
+
+
+def _load_portable(name: str, kind: str | tuple[str, ...] | None) -> dict[str, Any]:
+    config, tensors = portable.read(name)
+    reader = _Reader(name, sys.maxsize)
+    cls = reader.named_class(config["class_name"], kind)
+    args, kwargs = tuple(config["init_args"]), config["init_kwargs"]
+    return reader.contents(config, lambda: reader.construct(cls, args, kwargs, tensors))
 
 
 def _check_kind(name: str, cls: type, kind: str | tuple[str, ...] | None) -> None:
@@ -300,8 +309,13 @@ class _Reader(safe_pickle.Resolver):
 
     def network_class(self, record: Any, kind: str | tuple[str, ...] | None) -> type:
         """Return our class with the recorded name. Raise UserError when there is none or its kind is wrong."""
-        class_name = self._meta(record)[0]
+        return self.named_class(self._meta(record)[0], kind)
+
+    def named_class(self, class_name: str, kind: str | tuple[str, ...] | None) -> type:
+        """Return our class of this name. Raise UserError when there is none or its kind is wrong."""
         cls = _classes.get(class_name)
+        if class_name == _EDM2:
+            raise self.fail("holds a network of EDM2 or autoguidance ('Precond'); this program has those of EDM")
         if cls is None or not issubclass(cls, torch.nn.Module):
             raise self.fail(
                 f"holds a network of class {class_name[:100]!r}, which this program does not have; it has "
@@ -316,28 +330,60 @@ class _Reader(safe_pickle.Resolver):
         args, kwargs = self.plain(state.get("_init_args", ())), self.plain(state.get("_init_kwargs"))
         if not isinstance(args, tuple) or not isinstance(kwargs, dict):
             raise self.fail(f"does not record how its {cls.__name__} was built")
+        tensors: dict[str, torch.Tensor] = {}
+        buffers: set[str] = set()  # names of the tensors that are buffers
+        self._collect(record, "", tensors, buffers)
+        return self.construct(cls, args, kwargs, tensors, buffers)
+
+    def construct(
+        self,
+        cls: type,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        tensors: dict[str, torch.Tensor],
+        buffers: Collection[str] = (),
+    ) -> torch.nn.Module:
+        """Return a network that is built from constructor arguments and takes exactly the tensors, given by full name.
+
+        `buffers` names the tensors that are buffers.
+        """
         inner = kwargs.get("model_type")  # the class of the network inside a preconditioner, by name
         if inner is not None and hasattr(_classes.get(str(inner), torch.nn.Module), "network_kind"):
             raise self.fail(f"names {inner!r} as the model inside its {cls.__name__}")
         if inner is not None and str(inner) not in _classes:
             raise self.fail(f"names a model of type {str(inner)[:100]!r}, which this program does not have")
-        tensors: dict[str, torch.Tensor] = {}
-        buffers: set[str] = set()  # names of the tensors that are buffers
-        self._collect(record, "", tensors, buffers)
         try:
             # A number in the arguments may ask for any size. Building creates a few times as many values as it keeps.
             with _ValueLimit(4_000_000 + 16 * sum(tensor.numel() for tensor in tensors.values())):
                 net = cls(*args, **kwargs).eval().requires_grad_(False)
         except Exception as e:  # constructors check little, and the arguments come from a stranger
             raise self.fail(f"no {cls.__name__} can be built from the recorded arguments ({e})") from e
-        _rename_buffers(net, tensors, buffers)
+        _rename_buffers(net, tensors, set(buffers))
         self._load(net, tensors)
         return net
+
+    def contents(self, tree: dict[str, Any], build: Callable[[], torch.nn.Module]) -> dict[str, Any]:
+        """Return the contents of a snapshot, whose network `build` makes, after a look at what they say about it."""
+        info = self.settings(tree.get("info")) or {}
+        names = info.get("class_names")
+        if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+            raise self.fail("its class_names are not a list of strings")
+        nimg = info.get("nimg")
+        if isinstance(nimg, int) and nimg < 1000:
+            distributed.print0(f"Warning: {self._name} has seen only {nimg} images, so it has learned nearly nothing")
+        net = build()
+        return {
+            "ema": net,
+            "info": getattr(net, "snapshot_info", dict)() | info,  # published classifiers hold T as a parameter
+            "dataset_kwargs": self.settings(tree.get("dataset_kwargs")) or {},
+            "loss_fn": self.settings(tree.get("loss_fn")),
+            "augment_pipe": self.settings(tree.get("augment_pipe")),
+        }
 
     def _collect(self, record: Any, prefix: str, tensors: dict[str, torch.Tensor], buffers: set[str]) -> None:
         self.spend(prefix.count("."))
         path = getattr(type(record), "path", None)
-        if path in safe_pickle.CONTAINERS and isinstance(record.state, dict):
+        if path and safe_pickle.on_list(path, safe_pickle.MODULES) and isinstance(record.state, dict):
             state = record.state
         else:
             state = self._meta(record)[1]

@@ -1,0 +1,85 @@
+"""Networks as two files that any program reads: tensors in `model.safetensors`, all else in `config.json`.
+
+Nothing in them can run. See docs/export.md. `torch_utils.persistence` builds a network from what `read` returns.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+
+import dnnlib
+from torch_utils import safe_files
+
+__all__ = ["CONFIG", "FORMAT", "WEIGHTS", "is_portable", "plain_json", "read", "write"]
+
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+FORMAT = "cleanscore network 1"
+DESCRIBES = ("class_name", "init_args", "init_kwargs")  # the network: its class and the constructor's arguments
+
+
+def is_portable(path: str) -> bool:
+    """Return whether a path or URL is a `.safetensors` file."""
+    return path.partition("#")[0].endswith(".safetensors")
+
+
+def write(folder: Path, net: torch.nn.Module, settings: Mapping[str, Any]) -> None:
+    """Write a network on the CPU and the plain `settings` of its snapshot into a folder.
+
+    Tuples become lists. UserError: JSON cannot hold the settings.
+    """
+    described = dict(class_name=type(net).__name__, init_args=net.init_args, init_kwargs=net.init_kwargs)
+    config = dict(format=FORMAT, kind=net.network_kind, **described, **settings)
+    text = plain_json(config)
+    tensors = {name: tensor.contiguous() for name, tensor in net.state_dict().items()}
+    safetensors.torch.save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    (folder / CONFIG).write_text(text, encoding="utf-8")
+
+
+def plain_json(settings: dict[str, Any]) -> str:
+    """Return plain data as JSON that reads back the same, but for tuples, which become lists.
+
+    UserError: there are bytes, or keys that are no text.
+    """
+    try:
+        return json.dumps(_plain(settings), indent=2) + "\n"
+    except TypeError as e:
+        raise dnnlib.UserError(f"its settings do not fit into JSON ({e})") from None
+
+
+def _plain(value: Any) -> Any:
+    """Return plain data with lists in place of tuples. TypeError: a key is no text, which JSON would make it."""
+    if isinstance(value, dict):
+        if other := [key for key in value if not isinstance(key, str)]:
+            raise TypeError(f"the key {other[0]!r} is no text")
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def read(path_or_url: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Return the settings and the tensors of a `.safetensors` file or URL that has its `config.json` beside it.
+
+    UserError: one of the two files is missing or damaged, or is not what `write` has written.
+    """
+    place = path_or_url.partition("#")[0]
+    name = (
+        f"{place.rpartition('/')[0]}/{CONFIG}" if dnnlib.is_url(place) else os.path.join(os.path.dirname(place), CONFIG)
+    )
+    config = safe_files.load_json(dnnlib.read_bytes(name), name)
+    if not isinstance(config, dict) or config.get("format") != FORMAT:
+        raise dnnlib.UserError(f'{name}: does not say "format": "{FORMAT}", so export.py has not written it')
+    kinds = dict(class_name=str, init_args=list, init_kwargs=dict)
+    for key in DESCRIBES:
+        if not isinstance(config.get(key), kinds[key]):
+            raise dnnlib.UserError(f"{name}: {key!r} is missing or of the wrong type")
+    try:
+        return config, safetensors.torch.load(dnnlib.read_bytes(path_or_url))
+    except (SafetensorError, ValueError, KeyError) as e:
+        raise dnnlib.UserError(f"{path_or_url}: damaged, or not a safetensors file ({e})") from None
