@@ -1,9 +1,9 @@
-# make demo | demo-full | test | test-quick | test-long | lint | bench | gpu | clean. Each makes .venv on first use.
+# make demo | demo-full | benchmark | test | test-quick | test-long | lint | bench | gpu | clean: each makes .venv first.
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo demo-full test test-quick test-long lint bench gpu clean
+.PHONY: demo demo-full benchmark test test-quick test-long lint bench gpu clean
 .DEFAULT_GOAL := demo
 
 # On a machine without an NVIDIA GPU the lock's CPU build of PyTorch is enough (and small); elsewhere take the newest.
@@ -22,6 +22,10 @@ demo: $(STAMP)
 
 demo-full: $(STAMP)
 	$(BIN)/python quickstart.py --outdir=demo-full --only=all
+
+# All methods on Fashion-MNIST, one kind of label noise: hours. benchmark.py has the others.
+benchmark: $(STAMP)
+	$(BIN)/python benchmark.py --outdir=benchmark
 
 test: $(STAMP)
 	$(BIN)/python -m pytest --numprocesses=auto --dist=loadfile --no-loadscope-reorder

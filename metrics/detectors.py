@@ -9,12 +9,12 @@ from typing import Protocol
 import torch
 
 import dnnlib
-import training.networks_resnet  # noqa: F401  (registers the classifier, so that its snapshots can be built)
 from archives.dataset import to_float
 from metrics.images import ImageSource, describe_shape
 from metrics.network_detectors import FIDELITY, FidelityDetector, TorchScriptDetector
 from torch_utils import safe_pickle
 from torch_utils.persistence import find_snapshot, load_snapshot
+from training import networks_conv, networks_resnet  # noqa: F401  They register classifiers.
 from training.noise_levels import LOWEST_SIGMA
 
 __all__ = [
@@ -31,7 +31,8 @@ __all__ = [
 
 DETECTORS = (
     "'pixels', 'fidelity:NAME' (package torch-fidelity), Inception-v3 or another network as TorchScript or in "
-    "a .pkl (file or URL), or a classifier snapshot of train_classifier.py (file, URL or run directory)"
+    "a .pkl (file or URL), or a classifier snapshot of train_classifier.py or detect_noise.py (file, URL or run "
+    "directory)"
 )
 INCEPTION_URL = (
     "https://api.ngc.nvidia.com/v2/models/nvidia/research/stylegan3/versions/1/files/metrics/"
@@ -71,7 +72,7 @@ class PixelDetector:
 
 
 class ClassifierDetector:
-    """A classifier of train_classifier.py at the lowest noise level.
+    """A classifier of train_classifier.py at the lowest noise level, or one of detect_noise.py.
 
     Its features are the layer before the last one.
     """

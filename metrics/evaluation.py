@@ -105,7 +105,9 @@ def evaluate(inputs: Inputs, settings: EvaluationSettings, device: torch.device 
         if result["judge"] is not None:
             result["judge"]["name"] = inputs.judge.name if inputs.judge else f"SVM on {inputs.detector.name} features"
         if inputs.test is not None:
-            result["cas"] = classification_accuracy_score(source, inputs.test, settings.cas_arch, device, settings.seed)
+            result["cas"] = classification_accuracy_score(
+                source, inputs.test, settings.cas_arch, device, settings.seed, settings.cas_epochs
+            )
             result["metrics"]["cas"] = result["cas"]["accuracy"]
         add_outlier_ratio(result, record, known, fake, inputs.detector.name, memo)
         about = dict(

@@ -13,7 +13,7 @@ import torch
 from archives.archive_set import SEVERAL
 from dnnlib.cli import add_options, blame, output_file
 from metrics.bootstrap import LEVEL
-from metrics.cas import CAS_ARCHS, CAS_EPOCHS, check_arch, check_test
+from metrics.cas import CAS_ARCHS, check_arch, check_test
 from metrics.detectors import DETECTORS, PRECISIONS, Detector, in_precision, load_detector
 from metrics.evaluation import Inputs, evaluate, load_judge
 from metrics.feature_cache import FeatureCache
@@ -71,8 +71,9 @@ evaluation_options = add_options([
     click.option("--bootstrap", metavar="DRAWS", type=click.IntRange(min=10), help=f"Add {LEVEL:.0%} intervals from this many resampled sets of the images, for example 200  [default: no intervals]"),
     click.option("--judge", metavar="svm|none|PKL", default=D.judge, help="What measures label accuracy: an SVM trained on the reference, nothing, or a classifier snapshot"),
     output_option("--features", metavar="NPZ", help="Keep features in this file, and read them from it in later calls"),
-    click.option("--test", metavar="PATH", help=f"Archive of real images. Adds CAS: the accuracy on them of a classifier trained on the generated images for {CAS_EPOCHS} epochs"),
+    click.option("--test", metavar="PATH", help="Archive of real images. Adds CAS: the accuracy on them of a classifier trained on the generated images"),
     click.option("--cas_arch", type=click.Choice(CAS_ARCHS), default=D.cas_arch, help="Classifier of CAS; resnet50 needs torchvision"),
+    click.option("--cas_epochs", metavar="INT", type=POSITIVE, default=D.cas_epochs, help="How often CAS trains on each generated image"),
     click.option("--outlier_data", metavar="PATH", help="Archive that records its outliers, or label file with outliers of --data (.npz, or .csv of cleanlab). Adds the outlier ratio, by a classifier trained on this archive  [default: --data, if it records any]"),
     device_option,
 ])

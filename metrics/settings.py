@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from metrics.cas import CAS_EPOCHS
 from metrics.inception_score import IS_SPLIT
 
 __all__ = ["EvaluationSettings"]
@@ -27,4 +28,5 @@ class EvaluationSettings:
     features: str | None = None  # file that keeps features for later calls; None: none is kept
     test: str | None = None  # archive of real images for CAS; None: no CAS
     cas_arch: str = "resnet50"  # classifier of CAS, one of `metrics.cas.CAS_ARCHS`
+    cas_epochs: int = CAS_EPOCHS  # length of its training
     outlier_data: str | None = None  # archive that records its outliers; None: `data`, if it records any

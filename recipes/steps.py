@@ -21,7 +21,9 @@ from reports.comparison import Method
 from torch_utils import safe_files
 from training.training_loop import last_seconds
 
-__all__ = ["Row", "Step", "evaluation", "finished", "run_plan"]
+__all__ = ["Row", "Step", "evaluation", "finished", "measurement", "read_journal", "run_plan"]
+
+JOURNAL = "quickstart.json"
 
 
 @dataclass
@@ -44,12 +46,14 @@ class Row:
     sampling: str  # options of generate.py
 
 
-def evaluation(outdir: str, row: Row, num: int, data: str, options: str = "") -> list[Step]:
+def evaluation(
+    outdir: str, row: Row, num: int, data: str, options: str = "", metrics: str = "--detector=pixels"
+) -> list[Step]:
     """List the steps that make `num` images of a method and measure them against `data`.
 
-    `options`: further options of generate.py, with a blank at the end.
+    `options`: further options of generate.py, with a blank at the end. `metrics`: options of fid.py.
     """
-    images, table = f"{outdir}/images/{row.name}.zip", f"{outdir}/tables/{row.name}.json"
+    images = f"{outdir}/images/{row.name}.zip"
     return [
         Step(
             f"{row.name}-images",
@@ -57,13 +61,15 @@ def evaluation(outdir: str, row: Row, num: int, data: str, options: str = "") ->
             8,
             f"generate.py {row.sampling} --outdir={images} {options}--seeds=0-{num - 1} --batch=250",
         ),
-        Step(
-            f"{row.name}-table",
-            "evaluate them",
-            2,
-            f"fid.py evaluate --images={images} --data={data} --detector=pixels --bootstrap=200 --out={table}",
-        ),
+        measurement(outdir, row, images, data, metrics),
     ]
+
+
+def measurement(outdir: str, row: Row, images: str, data: str, metrics: str, title: str = "evaluate them") -> Step:
+    """Return the step that measures `images` against `data` and writes the table of a row."""
+    table = f"{outdir}/tables/{row.name}.json"
+    command = f"fid.py evaluate --images={images} --data={data} {metrics} --bootstrap=200 --out={table}"
+    return Step(f"{row.name}-table", title, 2, command)
 
 
 def finished(outdir: str, rows: Sequence[Row], seconds: Mapping[str, float]) -> list[Method]:
@@ -82,15 +88,18 @@ def finished(outdir: str, rows: Sequence[Row], seconds: Mapping[str, float]) -> 
     ]
 
 
-def run_plan(steps: Sequence[Step], scripts: Mapping[str, Any], outdir: str, pace: float) -> dict[str, float]:
+def run_plan(
+    steps: Sequence[Step], scripts: Mapping[str, Any], outdir: str, pace: float, about: dict[str, Any] | None = None
+) -> dict[str, float]:
     """Run all steps that have not run yet, and return the seconds that each took.
 
     `scripts`: name -> module with a click command `main`. Their output goes to `outdir`/logs, their progress bars to
     the screen. `pace`: expected duration divided by the planned one, for the first estimates of the time left.
+    `about`: what the journal says about the plan, for `read_journal`.
     UserError: `outdir` holds something else.
     """
     with dnnlib.cli.blame("--outdir"):
-        journal = Journal(outdir, [asdict(step) for step in steps])
+        journal = Journal(outdir, [asdict(step) for step in steps], about)
     journal.write()  # before the first step, which may be killed: the folder is ours
     remaining, spent, expected = sum(step.seconds for step in steps), 0.0, 0.0
     handler = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
@@ -111,6 +120,15 @@ def run_plan(steps: Sequence[Step], scripts: Mapping[str, Any], outdir: str, pac
     return journal.seconds
 
 
+def read_journal(outdir: str) -> dict[str, Any]:
+    """Return what `run_plan` recorded in a folder: steps, seconds and about. UserError: nothing."""
+    path = os.path.join(outdir, JOURNAL)
+    journal = safe_files.load_json(dnnlib.read_bytes(path), path)
+    if not isinstance(journal, dict) or not {"steps", "seconds", "about"} <= set(journal):
+        raise dnnlib.UserError(f"{path}: not written by this recipe")
+    return journal
+
+
 def run_step(step: Step, scripts: Mapping[str, Any], log: str) -> None:
     """Call the script's main in this process, with its output in the file `log`."""
     script, *args = shlex.split(step.command)
@@ -122,9 +140,9 @@ def run_step(step: Step, scripts: Mapping[str, Any], log: str) -> None:
 class Journal:
     """Records on disk which steps are done and how long each took, so that a second call continues."""
 
-    def __init__(self, outdir: str, steps: list[dict]):
-        self.path, self.steps, self.seconds, self.before = os.path.join(outdir, "quickstart.json"), steps, {}, {}
-        self.outdir = outdir
+    def __init__(self, outdir: str, steps: list[dict], about: dict[str, Any] | None = None):
+        self.path, self.steps, self.seconds, self.before = os.path.join(outdir, JOURNAL), steps, {}, {}
+        self.outdir, self.about = outdir, about
         if os.path.exists(self.path):
             known = safe_files.load_json(dnnlib.read_bytes(self.path), self.path)
             # The folder may have moved since, and its name be spelled otherwise.
@@ -153,7 +171,8 @@ class Journal:
         os.makedirs(os.path.dirname(self.path), exist_ok=True)
         before = dict(interrupted=self.before) if self.before else {}
         with dnnlib.atomic_open(self.path, "w") as f:
-            json.dump(dict(outdir=self.outdir, steps=self.steps, seconds=self.seconds) | before, f, indent=1)
+            about = dict(about=self.about) if self.about else {}
+            json.dump(dict(outdir=self.outdir, steps=self.steps, seconds=self.seconds) | before | about, f, indent=1)
 
 
 def _placed(journal: dict, outdir: str) -> list[dict]:

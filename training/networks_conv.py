@@ -74,5 +74,9 @@ class ConvClassifier(torch.nn.Module):
         x = x.to(torch.float32, memory_format=torch.channels_last)
         return self.body(x).mean(dim=[2, 3])
 
+    def logits(self, features: torch.Tensor) -> torch.Tensor:
+        """Return the head's output [N,label_dim] for features [N,d]."""
+        return self.head(self.dropout(features))
+
     def forward(self, x: torch.Tensor, sigma: torch.Tensor | None = None) -> torch.Tensor:
-        return self.head(self.dropout(self.features(x)))
+        return self.logits(self.features(x))

@@ -1,0 +1,85 @@
+"""Compare all methods for wrong labels on Fashion-MNIST, by the commands that a user would run.
+
+It trains a judge, finds the wrong labels, trains with each method, makes images and measures them against the test
+images, what matters most first. The same command given again continues where the last one stopped. With --merge it
+runs nothing, and writes one page from several finished runs.
+"""
+
+from __future__ import annotations
+
+import dnnlib.before_torch
+
+import click
+
+import dnnlib.cli
+from dnnlib.cli import FloatRange
+from quickstart import SCRIPTS
+from recipes import fashion, fashion_tables
+from recipes.steps import run_plan
+
+EXAMPLES = """
+Examples:
+  python benchmark.py --outdir=benchmark
+  python benchmark.py --outdir=benchmark-others --setting=sym80,asym40,instance40 --judge=benchmark/judge
+  python benchmark.py --outdir=benchmark-seed1 --seed=1 --rows=oracle,posterior,relabel
+  python benchmark.py --outdir=benchmark-gpu --resolution=32 --rows=oracle,baseline,posterior,tdsm
+  python benchmark.py --outdir=all --merge=benchmark,benchmark-others,benchmark-seed1
+"""
+
+
+class Choices(click.ParamType):
+    """'a,b' or 'all' -> list of names, in the order of the table that they come from."""
+
+    name = "LIST"
+
+    def __init__(self, names):
+        self.names = list(names)
+
+    def convert(self, value, param, ctx):
+        chosen = self.names if value == "all" else value.split(",") if isinstance(value, str) else value
+        unknown = [name for name in chosen if name not in self.names]
+        if unknown:
+            self.fail(f"'{unknown[0]}' is not one of {', '.join(self.names)}, all", param, ctx)
+        return [name for name in self.names if name in chosen]
+
+
+# fmt: off
+@click.command(cls=dnnlib.cli.Command, help=__doc__, epilog=EXAMPLES)
+@click.option("--outdir", metavar="DIR", required=True, help="Folder for everything that it makes")
+@click.option("--source", metavar="DIR", default=fashion.SOURCE,
+              help="Fashion-MNIST's files; Debian has them in the package dataset-fashion-mnist")
+@click.option("--setting", metavar="LIST", type=Choices(fashion.SETTINGS), default="sym40",
+              help=f"Kinds of label noise: {', '.join(fashion.SETTINGS)}, or all")
+@click.option("--rows", metavar="LIST", type=Choices(fashion.ROWS), default="all",
+              help=f"Rows of the table: {', '.join(fashion.ROWS)}")
+@click.option("--resolution", type=click.Choice([str(side) for side in fashion.SIZES]), default="16",
+              help="Side of the images: 16 for a CPU, 32 for a GPU")
+@click.option("--seed", metavar="INT", type=click.IntRange(min=0), default=0,
+              help="Seed of the label noise and all training")
+@click.option("--num", metavar="INT", type=click.IntRange(min=20), default=5000, help="Images per row")
+@click.option("--scale", metavar="FLOAT", type=FloatRange(min=0, min_open=True, max=1000), default=1.0,
+              help="Multiplies all training lengths")
+@click.option("--judge", metavar="PKL|DIR",
+              help="Classifier that judges and gives the features  [default: one is trained on the clean labels]")
+@click.option("--merge", metavar="LIST",
+              help="Folders of finished runs, separated by commas: write one page from them into --outdir, run nothing")
+# fmt: on
+def main(outdir: str, setting: list[str], rows: list[str], resolution: str, merge: str | None, **options) -> None:
+    if merge is not None:
+        useless = [option for option in dnnlib.cli.given_options() if option not in ("--outdir", "--merge")]
+        if useless:
+            raise click.UsageError(f"{useless[0]}: --merge runs nothing; leave it out")
+        with dnnlib.cli.blame("--merge"):
+            results = [result for folder in merge.split(",") for result in fashion_tables.load(folder)]
+        click.echo(f"Tables: {fashion_tables.write(outdir, results)}")
+        return
+    options["resolution"] = int(resolution)
+    steps = fashion.plan(outdir, setting, rows, **options)
+    made = {name: options[name] for name in ("resolution", "seed", "scale", "num")}
+    run_plan(steps, SCRIPTS, outdir, options["scale"], dict(settings=setting, rows=rows) | made)
+    page = fashion_tables.write(outdir, fashion_tables.load(outdir), [f"python {step.command}" for step in steps])
+    click.echo(f"Tables: {page}")
+
+
+if __name__ == "__main__":
+    main()
