@@ -26,7 +26,7 @@ import train_noise
 import train_rduot
 from dnnlib.cli import FloatRange
 from recipes import digits, photos
-from recipes.steps import run_plan
+from recipes.steps import Step, run_plan
 from reports.page import Report
 
 EXAMPLES = """
@@ -48,7 +48,7 @@ SCRIPTS = {
     "fid.py": fid,
     "sweep.py": sweep,
 }
-MINUTES = {"posterior": 6.5, "tdsm": 6.5, "sbdc": 4.5, "rduot": 22.0}  # duration of each part on two cores
+PARTS = (*digits.PARTS, "rduot")
 
 
 class Parts(click.ParamType):
@@ -57,11 +57,11 @@ class Parts(click.ParamType):
     name = "LIST"
 
     def convert(self, value, param, ctx):
-        parts = [*MINUTES] if value == "all" else value.split(",") if isinstance(value, str) else value
-        unknown = [part for part in parts if part not in MINUTES]
+        parts = PARTS if value == "all" else value.split(",") if isinstance(value, str) else value
+        unknown = [part for part in parts if part not in PARTS]
         if unknown:
-            self.fail(f"'{unknown[0]}' is not one of {', '.join(MINUTES)}, all", param, ctx)
-        return [part for part in MINUTES if part in parts]
+            self.fail(f"'{unknown[0]}' is not one of {', '.join(PARTS)}, all", param, ctx)
+        return [part for part in PARTS if part in parts]
 
 
 @click.command(cls=dnnlib.cli.Command, help=__doc__, epilog=EXAMPLES)
@@ -79,25 +79,28 @@ class Parts(click.ParamType):
     metavar="M",
     type=FloatRange(min=0.01),
     help="Aim for this duration on two cores; scales all training lengths  "
-    "[default: 6.5 for posterior, 6.5 for tdsm, 4.5 for sbdc, 22 for rduot]",
+    "[default: 15, or 3 and 6 for posterior, 5 for tdsm, 4 for sbdc, 22 for rduot]",
 )
 @click.option(
     "--seed", metavar="INT", type=click.IntRange(min=0), default=0, help="Seed of the label noise and all training"
 )
 @click.option("--num", metavar="INT", type=click.IntRange(min=20), default=1000, help="Images per row of the table")
 def main(outdir: str, only: list[str], noise_type: str, minutes: float | None, seed: int, num: int) -> None:
-    default = sum(MINUTES[part] for part in only)
-    scale = (minutes or default) / default
+
+    def plan(scale: float) -> list[Step]:
+        steps = digits.plan(outdir, seed, scale, only, noise_type, num) if wrong_labels else []
+        return steps + (photos.plan(outdir, seed, scale, num) if "rduot" in only else [])
+
     wrong_labels = bool(set(digits.PARTS) & set(only))
-    steps = digits.plan(outdir, seed, scale, only, noise_type, num) if wrong_labels else []
-    steps += photos.plan(outdir, seed, scale, num) if "rduot" in only else []
+    scale = 60 * minutes / sum(step.seconds for step in plan(1)) if minutes else 1.0
+    steps = plan(scale)
     seconds = run_plan(steps, SCRIPTS, outdir, scale)
     sections = [digits.report(outdir, seed, only, seconds, noise_type, num)] if wrong_labels else []
     sections += photos.report(outdir, seed, seconds, num) if "rduot" in only else []
-    html, markdown = Report(sections, [f"python {step.command}" for step in steps]).write(outdir)
-    with open(markdown) as f:
-        click.echo("\n" + "".join(line for line in f if line.startswith("|")))
-    click.echo(f"Report: {html}")
+    html, _ = Report(sections, [f"python {step.command}" for step in steps]).write(outdir)
+    for section in sections:
+        click.echo("\n".join(["", *([section.finding, ""] if section.finding else []), *section.table()]))
+    click.echo(f"\nReport: {html}")
 
 
 if __name__ == "__main__":

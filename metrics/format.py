@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -56,8 +57,10 @@ def save_json(result: Any, path: str) -> None:
     """Write one result or a list of them as JSON. Make its folder. The file appears only when it is complete."""
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     with dnnlib.atomic_open(path, "w") as file:
-        json.dump(result, file, indent=2, allow_nan=False)
-        file.write("\n")
+        text = json.dumps(result, indent=2, allow_nan=False) + "\n"
+        # Whole numbers, of which a list has one per image, share a line. No text of JSON holds the end of a line.
+        lists = r"\[\n\s*(-?\d+(?:,\n\s*-?\d+)*)\n\s*\]"
+        file.write(re.sub(lists, lambda match: f"[{' '.join(match[1].split())}]", text))
 
 
 def _number(value: float | None) -> str:

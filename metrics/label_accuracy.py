@@ -31,7 +31,8 @@ class SvmJudge:
     """Support-vector machine (SVM) with a Gaussian kernel, trained on features [N,d] and their clean labels [N].
 
     At most `max_images` are used, chosen by `seed`. `held_out` of them measure the `accuracy` of an SVM that is fitted
-    on the rest. Then the SVM that judges is fitted on all `fitted` images.
+    on the rest; `tried` are the classes that it sees in them, and their own. Then the SVM that judges is fitted on all
+    `fitted` images.
 
     If `balanced`, each class has the same weight in the fit and in `accuracy`, however rare it is. A rare class also
     has its share among the held-out images, and if there are too many images, the common classes lose some first.
@@ -55,6 +56,7 @@ class SvmJudge:
         right = y[: self.held_out]
         judged = self._fit(x[self.held_out :], y[self.held_out :]).predict(x[: self.held_out])
         parts = [right == c for c in np.unique(right)] if balanced else [slice(None)]
+        self.tried = judged, right
         self.accuracy = float(np.mean([label_accuracy(judged[part], right[part]) for part in parts]))
         self.fitted = len(x)
         self._machine = self._fit(x, y)

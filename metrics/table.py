@@ -50,7 +50,9 @@ def evaluate_features(
     bootstrap  how the intervals were made, or None
     notes      name -> why the value is missing, or which classes its mean leaves out
     classes    class -> {"name", "num_reference", "num_images", metric -> value}
-    judge      None, or the judge's own `accuracy`, measured on `num` images; `on` says which
+    judge      None, or the judge's own `accuracy`, measured on `num` images; `on` says which, and `classes` holds both
+               numbers of each class
+    judged     None, or the class [M] that the judge sees in each generated image
     """
     # A GPU helps most with distances between features. Other devices gain little, so the features stay on the CPU.
     move = (lambda x: x.to(device)) if torch.device(device).type == "cuda" else (lambda x: x)
@@ -103,6 +105,7 @@ def evaluate_features(
         notes=table.notes,
         classes=table.classes,
         judge=judge,
+        judged=table.judged,
     )
 
 
@@ -127,6 +130,7 @@ class _Table:
         self.intervals: dict[str, list[float]] = {}
         self.notes: dict[str, str] = {}
         self.classes: dict[str, dict[str, Any]] = {}
+        self.judged: list[int] | None = None
         self._real_labels, self._fake_labels = real_labels, fake_labels
         self.without_labels = None
         if real_labels is None:
@@ -231,14 +235,15 @@ def _add_label_accuracy(
     real_labels = real_labels[known]
     if fake.judged is not None:
         judged, on = fake.judged, "reference images, which it may have been trained on"
-        accuracy, num = label_accuracy(real.judged[known], real_labels), len(real_labels)
+        tried = real.judged[known], real_labels
+        accuracy = label_accuracy(*tried)
     else:
         try:
             machine = table.memo.get("svm", lambda: SvmJudge(real.features[known], real_labels))
         except ValueError as e:
             return refuse(str(e))
         judged, on = machine.predict(fake.features), "held-out reference images"
-        accuracy, num = machine.accuracy, machine.held_out
+        accuracy, tried = machine.accuracy, machine.tried
     accuracy_of_images = label_accuracy(judged, fake_labels)
     if table.counts is not None:
         replicates = table.counts @ (judged == fake_labels).astype(np.int64) / len(judged)
@@ -248,4 +253,10 @@ def _add_label_accuracy(
         if values["num_images"]:
             of_class = fake_labels == int(c)
             values["label_accuracy"] = label_accuracy(judged[of_class], fake_labels[of_class])
-    return dict(accuracy=accuracy, num=num, on=on)
+    seen, right = tried
+    classes = {
+        str(c): dict(accuracy=label_accuracy(seen[right == c], right[right == c]), num=int((right == c).sum()))
+        for c in np.unique(right).tolist()
+    }
+    table.judged = np.asarray(judged).tolist()
+    return dict(accuracy=accuracy, num=len(right), on=on, classes=classes)

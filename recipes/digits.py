@@ -3,55 +3,80 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Mapping, Sequence
 
 from recipes.steps import Row, Step, evaluation, finished
 from reports.comparison import compare_methods
+from reports.finding import BASELINE, ORACLE
 from reports.page import Picture, Section
+from reports.tradeoff import draw_tradeoff
 from training.presets import presets_of
 
 __all__ = ["NOISES", "PARTS", "WEIGHT", "plan", "report", "rows"]
 
 PARTS = ("posterior", "tdsm", "sbdc")  # what --only of quickstart.py can choose
-# How `train.py` treats the posterior of the labels -> title of the row.
+# Title of a row -> how `train.py` treats the posterior of the labels, and what that does.
 MODES = {
-    "drop": "drop the labels that are believed wrong",
-    "relabel": "replace them by the most probable ones",
-    "sample": "draw labels from their posterior",
+    "drop": ("drop", "leave out images whose label is believed wrong"),
+    "relabel": ("relabel", "replace every label by the most probable one"),
+    "posterior": ("sample", "draw every label from its posterior, anew for each use"),
+    "null": ("null", "relabel, and train without a label where none is probable"),
 }
 NOISES = {"sym": "symmetric", "asym": "asymmetric", "instance": "instance-dependent"}
 
 # Of SBDC's calibrated guidance on the digits. 1 is right for an optimal discriminator; where noise decides the class,
 # the gradient of this one is half as long as the exact one in its direction.
 WEIGHT = 2
+SWEEP = 500  # images for each weight that the sweep tries
 
 
 def rows(outdir: str, only: Sequence[str]) -> list[Row]:
     """List the methods of the table."""
     baseline, guide = f"--network={outdir}/baseline", f"--discriminator={outdir}/discriminator"
     calibrated = f"--dg_mode=calibrated --dg_weight_1st_order={WEIGHT} --dg_weight_2nd_order={WEIGHT}"
-    found = [Row("baseline", "baseline: labels as they are", ["baseline"], baseline)]
+    found = [
+        Row("oracle", "oracle", ["oracle"], f"--network={outdir}/oracle", ORACLE, "trained on the clean labels"),
+        Row("baseline", "baseline", ["baseline"], baseline, BASELINE, "trained on the labels as they are"),
+    ]
     if "posterior" in only:
-        found.append(Row("oracle", "oracle: clean labels", ["oracle"], f"--network={outdir}/oracle"))
-        found += [Row(mode, title, ["detect", mode], f"--network={outdir}/{mode}") for mode, title in MODES.items()]
+        found += [
+            Row(name, name, ["detect", name], f"--network={outdir}/{name}", text=text)
+            for name, (_, text) in MODES.items()
+        ]
     if "tdsm" in only:
-        found.append(Row("tdsm", "TDSM", ["classifier", "tdsm"], f"--network={outdir}/tdsm"))
+        text = "learn the clean labels' model from all images, by the transition matrix"
+        found.append(Row("tdsm", "TDSM", ["classifier", "tdsm"], f"--network={outdir}/tdsm", text=text))
     if "sbdc" in only:
         trained = ["baseline", "detect", "discriminator"]
         constant = (
             "--dg_mode=constant --S_clip_min=1.5 --S_clip_max=50 --dg_weight_1st_order=0.9 --dg_weight_2nd_order=0.9"
         )
+        text = "correct the baseline's sampling by a discriminator, with"
         found += [
-            Row("sbdc-constant", "SBDC, constant weight", trained, f"{baseline} {guide} {constant}"),
-            Row("sbdc", "SBDC, calibrated weight", trained, f"{baseline} {guide} {calibrated}"),
+            Row(
+                "sbdc-constant",
+                "SBDC constant",
+                trained,
+                f"{baseline} {guide} {constant}",
+                text=f"{text} weight 0.9 at 1.5 <= sigma <= 50, as in the paper's example",
+            ),
+            Row(
+                "sbdc",
+                "SBDC calibrated",
+                trained,
+                f"{baseline} {guide} {calibrated}",
+                text=f"{text} calibrated weight {WEIGHT} at all noise levels",
+            ),
         ]
     if {"tdsm", "sbdc"} <= set(only):
         found.append(
             Row(
                 "tdsm-sbdc",
-                "SBDC on top of TDSM",
+                "TDSM + SBDC",
                 ["classifier", "tdsm", "detect", "discriminator"],
                 f"--network={outdir}/tdsm {guide} --dg_mode=calibrated --noise_rate=0.1",
+                text="SBDC on top of TDSM with weight 1, for 10% wrong labels that TDSM has left",
             )
         )
     return found
@@ -59,6 +84,7 @@ def rows(outdir: str, only: Sequence[str]) -> list[Row]:
 
 def plan(outdir: str, seed: int, scale: float, only: Sequence[str], noise: str, num: int) -> list[Step]:
     """List all commands in order. `scale` multiplies the training lengths; `num`: images per row of the table."""
+    outdir = shlex.quote(outdir)  # in command lines
     clean, noisy = f"{outdir}/datasets/digits.zip", f"{outdir}/datasets/digits_{noise}40.zip"
     labels = f"{outdir}/detect/labels.npz"
 
@@ -78,6 +104,7 @@ def plan(outdir: str, seed: int, scale: float, only: Sequence[str], noise: str, 
             f"dataset_tool.py --source=digits --dest={noisy} --noise_type={noise} --noise_rate=0.4 --seed={seed}"
             " --overwrite",
         ),
+        Step("oracle", "train on clean labels", 75, training("train.py", "oracle", data=clean)),
         Step("baseline", "train the baseline", 75, training("train.py", "baseline")),
     ]
     if "tdsm" in only:
@@ -92,10 +119,9 @@ def plan(outdir: str, seed: int, scale: float, only: Sequence[str], noise: str, 
         command = f"detect_noise.py --preset=digits --data={noisy} --dest={labels} --epochs={epochs} --seed={seed}"
         steps.append(Step("detect", "find the wrong labels", 50, command))
     if "posterior" in only:
-        steps.append(Step("oracle", "train on clean labels", 75, training("train.py", "oracle", data=clean)))
-        for mode in MODES:
+        for name, (mode, text) in MODES.items():
             path = f" --posterior={labels} --posterior_mode={mode}"
-            steps.append(Step(mode, f"train on labels: {mode}", 75, training("train.py", mode, path)))
+            steps.append(Step(name, f"train: {text}", 75, training("train.py", name, path)))
     if "sbdc" in only:
         path = f" --label-path={labels}"
         command = training("train_discriminator.py", "discriminator", path)
@@ -107,9 +133,9 @@ def plan(outdir: str, seed: int, scale: float, only: Sequence[str], noise: str, 
             Step(
                 "sweep",
                 "SBDC for a list of weights",
-                100,
+                40,
                 f"sweep.py --network={outdir}/baseline --discriminator={outdir}/discriminator --data={clean}"
-                f" --detector=pixels --outdir={outdir}/sweep --seeds=0-{num - 1}",
+                f" --detector=pixels --outdir={outdir}/sweep --seeds=0-{min(num, SWEEP) - 1} --weights=0.5,1,2,3",
             )
         )
     return steps
@@ -120,8 +146,8 @@ def report(outdir: str, seed: int, only: Sequence[str], seconds: Mapping[str, fl
     methods = finished(outdir, rows(outdir, only), seconds)
     notes = [
         f"Each row: {num:,} images, {num // 10} per class, seeds 0 to {num - 1}, 18 steps. Training seed {seed}.",
-        "The training time of TDSM includes its classifier. The training time of SBDC includes the model that it"
-        " corrects, and the detection.",
+        "The training time of a row includes all that it needs: its classifier, the detection, the model that it"
+        " corrects.",
         "FD: Frechet distance of pixels in [-1,1] to the whole clean archive; class-wise: the mean over classes.",
     ]
     pictures = []
@@ -132,19 +158,9 @@ def report(outdir: str, seed: int, only: Sequence[str], seconds: Mapping[str, fl
             text = "Label in the archive > label that detect_noise.py suggests."
             pictures.append(Picture(f"{outdir}/detect/labels.png", "The most suspicious labels", text))
     if "sbdc" in only:
-        notes.append(
-            "SBDC with constant weight: 0.9 at 1.5 <= sigma <= 50, as in the paper's example. With calibrated weight: "
-            f"{WEIGHT} at all noise levels. On top of TDSM: weight 1, for 10% wrong labels that TDSM has left."
-        )
-        with open(f"{outdir}/sweep/sweep.md") as f:
-            verdict = f.read().splitlines()[-1]
-        pictures.append(
-            Picture(
-                f"{outdir}/sweep/sweep.png",
-                "How much guidance?",
-                f"SBDC's weights, constant and calibrated, at all noise levels. {verdict}",
-            )
-        )
+        path, verdict = draw_tradeoff(f"{outdir}/sweep/sweep.json", f"{outdir}/pictures/sweep.png", methods[0])
+        text = f"SBDC's weights at all noise levels, {min(num, SWEEP)} images each. {verdict}"
+        pictures.append(Picture(path, "How much guidance?", text, width=640))
     return compare_methods(
         outdir,
         f"cleanscore: digits with 40% wrong labels, {NOISES[noise]} noise",

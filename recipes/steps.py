@@ -44,6 +44,8 @@ class Row:
     title: str  # on the page
     training: Sequence[str]  # the steps that train what it needs
     sampling: str  # options of generate.py
+    role: str = ""  # reports.finding.ORACLE, BASELINE or none
+    text: str = ""  # what it does
 
 
 def evaluation(
@@ -83,6 +85,8 @@ def finished(outdir: str, rows: Sequence[Row], seconds: Mapping[str, float]) -> 
             # A step that was killed could not write down how long it had taken, but a training logs its time.
             sum(max(seconds[name], last_seconds(f"{outdir}/{name}")) for name in row.training),
             seconds[f"{row.name}-images"],
+            row.role,
+            row.text,
         )
         for row in rows
     ]

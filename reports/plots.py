@@ -13,11 +13,12 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 import dnnlib
 from metrics.format import short_names
 
-__all__ = ["bar_chart", "compare_tradeoffs", "loss_curves", "tradeoff", "transition_heatmap"]
+__all__ = ["bar_chart", "compare_tradeoffs", "compare_values", "loss_curve", "tradeoff", "transition_heatmap"]
 
 Curve = Sequence[tuple[float, float, float]]  # (weight, FD, label accuracy) of one way to guide, for several weights
 
@@ -28,27 +29,56 @@ def _save(figure: Figure, path: str) -> None:
         figure.savefig(f, format="png", dpi=120, bbox_inches="tight")
 
 
-def loss_curves(runs: dict[str, str], path: str, statistic: str = "Loss/loss") -> None:
-    """Plot a statistic from `stats.jsonl` against thousands of images (kimg), in one panel per run.
-
-    `runs` maps titles to run directories.
-    """
-    figure = Figure(figsize=(4 * len(runs), 3), layout="constrained")
-    axes = figure.subplots(1, len(runs), squeeze=False)
-    for axis, (title, run_dir) in zip(axes[0], runs.items(), strict=True):
-        with open(os.path.join(run_dir, "stats.jsonl")) as f:
-            rows = [json.loads(line) for line in f]
-        rows = [r for r in rows if statistic in r]
-        axis.plot([r["Progress/kimg"]["mean"] for r in rows], [r[statistic]["mean"] for r in rows])
-        axis.set(title=title, xlabel="kimg", ylabel="loss" if axis is axes[0, 0] else None)
-        axis.grid(alpha=0.3)
+def loss_curve(run_dir: str, path: str, statistic: str = "Loss/loss") -> None:
+    """Plot a statistic from `stats.jsonl` of a run directory against thousands of images (kimg)."""
+    figure = Figure(figsize=(2.6, 1.8), layout="constrained")
+    axis = figure.subplots()
+    with open(os.path.join(run_dir, "stats.jsonl")) as f:
+        rows = [json.loads(line) for line in f]
+    rows = [r for r in rows if statistic in r]
+    axis.plot([r["Progress/kimg"]["mean"] for r in rows], [r[statistic]["mean"] for r in rows])
+    axis.grid(alpha=0.3)
     _save(figure, path)
 
 
-def tradeoff(curves: dict[str, Curve], unguided: tuple[float, float], path: str) -> None:
+def compare_values(
+    values: dict[str, tuple[float | None, Sequence[float] | None]], metric: str, path: str, line: str | None = None
+) -> None:
+    """Draw a point per method, with its interval and its number, and a line at the value of the method `line`.
+
+    `values` maps titles to (value, interval), both None where there is none. `metric` names the values.
+    """
+    known = {title: found for title, found in values.items() if found[0] is not None}
+    figure = Figure(figsize=(5.2, 0.6 + 0.32 * max(len(values), 1)), layout="constrained")
+    axis = figure.subplots()
+    numbers = [value for value, _ in known.values()]
+    if numbers and min(numbers) > 0 and max(numbers) > 4 * min(numbers):
+        axis.set_xscale("log")
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_minor_formatter(NullFormatter())
+    if line in known:
+        axis.axvline(known[line][0], color="black", linewidth=1, linestyle="--")
+    for y, title in enumerate(values):
+        if title not in known:
+            continue
+        value, interval = known[title]
+        if interval:
+            axis.plot(interval, (y, y), color="C0", linewidth=4, alpha=0.35, solid_capstyle="butt")
+        axis.plot(value, y, "o", color="black" if title == line else "C0")
+        axis.annotate(f"{value:.3g}", (max([value, *(interval or [])]), y), (6, -4), textcoords="offset points")
+    axis.set_yticks(range(len(values)), values, parse_math=False)
+    axis.set(xlabel=metric, ylim=(len(values) - 0.5, -0.5))
+    axis.margins(x=0.15)
+    axis.grid(axis="x", alpha=0.3)
+    _save(figure, path)
+
+
+def tradeoff(curves: dict[str, Curve], unguided: tuple[float, float], path: str, oracle: float | None = None) -> None:
     """Plot label accuracy against FD, one line per mode of guidance.
 
     `curves` maps modes to their points. `unguided` is (FD, label accuracy) without guidance, where every line begins.
+    `oracle` is the label accuracy of a model that was trained on clean labels.
     """
     figure = Figure(figsize=(6, 4), layout="constrained")
     axis = figure.subplots()
@@ -58,6 +88,8 @@ def tradeoff(curves: dict[str, Curve], unguided: tuple[float, float], path: str)
         for weight, x, y in points:
             axis.annotate(f"{weight:g}", (x, y), textcoords="offset points", xytext=(5, -10), fontsize=8)
     axis.plot(*unguided, marker="s", color="black", linestyle="none", label="unguided")
+    if oracle is not None:
+        axis.axhline(oracle, color="black", linewidth=1, linestyle="--", label="oracle")
     axis.set(xlabel="FD (lower is better)", ylabel="label accuracy")
     axis.grid(alpha=0.3)
     axis.legend()
@@ -95,8 +127,9 @@ def transition_heatmap(transition: np.ndarray, path: str, class_names: Sequence[
     axis = figure.subplots()
     picture = axis.imshow(transition, vmin=0, vmax=1, cmap="viridis")
     axis.set(xlabel="observed label", ylabel="clean label")
-    axis.set_xticks(range(len(class_names)), class_names)
-    axis.set_yticks(range(len(class_names)), class_names)
+    turned = 90 if max(map(len, class_names)) > 3 else 0
+    axis.set_xticks(range(len(class_names)), class_names, rotation=turned, parse_math=False)
+    axis.set_yticks(range(len(class_names)), class_names, parse_math=False)
     figure.colorbar(picture)
     _save(figure, path)
 

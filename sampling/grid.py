@@ -13,7 +13,7 @@ from dnnlib import atomic_open
 __all__ = ["image_sheet", "save_class_grid", "save_grid"]
 
 CELL, SHEET = 64, 4096  # pixels: images with shorter sides are enlarged, as long as the sheet is not larger
-WHITE = 255
+WHITE, RED = 255, (214, 39, 40)
 LINES = 3  # of a heading
 
 
@@ -25,9 +25,10 @@ def save_grid(
     row_labels: Sequence[str] | None = None,
     column_labels: Sequence[str] | None = None,
     captions: Sequence[str] | None = None,
+    framed: Sequence[bool] | None = None,
 ) -> None:
     """Write `image_sheet` of the same arguments to `path` as a PNG (atomically)."""
-    sheet = image_sheet(images, columns, scale, row_labels, column_labels, captions)
+    sheet = image_sheet(images, columns, scale, row_labels, column_labels, captions, framed)
     with atomic_open(path) as file:
         sheet.save(file, format="png")
 
@@ -71,6 +72,7 @@ def image_sheet(
     row_labels: Sequence[str] | None = None,
     column_labels: Sequence[str] | None = None,
     captions: Sequence[str] | None = None,
+    framed: Sequence[bool] | None = None,
 ) -> Image.Image:
     """Return one picture of all images, row by row with thin gaps between them.
 
@@ -80,6 +82,7 @@ def image_sheet(
     row_labels     texts left of the rows
     column_labels  texts above the columns, in up to three lines
     captions       one text per image below it, of one or more lines
+    framed         one flag per image: whether it gets a red frame
 
     ValueError: there are no images, or they do not have 1 or 3 channels.
     """
@@ -97,6 +100,7 @@ def image_sheet(
     line = math.ceil(font.getbbox("|")[3]) + 1
     below = line * max((text.count("\n") + 1 for text in captions or ()), default=0)
     gap = max(1, scale * max(height, width) // 12)
+    gap *= 1 if framed is None else 2  # half of it is the frame's, so the frames of neighbors frame nothing else
     cell_h, cell_w = scale * height + gap + below, scale * width + gap
     cells = np.full([rows * columns, cell_h, cell_w, channels], WHITE, np.uint8)
     cells[:n, gap : gap + scale * height, gap:] = images.repeat(scale, axis=1).repeat(scale, axis=2)
@@ -122,7 +126,8 @@ def image_sheet(
     headings = [lines(text) for text in (column_labels or ())[:columns]]
     left = max((math.ceil(font.getlength(text)) + gap for text in row_labels or ()), default=0)
     above = max((len(heading) * line + gap for heading in headings), default=0)
-    sheet = Image.new(body.mode, (left + body.width + gap, above + body.height + gap), "white")
+    red = framed is not None and np.any(framed[:n])
+    sheet = Image.new("RGB" if red else body.mode, (left + body.width + gap, above + body.height + gap), "white")
     sheet.paste(body, (left, above))
     draw = ImageDraw.Draw(sheet)
     for row, text in enumerate((row_labels or ())[:rows]):
@@ -137,4 +142,9 @@ def image_sheet(
     for i, text in enumerate((captions or ())[:n]):
         for k, part in enumerate(text.split("\n")):
             write(left + gap + i % columns * cell_w, above + (i // columns + 1) * cell_h - below + k * line, part)
+    rim = gap // 2
+    for i in np.flatnonzero(framed[:n]) if red else ():
+        x, y = left + gap - rim + i % columns * cell_w, above + gap - rim + i // columns * cell_h
+        corner = (x + scale * width + 2 * rim - 1, y + scale * height + 2 * rim - 1)
+        draw.rectangle(((x, y), corner), outline=RED, width=rim)
     return sheet

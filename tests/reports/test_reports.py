@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from reports.plots import bar_chart, compare_tradeoffs, loss_curves, tradeoff, transition_heatmap
+from reports.plots import bar_chart, compare_tradeoffs, loss_curve, tradeoff, transition_heatmap
 from tests.support.paths import ROOT
 
 LOW, HIGH = [(1, 1.0, 0.8), (2, 2.0, 0.9)], [(1, 1.2, 0.7), (2, 3.0, 0.8)]
@@ -38,7 +38,7 @@ def test_plots_are_pictures(tmp_path):
 
     rows = [{"Progress/kimg": {"mean": i}, "Loss/loss": {"mean": 1 / i}} for i in (1, 2, 3)]
     (tmp_path / "stats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, {}]))
-    loss_curves({"one": str(tmp_path), "two": str(tmp_path)}, path)
+    loss_curve(str(tmp_path), path)
     assert drawn() == ("PNG", True)
     tradeoff(dict(a=LOW, b=HIGH), (0.5, 0.5), path)
     assert drawn() == ("PNG", True)

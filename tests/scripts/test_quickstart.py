@@ -1,6 +1,7 @@
 """The quickstart as a whole, trainings of a few steps: all scripts run, the report is complete, a rerun goes on."""
 
 import base64
+import itertools
 import json
 import re
 
@@ -15,7 +16,7 @@ from reports.page import Report, Section
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
-    outdir = tmp_path_factory.mktemp("quickstart") / "demo"
+    outdir = tmp_path_factory.mktemp("quickstart") / "my demo"
     result = CliRunner().invoke(quickstart.main, [f"--outdir={outdir}", "--minutes=0.01", "--seed=1", "--num=20"])
     assert result.exit_code == 0, result.output + repr(result.exception)
     return outdir, result.output
@@ -23,26 +24,31 @@ def demo(tmp_path_factory):
 
 def test_report_is_complete(demo):
     outdir, output = demo
-    assert re.search(r"\[1/30\].* left", output) and "Report: " in output
+    assert re.search(r"\[1/33\].* left", output) and "Report: " in output
     html, markdown = (outdir / "report.html").read_text(), (outdir / "report.md").read_text()
-    rows = [line for line in markdown.splitlines() if line.startswith("| ")]
-    assert len(rows) == 10 and "baseline" in rows[1] and "TDSM" in rows[6] and rows[6] in output
-    titles = [row.split("|")[1].strip() for row in rows[2:]]
-    assert titles[0].startswith("oracle") and [title.split()[0] for title in titles[1:4]] == ["drop", "replace", "draw"]
-    assert titles[5:] == [
-        "SBDC, constant weight",
-        "SBDC, calibrated weight",
-        "SBDC on top of TDSM",
+    (finding,) = re.findall("<p class=.finding.>(.*?)</p>", html)
+    assert re.search("oracle|No method helped", finding) and markdown.splitlines()[2] in output
+    table = list(itertools.takewhile(bool, markdown[markdown.index("| method") :].splitlines()))
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table[2:]]
+    assert [row[0] for row in rows] == [
+        "oracle",
+        "baseline",
+        *("drop", "relabel", "posterior", "null"),
+        "TDSM",
+        "SBDC constant",
+        "SBDC calibrated",
+        "TDSM + SBDC",
     ]
-    assert "n/a" not in rows[1] + rows[6]
-    table = json.loads((outdir / "tables" / "tdsm.json").read_text())
-    assert f"{table['metrics']['label_accuracy']:.3f}" in rows[6] and all(
-        c["num_images"] == 2 for c in table["classes"].values()
-    )
+    assert all("n/a" not in row for row in rows) and "\n".join(table) in output
+    tdsm = json.loads((outdir / "tables" / "tdsm.json").read_text())
+    assert rows[6][1].startswith(f"{tdsm['metrics']['label_accuracy']:.3f}")
+    assert len(tdsm["judged"]) == 20 and all(c["num_images"] == 2 for c in tdsm["classes"].values())
     inlined = re.findall(r"data:image/png;base64,([^']+)'", html)
-    assert len(inlined) >= 9 and all(base64.b64decode(data).startswith(b"\x89PNG") for data in inlined)
+    assert len(inlined) >= 11 and all(base64.b64decode(data).startswith(b"\x89PNG") for data in inlined)
     assert "http" not in html  # self-contained
-    for picture in re.findall(r"\]\((.*?\.png)\)", markdown):
+    linked = re.findall(r"\]\((.*?\.png)\)", markdown)
+    assert len(linked) == len(inlined)
+    for picture in linked:
         assert (outdir / picture).read_bytes() in map(base64.b64decode, inlined)
     for script in set(quickstart.SCRIPTS) - {"train_rduot.py"}:
         assert f"python {script} " in html and f"python {script} " in markdown
@@ -56,7 +62,7 @@ def test_second_call_goes_on_where_the_first_stopped(demo):
     del journal["seconds"]["tdsm-table"]
     (outdir / "quickstart.json").write_text(json.dumps(journal))
     result = CliRunner().invoke(quickstart.main, [f"--outdir={outdir}", "--minutes=0.01", "--seed=1", "--num=20"])
-    assert result.exit_code == 0 and re.findall(r"\[(\d+)/30\]", result.output) == ["23"]
+    assert result.exit_code == 0 and re.findall(r"\[(\d+)/33\]", result.output) == ["26"]
     assert (outdir / "report.html").exists()
 
 
@@ -170,5 +176,5 @@ def test_outliers_have_their_own_sections(tmp_path, monkeypatch):
         assert rows[i][1] == f"{metrics['outlier_ratio']:.3f}" and rows[i][2].startswith(f"{metrics['fid']:.3f}")
     # Only digits by the paper's cost have outliers that are cheap.
     assert re.findall(r"^\* (.*): Warning: the outliers cost less", markdown, re.M) == ["RDUOT, cost pixels"]
-    assert len(re.findall(r"data:image/png;base64,", html)) == len(re.findall(r"\]\(.*?\.png\)", markdown)) == 12
+    assert len(re.findall(r"data:image/png;base64,", html)) == len(re.findall(r"\]\(.*?\.png\)", markdown)) == 10 + 8
     assert "python train.py " not in markdown

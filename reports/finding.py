@@ -1,0 +1,74 @@
+"""Say in one sentence what a comparison found: which method came closest to clean labels, and how far others are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+__all__ = ["BASELINE", "ORACLE", "Score", "say_finding"]
+
+# Roles of rows.
+ORACLE = "oracle"  # trained on clean labels: what the others are compared with
+BASELINE = "baseline"  # trained on the labels as they are
+
+_ORACLE = "the oracle, the same model trained on clean labels"
+
+
+@dataclass(frozen=True)
+class Score:
+    """The distance of a method's images from real ones."""
+
+    title: str
+    value: float | None  # lower is better; None: there is none
+    interval: tuple[float, float] | None = None
+    role: str = ""  # ORACLE, BASELINE or none
+
+
+def say_finding(scores: Sequence[Score], metric: str) -> str:
+    """Return one sentence on the scores. `metric` is what their values are called."""
+    known = [score for score in scores if score.value is not None]
+    oracle, baseline = (next((s for s in known if s.role == role), None) for role in (ORACLE, BASELINE))
+    others = sorted((s for s in known if s.role not in (ORACLE, BASELINE)), key=lambda score: score.value)
+    if not others:
+        return f"Nothing can be said: no method has a {metric}."
+    best = others[0]
+    if baseline and baseline.value <= best.value:
+        text = f"No method helped: the baseline, which believes every label, has the lowest {metric}"
+        text += f", {_number(baseline.value)}, and the next one is {best.title} with {_number(best.value)}"
+        return text + (f"; {_ORACLE}, has {_number(oracle.value)}." if oracle else ".")
+    if oracle is None:
+        text = f"{_capital(best.title)} has the lowest {metric}, {_number(best.value)}"
+    elif best.value <= oracle.value:
+        text = f"{_capital(best.title)} reached {_ORACLE}: its {metric} is {_number(best.value)}, "
+        text += f"the oracle's {_number(oracle.value)}"
+    else:
+        text = f"{_capital(best.title)} came closest to {_ORACLE}: its {metric} is {_number(best.value)}, "
+        text += f"{_times(best, oracle)}the oracle's {_number(oracle.value)}"
+    if oracle and _overlap(best, oracle):
+        text += " (their intervals overlap)"
+    if baseline:
+        text += f"; the baseline, which believes every label, has {_number(baseline.value)}"
+        text += f", {_times(baseline, oracle)}the oracle's" if oracle and oracle.value > 0 else ""
+    return text + "."
+
+
+def _number(value: float) -> str:
+    return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
+def _times(score: Score, oracle: Score) -> str:
+    """Return how much larger than the oracle's this value is, in words that `the oracle's` follows."""
+    if oracle.value <= 0:
+        return "beside "
+    ratio = score.value / oracle.value
+    return f"{ratio - 1:.1%} above " if ratio < 2 else f"{ratio:.3g} times "
+
+
+def _overlap(a: Score, b: Score) -> bool:
+    if a.interval is None or b.interval is None:
+        return False
+    return a.interval[0] <= b.interval[1] and b.interval[0] <= a.interval[1]
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
