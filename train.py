@@ -19,6 +19,7 @@ from training.objective import Objective
 from training.objectives.cep import CEP
 from training.objectives.dmis import DMIS
 from training.objectives.dsm import DSM
+from training.outlier_options import outlier_options, outlier_rule, outlier_settings
 
 EXAMPLES = """
 Examples:
@@ -39,6 +40,7 @@ def methods() -> dict[str, type[Objective]]:
 @options.run_options("train.py")
 @options.denoiser_options()
 @options.posterior_options("sample")
+@outlier_options()
 @click.option("--method", type=click.Choice(list(methods())), default="dsm",
               help="dsm: denoising score matching; cep: with noise on the embeddings of labels; dmis: the denoiser "
                    "finds the posterior itself")
@@ -55,9 +57,9 @@ def main(**opts) -> None:
 
     def make(config, dataset, device):
         known = {} if cls is DMIS else dict(posterior_labels=options.posterior_labels(config, dataset, device))
-        return cls(config, dataset, device, **known)
+        return cls(config, dataset, device, outliers=outlier_rule(config, dataset, device), **known)
 
-    sections = dict(posterior=posterior)
+    sections = dict(posterior=posterior, outliers=outlier_settings(opts))
     if cls is CEP:
         sections["cep"] = CEPConfig() if opts["gamma"] is None else CEPConfig(opts["gamma"])
     run.start(opts, cls.method, make, require_labels=cls is not DSM, draw_samples=save_samples, **sections)

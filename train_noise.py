@@ -19,6 +19,7 @@ from training.calibration import Temperature
 from training.config import TDSMConfig
 from training.objectives.classifier import check_classifier
 from training.objectives.tdsm import TDSM, known_transition
+from training.outlier_options import outlier_options, outlier_rule, outlier_settings
 
 EXAMPLES = """
 Examples:
@@ -36,6 +37,7 @@ Examples:
 @options.denoiser_options()
 @options.noise_options("clean", "sym", "asym", "pair", "matrix")
 @options.posterior_options("relabel")
+@outlier_options()
 @click.option("--cls", metavar="PKL|DIR|URL", required=True,
               help="Classifier: a snapshot of train_classifier.py, or its run directory")
 @click.option("--others", type=click.Choice(["sample", "all"]),
@@ -76,6 +78,7 @@ def main(**opts) -> None:
         with blame("--noise_type"):
             transition, kind = known_transition(snapshot["info"], stated, dataset, path)
         known = dict(transition=transition, posterior=kind, temperature=temperature)
+        known |= dict(outliers=outlier_rule(config, dataset, device))
         labels = options.posterior_labels(config, dataset, device)
         return TDSM(config, dataset, device, classifier=snapshot["ema"], posterior_labels=labels, **known)
 
@@ -87,7 +90,7 @@ def main(**opts) -> None:
         temp=opts["temp"],
         **options.noise_settings(opts),
     )
-    sections = dict(tdsm=section, posterior=posterior)
+    sections = dict(tdsm=section, posterior=posterior, outliers=outlier_settings(opts))
     run.start(opts, TDSM.method, make, require_labels=True, draw_samples=save_samples, **sections)
 
 

@@ -22,6 +22,7 @@ __all__ = [
     "DiscriminatorConfig",
     "NetworkConfig",
     "OptimizerConfig",
+    "OutlierConfig",
     "PosteriorConfig",
     "RDUOTConfig",
     "RunConfig",
@@ -88,6 +89,14 @@ class PosteriorConfig:
     path: str = named_file("")  # label file that holds the posterior
     mode: str = "sample"  # what becomes of the labels: sample, relabel, drop or null
     limit: float | None = None  # null: the least probability of a label that stays
+
+
+@dataclass
+class OutlierConfig:
+    """Images that do not belong (docs/methods/posterior.md)."""
+
+    mode: str = "drop"  # what becomes of them: drop or ambient
+    path: str | None = named_file()  # label file that says which ones these are; None: the archive's record
 
 
 @dataclass
@@ -194,6 +203,7 @@ class RunConfig:
     wandb_resume: str | None = changeable(default=None)  # the run there that goes on; None: that of the run directory
     contents: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)  # of the files, by the field of each
     posterior: PosteriorConfig | None = None  # labels by a posterior; None: the data set's labels
+    outliers: OutlierConfig | None = None  # images that do not belong; None: they are learned like the others
     cep: CEPConfig | None = None  # one section per method that has settings of its own
     classifier: ClassifierConfig | None = None
     tdsm: TDSMConfig | None = None

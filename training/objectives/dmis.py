@@ -38,6 +38,7 @@ from training.objectives.dsm import DSM, without
 from training.objectives.pair_passes import pass_size
 from training.objectives.posterior_labels import draw_classes
 from training.objectives.tdsm import posterior_weights
+from training.outlier_rule import OutlierRule
 from training.trained_network import TrainedNetwork
 
 __all__ = ["DMIS"]
@@ -63,7 +64,7 @@ class DMIS(DSM):
         sigma = draws["sigma"].reshape(-1, 1, 1, 1)
         onehot = without(torch.nn.functional.one_hot(drawn, labels.shape[1]).to(labels), dropped)
         denoised = self.trained["net"].forward(y + sigma * draws["noise"], sigma, onehot, augment_labels=augment_labels)
-        error = self.noise_levels.weight(sigma) * (denoised - y).square()
+        error = self.weight(sigma, draws, stats) * (denoised - y).square()
         stats.add("DMIS/changed", (drawn != observed).float())
         stats.add("DMIS/noise", 1 - T.detach().diagonal())
         return error.flatten(1).sum(dim=1) - (log_p + T.T[observed].log()).logsumexp(dim=1)
@@ -87,8 +88,10 @@ class DMIS(DSM):
             found.append(error.square().flatten(1).sum(dim=1))
         return -step * torch.cat(found).reshape(n, classes, LEVELS).sum(dim=2)
 
-    def __init__(self, config: RunConfig, dataset: ImageDataset, device: torch.device):
-        super().__init__(config, dataset, device)
+    def __init__(
+        self, config: RunConfig, dataset: ImageDataset, device: torch.device, *, outliers: OutlierRule | None = None
+    ):
+        super().__init__(config, dataset, device, outliers=outliers)
         if dataset.labels is None:
             raise dnnlib.UserError(f"{dataset.name}: this method needs one class per image, as its label")
         share = config.batch_size // distributed.get_world_size()

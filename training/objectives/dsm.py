@@ -15,6 +15,7 @@ from torch_utils.training_stats import Stats
 from training.config import RunConfig
 from training.objective import Objective
 from training.objectives.posterior_labels import PosteriorLabels
+from training.outlier_rule import OutlierRule, common_items
 from training.presets import precond_class
 from training.trained_network import TrainedNetwork
 
@@ -33,7 +34,12 @@ class DSM(Objective):
         x = y + sigma * draws["noise"]
         labels = without(*self.choose_labels(labels, draws, stats))
         denoised = self.trained["net"].forward(x, sigma, labels, augment_labels=augment_labels)
-        return self.noise_levels.weight(sigma) * (denoised - y).square()
+        return self.weight(sigma, draws, stats) * (denoised - y).square()
+
+    def weight(self, sigma: torch.Tensor, draws: dict, stats: Stats) -> torch.Tensor:
+        """Return lambda(sigma) [n,1,1,1], 0 for outliers at noise levels where they do not teach."""
+        weight = self.noise_levels.weight(sigma)
+        return weight if self.outliers is None else weight * self.outliers.weight(sigma, draws["items"], stats)
 
     def choose_labels(
         self, labels: torch.Tensor, draws: dict, stats: Stats
@@ -50,11 +56,15 @@ class DSM(Objective):
         device: torch.device,
         *,
         posterior_labels: PosteriorLabels | None = None,
+        outliers: OutlierRule | None = None,
     ):
-        """Take labels that replace those of the data set; None: the data set's own."""
+        """Take labels that replace those of the data set (None: its own), and a rule for outliers (None: keep them).
+
+        UserError: together they leave no image.
+        """
         super().__init__(config, dataset, device)
-        self.posterior_labels = posterior_labels
-        self.train_indices = None if posterior_labels is None else posterior_labels.train_indices
+        self.posterior_labels, self.outliers = posterior_labels, outliers
+        self.train_indices = common_items(*(x.train_indices for x in (posterior_labels, outliers) if x is not None))
 
     def build(self) -> dict[str, TrainedNetwork]:
         """Create the denoiser."""
@@ -81,8 +91,8 @@ class DSM(Objective):
         return draws
 
     def notes(self) -> list[str]:
-        """Say what becomes of the labels."""
-        return [] if self.posterior_labels is None else self.posterior_labels.notes()
+        """Say what becomes of the labels and of the outliers."""
+        return [line for known in (self.posterior_labels, self.outliers) if known is not None for line in known.notes()]
 
 
 def without(labels: torch.Tensor, dropped: torch.Tensor | None) -> torch.Tensor:

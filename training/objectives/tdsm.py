@@ -35,6 +35,7 @@ from training.config import RunConfig
 from training.objectives.dsm import DSM, without
 from training.objectives.pair_passes import pass_size, read_later, sum_over_pairs
 from training.objectives.posterior_labels import PosteriorLabels, draw_classes
+from training.outlier_rule import OutlierRule
 
 __all__ = ["TDSM", "clean_posterior", "cut_weights", "known_transition", "posterior_weights", "survivors"]
 
@@ -107,7 +108,7 @@ class TDSM(DSM):
         x = y + sigma * draws["noise"]
         labels, dropped = self.choose_labels(labels, draws, stats)
         denoised = self.combine(x, sigma, labels, augment_labels, stats, dropped, draws.get("other"))
-        return self.noise_levels.weight(sigma) * (denoised - y).square()
+        return self.weight(sigma, draws, stats) * (denoised - y).square()
 
     def combine(
         self,
@@ -182,6 +183,7 @@ class TDSM(DSM):
         posterior: str,
         temperature: Temperature | None = None,
         posterior_labels: PosteriorLabels | None = None,
+        outliers: OutlierRule | None = None,
     ):
         """Take a time-dependent `classifier` (in eval mode), `transition` T [C,C], and the kind of `posterior` that the
         classifier's softmax is: 'clean' P(y | x_t) or 'noisy' P(o | x_t).
@@ -190,7 +192,7 @@ class TDSM(DSM):
 
         `temperature` is the classifier's own, which the configuration's `temp` may replace by a number.
         """
-        super().__init__(config, dataset, device, posterior_labels=posterior_labels)
+        super().__init__(config, dataset, device, posterior_labels=posterior_labels, outliers=outliers)
         if dataset.labels is None:
             raise dnnlib.UserError(f"{dataset.name}: its labels are vectors, but TDSM needs one class per image")
         check_observed(transition, dataset.labels)
