@@ -38,8 +38,11 @@ Examples:
 @options.noise_options("clean", "sym", "asym", "pair", "matrix")
 @options.posterior_options("relabel")
 @outlier_options()
-@click.option("--cls", metavar="PKL|DIR|URL", required=True,
-              help="Classifier: a snapshot of train_classifier.py, or its run directory")
+@click.option("--cls", metavar="PKL|DIR|URL",
+              help="Classifier: a snapshot of train_classifier.py, or its run directory (required)")
+@click.option("--weights", type=click.Choice(["image", "class"]),
+              help="Weights of the possible classes by what the classifier sees in the image, or by T and the label "
+                   "alone: the ablation S-DSM, for which --noise_type may stand in for --cls  [default: image]")
 @click.option("--others", type=click.Choice(["sample", "all"]),
               help="Other possible classes of an image: one drawn by its weight, or their whole sum, as published  "
                    "[default: sample; all with --tau or --pairs]")
@@ -66,24 +69,35 @@ def main(**opts) -> None:
             "--posterior_mode=sample: labels drawn from the posterior leave no noise to correct; "
             "give them to train.py, or choose another rule"
         )
-    with blame("--cls"):
-        path = persistence.find_snapshot(opts["cls"])
+    by_class = opts["weights"] == "class"
+    if by_class and "--temp" in dnnlib.cli.given_options():
+        raise click.UsageError("--temp: belongs to --weights=image; with class there is no classifier to divide")
+    if opts["cls"] is None and not (by_class and opts["noise_type"]):
+        raise click.UsageError("Missing option '--cls'." + (" Or state --noise_type." if by_class else ""))
+    path = None
+    if opts["cls"] is not None:
+        with blame("--cls"):
+            path = persistence.find_snapshot(opts["cls"])
 
     def make(config, dataset, device):
-        with blame("--cls"):
-            snapshot = persistence.load_snapshot(path, trust_pickle=opts["trust_pickle"], kind="classifier")
-            check_classifier(snapshot["ema"], dataset, path)
-            temperature = Temperature.read(snapshot["info"].get("temperature"), path)
+        snapshot, temperature = dict(ema=None, info=dict(posterior="clean")), None
+        if path is not None:
+            with blame("--cls"):
+                snapshot = persistence.load_snapshot(path, trust_pickle=opts["trust_pickle"], kind="classifier")
+                check_classifier(snapshot["ema"], dataset, path)
+                temperature = Temperature.read(snapshot["info"].get("temperature"), path)
         stated = options.stated_transition(**options.noise_settings(opts), dataset=dataset)
         with blame("--noise_type"):
             transition, kind = known_transition(snapshot["info"], stated, dataset, path)
         known = dict(transition=transition, posterior=kind, temperature=temperature)
         known |= dict(outliers=outlier_rule(config, dataset, device))
         labels = options.posterior_labels(config, dataset, device)
-        return TDSM(config, dataset, device, classifier=snapshot["ema"], posterior_labels=labels, **known)
+        net = None if by_class else snapshot["ema"]
+        return TDSM(config, dataset, device, classifier=net, posterior_labels=labels, **known)
 
     section = TDSMConfig(
-        cls=path,
+        cls=path or "",
+        weights=opts["weights"],
         tau=opts["tau"],
         pairs=opts["pairs"],
         others=opts["others"] or ("all" if cut else None),

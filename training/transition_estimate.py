@@ -25,7 +25,7 @@ from scipy.special import gammaln
 
 from archives.dataset import ImageDataset
 
-__all__ = ["anchors", "describe_transition", "estimate_transition", "noise_rate", "transition_table"]
+__all__ = ["anchors", "class_shares", "describe_transition", "estimate_transition", "noise_rate", "transition_table"]
 
 SHARE = 0.25  # of the images predicted as a class, those that are most certain
 TABLE = 20  # tables of up to so many classes are printed
@@ -68,8 +68,8 @@ def estimate_transition(log_probs: np.ndarray, observed: np.ndarray, share: floa
     return T
 
 
-def noise_rate(T: np.ndarray, observed: np.ndarray) -> float:
-    """Return the share of wrong labels, 1 - sum_y pi_y T[y,y], for the class shares pi that T and the labels imply."""
+def class_shares(T: np.ndarray, observed: np.ndarray) -> np.ndarray:
+    """Return pi, float64 [C]: the shares of the clean classes that T [C,C] and the observed labels int64 [N] imply."""
     counts = np.bincount(observed, minlength=len(T)) / max(len(observed), 1)
     pi = np.full(len(T), 1 / len(T))
     for _ in range(1000):  # expectation-maximization: unlike the inverse of T, it gives shares from 0 to 1
@@ -78,7 +78,12 @@ def noise_rate(T: np.ndarray, observed: np.ndarray) -> float:
         before, pi = pi, joint.sum(axis=1)
         if np.abs(pi - before).max() < 1e-9:
             break
-    return float(1 - pi @ np.diagonal(T))
+    return pi
+
+
+def noise_rate(T: np.ndarray, observed: np.ndarray) -> float:
+    """Return the share of wrong labels, 1 - sum_y pi_y T[y,y], for the class shares pi that T and the labels imply."""
+    return float(1 - class_shares(T, observed) @ np.diagonal(T))
 
 
 def describe_transition(T: np.ndarray, dataset: ImageDataset, origin: str) -> str:

@@ -11,6 +11,9 @@ may stand for the sum: with all classes (tau = 0), the gradient of
 
 is the same in expectation. Where c' = o, D(x_t; c') needs no pass of its own.
 
+S-DSM, the ablation with class-level weights, takes P(clean = c | observed = o) in place of w_c, the same at all x_t. It
+needs no classifier, and is wrong wherever x_t says anything about the class.
+
 An image that loses its label (label dropout) has the loss of plain denoising, || D(x_t; none) - y ||^2.
 
 y: image; x_t = y + n: the image at noise level sigma; o: its observed label; D(x_t; c): the denoiser asked for class c;
@@ -36,6 +39,7 @@ from training.objectives.dsm import DSM, without
 from training.objectives.pair_passes import pass_size, read_later, sum_over_pairs
 from training.objectives.posterior_labels import PosteriorLabels, draw_classes
 from training.outlier_rule import OutlierRule
+from training.transition_estimate import class_shares
 
 __all__ = ["TDSM", "clean_posterior", "cut_weights", "known_transition", "posterior_weights", "survivors"]
 
@@ -161,6 +165,8 @@ class TDSM(DSM):
         self, x: torch.Tensor, sigma: torch.Tensor, observed: torch.Tensor, augment_labels: torch.Tensor | None
     ) -> torch.Tensor:
         """Return w [n,C] by Bayes' rule. Classes that leave the sum have weight 0; the observed one never leaves."""
+        if self.classifier is None:
+            return cut_weights(self.class_weights[observed], observed, self.tau, self.pairs)
         augment_labels = augment_labels if self.classifier.augment_dim else None
         dtype = self.classifier_dtype
         with torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
@@ -178,7 +184,7 @@ class TDSM(DSM):
         dataset: ImageDataset,
         device: torch.device,
         *,
-        classifier: torch.nn.Module,
+        classifier: torch.nn.Module | None,
         transition: np.ndarray,
         posterior: str,
         temperature: Temperature | None = None,
@@ -186,7 +192,7 @@ class TDSM(DSM):
         outliers: OutlierRule | None = None,
     ):
         """Take a time-dependent `classifier` (in eval mode), `transition` T [C,C], and the kind of `posterior` that the
-        classifier's softmax is: 'clean' P(y | x_t) or 'noisy' P(o | x_t).
+        classifier's softmax is: 'clean' P(y | x_t) or 'noisy' P(o | x_t). Without a classifier: S-DSM.
 
         With `posterior_labels` in place of the observed labels, the weights correct for the noise that those leave.
 
@@ -207,11 +213,16 @@ class TDSM(DSM):
         self.temperature = temperature if auto else None
         # Only a classifier of noisy labels needs the inverse of T; a T without one is refused before the first step.
         self.inverse = None
-        if posterior == "noisy":
+        if posterior == "noisy" and classifier is not None:
             self.inverse = torch.as_tensor(inverse_transition(transition), dtype=widest(device), device=device)
 
-        self.classifier = classifier.to(device)
-        if config.compile:
+        self.classifier = None if classifier is None else classifier.to(device)
+        if classifier is None:
+            labels = torch.arange(dataset.label_dim)
+            shares = torch.as_tensor(class_shares(transition, dataset.labels)).clamp_min(1e-30).log()
+            weights = posterior_weights(shares.expand(len(labels), -1), torch.as_tensor(remaining), labels, check=False)
+            self.class_weights = weights.nan_to_num().to(device, torch.float32)  # labels that do not occur have none
+        elif config.compile:
             self.classifier.compile()
         # The classifier does not cast itself to float16, as the U-Nets do.
         half = config.precision == "fp16" and device.type == "cuda"
@@ -229,7 +240,9 @@ class TDSM(DSM):
         if self.posterior_labels is not None:
             left = 1 - float(self.transition.diagonal().mean())
             lines.append(f"Label noise that remains: {left:.1%} in the mean class.")
-        if self.temperature is not None:
+        if self.classifier is None:
+            lines.append("Weights by class (S-DSM), the same for all images with one label; no classifier is asked.")
+        elif self.temperature is not None:
             lines.append(f"The classifier's temperature: {self.temperature}.")
         elif self.config.tdsm.temp in ("auto", None):
             lines.append("The classifier's snapshot records no temperature; its logits stay as they are.")
