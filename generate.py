@@ -30,6 +30,7 @@ from sampling.options import (
 from sampling.output import Batches, check_free, progress, save_images, save_sheet
 from sampling.resume import find_earlier
 from sampling.samplers import choose_sampler
+from sampling.trajectory import Trajectories
 from torch_utils import distributed
 from torch_utils.distributed import print0
 
@@ -58,6 +59,8 @@ def run(o: dnnlib.EasyDict, device: torch.device) -> None:
     check_precision(o.precision, device)
     net, class_names, meter, correcting = distributed.together(lambda: load(o, device), rank0_first=True)
     sampler = choose_sampler(net, **sampler_settings(o))
+    trajectories = Trajectories(o.trajectory) if o.trajectory else None
+    sampler = sampler if trajectories is None else trajectories.record(sampler)
     seeds = missing = list(dict.fromkeys(o.seeds))
 
     def make(some: list[int]) -> Batches:
@@ -79,6 +82,7 @@ def run(o: dnnlib.EasyDict, device: torch.device) -> None:
     meter.count, start, handler = 0, time.time(), signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         batches = progress(make(own), len(missing))
+        batches = batches if trajectories is None else trajectories.watch(batches)
         if earlier is None:
             save_images(batches, o.outdir, o.subdirs, class_names)
         else:
@@ -90,6 +94,8 @@ def run(o: dnnlib.EasyDict, device: torch.device) -> None:
     finally:
         signal.signal(signal.SIGTERM, handler)
     seconds = time.time() - start
+    if trajectories is not None:
+        trajectories.save()
     if o.grid is not None:
         distributed.on_rank0(lambda: save_sheet(o.grid, o.outdir, seeds, o.subdirs))
     guided = (correcting.seconds, meter.stopwatch.seconds) if correcting else (0.0, 0.0)

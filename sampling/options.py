@@ -83,6 +83,7 @@ GENERATOR_OPTIONS = {
     "classes",
     "batch",
     "grid",
+    "trajectory",
     "resume",
     "save_each_sample",
     "device",
@@ -174,6 +175,7 @@ published_options = add_options([
 output_options = add_options([
     click.option("--resume", is_flag=True, help="Make only the images that are missing in --outdir, and keep those that are done when interrupted"),
     click.option("--grid", metavar="PNG", callback=output_file, help="Also write all images as one picture  [default: no picture]"),
+    click.option("--trajectory", metavar="NPZ", callback=output_file, help="Also write all states from noise to image, 4 bytes for each value of each step  [default: no file]"),
     click.option("--save_each_sample", is_flag=True, expose_value=False, help="No effect; accepted for old commands"),
 ])
 
@@ -244,6 +246,11 @@ def check_usage(o: dnnlib.EasyDict) -> None:
     low, high = gate(o)
     if low > high:
         raise click.UsageError(f"--S_clip_min={low:g}: must not exceed --S_clip_max={high:g}")
+    if o.trajectory is not None:
+        if o.resume:
+            raise click.UsageError("--trajectory: the states of images that are there already are gone; leave out --resume")
+        if not o.trajectory.lower().endswith(".npz"):
+            raise click.UsageError(f"--trajectory={o.trajectory}: give a name that ends in .npz")
     if o.grid is None:
         return
     if not o.grid.lower().endswith(".png"):

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -37,6 +38,7 @@ from sampling.schedules import (
 __all__ = ["SOLVERS", "ablation_sampler", "choose_sampler", "heun_sampler"]
 
 SOLVERS = ("euler", "heun")
+Observe = Callable[[torch.Tensor, float, float], None]  # sees a state x [N,C,H,W], its sigma and its scale s
 
 
 @torch.no_grad()
@@ -53,11 +55,13 @@ def heun_sampler(
     S_min: float = 0,
     S_max: float = math.inf,
     S_noise: float = 1,
+    observe: Observe | None = None,
 ) -> torch.Tensor:
     """Return samples of the second-order stochastic sampler (Algorithm 2), float64 [N,C,H,W].
 
     It evaluates `net` 2 num_steps - 1 times. `class_labels` [N,label_dim] go to `net` as they are; `randn_like`
-    supplies the noise that each step adds. UserError: the sigma range and the network's do not overlap.
+    supplies the noise that each step adds; `observe` sees all states x = s (image + sigma noise). UserError: the sigma
+    range and the network's do not overlap.
     """
     low, high = overlap(net, sigma_min, sigma_max)
     t = net.round_sigma(edm_steps(num_steps, low, high, rho)).double()
@@ -73,6 +77,8 @@ def heun_sampler(
 
     x = x * t[0]
     for i in range(num_steps):
+        if observe is not None:
+            observe(x, t[i], 1.0)
         # The noise is drawn even when gamma is 0, so a seed's random numbers mean the same for all settings.
         x_hat = x + noise_std[i] * randn_like(x)
         d = (x_hat - denoise_hat[i](x_hat)) / t_hat[i]
@@ -80,6 +86,8 @@ def heun_sampler(
         if i < num_steps - 1:  # second-order correction
             d_next = (x - denoise_next[i](x)) / t_next[i]
             x = x_hat + (t_next[i] - t_hat[i]) * (d + d_next) / 2
+    if observe is not None:
+        observe(x, 0.0, 1.0)
     return x
 
 
@@ -102,6 +110,7 @@ def ablation_sampler(
     S_min: float = 0,
     S_max: float = math.inf,
     S_noise: float = 1,
+    observe: Observe | None = None,
 ) -> torch.Tensor:
     """Return samples of the general sampler, of which VP, VE, iDDPM and EDM sampling are settings (Table 1, Eq. 4).
 
@@ -143,9 +152,12 @@ def ablation_sampler(
     x = precise(latents)
     slope_hat, slope_next = slopes(1, t_hat), slopes(2, t_hat + alpha * h)
     start, rescale, noise_std, h = on_host(sigma * scale.s(t), scale.s(t_hat) / scale.s(t), noise_std, h)
+    sigma, s = on_host(sigma, scale.s(t))
 
     x = x * start[0]
     for i in range(num_steps):
+        if observe is not None:
+            observe(x, sigma[i], s[i])
         x_hat = rescale[i] * x + noise_std[i] * randn_like(x)
         d = slope_hat[i](x_hat)
         if solver == "euler" or i == num_steps - 1:
@@ -153,6 +165,8 @@ def ablation_sampler(
         else:
             d_next = slope_next[i](x_hat + alpha * h[i] * d)
             x = x_hat + h[i] * ((1 - 1 / (2 * alpha)) * d + d_next / (2 * alpha))
+    if observe is not None:
+        observe(x, 0.0, 1.0)
     return x
 
 
