@@ -78,6 +78,7 @@ _KINDS = {f"torch.{name}Storage": dtype for name, dtype in dict(
     Char="int8", Byte="uint8", Bool="bool", ComplexDouble="complex128", ComplexFloat="complex64").items()}  # fmt: skip
 
 MAX_DEPTH = 200
+SHOWN = 4  # tensors may share a storage, but not so many that their copies are far larger than the file
 MAX_OPERATIONS = 4_000_000  # the largest published file (CIFAR-100) has half a million
 _LEGACY_MAGIC, _LEGACY_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # how files of torch.save begin that are not ZIPs
 _ReadStorage = Callable[[Any, memoryview], int]  # fills memory from the storage with this key; returns the bytes read
@@ -315,6 +316,7 @@ class Resolver:
         self._name, self._size, self._read = name, size, read
         # Shared references let a small file become a huge object. An honest file has a few bytes for each value.
         self._left = size + 1000
+        self._shown = SHOWN * size  # bytes that the file's tensors may show of its storages
         self._storages: dict[int, tuple[Record, torch.dtype, torch.UntypedStorage]] = {}
 
     def fail(self, why: str) -> UserError:
@@ -417,6 +419,9 @@ class Resolver:
             # Otherwise set_() would enlarge the storage, and strides of 0 would make a huge tensor of a few bytes.
             if math.prod(size) > room or (0 not in size and last >= room):
                 raise ValueError(f"offset {offset}, size {size}, stride {stride} in a storage of {room}")
+            self._shown -= math.prod(size) * dtype.itemsize
+            if self._shown < 0:
+                raise ValueError(f"tensors of more than {SHOWN} times the size of the file")
             import torch
 
             return torch.empty(0, dtype=dtype).set_(memory, offset, tuple(size), tuple(stride))

@@ -40,7 +40,7 @@ State = dict[str, torch.Tensor]
 
 def is_checkpoint(path: str) -> bool:
     """Return whether the name of a file or URL is that of a published checkpoint, X.pth."""
-    return path.partition("?")[0].endswith(".pth")
+    return (re.split("[?#]", path)[0] if dnnlib.is_url(path) else path).endswith(".pth")
 
 
 @dataclass(frozen=True)

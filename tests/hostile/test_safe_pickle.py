@@ -92,6 +92,20 @@ def test_arrays_that_share_their_bytes_do_not_multiply():
         safe_pickle.load(pickle.dumps(arrays), "x", safe_pickle.ARRAYS)
 
 
+@pytest.mark.parametrize("as_zip", [True, False])
+def test_tensors_that_share_a_storage_do_not_multiply(as_zip):
+    """A network has its own copy of each tensor, so a small file could make a huge one."""
+    values = torch.ones(10**4)
+    for count, fine in ((3, True), (50, False)):
+        file = io.BytesIO()
+        torch.save([values.view(100, 100) for _ in range(count)], file, _use_new_zipfile_serialization=as_zip)
+        if fine:
+            assert len(safe_pickle.load_torch(file, "x")) == count
+        else:
+            with pytest.raises(UserError, match="x: malformed .*more than 4 times the size of the file"):
+                safe_pickle.load_torch(file, "x")
+
+
 # ---- CIFAR's archives
 
 PYTHON_2 = (

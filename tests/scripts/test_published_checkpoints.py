@@ -51,11 +51,11 @@ def test_a_published_generator_makes_images(run_dir, tmp_path):
     torch.save(content(state, **config), run_dir / "content.pth")
     assert np.array_equal(told, sample(tmp_path, f"--network={run_dir}")[0])
     assert np.array_equal(told, sample(tmp_path, f"--network={run_dir}/content.pth")[0])
-    for option in ("--num_timesteps=2", "--beta_max=10", "--use_geometric=1", "--centered=0", "--not_use_tanh=1"):
-        other = ["--beta_min=0.01"] if option == "--use_geometric=1" else []
-        if other:
-            other.append("--beta_max=0.9")
-        assert not np.array_equal(told, sample(tmp_path, f"--network={run_dir}", option, *other)[0]), option
+    low = ["--beta_min=0.01", "--beta_max=0.9"]
+    vp = sample(tmp_path, f"--network={run_dir}", *low)[0]
+    geometric = sample(tmp_path, f"--network={run_dir}", *low, "--use_geometric=1")[0]
+    other = sample(tmp_path, f"--network={run_dir}", "--num_timesteps=2", "--centered=0", "--not_use_tanh=1")[0]
+    assert not any(np.array_equal(a, b) for a, b in ((told, vp), (vp, geometric), (told, other)))
 
 
 def test_what_a_published_generator_cannot_do(run_dir, tmp_path):

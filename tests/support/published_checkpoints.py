@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import collections
 import contextlib
 import json
 import pickle
@@ -76,8 +77,10 @@ def write_snapshot(path, net, **others):
 
 
 def parallel(state):
-    """Return a state dict with the prefix of DataParallel."""
-    return {f"module.{name}": value for name, value in state.items()}
+    """Return a state dict as PyTorch's modules have it, with the prefix of DataParallel."""
+    found = collections.OrderedDict((f"module.{name}", value) for name, value in state.items())
+    found._metadata = collections.OrderedDict({"": {"version": 1}})
+    return found
 
 
 def content(generator, potential=None, **args):

@@ -76,14 +76,13 @@ def checkpoint(state, path="x/netG_1.pth", **args):
     return Checkpoint(path, dict(state), averaged=True, args=args or None)
 
 
-@pytest.mark.parametrize("which", [1, 2])
-def test_a_missing_or_unknown_tensor_is_named(which):
-    _, config, state = fixture(f"rduot_generator_{which}")
+def test_a_missing_or_unknown_tensor_is_named():
+    _, config, state = fixture("rduot_generator_1")
     kinds = {re.sub("[0-9]+", "0", name): name for name in state}  # one of each kind
     for name in kinds.values():
         less = {key: value for key, value in state.items() if key != name}
         with pytest.raises(
-            UserError, match=r"x/netG_1.pth: (lacks|its DDGANGenerator lacks|its modules|not a network)"
+            UserError, match=r"x/netG_1.pth: (lacks|its DDGANGenerator (lacks|has)|its modules|not a network)"
         ):
             build_generator(checkpoint(less), image_size=config["image_size"])
         wrong = {**state, name: torch.zeros(*state[name].shape, 2)}
