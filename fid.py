@@ -4,6 +4,8 @@
 Examples:
   python fid.py evaluate --images=out --data=datasets/digits.zip --detector=pixels --out=out.json
   python fid.py compare --images=a --images=b --data=datasets/digits.zip --detector=pixels --chart=ab.png
+  python fid.py sweep --network=training-runs/00000 --data=datasets/digits.zip --detector=pixels --num=1000
+  python fid.py ppl --network=generator.pkl --detector=vgg16.pkl
   python fid.py ref --data=datasets/digits.zip --dest=fid-refs/digits.npz --detector=pixels
   python fid.py calc --images=out --ref=fid-refs/digits.npz --num=1000 --detector=pixels
   torchrun --standalone --nproc_per_node=2 fid.py evaluate --images=out --data=datasets/digits.zip --detector=pixels
@@ -13,29 +15,30 @@ from __future__ import annotations
 
 import dnnlib.before_torch
 
+import sys
 from typing import Any
 
 import click
 
 import dnnlib.cli
-from archives.archive_set import SEVERAL
 from dnnlib.cli import blame
 from metrics.features import compute_statistics, feature_width
 from metrics.fid import frechet_distance
-from metrics.format import format_comparison, format_table, save_json
+from metrics.format import format_comparison, format_curve, format_paths, format_table, save_json
 from metrics.images import open_images
+from metrics.networks import curve_of_files, paths_of_files
 from metrics.options import (
-    batch_option,
-    detector_option,
-    device_option,
+    calc_options,
+    comparison_options,
+    curve_options,
     evaluate_files,
-    evaluation_options,
     open_detector,
-    output_option,
-    precision_option,
-    seed_option,
+    paths_options,
+    ref_options,
+    table_options,
 )
 from metrics.reference import load_reference, save_reference
+from reports.curve import metric_curve
 from reports.plots import bar_chart
 from torch_utils import distributed
 from torch_utils.precision import tf32
@@ -46,73 +49,59 @@ from torch_utils.precision import tf32
 def main(ctx: click.Context) -> None:
     ctx.call_on_close(distributed.shutdown)
     ctx.with_resource(tf32(False))  # PyTorch itself would let convolutions use it
+    sys.stdout.reconfigure(errors="replace")  # a terminal without arrows shows question marks
 
 
-# fmt: off
 @main.command(epilog="Example:\n  python fid.py calc --images=out --ref=ref.npz --num=1000 --detector=pixels")
-@click.option("--images", metavar="PATH", required=True, help="Generated images: folder, ZIP, or .npz (arr_0)")
-@click.option("--ref", metavar="NPZ|URL", required=True, help="Reference: a file of 'fid.py ref' or of EDM")
-@click.option("--num", type=click.IntRange(min=2), default=50000, help="Number of images to use")
-@detector_option
-@precision_option
-@seed_option
-@batch_option
-@device_option
-# fmt: on
-def calc(images: str, ref: str, num: int, detector: str, precision: str, seed: int, batch: int, device: str) -> None:
-    """Compute the FID of images against a reference."""
+@calc_options
+def calc(
+    images: str, ref: str, num: int, detector: str | None, precision: str, seed: int, batch: int, device: str
+) -> None:
+    """Compute the FID of images against a reference, and sFID if the reference has spatial features."""
     device = distributed.init(device)
     with blame("--ref"):
         reference = load_reference(ref)
     with blame(f"--precision={precision}"):
         reference.check_precision(precision)
+    extractor = open_detector(detector, precision, device)
     with blame("--images"):
         source = open_images(images, num, seed)
-    extractor = open_detector(detector, precision, device)
     with blame("--ref"):
         reference.check_width(feature_width(source, extractor, device))
     distributed.print0(f"Calculating FID of {len(source)} images in {images}...")
-    _, mu, sigma = compute_statistics(source, extractor, batch, device)
+    _, mu, sigma, *more = compute_statistics(source, extractor, batch, device, spatial=reference.mu_s is not None)
+    with blame("--ref"):
+        sfid = reference.sfid(*more)
+    if sfid is not None:
+        distributed.print0(f"sFID {sfid:g}, FID:")
     distributed.print0(f"{frechet_distance(reference.mu, reference.sigma, mu, sigma):g}")
 
 
-# fmt: off
 @main.command(epilog="Example:\n  python fid.py ref --data=datasets/digits.zip --dest=ref.npz --detector=pixels")
-@click.option("--data", metavar="PATH", required=True,
-              help=f"Archive of real images: ZIP, folder, or .npz (arr_0). {SEVERAL}")
-@output_option("--dest", metavar="NPZ", required=True, help="Reference file to write")
-@detector_option
-@precision_option
-@batch_option
-@device_option
-# fmt: on
-def ref(data: str, dest: str, detector: str, precision: str, batch: int, device: str) -> None:
+@ref_options
+def ref(data: str, dest: str, detector: str | None, precision: str, batch: int, device: str) -> None:
     """Write a reference for calc.
 
-    It holds the mean and the covariance of the features of an archive.
+    It holds the mean and the covariance of the features of an archive, and of spatial features for sFID if the detector
+    gives some.
     """
     device = distributed.init(device)
     with blame("--data"):
         source = open_images(data)
     extractor = open_detector(detector, precision, device)
-    count, mu, sigma = compute_statistics(source, extractor, batch, device)
+    count, mu, sigma, *more = compute_statistics(source, extractor, batch, device, spatial=True)
     if distributed.get_rank() == 0:
-        save_reference(dest, mu, sigma, precision)
+        save_reference(dest, mu, sigma, precision, *more)
     distributed.print0(f"Wrote {dest}: {len(mu)} features of {count} images.")
 
 
-# fmt: off
-@main.command(epilog="Example:\n  python fid.py evaluate --images=out --data=datasets/digits.zip --detector=pixels --out=out.json")  # noqa: E501
-@click.option("--images", metavar="PATH", required=True,
-              help="Generated images: folder or ZIP (labels in its dataset.json), or .npz (arr_0 images, arr_1 labels)")
-@evaluation_options
-@output_option("--out", metavar="JSON", help="Save all values here, also those of each class")
-# fmt: on
+@main.command(epilog="Example:\n  python fid.py evaluate --images=out --data=data.zip --detector=pixels")
+@table_options
 def evaluate(images: str, out: str | None, device: str, **options: Any) -> None:
     """Print all metrics of one set of images.
 
-    These are FID, KID, IS, precision, recall, density and coverage, means over classes of these (cw_...), label
-    accuracy, CAS and the outlier ratio.
+    These are FID, sFID, KID, IS, precision, recall, density and coverage, means over classes of these (cw_...), label
+    accuracy, CAS, MiFID and the outlier ratio.
     """
     for result in evaluate_files([images], distributed.init(device), **options):
         if out is not None:
@@ -120,14 +109,8 @@ def evaluate(images: str, out: str | None, device: str, **options: Any) -> None:
         print(format_table(result))
 
 
-# fmt: off
-@main.command(epilog="Example:\n  python fid.py compare --images=a --images=b --data=datasets/digits.zip --detector=pixels")  # noqa: E501
-@click.option("--images", metavar="PATH", required=True, multiple=True,
-              help="Generated images, as for evaluate; give this option once for each set")
-@evaluation_options
-@output_option("--out", metavar="JSON", help="Save all values here, as a list with one entry per set")
-@output_option("--chart", metavar="PNG", help="Draw the metrics as bars into this file")
-# fmt: on
+@main.command(epilog="Example:\n  python fid.py compare --images=a --images=b --data=data.zip --detector=pixels")
+@comparison_options
 def compare(images: tuple[str], out: str | None, chart: str | None, device: str, **options: Any) -> None:
     """Print the metrics of several sets of images side by side."""
     results = evaluate_files(images, distributed.init(device), **options)
@@ -137,6 +120,29 @@ def compare(images: tuple[str], out: str | None, chart: str | None, device: str,
         if chart is not None:
             bar_chart(results, chart)
         print(format_comparison(results))
+
+
+@main.command(epilog="Example:\n  python fid.py sweep --network='run/*.pkl' --data=data.zip --detector=pixels")
+@curve_options
+def sweep(device: str, chart: str | None, **options: Any) -> None:
+    """Measure one metric of all snapshots of a run, and print it as a curve. The images are not kept."""
+    result = curve_of_files(distributed.init(device), **options)
+    if result is not None:
+        if chart is not None:
+            numbers, values = zip(*((point["number"], point["value"]) for point in result["curve"]), strict=True)
+            metric_curve(numbers, values, result["unit"], result["metric"], chart)
+        print(format_curve(result))
+
+
+@main.command(epilog="Example:\n  python fid.py ppl --network=generator.pkl --detector=vgg16.pkl --out=ppl.json")
+@paths_options
+def ppl(device: str, out: str | None, **options: Any) -> None:
+    """Measure the perceptual path length of a generator of train_rduot.py."""
+    result = paths_of_files(distributed.init(device), **options)
+    if distributed.get_rank() == 0:
+        if out is not None:
+            save_json(result, out)
+        print(format_paths(result))
 
 
 if __name__ == "__main__":

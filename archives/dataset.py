@@ -263,8 +263,10 @@ class ImageDataset:
         image, (channels, height, width) = self._reader.image(row), self.image_shape
         if image.shape != (height, width, channels):
             found = f"{image.shape[1]}x{image.shape[0]} with {image.shape[2]} channels"
+            same_size = image.shape[:2] == (height, width)
+            hint = ": convert all with dataset_tool.py --channels=1 (gray) or --channels=3 (RGB)" if same_size else ""
             raise dnnlib.UserError(
-                f"{self._reader.where(row)}: image is {found}, the first one is {width}x{height} with {channels}"
+                f"{self._reader.where(row)}: image is {found}, the first one is {width}x{height} with {channels}{hint}"
             )
         return np.ascontiguousarray(image.transpose(2, 0, 1))
 

@@ -14,17 +14,19 @@ from metrics.images import ImageSource, describe_shape
 from metrics.network_detectors import FIDELITY, FidelityDetector, TorchScriptDetector
 from torch_utils import safe_pickle
 from torch_utils.persistence import find_snapshot, load_snapshot
-from training import networks_conv, networks_resnet  # noqa: F401  They register classifiers.
+from training import networks_conv, networks_published, networks_resnet  # noqa: F401  They register classifiers.
 from training.noise_levels import LOWEST_SIGMA
 
 __all__ = [
     "DETECTORS",
+    "INCEPTION",
     "INCEPTION_URL",
     "PRECISIONS",
     "BFloat16Detector",
     "ClassifierDetector",
     "Detector",
     "PixelDetector",
+    "find_inception",
     "in_precision",
     "load_detector",
 ]
@@ -38,6 +40,7 @@ INCEPTION_URL = (
     "https://api.ngc.nvidia.com/v2/models/nvidia/research/stylegan3/versions/1/files/metrics/"
     "inception-v3-2015-12-05.pkl"
 )
+INCEPTION = FIDELITY + "inception-v3-compat"  # the same network, with weights that torch-fidelity publishes
 PRECISIONS = ("fp32", "bf16")
 ZIP_MAGIC = b"PK\x03\x04"
 
@@ -55,6 +58,9 @@ class Detector(Protocol):
         """Return features [N,d] float32 and class probabilities [N,C] for uint8 images [N,C,H,W] on the device.
 
         The probabilities are None if the detector has none. If `probs` is false, they are not needed.
+
+        A detector with spatial features, for sFID, has a method `with_spatial` that takes the same arguments and
+        returns them, [N,s], as a third value. Where it is None or missing there are none.
         """
 
 
@@ -79,8 +85,11 @@ class ClassifierDetector:
 
     precision = "fp32"
 
-    def __init__(self, net: torch.nn.Module, name: str, device: torch.device | str):
+    def __init__(
+        self, net: torch.nn.Module, name: str, device: torch.device | str, class_names: list[str] | None = None
+    ):
         self.net, self.name, self.label_dim = net.to(device).eval(), name, net.label_dim
+        self.class_names = class_names
 
     def check(self, source: ImageSource) -> None:
         """Raise UserError unless the images have the resolution and the channels of the classifier."""
@@ -109,6 +118,8 @@ class BFloat16Detector:
 
     def __init__(self, exact: Detector, device: torch.device | str):
         self._exact, self.name, self._device_type = exact, exact.name, torch.device(device).type
+        if getattr(exact, "with_spatial", None) is None:
+            self.with_spatial = None
 
     def check(self, source: ImageSource) -> None:
         """Raise UserError if the other detector cannot take these images in bfloat16."""
@@ -119,6 +130,11 @@ class BFloat16Detector:
         """See Detector."""
         with self._autocast():
             return self._exact(images, probs)
+
+    def with_spatial(self, images: torch.Tensor, probs: bool = True) -> tuple:
+        """See Detector."""
+        with self._autocast():
+            return self._exact.with_spatial(images, probs)
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self._device_type, dtype=torch.bfloat16)
@@ -136,12 +152,27 @@ def load_detector(name: str, device: torch.device | str) -> Detector:
     path = find_snapshot(name)
     script = _find_torchscript(dnnlib.read_bytes(path), path)
     if script is None:
-        return ClassifierDetector(load_snapshot(path, kind="classifier")["ema"], path, device)
+        snapshot = load_snapshot(path, kind="classifier")
+        return ClassifierDetector(snapshot["ema"], path, device, (snapshot.get("info") or {}).get("class_names"))
     try:
         module = torch.jit.load(io.BytesIO(script), map_location="cpu")
     except (RuntimeError, ValueError, torch.jit.Error):
         raise dnnlib.UserError(f"{path}: not a TorchScript module; choose {DETECTORS}") from None
     return TorchScriptDetector(module, path, device)
+
+
+def find_inception(device: torch.device | str) -> Detector:
+    """Return the Inception-v3 of torch-fidelity, as EDM's commands use Inception-v3 without being told.
+
+    Raise UserError that says where Inception-v3 is published if the package or its weights are missing.
+    """
+    try:
+        return load_detector(INCEPTION, device)
+    except dnnlib.UserError as e:
+        raise dnnlib.UserError(
+            f"published figures come from Inception-v3: choose {INCEPTION_URL}, which is downloaded once, or install "
+            f"torch-fidelity with its weights ({e.message}). Other choices: {DETECTORS}"
+        ) from None
 
 
 def in_precision(detector: Detector, precision: str, device: torch.device | str) -> Detector:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -11,17 +11,19 @@ import torch
 
 import dnnlib
 from metrics.cas import classification_accuracy_score
+from metrics.class_matching import MatchedImages, describe_match, match_names
 from metrics.detectors import ClassifierDetector, Detector, load_detector
 from metrics.feature_cache import FeatureCache
 from metrics.features import Features, compute_features
-from metrics.images import ImageSource, best_labels
+from metrics.images import ImageSource, best_labels, labels_are_clean
 from metrics.memo import Memo
 from metrics.outliers import add_outlier_ratio, select_clean
+from metrics.protocols import describe_protocol
 from metrics.settings import EvaluationSettings
 from metrics.table import evaluate_features
 from torch_utils import distributed
 
-__all__ = ["Inputs", "evaluate", "load_judge"]
+__all__ = ["Comparison", "Inputs", "evaluate", "features_of", "load_judge"]
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,8 @@ def load_judge(name: str, device: torch.device | str, reference: ImageSource) ->
     if not isinstance(judge, ClassifierDetector):
         raise dnnlib.UserError(f"{name!r} cannot judge labels; choose 'svm', 'none' or a classifier snapshot")
     labels = best_labels(reference)
-    if labels is not None and labels.max() >= judge.label_dim:
+    by_name = match_names(judge.class_names, reference.class_names) is not None
+    if labels is not None and labels.max() >= judge.label_dim and not by_name:
         raise dnnlib.UserError(
             f"{judge.name} knows {judge.label_dim} classes, but the labels of {reference.path} go up to {labels.max()}"
         )
@@ -60,66 +63,139 @@ def evaluate(inputs: Inputs, settings: EvaluationSettings, device: torch.device 
     Images that the reference records as outliers are left out. The classes of the reference are its clean labels if it
     has them. Every process must call this function; all but rank 0 receive an empty list.
 
-    Each dictionary holds what `evaluate_features` returns, and also: `images` and `data` (paths), `detector`,
-    `precision`, `reference_labels` (which labels were used), `reference_outliers` (how many images were left out), what
-    `add_outlier_ratio` adds, and `cas` if there is a test set. Raise UserError for images that cannot be used.
+    The classes of each set have the numbers of the reference, by name if both have names (`match_classes`). Each
+    dictionary holds what `Comparison` returns. Raise UserError for images that cannot be used.
     """
     reference, record = inputs.reference, inputs.outlier_record
-
-    def features_of(source: ImageSource, text: str, choice: int | None = None) -> Features | None:
-        return inputs.cache.get(
-            source,
-            inputs.detector,
-            inputs.judge,
-            choice,
-            lambda: compute_features(source, inputs.detector, settings.batch, device, inputs.judge, text),
-        )
-
     # All features come before all metrics: after them, the other processes are done and need not wait for rank 0.
-    real = features_of(reference, "reference images")
+    real = features_of(inputs, settings, device, reference, "reference images")
     choice = None if settings.num is None else settings.seed
-    fakes = [features_of(source, "generated images", choice) for source in inputs.images]
-    known = real if record in (None, reference) else features_of(record, "images with outliers")
+    fakes = [features_of(inputs, settings, device, source, "generated images", choice) for source in inputs.images]
+    known = real
+    if record not in (None, reference):
+        known = features_of(inputs, settings, device, record, "images with outliers")
     inputs.cache.save()
     if distributed.get_rank() != 0:
         return []
-    real_labels, judge_labels, left_out = best_labels(reference), inputs.judge_labels, 0
-    if reference.outliers is not None:
-        real, left_out = select_clean(real, reference.outliers), int(reference.outliers.sum())
-        real_labels, judge_labels = (
-            None if labels is None else labels[~reference.outliers] for labels in (real_labels, judge_labels)
-        )
-    results, memo = [], Memo()
-    for source, fake in zip(inputs.images, fakes, strict=True):
+    compare = Comparison(inputs, settings, device, real, known)
+    return [compare(source, fake) for source, fake in zip(inputs.images, fakes, strict=True)]
+
+
+def features_of(
+    inputs: Inputs,
+    settings: EvaluationSettings,
+    device: torch.device | str,
+    source: ImageSource,
+    text: str,
+    choice: int | None = None,
+) -> Features | None:
+    """Return the features of a set of images, from the cache or computed; None on all processes but rank 0.
+
+    `text` names the images in the progress bar; `choice` says how they were chosen. Every process must call this
+    function. Raise UserError for images that cannot be used.
+    """
+    return inputs.cache.get(
+        source,
+        inputs.detector,
+        inputs.judge,
+        choice,
+        lambda: compute_features(source, inputs.detector, settings.batch, device, inputs.judge, text),
+    )
+
+
+class Comparison:
+    """Compares sets of generated images with the reference. What follows from the reference alone is computed once.
+
+    `real` are the features of the whole reference, `known` those of the record of outliers.
+    """
+
+    def __init__(
+        self,
+        inputs: Inputs,
+        settings: EvaluationSettings,
+        device: torch.device | str,
+        real: Features,
+        known: Features | None = None,
+    ):
+        self._inputs, self._settings, self._device, self._known, self._memo = inputs, settings, device, known, Memo()
+        reference = inputs.reference
+        self._labels, self._judge_labels, self._left_out = best_labels(reference), inputs.judge_labels, 0
+        if reference.outliers is not None:
+            real, self._left_out = select_clean(real, reference.outliers), int(reference.outliers.sum())
+            self._labels, self._judge_labels = (
+                None if labels is None else labels[~reference.outliers] for labels in (self._labels, self._judge_labels)
+            )
+        self._real = self._renumber(real)
+
+    def _renumber(self, features: Features) -> Features:
+        """Give the classes that the judge sees their numbers in the reference; -1: the reference has no such class."""
+        judge, names = self._inputs.judge, self._inputs.reference.class_names
+        numbers = None if judge is None else match_names(judge.class_names, names)
+        if numbers is None:
+            return features
+        return replace(features, judged=np.where(numbers < len(names), numbers, -1)[features.judged])
+
+    def __call__(self, source: ImageSource, fake: Features) -> dict[str, Any]:
+        """Return all metrics of the images `source` with features `fake`.
+
+        The dictionary holds what `evaluate_features` returns, and also: `images` and `data` (paths), `detector`,
+        `precision`, `reference_labels` (which labels were used), `reference_outliers` (how many images were left out),
+        `class_matching` (how the classes of the sets were matched if their names differ, or None), `unranked` (metrics
+        that reward repeating the mistakes of labels, since these are not known to be clean), `protocol` (what it
+        chooses, or None), what `add_outlier_ratio` adds, and `cas` if there is a test set.
+        """
+        inputs, settings = self._inputs, self._settings
+        reference, fake = inputs.reference, self._renumber(fake)
         result = evaluate_features(
-            real,
+            self._real,
             fake,
-            real_labels,
+            self._labels,
             source.labels,
             settings,
-            class_names=reference.class_names,
-            device=device,
-            memo=memo,
-            judge_labels=judge_labels,
+            class_names=source.class_names if isinstance(source, MatchedImages) else reference.class_names,
+            device=self._device,
+            memo=self._memo,
+            judge_labels=self._judge_labels,
         )
         if result["judge"] is not None:
             result["judge"]["name"] = inputs.judge.name if inputs.judge else f"SVM on {inputs.detector.name} features"
         if inputs.test is not None:
             result["cas"] = classification_accuracy_score(
-                source, inputs.test, settings.cas_arch, device, settings.seed, settings.cas_epochs
+                source, inputs.test, settings.cas_arch, self._device, settings.seed, settings.cas_epochs
             )
             result["metrics"]["cas"] = result["cas"]["accuracy"]
-        add_outlier_ratio(result, record, known, fake, inputs.detector.name, memo)
+        add_outlier_ratio(result, inputs.outlier_record, self._known, fake, inputs.detector.name, self._memo)
         about = dict(
             images=source.path,
             data=reference.path,
             detector=inputs.detector.name,
             precision=inputs.detector.precision,
             reference_labels=_describe_labels(reference),
-            reference_outliers=left_out,
+            reference_outliers=self._left_out,
+            class_matching=self._describe_matching(source),
+            unranked=[
+                name for name, value in result["metrics"].items() if value is not None and self._rewards_mistakes(name)
+            ],
+            protocol=settings.protocol and describe_protocol(settings.protocol, asdict(settings)),
         )
-        results.append(about | result)
-    return results
+        return about | result
+
+    def _describe_matching(self, source: ImageSource) -> str | None:
+        inputs = self._inputs
+        judge = inputs.judge and describe_match(inputs.judge.class_names, inputs.reference.class_names)
+        test = getattr(inputs.test, "class_matching", None)
+        found = {"": getattr(source, "class_matching", None), "of the test set ": test, "of the judge ": judge}
+        return "; ".join(f"{of}{how}" for of, how in found.items() if how) or None
+
+    def _rewards_mistakes(self, metric: str) -> bool:
+        """Return whether a metric is better for images that repeat wrong labels, as far as anybody knows."""
+        inputs = self._inputs
+        if metric == "cas":
+            return not labels_are_clean(inputs.test)
+        if metric == "label_accuracy" and (inputs.judge is not None or self._judge_labels is not None):
+            return False  # A classifier learned from other labels, or the caller says which are right.
+        by_label = metric.startswith("cw_") and metric != "cw_is" or metric == "label_accuracy"
+        return by_label and not labels_are_clean(inputs.reference)
 
 
 def _describe_labels(reference: ImageSource) -> str | None:

@@ -20,7 +20,7 @@ from torch_utils import distributed, safe_files
 __all__ = ["FeatureCache"]
 
 SETS = "sets"
-PARTS = ("features", "probs", "judged")
+PARTS = ("features", "probs", "judged", "spatial")
 
 
 class FeatureCache:
@@ -83,12 +83,19 @@ class FeatureCache:
             )
         )
         known = next((parts for other, parts in self._sets if other == what), None)
+        if known is not None and "spatial" not in known and getattr(extractor, "with_spatial", None) is not None:
+            known = None  # from before there were spatial features
         if distributed.broadcast_object(known is not None):
             distributed.print0(f"Features of {source.path}: from {self.path}")
             return (
                 None
                 if known is None
-                else Features(torch.from_numpy(known["features"]), _tensor(known.get("probs")), known.get("judged"))
+                else Features(
+                    torch.from_numpy(known["features"]),
+                    _tensor(known.get("probs")),
+                    known.get("judged"),
+                    _tensor(known.get("spatial")),
+                )
             )
         found = compute()
         if distributed.get_rank() == 0:
@@ -97,7 +104,8 @@ class FeatureCache:
             if stale:
                 print(f"Features of {source.path}: computed again, the images have changed since {self.path} was made")
                 self._sets = [(other, parts) for other, parts in self._sets if other not in stale]
-            arrays = zip(PARTS, (found.features, found.probs, found.judged), strict=True)
+            arrays = ((part, getattr(found, part)) for part in PARTS)
+            self._sets = [(other, parts) for other, parts in self._sets if other != what]
             self._sets.append((what, {part: np.asarray(array) for part, array in arrays if array is not None}))
             self._changed = True
         return found
@@ -120,7 +128,11 @@ def _tensor(array: np.ndarray | None) -> torch.Tensor | None:
 
 def _named(extractor: Detector) -> list[Any]:
     # Float32 is not mentioned. So files from before there was a choice of precision stay valid.
-    return [extractor.name, _version(extractor.name), *([] if extractor.precision == "fp32" else [extractor.precision])]
+    return [
+        extractor.name,
+        _version(extractor.name),
+        *([] if extractor.precision == "fp32" else [extractor.precision]),
+    ]
 
 
 def _version(path: str) -> list[int] | None:

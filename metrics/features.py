@@ -30,6 +30,7 @@ class Features:
     features: torch.Tensor  # [N,d] float32 on the CPU
     probs: torch.Tensor | None  # [N,C] class probabilities by the detector; None: it gives none
     judged: np.ndarray | None  # [N] classes by the judge; None: there was no judge
+    spatial: torch.Tensor | None = None  # [N,s] spatial features, for sFID; None: the detector gives none
 
 
 def _batches(
@@ -43,8 +44,9 @@ def _batches(
     extractor.check(source)
     starts = range(0, len(source), batch)[distributed.get_rank() :: distributed.get_world_size()]
     mine = [np.arange(start, min(start + batch, len(source))) for start in starts]
+    workers = getattr(source, "workers", WORKERS)  # some sets need one thread
     with distributed.progress_bar(total=sum(map(len, mine)), desc=text, unit="img") as bar:
-        for indices, images in zip(mine, ordered_map(source.images, mine, WORKERS), strict=True):
+        for indices, images in zip(mine, ordered_map(source.images, mine, workers), strict=True):
             yield indices, images.to(device)
             bar.update(len(indices))
 
@@ -53,6 +55,11 @@ def _finite(features: torch.Tensor, extractor: Detector, source: ImageSource) ->
     if not features.isfinite().all():
         raise dnnlib.UserError(f"{extractor.name}: gives features that are not finite for images of {source.path}")
     return features
+
+
+def _everything(extractor: Detector, images: torch.Tensor, probs: bool = True) -> dict[str, torch.Tensor | None]:
+    features, probs, *more = (getattr(extractor, "with_spatial", None) or extractor)(images, probs)
+    return dict(features=features, probs=probs, spatial=more[0] if more else None)
 
 
 def compute_features(
@@ -74,8 +81,8 @@ def compute_features(
         if judge is not None:
             judge.check(source)
         for _indices, images in _batches(source, extractor, batch, device, text):
-            features, probs = extractor(images)
-            found = dict(features=_finite(features, extractor, source), probs=probs)
+            found = _everything(extractor, images)
+            _finite(found["features"], extractor, source)
             found["judged"] = None if judge is None else judge(images)[1].argmax(dim=1)
             yield {key: value.cpu().contiguous() for key, value in found.items() if value is not None}
 
@@ -102,7 +109,8 @@ def compute_features(
                     distributed.to_rank0(rows, owner)
     if rank != 0:
         return None
-    return Features(whole["features"], whole.get("probs"), whole["judged"].numpy() if "judged" in whole else None)
+    judged = whole["judged"].numpy() if "judged" in whole else None
+    return Features(whole["features"], whole.get("probs"), judged, whole.get("spatial"))
 
 
 def feature_width(source: ImageSource, extractor: Detector, device: torch.device | str) -> int:
@@ -112,17 +120,34 @@ def feature_width(source: ImageSource, extractor: Detector, device: torch.device
 
 
 def compute_statistics(
-    source: ImageSource, extractor: Detector, batch: int, device: torch.device | str, text: str = "features"
-) -> tuple[int, np.ndarray, np.ndarray]:
+    source: ImageSource,
+    extractor: Detector,
+    batch: int,
+    device: torch.device | str,
+    text: str = "features",
+    spatial: bool = False,
+) -> tuple:
     """Return N, the mean [d] and the unbiased covariance [d,d] of the features of all N images.
 
-    The features themselves are not kept. Raise UserError for images that cannot be used.
+    With `spatial`, those of the spatial features follow: [s] and [s,s], or None twice if the detector gives none. The
+    features themselves are not kept. Raise UserError for images that cannot be used.
     """
 
-    def work() -> RunningStatistics:
-        statistics = RunningStatistics(feature_width(source, extractor, device), device)
+    def work() -> dict[str, RunningStatistics]:
+        statistics: dict[str, RunningStatistics] = {}
         for _indices, images in _batches(source, extractor, batch, device, text):
-            statistics.add(_finite(extractor(images, probs=False)[0], extractor, source))
+            found = _everything(extractor, images, probs=False) if spatial else {}
+            found = found or dict(features=extractor(images, probs=False)[0])
+            _finite(found["features"], extractor, source)
+            for name in found.keys() & {"features", "spatial"}:
+                if found[name] is not None:
+                    if name not in statistics:
+                        statistics[name] = RunningStatistics(found[name].shape[1], device)
+                    statistics[name].add(found[name])
         return statistics
 
-    return distributed.together(work).reduce()
+    found = distributed.together(work)
+    count, mu, sigma = found["features"].reduce()
+    if not spatial:
+        return count, mu, sigma
+    return count, mu, sigma, *(found["spatial"].reduce()[1:] if "spatial" in found else (None, None))

@@ -93,7 +93,8 @@ class _Gaussian:
 
     def distance(self, other: _Gaussian) -> float:
         shift = float(np.sum((self.mean - other.mean) ** 2))
-        return shift + self.trace + other.trace - 2 * self.trace_of_root(other)
+        # The terms cancel for equal sets. What remains is rounding, which may be below 0; a distance never is.
+        return max(shift + self.trace + other.trace - 2 * self.trace_of_root(other), 0.0) + 0.0
 
 
 def trace_of_root(cov1: Any, cov2: Any) -> float:
@@ -110,7 +111,7 @@ def trace_of_root(cov1: Any, cov2: Any) -> float:
 def frechet_distance(mu1: Any, cov1: Any, mu2: Any, cov2: Any) -> float:
     """Return the Frechet distance between two Gaussians with means [d] and covariances [d,d].
 
-    The distance is symmetric. Raise ValueError if the two have different numbers of features.
+    The distance is symmetric and never negative. Raise ValueError if the two have different numbers of features.
     """
     mu1, mu2, cov1, cov2 = map(as_float64, (mu1, mu2, cov1, cov2))
     if mu1.shape != mu2.shape or cov1.shape != cov2.shape:

@@ -12,7 +12,15 @@ from archives.dataset import ImageDataset
 from archives.labels import plain_labels
 from torch_utils import distributed, safe_files
 
-__all__ = ["ImageSource", "NpzImages", "best_labels", "check_same_shape", "describe_shape", "open_images"]
+__all__ = [
+    "ImageSource",
+    "NpzImages",
+    "best_labels",
+    "check_same_shape",
+    "describe_shape",
+    "labels_are_clean",
+    "open_images",
+]
 
 
 class ImageSource(Protocol):
@@ -93,6 +101,11 @@ def open_images(path: str, num: int | None = None, seed: int = 0) -> ImageSource
     return source
 
 
+def labels_are_clean(source: ImageSource) -> bool:
+    """Return whether `best_labels` are known to be right: somebody declared them clean, or recorded them so."""
+    return source.truth is not None and source.truth.startswith("clean labels")
+
+
 def best_labels(source: ImageSource) -> np.ndarray | None:
     """Return the clean labels [N] if the set has any, else its labels [N], else None."""
     return source.labels if source.clean_labels is None else source.clean_labels
@@ -103,8 +116,16 @@ def check_same_shape(source: ImageSource, other: ImageSource) -> None:
     if source.image_shape != other.image_shape:
         raise dnnlib.UserError(
             f"{source.path} has {describe_shape(source.image_shape)} images, "
-            f"but {other.path} has {describe_shape(other.image_shape)} ones"
+            f"but {other.path} has {describe_shape(other.image_shape)} ones{_advice(source, other)}"
         )
+
+
+def _advice(source: ImageSource, other: ImageSource) -> str:
+    channels = {source.image_shape[0], other.image_shape[0]}
+    if channels != {1, 3} or source.image_shape[1:] != other.image_shape[1:]:
+        return ""
+    gray = source if source.image_shape[0] == 1 else other
+    return f"; dataset_tool.py --source={gray.path} --channels=3 makes RGB of the gray ones"
 
 
 def describe_shape(shape: tuple[int, int, int]) -> str:

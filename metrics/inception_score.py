@@ -13,12 +13,16 @@ __all__ = ["IS_SPLIT", "inception_score"]
 IS_SPLIT = 5000  # images per split; published scores use 50,000 images in 10 splits
 
 
-def inception_score(probs: Any, split: int = IS_SPLIT) -> float:
+def inception_score(probs: Any, split: int = IS_SPLIT, seed: int | None = None) -> float:
     """Return exp E KL(p(y | x) || p(y)) of class probabilities [N,C], averaged over splits of `split` images.
 
-    A smaller last split counts like the others, and 0 ln 0 = 0. Raise ValueError without images.
+    A smaller last split counts like the others, and 0 ln 0 = 0. `seed` permutes the images first, so that no split
+    holds other classes than the next one because images are sorted by class; None keeps their order. Raise ValueError
+    without images.
     """
     probs = as_float64(probs)
+    if seed is not None and len(probs) > split:
+        probs = probs[np.random.default_rng(seed).permutation(len(probs))]
     if not len(probs):
         raise ValueError("an inception score needs at least 1 image")
     scores = []

@@ -20,6 +20,6 @@ class Memo:
             self._values[name] = compute()
         return self._values[name]
 
-    def of(self, part: int) -> Memo:
+    def of(self, part: int | str) -> Memo:
         """Return the memo of a part."""
         return self.get(("part", part), Memo)

@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 import dnnlib
 from metrics.images import ImageSource, describe_shape
+from metrics.inception import inception_layers, run_layers, spatial_features
 
-__all__ = ["FIDELITY", "FidelityDetector", "NetworkDetector", "TorchScriptDetector"]
+__all__ = ["FIDELITY", "FidelityDetector", "NetworkDetector", "TorchScriptDetector", "as_rgb"]
 
 FIDELITY = "fidelity:"
+SPATIAL_LAYER = "Mixed_6d"  # what torch-fidelity, like torchvision, calls mixed_6
 
 
 class NetworkDetector:
@@ -24,6 +27,7 @@ class NetworkDetector:
 
     name: str
     precision = "fp32"
+    with_spatial: Callable[..., tuple] | None = None  # a subclass may have it, see metrics.detectors.Detector
 
     def __init__(self, device: torch.device | str):
         self._device = device
@@ -50,8 +54,7 @@ class NetworkDetector:
     @torch.no_grad()
     def __call__(self, images: torch.Tensor, probs: bool = True) -> tuple[torch.Tensor, torch.Tensor | None]:
         """See `metrics.detectors.Detector`."""
-        features, p = self.run(images.repeat(1, 3, 1, 1) if images.shape[1] == 1 else images, probs)
-        return features.flatten(1).to(torch.float32), None if p is None else _as_probs(p.to(torch.float32))
+        return _as_floats(*self.run(as_rgb(images), probs))
 
 
 class TorchScriptDetector(NetworkDetector):
@@ -68,6 +71,12 @@ class TorchScriptDetector(NetworkDetector):
         arguments = {argument.name for argument in module.forward.schema.arguments}
         self._features = dict(return_features=True) if "return_features" in arguments else {}
         self._probs = dict(no_output_bias=True) if "no_output_bias" in arguments else {}
+        # The published VGG16 is made for LPIPS: with these arguments, squared distances of its features are LPIPS.
+        self.lpips = dict(return_lpips=True) if "return_lpips" in arguments else {}
+        if self.lpips and "resize_images" in arguments:
+            self.lpips["resize_images"] = False
+        self._layers = self._features and inception_layers(self.module, device)
+        self.with_spatial = self._with_spatial if self._layers else None
 
     def run(self, images: torch.Tensor, probs: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return features, and class probabilities if the module gives any and they are needed."""
@@ -75,6 +84,13 @@ class TorchScriptDetector(NetworkDetector):
             self.module(images, **self._features),
             self.module(images, **self._probs) if probs and self._features else None,
         )
+
+    @torch.no_grad()
+    def _with_spatial(self, images: torch.Tensor, probs: bool = True) -> tuple:
+        images = as_rgb(images)
+        features, spatial = run_layers(self._layers, images)
+        p = self.module(images, **self._probs) if probs else None
+        return *_as_floats(features, p), spatial.to(torch.float32)
 
 
 class FidelityDetector(NetworkDetector):
@@ -86,6 +102,7 @@ class FidelityDetector(NetworkDetector):
 
     def __init__(self, name: str, device: torch.device | str):
         super().__init__(device)
+        self._seen: list[torch.Tensor] = []  # spatial features of the last images
         self.name, name = name, name.removeprefix(FIDELITY)
         try:
             from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY  # optional dependency
@@ -120,8 +137,18 @@ class FidelityDetector(NetworkDetector):
                 f"torch-fidelity cannot make {self.name} ({_last_line(e)}); see what {command} says"
             ) from None
 
+        layer = getattr(self._net, SPATIAL_LAYER, None)
+        if layer is not None:
+            layer.register_forward_hook(lambda _module, _args, output: self._seen.append(spatial_features(output)))
+            self.with_spatial = self._with_spatial
+
+    @torch.no_grad()
+    def _with_spatial(self, images: torch.Tensor, probs: bool = True) -> tuple:
+        return *self(images, probs), self._seen.pop().to(torch.float32)
+
     def run(self, images: torch.Tensor, probs: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return the layer that torch-fidelity uses for FID and, if it has logits, the one for the inception score."""
+        self._seen.clear()
         found = self._net(images)
         return found[0], found[1] if self._has_probs else None
 
@@ -159,6 +186,15 @@ def _downloads_of(name: str, cls: type) -> list[tuple[str, str]]:
     if cls.__name__ == "FeatureExtractorDinoV2":  # its code comes from a repository
         files.append((os.path.join(hub, "facebookresearch_dinov2_main"), "https://github.com/facebookresearch/dinov2"))
     return files
+
+
+def as_rgb(images: torch.Tensor) -> torch.Tensor:
+    """Return gray images [N,1,H,W] as [N,3,H,W], and others as they are."""
+    return images.repeat(1, 3, 1, 1) if images.shape[1] == 1 else images
+
+
+def _as_floats(features: torch.Tensor, probs: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    return features.flatten(1).to(torch.float32), None if probs is None else _as_probs(probs.to(torch.float32))
 
 
 def _last_line(error: Exception) -> str:

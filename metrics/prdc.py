@@ -3,10 +3,13 @@
 Kynkaanniemi et al. 2019, "Improved precision and recall metric"; Naeem et al. 2020, "Reliable fidelity and diversity
 metrics", eqs. 1-5.
 
+Precision and recall count a point on the surface of a ball as inside (Kynkaanniemi et al., eq. 1). Density and coverage
+do not, as in the published package `prdc`.
+
 The distances are computed in blocks of rows, as |x|^2 + |y|^2 - 2 x.y in float64 with the mean removed. This form has
-rounding errors. The definitions use strict inequalities, and real data has ties: copies of an image, identical sets.
-So every comparison that a rounding error could change is repeated with the exact sum of squared differences. The
-counts are then exact, and depend neither on the block size nor on the order of the images.
+rounding errors, and real data has ties: copies of an image, identical sets. So every comparison that a rounding error
+could change is repeated with the exact sum of squared differences. The counts are then exact, and depend neither on the
+block size nor on the order of the images.
 """
 
 from __future__ import annotations
@@ -98,18 +101,16 @@ def _radii(points: _Points, k: int, rows: int) -> torch.Tensor:
 
 def _inside(
     block: torch.Tensor, radii: torch.Tensor, tolerance: torch.Tensor, start: int, real: _Points, fake: _Points
-) -> torch.Tensor:
-    """Return a boolean block: is the distance below the radius?
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return a boolean block: is the distance below the radius? Then rows and columns where the two are equal.
 
     `radii` and `tolerance` broadcast to the block: [rows,1] or [1,columns].
     """
-    sure = block < radii - tolerance
-    unsure = (block <= radii + tolerance).logical_xor_(sure)
-    if unsure.any():
-        i, j = unsure.nonzero(as_tuple=True)
-        exact = real.pair_distances(start + i, fake, j)
-        sure[i, j] = exact < radii.expand_as(block)[i, j]
-    return sure
+    inside = block < radii - tolerance
+    i, j = (block <= radii + tolerance).logical_xor_(inside).nonzero(as_tuple=True)
+    exact, radius = real.pair_distances(start + i, fake, j), radii.expand_as(block)[i, j]
+    inside[i, j] = exact < radius
+    return inside, i[exact == radius], j[exact == radius]
 
 
 def prdc(
@@ -123,13 +124,12 @@ def prdc(
 ) -> dict[str, Any]:
     """Return precision, recall, density and coverage of features `fake` [M,d] against `real` [N,d], as floats.
 
-    Each point has a ball that reaches to its k-th nearest neighbor in its own set. A point on the surface of a ball is
-    not inside.
+    Each point has a ball that reaches to its k-th nearest neighbor in its own set.
 
-    precision  share of fakes that are inside any real ball
-    recall     share of reals that are inside any fake ball
-    density    number of real balls around a fake, over k; the mean over all fakes
-    coverage   share of reals whose own ball has a fake inside
+    precision  share of fakes that are inside any real ball, or on its surface
+    recall     share of reals that are inside any fake ball, or on its surface
+    density    number of real balls around a fake, over k; the mean over all fakes. A surface does not count
+    coverage   share of reals whose own ball has a fake inside. A surface does not count
 
     With `counts` [B,M], return values [B] of B resampled sets; set b holds row m of `fake` `counts[b,m]` times. The
     radii stay those of the whole set `fake`, since k copies of a point would shrink its ball to nothing.
@@ -159,18 +159,23 @@ def prdc(
     covered = torch.zeros(len(taken), dtype=torch.int64, device=device)
     recalled = torch.zeros_like(covered)
     held = torch.zeros(m, dtype=torch.int64, device=device)  # number of real balls around each fake
+    touched = torch.zeros(m, dtype=torch.bool, device=device)  # is the fake on the surface of a real ball?
     rows = block or block_rows(m, device)
     for start in range(0, n, rows):
         stop = min(start + rows, n)
         distances = real.squared_distances(start, stop, fake)
-        in_real = _inside(distances, real_radii[start:stop, None], real_tolerance[start:stop, None], start, real, fake)
-        in_fake = _inside(distances, fake_radii[None, :], fake_tolerance[None, :], start, real, fake)
+        in_real, _, columns = _inside(
+            distances, real_radii[start:stop, None], real_tolerance[start:stop, None], start, real, fake
+        )
+        touched[columns] = True
+        in_fake, *surface = _inside(distances, fake_radii[None, :], fake_tolerance[None, :], start, real, fake)
+        in_fake[tuple(surface)] = True
         held += in_real.sum(dim=0)
         # Is any fake of the set inside? A sum of float32 ones may be rounded, but never to 0.
         covered += (torch.mm(in_real.to(torch.float32), present) > 0).sum(dim=0)
         recalled += (torch.mm(in_fake.to(torch.float32), present) > 0).sum(dim=0)
-    held, covered, recalled = (x.cpu().numpy() for x in (held, covered, recalled))
-    precise = (held > 0).astype(np.int64)
+    precise = (touched | (held > 0)).to(torch.int64)
+    held, covered, recalled, precise = (x.cpu().numpy() for x in (held, covered, recalled, precise))
     values = dict(
         precision=taken @ precise / m, recall=recalled / n, density=taken @ held / (k * m), coverage=covered / n
     )

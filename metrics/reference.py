@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 import dnnlib
+from metrics.fid import frechet_distance
 from torch_utils import distributed, safe_files
 
 __all__ = ["Reference", "RunningStatistics", "load_reference", "save_reference"]
@@ -76,6 +77,8 @@ class Reference:
     mu: np.ndarray  # mean [d]
     sigma: np.ndarray  # covariance [d,d]
     precision: str  # of the detector: fp32 or bf16
+    mu_s: np.ndarray | None = None  # mean [s] and
+    sigma_s: np.ndarray | None = None  # covariance [s,s] of spatial features; None: it has none
 
     def check_precision(self, precision: str) -> None:
         """Raise UserError if the features were computed in another precision."""
@@ -93,23 +96,55 @@ class Reference:
                 "same detector from images of the same size"
             )
 
+    def sfid(self, mu_s: np.ndarray | None = None, sigma_s: np.ndarray | None = None) -> float | None:
+        """Return the sFID for a mean [s] and a covariance [s,s] of spatial features; None if one side has none.
 
-def save_reference(path: str, mu: np.ndarray, sigma: np.ndarray, precision: str = "fp32") -> None:
-    """Write a reference `.npz` in EDM's format, with `precision` added if it is not fp32. Make its folder."""
+        Raise UserError if their numbers differ.
+        """
+        if mu_s is None or self.mu_s is None:
+            return None
+        if len(mu_s) != len(self.mu_s):
+            raise dnnlib.UserError(
+                f"{self.path} has {len(self.mu_s)} spatial features, but the detector gives {len(mu_s)}; make the "
+                "reference with the same detector"
+            )
+        return frechet_distance(self.mu_s, self.sigma_s, mu_s, sigma_s)
+
+
+def save_reference(
+    path: str,
+    mu: np.ndarray,
+    sigma: np.ndarray,
+    precision: str = "fp32",
+    mu_s: np.ndarray | None = None,
+    sigma_s: np.ndarray | None = None,
+) -> None:
+    """Write a reference `.npz` in EDM's format. Make its folder.
+
+    Spatial features are added under the names that ADM's references have, and `precision` if it is not fp32.
+    """
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    more = {} if mu_s is None else dict(mu_s=mu_s, sigma_s=sigma_s)
     with dnnlib.atomic_open(path) as file:
-        np.savez(file, mu=mu, sigma=sigma, **({} if precision == "fp32" else dict(precision=precision)))
+        np.savez(file, mu=mu, sigma=sigma, **more, **({} if precision == "fp32" else dict(precision=precision)))
 
 
 def load_reference(path: str) -> Reference:
-    """Return the reference in an `.npz`, ours or EDM's. Raise UserError if the file holds something else."""
+    """Return the reference in an `.npz`, ours, EDM's or ADM's. Raise UserError if the file holds something else."""
     expected = "expected a reference of 'fid.py ref': mu [d] and sigma [d,d]"
     arrays = safe_files.read_npz(path, expected)
     if not {"mu", "sigma"} <= arrays.keys():
         raise dnnlib.UserError(f"{path}: holds {', '.join(arrays) or 'nothing'}; {expected}")
-    mu, sigma = arrays["mu"], arrays["sigma"]
-    if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
-        raise dnnlib.UserError(f"{path}: mu is {list(mu.shape)} and sigma {list(sigma.shape)}; {expected}")
-    if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
-        raise dnnlib.UserError(f"{path}: mu or sigma is not finite; {expected}")
-    return Reference(path, mu, sigma, str(arrays.get("precision", "fp32")))
+    found = []
+    for names in (("mu", "sigma"), ("mu_s", "sigma_s")):
+        mu, sigma = map(arrays.get, names)
+        if mu is None or sigma is None:  # spatial features, of which both must be there
+            found += [None, None]
+            continue
+        if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
+            shapes = f"{names[0]} is {list(mu.shape)} and {names[1]} {list(sigma.shape)}"
+            raise dnnlib.UserError(f"{path}: {shapes}; {expected}")
+        if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
+            raise dnnlib.UserError(f"{path}: {' or '.join(names)} is not finite; {expected}")
+        found += [mu, sigma]
+    return Reference(path, *found[:2], str(arrays.get("precision", "fp32")), *found[2:])

@@ -30,3 +30,6 @@ class EvaluationSettings:
     cas_arch: str = "resnet50"  # classifier of CAS, one of `metrics.cas.CAS_ARCHS`
     cas_epochs: int = CAS_EPOCHS  # length of its training
     outlier_data: str | None = None  # archive that records its outliers; None: `data`, if it records any
+    mifid: bool = False  # also MiFID, which looks for copies of reference images
+    metrics: tuple[str, ...] | None = None  # names of the metrics to compute; None: all that are asked for
+    protocol: str | None = None  # name in `metrics.protocols` that other settings come from, for the table

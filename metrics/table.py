@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from metrics.inception_score import inception_score
 from metrics.kid import kid_from_features
 from metrics.label_accuracy import SvmJudge, label_accuracy
 from metrics.memo import Memo
+from metrics.mifid import mifid
 from metrics.prdc import prdc
 from metrics.settings import EvaluationSettings
 
@@ -41,7 +42,7 @@ def evaluate_features(
     Without labels (None) on one of the sides there are no class-wise metrics and no label accuracy. The dictionary has
     the keys below. `memo` keeps what follows from `real`, its labels and the settings alone, for a call with others
     than `fake`. The judge learns, or is tried on, `judge_labels` [N] in place of `real_labels`, except where they are
-    -1.
+    -1. `settings.metrics` names the metrics to compute; None: all that need no option of their own.
 
     num_images, num_reference, num_features, nearest_k
     reference_subset  how many reference images the pairs of KID and the neighbors come from; None: all
@@ -59,7 +60,7 @@ def evaluate_features(
     x, y, k = real.features, fake.features, settings.nearest_k
     counts = resample(settings.bootstrap, len(y), fake_labels, settings.seed) if settings.bootstrap else None
     memo = memo or Memo()
-    table = _Table(real_labels, fake_labels, class_names, counts, memo)
+    table = _Table(real_labels, fake_labels, class_names, counts, memo, settings.metrics)
     fast_x, fast_y = memo.get("moved", lambda: move(x)), move(y)
     # Time grows with the square of the reference. Those of single classes are small, so they stay whole.
     subset = settings.num_reference if (settings.num_reference or len(x)) < len(x) else None
@@ -73,13 +74,27 @@ def evaluate_features(
         y,
         minimum=2,
     )
+    if real.spatial is None or fake.spatial is None:
+        table.refuse(["sfid", "cw_sfid"], "the detector gives no spatial features")
+    else:
+        spatial = memo.of("spatial")
+        table.add(
+            ["sfid"],
+            lambda *sets, memo: dict(sfid=fid_from_features(*sets, memo=spatial if memo is table.memo else None)),
+            real.spatial,
+            real.spatial,
+            fake.spatial,
+            minimum=2,
+        )
+    if settings.mifid and table.wants("mifid"):
+        table.set("mifid", mifid(x, y, table.metrics.get("fid")))
     table.add(
         ["kid"], lambda *sets, memo: dict(kid=kid_from_features(*sets, memo=memo)), few_x, fast_x, fast_y, minimum=2
     )
     if fake.probs is None:
-        table.set("is", None, "the detector gives no class probabilities")
+        table.refuse(["is", "cw_is"], "the detector gives no class probabilities")
     else:
-        table.set("is", inception_score(fake.probs, settings.splits))
+        table.add_alone("is", lambda p: inception_score(p, settings.splits, settings.seed), fake.probs)
     table.add(
         [f"{name}_k{k}" for name in ("precision", "recall", "density", "coverage")],
         lambda a, b, *counts, memo: {f"{name}_k{k}": v for name, v in prdc(a, b, k, *counts, memo=memo).items()},
@@ -89,7 +104,9 @@ def evaluate_features(
         minimum=k + 1,
     )
     known = real_labels if judge_labels is None else judge_labels
-    judge = _add_label_accuracy(table, real, fake, known, fake_labels, settings.judge == "svm")
+    judge = None
+    if table.wants("label_accuracy"):
+        judge = _add_label_accuracy(table, real, fake, known, fake_labels, settings.judge == "svm")
     whole_first = sorted(table.metrics, key=lambda name: (name == "label_accuracy", name.startswith("cw_")))
     return dict(
         num_images=len(y),
@@ -124,26 +141,39 @@ class _Table:
         class_names: list[str] | None,
         counts: np.ndarray | None,
         memo: Memo,
+        wanted: Collection[str] | None,
     ):
-        self.counts, self.memo = counts, memo
+        self.counts, self.memo, self._wanted = counts, memo, wanted
         self.metrics: dict[str, float | None] = {}
         self.intervals: dict[str, list[float]] = {}
         self.notes: dict[str, str] = {}
         self.classes: dict[str, dict[str, Any]] = {}
         self.judged: list[int] | None = None
         self._real_labels, self._fake_labels = real_labels, fake_labels
+        self._num_classes = len(class_names or ())
         self.without_labels = None
         if real_labels is None:
             self.without_labels = "the reference has no labels"
         elif fake_labels is None:
             self.without_labels = "the images have no labels"
-        else:
-            self._num_classes = len(class_names or ())
-            for c in sorted({*range(self._num_classes), *real_labels.tolist(), *fake_labels.tolist()}):
-                name = class_names[c] if class_names and c < len(class_names) else str(c)
-                self.classes[str(c)] = dict(
-                    name=name, num_reference=int((real_labels == c).sum()), num_images=int((fake_labels == c).sum())
-                )
+        if fake_labels is None:
+            return
+        known = () if real_labels is None else real_labels.tolist()
+        for c in sorted({*range(self._num_classes), *known, *fake_labels.tolist()}):
+            name = class_names[c] if class_names and c < len(class_names) else str(c)
+            num_reference = None if real_labels is None else int((real_labels == c).sum())
+            self.classes[str(c)] = dict(
+                name=name, num_reference=num_reference, num_images=int((fake_labels == c).sum())
+            )
+
+    def wants(self, name: str) -> bool:
+        """Return whether a metric is asked for."""
+        return self._wanted is None or name in self._wanted
+
+    def refuse(self, names: list[str], reason: str) -> None:
+        """Enter metrics that have no value."""
+        for name in filter(self.wants, names):
+            self.set(name, None, reason)
 
     def set(self, name: str, values: Any, note: str | None = None) -> None:
         """Enter a metric. `values` is None, a value, or an array of the value followed by its resampled values."""
@@ -176,36 +206,52 @@ class _Table:
             resampled = metric(a, b, counts, memo=memo)
             return {name: np.append(values[name], resampled[name]) for name in resampled}
 
-        enough = min(len(whole), len(fake)) >= minimum
-        values = values_of(whole, fake, self.counts, memo=self.memo) if enough else {}
-        for name in names:
-            self.set(name, values.get(name), None if enough else f"needs {minimum} images on each side")
+        wanted = list(filter(self.wants, names))
+        if wanted:
+            enough = min(len(whole), len(fake)) >= minimum
+            values = values_of(whole, fake, self.counts, memo=self.memo) if enough else {}
+            for name in wanted:
+                self.set(name, values.get(name), None if enough else f"needs {minimum} images on each side")
         if self.without_labels:
-            for name in names:
-                self.set(f"cw_{name}", None, self.without_labels)
-            return
+            self.refuse([f"cw_{name}" for name in names], self.without_labels)
+        elif any(self.wants(f"cw_{name}") for name in names):
+            self._add_classes(names, values_of, real, fake, minimum, self.counts, self.memo)
+
+    def add_alone(self, name: str, metric: Callable[[Any], float], fake: Any) -> None:
+        """Enter a metric of generated images alone: `metric(fake)` of all of them, and of those of each class."""
+        if self.wants(name):
+            self.set(name, metric(fake))
+        if self._fake_labels is None:
+            self.refuse([f"cw_{name}"], "the images have no labels")
+        elif self.wants(f"cw_{name}"):
+            self._add_classes([name], lambda images: {name: metric(images)}, None, fake, 1)
+
+    def _add_classes(
+        self,
+        names: list[str],
+        metric: Callable[..., dict[str, Any]],
+        real: Any | None,
+        fake: Any,
+        minimum: int,
+        counts: np.ndarray | None = None,
+        memo: Memo | None = None,
+    ) -> None:
         found = class_wise(
-            values_of,
-            real,
-            fake,
-            self._real_labels,
-            self._fake_labels,
-            minimum,
-            self._num_classes,
-            self.counts,
-            self.memo,
+            metric, real, fake, self._real_labels, self._fake_labels, minimum, self._num_classes, counts, memo
         )
+        side = "" if real is None else " on one side"
         for name in names:
-            self.set(f"cw_{name}", found.mean.get(name), self._note_missing(found, minimum))
+            if self.wants(f"cw_{name}"):
+                self.set(f"cw_{name}", found.mean.get(name), self._note_missing(found, minimum, side))
         for c, values in found.per_class.items():
             self.classes[str(c)].update({name: float(np.ravel(value)[0]) for name, value in values.items()})
 
-    def _note_missing(self, found: ClassWise, minimum: int) -> str | None:
+    def _note_missing(self, found: ClassWise, minimum: int, side: str) -> str | None:
         if not found.missing:
             return None
         return (
             f"mean of {len(found.per_class)} of {len(self.classes)} classes; "
-            f"fewer than {minimum} images on one side: "
+            f"fewer than {minimum} images{side}: "
             f"{', '.join(self.classes[str(c)]['name'] for c in found.missing)}"
         )
 

@@ -15,6 +15,7 @@ from metrics.fid import fid_from_features, frechet_distance, mean_and_covariance
 from metrics.inception_score import inception_score
 from metrics.kid import kid_from_features
 from metrics.label_accuracy import SvmJudge, label_accuracy
+from metrics.mifid import memorization_distance, mifid
 from metrics.prdc import prdc
 from metrics.reference import RunningStatistics
 from tests.support.paths import FIXTURES
@@ -80,6 +81,15 @@ def test_frechet_closed_forms():
     v1, v2 = np.geomspace(1, 1e-14, d), np.geomspace(3, 1e-14, d)
     assert trace_of_root(q * v1 @ q.T, q * v2 @ q.T) == pytest.approx(np.sqrt(v1 * v2).sum(), rel=1e-9)
     assert frechet_distance([1.0], [[4.0]], [3.0], [[9.0]]) == pytest.approx(4 + 1, rel=1e-12)
+
+
+def test_frechet_is_never_negative():
+    """Between equal sets only rounding remains, which has either sign."""
+    for seed in range(20):
+        x = gaussian(np.random.default_rng(seed), 20 + 3 * seed, 30, scale=10.0, shift=5.0)
+        for value in (fid_from_features(x, x), frechet_distance(*mean_and_covariance(x), *mean_and_covariance(x))):
+            assert 0 <= value < 1e-6 and math.copysign(1, value) == 1
+        assert (fid_from_features(x, x, np.ones([2, len(x)], dtype=np.uint16)) >= 0).all()
 
 
 def test_trace_of_root_is_that_of_the_matrix_root():
@@ -151,8 +161,8 @@ def prdc_by_definition(real, fake, k):
     d = distances(real, fake)
     held = d < r[:, None]
     return dict(
-        precision=held.any(axis=0).mean(),
-        recall=(d < f[None]).any(axis=1).mean(),
+        precision=(d <= r[:, None]).any(axis=0).mean(),
+        recall=(d <= f[None]).any(axis=1).mean(),
         density=held.sum() / (k * len(fake)),
         coverage=(d.min(axis=1) < r).mean(),
     )
@@ -197,6 +207,17 @@ def test_neighbors_of_equal_and_of_distant_sets():
     assert prdc(x, x + 100, 5) == dict(precision=0.0, recall=0.0, density=0.0, coverage=0.0)
 
 
+def test_surfaces_count_for_precision_and_recall_alone():
+    """Copies of one image have balls of radius 0, which hold nothing but have a surface."""
+    x = np.full([7, 3], 0.1)
+    assert prdc(x, x, 3) == dict(precision=1.0, recall=1.0, density=0.0, coverage=0.0)
+    # Balls of radius 1 around 0 and 1; 2 lies on a surface, 3 outside. Fake balls reach from 2 to 3, so to 1 and not 0.
+    real, fake = np.array([[0.0], [1.0]]), np.array([[2.0], [3.0]])
+    assert prdc(real, fake, 1) == dict(precision=0.5, recall=0.5, density=0.0, coverage=0.0)
+    resampled = prdc(real, fake, 1, np.array([[2, 0], [0, 2]]))
+    assert resampled["precision"].tolist() == [1, 0] and resampled["recall"].tolist() == [0.5, 0]
+
+
 def test_neighbors_need_more_than_k_images():
     x = np.zeros((5, 2))
     with pytest.raises(ValueError, match="more than 5"):
@@ -230,6 +251,31 @@ def test_inception_score_closed_forms():
     assert inception_score(np.full((9, 4), 0.25)) == pytest.approx(1, rel=1e-12)
     # The second split has 4 images of one class: (4 + 1) / 2.
     assert inception_score(np.concatenate([one_hot, one_hot[[0] * 4]]), split=24) == pytest.approx(2.5, rel=1e-12)
+
+
+def test_inception_score_of_images_that_are_sorted_by_class():
+    """In order each split has one class, which scores 1. On a permutation the splits are like the whole."""
+    by_class = np.repeat(np.eye(4), 250, axis=0)
+    assert inception_score(by_class, split=250) == 1
+    scores = [inception_score(by_class, split=250, seed=seed) for seed in (0, 0, 1)]
+    assert scores[0] == scores[1] != scores[2] and min(scores) > 3.9
+    assert inception_score(by_class, split=1000, seed=1) == inception_score(by_class, split=1000)
+
+
+@pytest.mark.parametrize("block", [1, 7, None])
+def test_mifid_follows_the_definition(block, monkeypatch):
+    rng = np.random.default_rng(9)
+    x = gaussian(rng, 30, 5)
+    if block:
+        monkeypatch.setattr("metrics.mifid.block_rows", lambda *args: block)
+    for y, copied in ((gaussian(rng, 20, 5), False), (-2 * x[:20] + 0.01 * gaussian(rng, 20, 5), True)):
+        cosine = (y @ x.T) / np.linalg.norm(y, axis=1)[:, None] / np.linalg.norm(x, axis=1)
+        distance = (1 - np.abs(cosine)).min(axis=1).mean()
+        assert memorization_distance(x, y) == pytest.approx(distance, rel=1e-9)
+        assert copied == (distance < 0.1)
+        fid = fid_from_features(x, y)
+        assert mifid(x, y) == mifid(x, y, fid) == pytest.approx(fid / distance if copied else fid, rel=1e-9)
+    assert math.isfinite(mifid(x, x)) and math.isfinite(mifid(x, 0 * x))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -38,5 +38,6 @@ def test_only_pairs_of_the_whole_sets_are_fewer():
 def test_the_table_says_so(number, said):
     result, *_ = table(number)
     about = dict(images="out", data="data.zip", detector="pixels", precision="fp32", reference_labels="clean labels")
-    lines = format_table(about | dict(reference_outliers=0, outliers=None) | result | dict(judge=None)).splitlines()
+    about |= dict(reference_outliers=0, outliers=None, class_matching=None, unranked=[], protocol=None)
+    lines = format_table(about | result | dict(judge=None)).splitlines()
     assert lines[1] == f"reference  data.zip: {said}"

@@ -19,6 +19,7 @@ from click.testing import CliRunner
 import fid
 from metrics import prdc
 from metrics.fid import fid_from_features
+from metrics.format import short
 from metrics.label_accuracy import SvmJudge
 from tests.support.paths import ROOT
 from torch_utils.persistence import persistent_class, save_snapshot
@@ -136,8 +137,9 @@ def evaluate(files, images, *args, data="data", detector="pixels"):
 
 
 def numbers(result):
-    assert result["metrics"]["is"] is None  # the one metric that pixels cannot give
-    return {name: value for name, value in result["metrics"].items() if name != "is"}
+    metrics = dict(result["metrics"])
+    assert [metrics.pop(name) for name in ("is", "cw_is", "sfid", "cw_sfid")] == [None] * 4  # what pixels cannot give
+    return metrics
 
 
 def scaled(images):
@@ -164,8 +166,7 @@ def test_table_of_pixels(files):
     assert (result["num_images"], result["num_reference"], result["num_features"]) == (37, 60, 64)
     lines = {line.split()[0]: line.split() for line in text.splitlines() if line}
     assert set(metrics) < set(lines)
-    assert float(lines["fid"][1]) == pytest.approx(metrics["fid"], rel=1e-5)
-    assert lines["is"][1] == "n/a"
+    assert lines["fid"][1:] == ["↓", short(metrics["fid"])] and lines["is"][1:] == ["↑", "n/a"]
 
 
 def test_folder_and_npz_give_what_the_zip_gives(files):
@@ -228,7 +229,7 @@ def test_intervals_splits_and_cas(files):
     for name in ("fid", "cw_fid", "label_accuracy", "cw_density_k5"):
         low, high = result["intervals"][name]
         assert low < result["metrics"][name] < high, name
-        assert f"[{low:.4g}, {high:.4g}]" in next(line for line in text.splitlines() if line.startswith(f"{name} "))
+        assert f"[{short(low)}, {short(high)}]" in next(x for x in text.splitlines() if x.startswith(f"{name} "))
     assert result["bootstrap"]["seed"] == 7 and "95% of 30 bootstrap draws" in text
     whole, _ = evaluate(files, "zip", detector=files["classifier"])
     assert whole["intervals"] == {} and whole["bootstrap"] is None and "cas" not in whole["metrics"]
@@ -245,8 +246,7 @@ def test_compare(files, tmp_path, monkeypatch):
     out, chart, cache = (tmp_path / "new" / name for name in ("tables.json", "chart.png", "features.npz"))
     text = run(
         "compare",
-        f"--images={files['zip']}",
-        f"--images={files['data']}",
+        *(f"--images={files[name]}" for name in ("zip", "data")),
         f"--data={files['noisy']}",
         "--detector=pixels",
         f"--out={out}",
@@ -262,9 +262,9 @@ def test_compare(files, tmp_path, monkeypatch):
     rows = {line.split()[0]: line for line in text.splitlines() if line}
     assert rows["fake"].split() == ["fake", "data"] and rows["num_images"].split()[1:] == ["37", "60"]
     for table in tables:
-        low, high = table["intervals"]["fid"]
-        assert f"{table['metrics']['fid']:.6g} [{low:.4g}, {high:.4g}]" in rows["fid"]
-    assert "fake, is: the detector gives no class probabilities" in text
+        low, high = map(short, table["intervals"]["fid"])
+        assert f"{short(table['metrics']['fid'])} [{low}, {high}]" in rows["fid"].replace("*", "")
+    assert "is, cw_is: n/a, the detector gives no class probabilities" in text
     with PIL.Image.open(chart) as picture:
         assert picture.format == "PNG" and picture.width > 500
     with np.load(cache) as file:
@@ -369,7 +369,8 @@ def test_two_processes_give_the_same_table(files, tmp_path):
     )
     assert codes == [0, 0], stderr
     two = json.loads(out.read_text())
-    assert two["metrics"] == pytest.approx(one["metrics"], rel=1e-9)
+    assert two["metrics"].pop("sfid") is two["metrics"].pop("cw_sfid") is None is one["metrics"].pop("sfid")
+    assert two["metrics"] == pytest.approx({k: v for k, v in one["metrics"].items() if v is not None}, rel=1e-9)
     assert two["intervals"].keys() == one["intervals"].keys()
     for name, interval in one["intervals"].items():
         assert two["intervals"][name] == pytest.approx(interval, rel=1e-9)

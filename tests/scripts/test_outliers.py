@@ -236,7 +236,7 @@ def test_outlier_ratio_and_the_clean_reference(tmp_path, shades):
     clean = fid_from_features(flat(shades.real[~shades.outliers]), flat(shades.made))
     assert table["metrics"]["fid"] == pytest.approx(clean, rel=1e-6)
     assert (table["num_reference"], table["reference_outliers"]) == (48, 12)
-    assert "48, labels as they are" in text and "12 outliers left out" in text and "share 0.2000" in text
+    assert "48, labels as they are" in text and "12 outliers left out" in text and "share 0.200" in text
     made = synth.make_archive(tmp_path / "made.zip", shades.made, [0, 1] * 25)
     _, table, _ = evaluate(tmp_path, made, shades.data)
     even, odd = np.bincount(np.flatnonzero(~shades.outliers) % 2)

@@ -1,0 +1,77 @@
+"""Classes with names: the same class may have another number in each set."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from archives.dataset import ImageDataset
+from metrics.class_matching import match_classes, match_names
+from metrics.detectors import PixelDetector
+from metrics.evaluation import Comparison, Inputs
+from metrics.feature_cache import FeatureCache
+from metrics.features import Features, compute_features
+from metrics.settings import EvaluationSettings
+from tests.support.synth import make_archive, pictures
+
+
+@pytest.mark.parametrize(
+    "names, others, numbers",
+    [
+        (["b", "a"], ["a", "b"], [1, 0]),
+        (["c", "a", "d"], ["a", "b", "c"], [2, 0, 3]),  # the reference has no d
+        (["a", "b"], ["a", "b", "c"], [0, 1]),
+        (["a", "b"], ["a", "b"], None),
+        (["x", "y"], ["a", "b"], None),
+        (["a", "a", "b"], ["b", "a"], None),
+        (None, ["a", "b"], None),
+        (["a", "b"], None, None),
+    ],
+)
+def test_numbers_by_name(names, others, numbers):
+    found = match_names(names, others)
+    assert (found if found is None else found.tolist()) == numbers
+
+
+def test_matched_images(tmp_path):
+    def archive(name, labels, names):
+        return ImageDataset(str(make_archive(tmp_path / name, pictures(6), labels, class_names=names)))
+
+    reference = archive("reference.zip", [0, 1, 2, 0, 1, 2], ["cat", "dog", "cow"])
+    source = archive("source.zip", [0, 1, 2, 2, 1, 0], ["cow", "cat", "elk"])
+    found = match_classes(source, reference)
+    assert found.labels.tolist() == [2, 0, 3, 3, 0, 2] and found.label_dim == 4
+    assert found.class_names == ["cat", "dog", "cow", "elk"]
+    assert found.class_matching == "by name; the reference has no elk"
+    assert found.onehot(np.array([2, 0])).argmax(dim=1).tolist() == [3, 2]
+    assert len(found) == 6 and found.path == source.path
+    features = compute_features(found, PixelDetector(), 4, "cpu").features
+    assert features.equal(compute_features(source, PixelDetector(), 4, "cpu").features)
+    other = archive("other.zip", [0, 1, 2, 2, 1, 0], ["1", "2", "3"])
+    found = match_classes(other, reference)
+    assert found.labels.tolist() == other.labels.tolist()
+    assert found.class_matching == "by number, since no name occurs in both sets: '1' is taken for 'cat'"
+    for same in (reference, archive("few.zip", [0, 1, 0, 0, 1, 1], ["cat", "dog"])):
+        assert match_classes(same, reference) is same
+
+
+def test_what_a_judge_sees_has_the_numbers_of_the_reference(tmp_path):
+    path = make_archive(tmp_path / "a.zip", pictures(6), [0, 1, 0, 1, 0, 1], class_names=["a", "b"])
+    reference = ImageDataset(str(path))
+
+    def accuracy(names):
+        judge = SimpleNamespace(class_names=names, name="judge.pkl")
+        inputs = Inputs([reference], reference, PixelDetector(), judge, None, None, FeatureCache(None))
+        seen = Features(torch.arange(12.0).view(6, 2), None, np.array([1, 0, 1, 0, 1, 2]))  # turned round, one wrong
+        settings = EvaluationSettings("a.zip", "pixels", metrics=("label_accuracy",))
+        result = Comparison(inputs, settings, "cpu", seen)(reference, seen)
+        return result["metrics"]["label_accuracy"], result["judge"]["accuracy"], result["class_matching"]
+
+    assert accuracy(["b", "a", "c"]) == (
+        pytest.approx(5 / 6),
+        pytest.approx(5 / 6),
+        "of the judge by name; the reference has no c",
+    )
+    assert accuracy(None) == (0, 0, None)
+    assert accuracy(["x", "y", "z"])[2].startswith("of the judge by number, since no name occurs in both sets")
