@@ -28,6 +28,7 @@ NOISES = {"sym": "symmetric", "asym": "asymmetric", "instance": "instance-depend
 # Of SBDC's calibrated guidance on the digits. 1 is right for an optimal discriminator; where noise decides the class,
 # the gradient of this one is half as long as the exact one in its direction.
 WEIGHT = 2
+SHORT = 0.25  # a shorter detection than this share may find no class probable, and then no image would have a label
 SWEEP = 500  # images for each weight that the sweep tries
 
 
@@ -121,6 +122,8 @@ def plan(outdir: str, seed: int, scale: float, only: Sequence[str], noise: str, 
     if "posterior" in only:
         for name, (mode, text) in MODES.items():
             path = f" --posterior={labels} --posterior_mode={mode}"
+            if mode == "null" and scale < SHORT:
+                path += " --posterior_min=0"
             steps.append(Step(name, f"train: {text}", 75, training("train.py", name, path)))
     if "sbdc" in only:
         path = f" --label-path={labels}"
