@@ -16,6 +16,7 @@ from dnnlib.cli import FloatRange
 from quickstart import SCRIPTS
 from recipes import fashion, fashion_tables
 from recipes.steps import run_plan
+from torch_utils import persistence
 
 EXAMPLES = """
 Examples:
@@ -71,9 +72,13 @@ def main(outdir: str, setting: list[str], rows: list[str], resolution: str, merg
             raise click.UsageError(f"{useless[0]}: --merge runs nothing; leave it out")
         with dnnlib.cli.blame("--merge"):
             results = [result for folder in merge.split(",") for result in fashion_tables.load(folder)]
-        click.echo(f"Tables: {fashion_tables.write(outdir, results)}")
+            page = fashion_tables.write(outdir, results)
+        click.echo(f"Tables: {page}")
         return
     options["resolution"] = int(resolution)
+    if options["judge"]:
+        with dnnlib.cli.blame("--judge"):
+            persistence.load_snapshot(persistence.find_snapshot(options["judge"]), kind="classifier")  # before the work
     steps = fashion.plan(outdir, setting, rows, **options)
     made = {name: options[name] for name in ("resolution", "seed", "scale", "num")}
     run_plan(steps, SCRIPTS, outdir, options["scale"], dict(settings=setting, rows=rows) | made)

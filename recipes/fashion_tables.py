@@ -13,12 +13,12 @@ import numpy as np
 import dnnlib
 from recipes.fashion import LONG_ROWS, ROWS, RUNS, SETTINGS, SHARED, SIZES, place, rows
 from recipes.steps import finished, read_journal
-from reports.comparison import with_interval
+from reports.comparison import Method, chart_distances, show_samples, with_interval
+from reports.finding import BASELINE, ORACLE, Score, say_finding
 from reports.page import Report, Section
-from torch_utils import safe_files
 from training.objectives.dmis import LEVELS
 
-__all__ = ["Result", "load", "tables", "write"]
+__all__ = ["Result", "load", "sections", "write"]
 
 CLASSES = 10
 METRICS = {
@@ -31,7 +31,9 @@ METRICS = {
     "label_accuracy": "label accuracy",
     "cas": "CAS",
 }
-FORWARD = 1 / 3  # of a training step: the backward pass costs twice the forward pass
+RANKING = "cw_fid"
+FORWARD = 1 / 3  # of a training step: its backward pass takes as long as two forward passes
+COMMON = ("resolution", "scale", "num")  # what runs on one page have in common
 
 
 @dataclass
@@ -40,37 +42,28 @@ class Result:
 
     setting: str  # key of SETTINGS
     row: str  # key of ROWS
-    seed: int
-    made: dict[str, Any]  # resolution, scale and num of the run
-    metrics: dict[str, float | None]
-    intervals: dict[str, list[float]]
-    judge: dict[str, Any] | None
-    kimg: float | None = None  # thousands of images that trained the denoiser; None: real images
+    about: dict[str, Any]  # the run: outdir, settings, rows, seed, and COMMON
+    method: Method
+    images: float | None = None  # that trained the denoiser; None: nothing was trained
     passes: float | None = None  # network passes per image of that training, in plain training steps
-    training_seconds: float | None = None  # of everything that was trained for this row
-    sampling_seconds: float | None = None
 
 
 def load(outdir: str) -> list[Result]:
     """Return the results in the folder of a run, which may be unfinished. UserError: it is no run of this recipe."""
     journal = read_journal(outdir)
-    about, seconds, found = journal["about"], journal["seconds"], []
-    made = {name: about[name] for name in ("resolution", "scale", "num")}
+    about, seconds, found = journal["about"] | dict(outdir=outdir), journal["seconds"], []
     for setting in about["settings"]:
         for key, row in rows(outdir, setting, about["rows"]).items():
             if f"{row.name}-table" not in seconds:
                 continue
-            path = f"{outdir}/tables/{row.name}.json"
-            table = safe_files.load_json(dnnlib.read_bytes(path), path)
-            metrics = {name: table["metrics"][name] for name in METRICS}
-            result = Result(setting, key, about["seed"], made, metrics, table["intervals"], table["judge"])
-            if ROWS[key].run:
-                run = RUNS[ROWS[key].run]
-                result.kimg = SIZES[made["resolution"]].kimg[run.script] * run.images * made["scale"]
-                result.passes = 1 + FORWARD * _extra_passes(f"{outdir}/{place(ROWS[key].run, setting)}", run.options)
-                (method,) = finished(outdir, [row], seconds)
-                result.training_seconds, result.sampling_seconds = method.training_seconds, method.sampling_seconds
-            found.append(result)
+            if not ROWS[key].run:
+                table = f"{outdir}/tables/{row.name}.json"
+                found.append(Result(setting, key, about, Method(row.title, {}, "", table, 0.0, 0.0)))
+                continue
+            run = RUNS[ROWS[key].run]
+            images = 1000 * SIZES[about["resolution"]].kimg[run.script] * run.images * about["scale"]
+            passes = 1 + FORWARD * _extra_passes(f"{outdir}/{place(ROWS[key].run, setting)}", run.options)
+            found.append(Result(setting, key, about, finished(outdir, [row], seconds)[0], images, passes))
     return found
 
 
@@ -78,68 +71,117 @@ def _extra_passes(run: str, options: str) -> float:
     """Return the mean number of passes without gradients per training image of a run."""
     if "--method=dmis" in options:
         return CLASSES * LEVELS
-    with open(f"{run}/stats.jsonl") as f:
-        pairs = [
-            stats["TDSM/pairs_per_image"]["mean"] for stats in map(json.loads, f) if "TDSM/pairs_per_image" in stats
-        ]
+    lines = dnnlib.read_bytes(f"{run}/stats.jsonl").decode().splitlines()
+    pairs = [
+        stats["TDSM/pairs_per_image"]["mean"] for stats in map(json.loads, lines) if "TDSM/pairs_per_image" in stats
+    ]
     return float(np.mean(pairs)) if pairs else 0.0
 
 
-def tables(results: Sequence[Result]) -> list[Section]:
-    """Return the tables of all settings: rows of equal images, then rows of equal compute.
+def sections(results: Sequence[Result]) -> list[Section]:
+    """Return the tables of all settings: first the rows of equal images, then those of equal compute.
 
-    Several runs may differ in settings, rows and seeds. UserError: they differ in more than that.
+    The results may come from several runs with other settings, rows and seeds. UserError: they differ in more.
     """
-    if any(result.made != results[0].made for result in results):
-        raise dnnlib.UserError("these runs differ in the resolution, the length or the number of images")
+    if not results:
+        raise dnnlib.UserError("no row is finished")
+    if any(result.about[name] != results[0].about[name] for result in results for name in COMMON):
+        raise dnnlib.UserError("these runs differ in the resolution, the lengths or the number of images")
     found = []
     for setting in SETTINGS:
         if not any(result.setting == setting for result in results):
             continue
+        same = [result for result in results if result.setting == setting or result.row in SHARED]
         for title, keys in (
             ("equal images", [key for key in ROWS if key not in LONG_ROWS]),
             ("equal compute", [*LONG_ROWS, "tdsm"]),
         ):
-            body = []
-            for key in keys:
-                same = [r for r in results if r.row == key and (r.setting == setting or key in SHARED)]
-                runs = list({result.seed: result for result in reversed(same)}.values())
-                if runs:
-                    body.append(_row(key, sorted(runs, key=lambda result: result.seed)))
-            if body and (keys[0] not in LONG_ROWS or len(body) > 1):
-                header = ["row", *METRICS.values(), "images", "passes", "training"]
-                name = SETTINGS[setting].title
-                question = f"{name[0].upper()}{name[1:]} label noise, {title}."
-                found.append(Section(f"{name}, {title}", question, header, body, _notes(results)))
+            runs = {key: _seeds(key, same) for key in keys}
+            runs = {key: of_seeds for key, of_seeds in runs.items() if of_seeds}
+            if runs and (keys[0] not in LONG_ROWS or set(runs) & set(LONG_ROWS)):
+                found.append(_section(_title(setting, title), runs))
     return found
 
 
-def _row(key: str, runs: Sequence[Result]) -> list[str]:
-    seeds = "" if len(runs) == 1 else f" ({len(runs)} seeds)"
-    cells = [ROWS[key].title + seeds, *(_cell(runs, name) for name in METRICS)]
-    if runs[0].kimg is None:
-        return [*cells, "", "", ""]
-    spent, seconds = (float(np.mean([getattr(r, name) for r in runs])) for name in ("passes", "training_seconds"))
-    return [*cells, f"{runs[0].kimg * 1000:,.0f}", f"{spent:.2f}", dnnlib.format_time(seconds)]
+def _title(setting: str, title: str) -> str:
+    return f"Fashion-MNIST, {SETTINGS[setting].title}, {title}"
 
 
-def _cell(runs: Sequence[Result], metric: str) -> str:
-    """Return a value and its interval; the mean over several seeds, with the lowest and the highest value."""
-    values = [run.metrics[metric] for run in runs]
-    if len(runs) == 1 or None in values:
-        return with_interval(dict(metrics=runs[0].metrics, intervals=runs[0].intervals), metric)
+def _seeds(key: str, results: Sequence[Result]) -> list[Result]:
+    """Return the results of a row, one for each seed, in the order of the seeds."""
+    first = {result.about["seed"]: result for result in reversed(results) if result.row == key}
+    return [first[seed] for seed in sorted(first)]
+
+
+def _section(title: str, runs: dict[str, list[Result]]) -> Section:
+    header = ["row", *METRICS.values(), "images", "passes per image", "training", "sampling"]
+    scores, body = [], []
+    for key, results in runs.items():
+        values = [result.method.result["metrics"][RANKING] for result in results]
+        low_high = results[0].method.result["intervals"].get(RANKING) if len(results) == 1 else None
+        if ROWS[key].run and None not in values:
+            role = key if key in (ORACLE, BASELINE) else ""
+            scores.append(Score(ROWS[key].title, float(np.mean(values)), low_high, role))
+        body.append(_row(key, results))
+    any_result = next(iter(runs.values()))[0]
+    judge, about = any_result.method.result["judge"], any_result.about
+    side = about["resolution"]
+    notes = [
+        f"{about['num']:,} images per row, {side}x{side} pixels.",
+        f"The judge is right on {judge['accuracy']:.1%} of the {judge['num']:,} test images.",
+        "A pass with gradients counts as 1, one without them as 1/3. The training time includes all that a row needs.",
+    ]
+    seeds = sorted({result.about["seed"] for results in runs.values() for result in results})
+    if len(seeds) > 1:
+        notes.append(
+            f"Rows with several seeds ({', '.join(map(str, seeds))}): the mean, the lowest and the highest value."
+        )
+    return Section(
+        title,
+        "Class-conditional diffusion models are trained on wrong labels. Do they make what they are asked for?",
+        header,
+        body,
+        notes,
+        finding=say_finding(scores, METRICS[RANKING]),
+    )
+
+
+def _row(key: str, results: Sequence[Result]) -> list[str]:
+    cells = [ROWS[key].title + ("" if len(results) == 1 else f" ({len(results)} seeds)")]
+    cells += [_cell(results, name) for name in METRICS]
+    if results[0].images is None:
+        return [*cells, "", "", "", ""]
+    passes = np.mean([result.passes for result in results])
+    training = np.mean([result.method.training_seconds for result in results])
+    sampling = np.mean([result.method.sampling_seconds for result in results])
+    times = [dnnlib.format_time(float(seconds)) for seconds in (training, sampling)]
+    return [*cells, f"{results[0].images:,.0f}", f"{passes:.2f}", *times]
+
+
+def _cell(results: Sequence[Result], metric: str) -> str:
+    """Return a value and its interval; of several seeds the mean, the lowest and the highest value."""
+    values = [result.method.result["metrics"][metric] for result in results]
+    if len(values) == 1 or None in values:
+        return with_interval(results[0].method.result, metric)
     return f"{np.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})"
 
 
-def _notes(results: Sequence[Result]) -> list[str]:
-    made, judge = results[0].made, next((r.judge for r in results if r.judge), None)
-    notes = [f"{made['num']:,} images per row of {made['resolution']}x{made['resolution']} pixels."]
-    if judge:
-        notes.append(f"The judge is right on {judge['accuracy']:.1%} of the {judge['num']:,} test images.")
-    return notes
-
-
 def write(outdir: str, results: Sequence[Result], commands: Sequence[str] = ()) -> str:
-    """Write the tables as report.html and report.md into a folder, and return the path of the latter."""
+    """Write the tables as report.html and report.md into a folder, and return the path of the latter.
+
+    Where all results come from one run, its samples and a chart follow the table of each setting.
+    """
+    found = sections(results)
     os.makedirs(outdir, exist_ok=True)
-    return Report(tables(results), commands).write(outdir)[1]
+    if len({result.about["outdir"] for result in results}) == 1:
+        about = results[0].about
+        for setting in about["settings"]:
+            section = next((s for s in found if s.title == _title(setting, "equal images")), None)
+            methods = [result.method for result in results if result.setting == setting and result.images is not None]
+            data = f"{about['outdir']}/datasets/{place('noisy', setting)}.zip"
+            if section is not None and methods and os.path.exists(data):
+                section.pictures = [
+                    chart_distances(outdir, methods, name=setting),
+                    show_samples(outdir, methods, data, name=setting),
+                ]
+    return Report(found, commands).write(outdir)[1]

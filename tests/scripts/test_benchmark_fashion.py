@@ -1,0 +1,201 @@
+"""The benchmark on Fashion-MNIST: its plan fits together, its commands parse, its tables say what was measured."""
+
+import json
+import re
+import shlex
+
+import click
+import pytest
+
+import benchmark
+from dnnlib import UserError
+from quickstart import SCRIPTS
+from recipes import fashion, fashion_tables
+from recipes.fashion import LONG, LONG_ROWS, ROWS, SETTINGS
+from tests.support.commands import callers
+from tests.support.published import make_idx
+
+succeed, fail = callers(benchmark.main)
+READ = ("data", "network", "cls", "posterior", "label-path", "discriminator", "images", "detector", "judge", "test")
+WRITTEN = ("dest", "outdir", "out", "features")
+
+
+def options(step):
+    script, *words = shlex.split(step.command)
+    return script, [word for word in words if not word.startswith("--")], dict(
+        word[2:].partition("=")[::2] for word in words if word.startswith("--")
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("resolution", fashion.SIZES)
+def test_every_command_parses(tmp_path, resolution):
+    outdir = f"{tmp_path}/a folder"
+    for step in fashion.plan(outdir, ["asym40", "instance40"], source=f"{tmp_path}/a source", resolution=resolution):
+        script, *words = shlex.split(step.command)
+        command = SCRIPTS[script].main
+        if isinstance(command, click.Group):
+            command, words = command.commands[words[0]], words[1:]
+        command.make_context(script, words)  # reads the options, runs nothing
+
+
+@pytest.mark.parametrize("judge", [None, "given/judge"])
+def test_a_step_reads_only_what_an_earlier_one_has_made(judge):
+    made = {"given/judge"}
+    for step in fashion.plan("out", [*SETTINGS], judge=judge):
+        _, _, given = options(step)
+        for name in READ:
+            if name in given:
+                assert given[name] in made, f"{step.name} reads {given[name]}"
+        made |= {given[name] for name in WRITTEN if name in given}
+
+
+def test_no_row_is_left_out_and_the_most_important_ones_come_first():
+    names = [step.name for step in fashion.plan("out", ["sym40", "sym80"])]
+    assert len(set(names)) == len(names)
+    rows = {fashion.place(key, setting) for key in ROWS for setting in ("sym40", "sym80")}
+    assert {name.removesuffix("-table") for name in names if name.endswith("-table")} == rows
+    first = [name for name in names if name.endswith("-table")][:10]
+    order = ["real-clean", "real-noisy", "oracle", "baseline", "posterior", "drop", "relabel", "tdsm", "sbdc-constant"]
+    assert first == [f"{fashion.place(key, 'sym40')}-table" for key in [*order, "sbdc"]]
+    for key, kind in ROWS.items():  # a row is measured before the next one trains
+        if kind.run and kind.run == key:
+            name = fashion.place(key, "sym40")
+            assert names[names.index(name) :][:3] == [name, f"{name}-images", f"{name}-table"]
+
+
+def test_rows_train_on_equally_many_images_and_the_long_ones_on_more():
+    lengths = {}
+    for step in fashion.plan("out", ["sym40"], scale=0.5):
+        script, _, given = options(step)
+        if script in ("train.py", "train_noise.py"):
+            lengths[step.name.removeprefix("sym40-")] = float(given["duration"])
+    assert {lengths.pop(key) for key in LONG_ROWS} == {0.075 * LONG}
+    assert set(lengths.values()) == {0.075}
+    assert set(lengths) == {kind.run for kind in ROWS.values()} - {"", *LONG_ROWS}
+
+
+def test_only_the_oracle_and_the_judge_see_clean_labels():
+    for step in fashion.plan("out", ["instance40"]):
+        script, _, given = options(step)
+        if script.startswith(("train", "detect")):
+            clean = given["data"] == "out/datasets/clean.zip"
+            assert clean == (step.name in ("oracle", "oracle-long", "judge")), step.name
+
+
+def test_instance_noise_has_no_matrix_to_be_told():
+    steps = {step.name: options(step)[2] for step in fashion.plan("out", ["asym40", "instance40"], ["tdsm"])}
+    told, estimated = steps["asym40-classifier"], steps["instance40-classifier"]
+    assert (told["noise_type"], told["noise_rate"]) == ("asym", "0.4")
+    assert estimated["noise_type"] == "auto" and estimated["label-path"] == "out/instance40-detect/labels.npz"
+    assert "asym40-detect" not in steps  # TDSM needs no detection where T is told
+
+
+def test_the_judge_is_the_same_for_all_seeds():
+    one, two = ({s.name: s.command for s in fashion.plan("out", ["sym40"], seed=seed)} for seed in (1, 2))
+    assert one["judge"] == two["judge"] and one["sym40-noisy"] != two["sym40-noisy"]
+
+
+def write_run(folder, values, *, settings=("sym40",), seed=0, num=100, passes=3.0, **about):
+    """Write the journal and the tables of a run as `benchmark.py` leaves them: row -> class-wise FD."""
+    (folder / "tables").mkdir(parents=True)
+    about = dict(settings=[*settings], rows=[*ROWS], resolution=16, seed=seed, scale=1.0, num=num) | about
+    seconds = {}
+    for setting in settings:
+        for key, row in fashion.rows(str(folder), setting, [*values]).items():
+            table = dict(
+                metrics=dict.fromkeys(fashion_tables.METRICS, 0.5) | dict(cw_fid=values[key]),
+                intervals=dict(cw_fid=[values[key] - 0.1, values[key] + 0.1]),
+                judge=dict(accuracy=0.91, num=10000),
+            )
+            (folder / f"tables/{row.name}.json").write_text(json.dumps(table))
+            seconds |= {name: 60.0 for name in (*row.training, f"{row.name}-images", f"{row.name}-table")}
+            if ROWS[key].run:
+                run = folder / fashion.place(ROWS[key].run, setting)
+                run.mkdir(exist_ok=True)
+                stats = {"Progress/kimg": {"mean": 1}, "Timing/total_sec": {"mean": 1.0}}
+                tdsm = {"TDSM/pairs_per_image": {"mean": passes}} if "tdsm" in key else {}
+                (run / "stats.jsonl").write_text(json.dumps(stats | tdsm) + "\n")
+    (folder / "quickstart.json").write_text(json.dumps(dict(steps=[], seconds=seconds, about=about)))
+    return folder
+
+
+def read_rows(page):
+    lines = [line for line in page.read_text().splitlines() if line.startswith("| ")]
+    return {cells[1].strip(): [c.strip() for c in cells[2:-1]] for line in lines if (cells := line.split("|"))}
+
+
+def test_tables_state_value_interval_and_cost(tmp_path):
+    values = {"real-clean": 0.3, "oracle": 0.67, "posterior": 0.7, "tdsm-paper": 1.5, "dmis": 2.0, "oracle-long": 0.6}
+    write_run(tmp_path / "a", values)
+    succeed(f"--outdir={tmp_path}/page", f"--merge={tmp_path}/a")
+    page = tmp_path / "page/report.md"
+    rows = read_rows(page)
+    assert rows["oracle"][0] == "0.670 ± 0.100" and rows["oracle"][8:10] == ["150,000", "1.00"]
+    assert rows["TDSM as published"][9] == "2.00"  # 1, and a third for each of three passes without gradients
+    assert rows["DMIS"][9] == "7.67" and rows["oracle, longer"][8] == f"{150_000 * LONG:,.0f}"
+    assert rows["real images, clean labels"][0] == "0.300 ± 0.100" and rows["real images, clean labels"][8] == ""
+    assert rows["posterior"][10] == "2m 00s"  # with the detection
+    text = page.read_text()
+    assert "posterior came closest to the oracle" in text.lower() and "right on 91.0% of the 10,000" in text
+    assert text.index("equal images") < text.index("equal compute")
+
+
+def test_an_unfinished_run_has_the_rows_that_are_measured(tmp_path):
+    folder = write_run(tmp_path / "a", {"oracle": 0.67, "baseline": 30.6})
+    journal = json.loads((folder / "quickstart.json").read_text())
+    del journal["seconds"]["sym40-baseline-table"]
+    (folder / "quickstart.json").write_text(json.dumps(journal))
+    assert [result.row for result in fashion_tables.load(str(folder))] == ["oracle"]
+
+
+def test_seeds_become_one_row_and_the_oracle_serves_all_settings(tmp_path):
+    write_run(tmp_path / "a", {"oracle": 0.6, "drop": 1.0})
+    write_run(tmp_path / "b", {"oracle": 0.8}, seed=1)
+    write_run(tmp_path / "c", {"drop": 5.0}, settings=["sym80"])
+    succeed(f"--outdir={tmp_path}/page", "--merge=" + ",".join(f"{tmp_path}/{name}" for name in "abc"))
+    text = (tmp_path / "page/report.md").read_text()
+    first, second = re.split("# Fashion-MNIST, symmetric 80%", text)
+    assert "| oracle (2 seeds) | 0.700 (0.600 to 0.800) |" in first and "| drop | 1.000 ± 0.100 |" in first
+    assert "| oracle (2 seeds) | 0.700 (0.600 to 0.800) |" in second and "| drop | 5.000 ± 0.100 |" in second
+
+
+def test_runs_that_do_not_compare_are_refused(tmp_path):
+    write_run(tmp_path / "a", {"oracle": 0.6})
+    write_run(tmp_path / "b", {"oracle": 0.8}, seed=1, num=200)
+    write_run(tmp_path / "none", {})
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "demo/quickstart.json").write_text('{"steps": [], "seconds": {}}')
+    page = f"--outdir={tmp_path}/page"
+    fail(1, page, f"--merge={tmp_path}/a,{tmp_path}/b", "--merge|differ in the resolution")
+    fail(1, page, f"--merge={tmp_path}/none", "--merge|no row is finished")
+    fail(1, page, f"--merge={tmp_path}/demo", "--merge|not written by this recipe")
+    fail(1, page, f"--merge={tmp_path}/missing", "--merge|missing")
+    fail(2, page, f"--merge={tmp_path}/a", "--seed=1", "--seed|--merge runs nothing")
+    assert not (tmp_path / "page").exists()
+
+
+def test_bad_options_fail_before_the_work(tmp_path):
+    out = f"--outdir={tmp_path}/out"
+    fail(2, out, "--setting=sym40,sym41", "'sym41' is not one of sym40")
+    fail(2, out, "--rows=", "--rows")
+    fail(1, out, f"--judge={tmp_path}/none", "--judge")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_a_tiny_run_is_complete_and_goes_on(tmp_path):
+    source = tmp_path / "fashion"
+    make_idx(source, 60)
+    make_idx(source, 60, part="t10k", seed=1)
+    command = [f"--outdir={tmp_path}/out", f"--source={source}", "--scale=0.0005", "--num=20",
+               "--rows=real-noisy,oracle,tdsm"]  # fmt: skip
+    assert "[1/" in succeed(*command)
+    rows = read_rows(tmp_path / "out/report.md")
+    assert {"real images, noisy labels", "oracle", "TDSM"} <= set(rows)
+    assert rows["TDSM"][8] == "75" and all(0 <= float(rows[row][7]) <= 1 for row in ("oracle", "TDSM"))
+    journal = json.loads((tmp_path / "out/quickstart.json").read_text())
+    del journal["seconds"]["oracle-table"]
+    (tmp_path / "out/quickstart.json").write_text(json.dumps(journal))
+    assert len(re.findall(r"^\[", succeed(*command), re.MULTILINE)) == 1
+    with pytest.raises(UserError, match="other options"):
+        benchmark.run_plan(fashion.plan(f"{tmp_path}/out", ["sym80"]), SCRIPTS, f"{tmp_path}/out", 1)
