@@ -1,7 +1,8 @@
 """Show what cleanscore does, on data that ships with scikit-learn: digits with 40% wrong labels.
 
-It trains the baseline, on corrected labels, on clean labels (the oracle), TDSM and SBDC, generates digits with each,
-and writes one table. With --only=rduot or all it also trains DDGAN and RDUOT on photographs with 10% digits among them.
+It trains on clean labels (the oracle), on the labels as they are (the baseline), on corrected labels, TDSM and SBDC,
+generates digits with each, and says which came closest to the oracle. With --only=rduot or all it also trains DDGAN and
+RDUOT on photographs with 10% digits among them.
 
 It runs the commands that a user would run, and writes report.html, report.md and the pictures into --outdir. The same
 command given again continues where the last one stopped.
@@ -79,7 +80,7 @@ class Parts(click.ParamType):
     metavar="M",
     type=FloatRange(min=0.01),
     help="Aim for this duration on two cores; scales all training lengths  "
-    "[default: 15, or 3 and 6 for posterior, 5 for tdsm, 4 for sbdc, 22 for rduot]",
+    "[default: 17 for posterior, tdsm and sbdc together, 6 to 10 for one of them, 21 more for rduot]",
 )
 @click.option(
     "--seed", metavar="INT", type=click.IntRange(min=0), default=0, help="Seed of the label noise and all training"

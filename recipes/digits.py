@@ -136,7 +136,7 @@ def plan(outdir: str, seed: int, scale: float, only: Sequence[str], noise: str, 
             Step(
                 "sweep",
                 "SBDC for a list of weights",
-                40,
+                35,
                 f"sweep.py --network={outdir}/baseline --discriminator={outdir}/discriminator --data={clean}"
                 f" --detector=pixels --outdir={outdir}/sweep --seeds=0-{min(num, SWEEP) - 1} --weights=0.5,1,2,3",
             )
