@@ -24,6 +24,7 @@ __all__ = [
     "Command",
     "FloatRange",
     "Group",
+    "NameList",
     "add_options",
     "blame",
     "given_options",
@@ -148,6 +149,22 @@ class _ClassList(click.ParamType):
         return value
 
 
+class NameList(click.ParamType):
+    """Some of `names`, with commas between them, or 'all'. Converts to a list in the order of `names`."""
+
+    name = "LIST"
+
+    def __init__(self, names: Collection[str]):
+        self.names = list(names)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[str]:
+        chosen = self.names if value == "all" else value.split(",") if isinstance(value, str) else value
+        unknown = [name for name in chosen if name not in self.names]
+        if unknown:
+            self.fail(f"'{unknown[0]}' is not one of {', '.join(self.names)}, all", param, ctx)
+        return [name for name in self.names if name in chosen]
+
+
 CLASS_LIST = _ClassList()
 INT_LIST = _IntList()
 FLOAT_LIST = _FloatList()
@@ -169,12 +186,14 @@ def add_options(table: Sequence[Callable]) -> Callable:
 def blame(option: str) -> Iterator[None]:
     """Put the option in front of the message of any UserError that is raised inside, as in '--cls: ...'.
 
-    Library code names quantities and files. Only the script knows which option they came from.
+    Library code names quantities and files. Only the script knows which option they came from. Outside of a command, as
+    in Python and in notebooks, there are no options, and the message stays as it is.
     """
     try:
         yield
     except UserError as e:
-        e.message = one_line(f"{option}: {e.message}")
+        if click.get_current_context(silent=True) is not None:
+            e.message = one_line(f"{option}: {e.message}")
         raise
 
 

@@ -23,6 +23,7 @@ __all__ = [
     "EasyDict",
     "Logger",
     "UserError",
+    "atomic_folder",
     "atomic_open",
     "format_time",
     "no_garbage",
@@ -233,6 +234,26 @@ def temporary_folder(path: Path) -> tuple[Path, int]:
         if _hold(fd):
             return folder, fd
         os.close(fd)
+
+
+@contextlib.contextmanager
+def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Make a folder that gets its name only when all its files are there, and is deleted on any exception.
+
+    Missing parent folders are made. UserError, before anything is made: `path` is a file, or a folder with files in it.
+    """
+    path = Path(os.path.abspath(path))
+    if os.path.lexists(path) and not (path.is_dir() and not any(path.iterdir())):
+        raise UserError(f"{path}: exists already; choose another name or delete it first")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder, held = temporary_folder(path)
+    try:
+        yield folder
+        os.rename(folder, path)  # also over an empty folder
+        sync_directory(path.parent)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(held)
 
 
 def _temporary_name(path: Path) -> Path:

@@ -129,11 +129,15 @@ def test_failures_are_one_line(args, exit_code, message):
 
 
 def test_blame_puts_the_option_before_the_message():
-    with pytest.raises(dnnlib.UserError) as e, cli.blame("--cls"), cli.blame("--network"):
-        raise dnnlib.UserError("a.pkl: corrupt")
+    with click.Context(click.Command("any")), pytest.raises(dnnlib.UserError) as e:
+        with cli.blame("--cls"), cli.blame("--network"):
+            raise dnnlib.UserError("a.pkl: corrupt")
     assert e.value.format_message() == "--cls: --network: a.pkl: corrupt" and e.value.exit_code == 1
     with pytest.raises(click.UsageError, match="^no option"), cli.blame("--cls"):
         raise click.UsageError("no option")
+    with pytest.raises(dnnlib.UserError) as e, cli.blame("--cls"):  # in Python, where there are no options
+        raise dnnlib.UserError("a.pkl: corrupt")
+    assert e.value.format_message() == "a.pkl: corrupt"
 
 
 def test_unknown_option_is_named():
