@@ -70,15 +70,8 @@ def _embedding(name: str, dataset: ImageDataset, device: torch.device) -> Callab
         clip = clip_embedding(device)
         return lambda images: clip(to_float(images))
     detector = load_detector(DINO if name == "dino" else name, device)
-
-    def embed(images: torch.Tensor) -> torch.Tensor:
-        try:
-            return detector(images, probs=False)[0]
-        except (RuntimeError, TypeError, ValueError, torch.jit.Error) as e:
-            shape = " x ".join(map(str, dataset.image_shape))
-            raise dnnlib.UserError(f"{name}: fails on images of {shape} ({dnnlib.one_line(e)})") from None
-
-    return embed
+    detector.check(dataset)
+    return lambda images: detector(images, probs=False)[0]
 
 
 def detect(dataset: ImageDataset, features: np.ndarray | None, device: torch.device, settings: Settings) -> LabelFile:

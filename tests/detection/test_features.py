@@ -45,6 +45,7 @@ def world(tmp_path_factory):
     make_archive(folder / "d.zip", images, labels.tolist(), clean_labels=known)
     torch.jit.script(Encoder()).save(str(folder / "encoder.pt"))
     torch.jit.script(Encoder(broken=True)).save(str(folder / "broken.pt"))
+    torch.jit.script(torch.nn.Linear(5, 5)).save(str(folder / "odd.pt"))
     return folder
 
 
@@ -101,6 +102,7 @@ def test_bad_features(world, tmp_path, monkeypatch):
     fail(1, *good, "--features=dino", "--features|pip install torch-fidelity")
     fail(1, *good, "--features=simclr", "--features|no detector or file")
     fail(1, *good, f"--features={world}/broken.pt", "--features|not finite")
+    fail(1, *good, f"--features={world}/odd.pt", "--features|odd.pt: fails on")
     fail(2, *good, "--features=clip", "--method=cores", "--features|leave out --method")
     fail(2, *good, "--features=clip", "--encoder=small", "--features|leave out --encoder")
     fail(2, *good, "--encoder=small", "--arch=conv", "--encoder=small and --arch=conv")
