@@ -11,6 +11,7 @@ import click
 
 import dnnlib
 from archives.build import build_archive, plan_noise, plan_outliers
+from archives.decisions import holds_decisions
 from archives.options import DatasetOptions, check_usage, dataset_options
 from archives.relabel import compact_labels, declare_clean, replace_labels
 from archives.sources import PHOTO_CROPS, open_source
@@ -58,17 +59,19 @@ def main(**options) -> None:
     check_usage(o)
     with blame("--dest"):
         check_destination(o.dest, o.overwrite)  # before reading a large source
+    with blame("--labels"):
+        replaced = o.labels is not None and not holds_decisions(o.labels)  # decisions are about the source's own labels
     kind = o.label_key if o.labels is None else None
     chosen = {"--source": True, "--eval": o.eval, f"--part={o.part}": o.part, f"--label_key={kind}": kind}
     with blame(" ".join(option for option, given in chosen.items() if given)):
         source = open_source(o.source, o.eval, o.max_images or PHOTO_CROPS, o.seed, part=o.part, label_kind=kind,
-                             background=o.background)  # fmt: skip
+                             background=o.background, need_labels=not replaced)  # fmt: skip
     if o.labels is not None:
         with blame("--labels"):
-            replace_labels(source, o.labels, o.label_key, o.skip_unlabeled)
+            replace_labels(source, o.labels, o.label_key, o.skip_unlabeled, o.skip_damaged)
     if o.clean_labels is not None:
         with blame("--clean_labels"):
-            declare_clean(source, o.clean_labels, o.clean_label_key, replaced=o.labels is not None)
+            declare_clean(source, o.clean_labels, o.clean_label_key, o.labels is not None, o.skip_damaged)
     if o.compact_labels:
         with blame("--compact_labels"):
             compact_labels(source, o.max_images)
@@ -81,15 +84,16 @@ def main(**options) -> None:
             outliers = plan_outliers(source, o.outliers, o.perturb_percent, o.seed, o.max_images, o.background)
     size = (32, 32) if o.resolution is None and o.source == "photos" else o.resolution
     channels = None if o.channels is None else int(o.channels)
-    dnnlib.print_notes(source.notes)
     summary = build_archive(
         source, o.dest, make_transform(o.transform, size, o.background or (0, 0, 0)),
         noise=noise, outliers=outliers, max_images=o.max_images, channels=channels, skip_damaged=o.skip_damaged,
         overwrite=o.overwrite, workers=o.workers,
     )  # fmt: skip
+    notes = [*source.notes, *summary.notes]  # only now: an error is all that a failed run says
     if summary.oblong and o.transform is None:
         shapes = f"{summary.oblong:,} of {summary.images:,} images are not square and were squashed"
-        dnnlib.print_notes([f"{shapes} (--transform=center-crop crops them, --transform=pad pads them)"])
+        notes.append(f"{shapes} (--transform=center-crop crops them, --transform=pad pads them)")
+    dnnlib.print_notes(notes)
     print(describe(summary))
 
 

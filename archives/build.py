@@ -22,7 +22,7 @@ from archives.decode import Color
 from archives.encoder import Encoder
 from archives.label_file import flagged_labels, save_label_file
 from archives.labels import describe_truth
-from archives.listing import some
+from archives.listing import count_of, quoted, some
 from archives.sources import Source, open_source
 from archives.summary import Summary
 from archives.tables import guarded
@@ -107,7 +107,7 @@ def plan_outliers(
         raise dnnlib.UserError(f"{source.path} has outliers on record already: start from the clean source")
     count = count_images(source, max_images)
     number = round(count * percent / 100)
-    other = open_source(path, number=max(number, 1), seed=seed, background=background)
+    other = open_source(path, number=max(number, 1), seed=seed, background=background, need_labels=False)
     source.notes += other.notes
     rng = np.random.default_rng([seed, 1])  # independent of the crops of `photos`, which use `seed`
     places = rng.permutation(count)[:number]
@@ -208,7 +208,13 @@ def build_archive(
         if label_file is not None:
             right = source.verified[kept] & (record.labels == source.labels[kept])  # noise makes right labels wrong
             save_label_file(label_file, flagged_labels(encoder.names, record.labels, right, classes))
-    damaged = len(encoder.skipped)
+    damaged, notes = len(encoder.skipped), []
+    if encoder.animated:
+        examples = (name.removeprefix(f"{source.path}: ") for name in encoder.examples)
+        notes.append(
+            f"{source.path}: {count_of(encoder.animated, 'file')} with several frames or pages, of which the first was "
+            f"taken: {some(quoted(examples), encoder.animated)}"
+        )
     return Summary(
         path=dest,
         images=len(kept),
@@ -227,6 +233,7 @@ def build_archive(
         realized_rate=rate,
         truth=None if record.clean_labels is None else describe_truth(record.corruption),
         outliers=None if record.outliers is None else int(record.outliers.sum()),
+        notes=notes,
     )
 
 

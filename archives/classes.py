@@ -24,7 +24,7 @@ def describe_empty(counts: np.ndarray, names: Sequence[str] | None) -> str | Non
     empty = np.flatnonzero(counts == 0).tolist()
     if not empty or len(empty) == len(counts):
         return None
-    which = some([name_class(c, names) for c in empty], SHOWN)
+    which = some([name_class(c, names) for c in empty], shown=SHOWN)
     return f"{len(empty):,} of {len(counts):,} classes have no images: {which}"
 
 

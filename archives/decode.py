@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import io
 import struct
 import zlib
+from collections.abc import Iterator
 
 import numpy as np
 import PIL.Image
@@ -18,7 +20,7 @@ try:
 except ImportError:  # Pillow decodes PNGs as well, only slower
     pyspng = None
 
-__all__ = ["EXTENSIONS", "PNG_SIGNATURE", "Color", "DamagedFile", "decode_image", "image_shape"]
+__all__ = ["EXTENSIONS", "PNG_SIGNATURE", "Color", "DamagedFile", "decode_image", "image_shape", "list_animated"]
 
 Color = tuple[int, int, int]  # red, green, blue, 0 to 255
 
@@ -53,9 +55,25 @@ UPRIGHT = {
     7: (True, -1, -1),
     8: (True, -1, 1),
 }
-# Chunks of a PNG that change how its pixels look: by transparency, or by an orientation, which three formats can hold.
-LOOKS = (b"tRNS", b"eXIf")
+# Chunks of a PNG that change how its pixels look: by transparency, by an orientation, which three formats can hold, or
+# because there are further frames.
+LOOKS = (b"tRNS", b"eXIf", b"acTL")
 TEXTS, LOOKS_IN_TEXTS = (b"tEXt", b"zTXt", b"iTXt"), (b"Raw profile type exif\0", b"XML:com.adobe.xmp\0")
+
+
+# What `list_animated` fills in the thread that decodes.
+_ANIMATED: contextvars.ContextVar[list[str] | None] = contextvars.ContextVar("animated", default=None)
+
+
+@contextlib.contextmanager
+def list_animated() -> Iterator[list[str]]:
+    """Yield a list that names each image decoded inside, in this thread, which has further frames or pages."""
+    found: list[str] = []
+    token = _ANIMATED.set(found)
+    try:
+        yield found
+    finally:
+        _ANIMATED.reset(token)
 
 
 class DamagedFile(dnnlib.UserError):
@@ -73,8 +91,9 @@ class DamagedFile(dnnlib.UserError):
 def decode_image(data: bytes, where: object, background: Color | None = None) -> np.ndarray:
     """Decode an image file into uint8 [H, W, C] with C = 1 (gray) or 3 (RGB), upright as its EXIF data say.
 
-    Palettes and CMYK become RGB, 1-bit images become gray. Alpha that is opaque everywhere is dropped. Transparent
-    pixels are blended with the `background`; a gray image becomes RGB if that has a color.
+    Of several frames or pages it takes the first (`list_animated` names such files). Palettes and CMYK become RGB,
+    1-bit images become gray. Alpha that is opaque everywhere is dropped. Transparent pixels are blended with the
+    `background`; a gray image becomes RGB if that has a color.
 
     DamagedFile names the file (`where`) when it is truncated or damaged. UserError: it has transparent pixels and there
     is no background, more than 8 bits per channel, or more pixels than `PIL.Image.MAX_IMAGE_PIXELS`.
@@ -98,7 +117,9 @@ def decode_image(data: bytes, where: object, background: Color | None = None) ->
             image.load()  # a PNG may have its EXIF data after the pixels
             if kind is not None and "transparency" in image.info and kind[3] in (0, 2):
                 image.info["transparency"] = _transparent_color(data, *kind[2:])
-            return _upright(_pixels(image, where, background), _orientation(image))
+            pixels = _upright(_pixels(image, where, background), _orientation(image))
+            _list_if_animated(image, where)  # last, since what follows the first frame may be damaged
+            return pixels
     except (PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning):
         raise dnnlib.UserError(f"{where}: more pixels than the limit of {PIL.Image.MAX_IMAGE_PIXELS:,}") from None
     except DAMAGED:
@@ -181,6 +202,15 @@ def _orientation(image: PIL.Image.Image) -> int:
         return image.getexif().get(ORIENTATION, 1)
     except DAMAGED:  # the pixels are fine
         return 1
+
+
+def _list_if_animated(image: PIL.Image.Image, where: object) -> None:
+    found = _ANIMATED.get()
+    if found is not None:
+        with contextlib.suppress(*DAMAGED):
+            # The further images of an MPO, as phones write it, are previews and maps of the first one.
+            if getattr(image, "is_animated", False) and image.format != "MPO":
+                found.append(str(where))
 
 
 def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:

@@ -10,7 +10,8 @@ import numpy as np
 from tqdm import tqdm
 
 import dnnlib
-from archives.decode import DamagedFile
+from archives.decode import DamagedFile, list_animated
+from archives.listing import SHOWN
 from archives.source import Source
 from archives.workers import work_in_order
 from archives.writer import ArchiveWriter, Transform, encode_png, fit_image, image_names, with_channels
@@ -29,6 +30,8 @@ class Encoded(NamedTuple):
     images: list[np.ndarray]  # their pixels, if wanted
     oblong: int  # how many of them were not square in the source
     damaged: list[DamagedFile]  # what is wrong with the other images
+    animated: int  # image files with several frames, of which the first was taken
+    examples: list[str]  # what some of these are called
 
 
 class Encoder:
@@ -42,8 +45,9 @@ class Encoder:
     keep          keep the pixels that are written, in `images`, uint8 [at least N,H,W,C]
     skip_damaged  leave out damaged images, and list them in `skipped`
 
-    After `run`, `shape` is [H, W, C] of the images that were written, `names` are their names, and `oblong` says how
-    many of them were not square in the source.
+    After `run`, `shape` is [H, W, C] of the images that were written, `names` are their names, `oblong` says how many
+    of them were not square in the source, and `animated` how many files had several frames, of which `examples` names
+    some.
     """
 
     def __init__(
@@ -59,7 +63,8 @@ class Encoder:
         self.shape: tuple[int, ...] = ()
         self.names: list[str] = []
         self.images: np.ndarray | None = None
-        self.oblong = 0
+        self.oblong = self.animated = 0
+        self.examples: list[str] = []
         self.skipped: list[DamagedFile] = []
 
     def _find_first(self) -> tuple[int, np.ndarray]:
@@ -89,6 +94,8 @@ class Encoder:
                 self._check_shape(shape, index)
             kept.append(found.kept)
             self.oblong += found.oblong
+            self.animated += found.animated
+            self.examples += found.examples[: SHOWN - len(self.examples)]
             first = len(self.names)
             if found.images and not counting:
                 if self.images is None:  # rows that no image fills take no memory
@@ -119,6 +126,11 @@ class Encoder:
         )
 
     def _encode(self, part: range) -> tuple[Encoded, list[bytes]]:
+        with list_animated() as animated:
+            found, pngs = self._encode_images(part)
+        return found._replace(animated=len(animated), examples=animated[:SHOWN]), pngs
+
+    def _encode_images(self, part: range) -> tuple[Encoded, list[bytes]]:
         pngs: list[bytes] = []
         kept, shapes, images, oblong, damaged = [], {}, [], 0, []
         for index in part:
@@ -142,7 +154,8 @@ class Encoder:
             shapes.setdefault(image.shape, index)
             if self._keep:
                 images.append(image)
-        return Encoded(np.array(kept, dtype=np.int64), shapes, sum(map(len, pngs)), images, oblong, damaged), pngs
+        size = sum(map(len, pngs))
+        return Encoded(np.array(kept, dtype=np.int64), shapes, size, images, oblong, damaged, 0, []), pngs
 
     def _same_channels(self, image: np.ndarray, index: int) -> np.ndarray:
         """Return an image with the common number of channels. RGB becomes gray only when asked for: it loses color."""

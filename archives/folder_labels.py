@@ -134,7 +134,7 @@ def _name_empty_folders(
     if inside:
         found.named.update(name for files in inside.values() for name in files)
         shown = [f"{as_text(place[-1])} ({endings(files) or 'empty'})" for place, files in sorted(inside.items())]
-        found.notes.append(f"{path}: no image that can be read in {some(shown, MANY)}")
+        found.notes.append(f"{path}: no image that can be read in {some(shown, shown=MANY)}")
 
 
 def _name_doubtful_classes(found: FolderLabels, places: list[Path], path: str) -> None:

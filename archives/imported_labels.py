@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +12,8 @@ import numpy as np
 
 import dnnlib
 from archives.json_lists import in_pieces, load_lists
-from archives.labels import NUMBER, examples, number_classes, plain_labels
+from archives.labels import NUMBER, number_classes, plain_labels
+from archives.listing import count_of, quoted, some
 from archives.name_matching import match_names
 from archives.tables import TABLES, Table, file_and_label, is_table, read_table, table_of, unguarded
 from torch_utils import safe_files
@@ -31,7 +33,7 @@ JSON = '{"labels": [[file name, label], ...]}, {file name: label, ...} or [{"fil
 class Imported:
     """Labels of N images from a file."""
 
-    labels: np.ndarray  # int64 [N], or float32 [N, D] from a file of vectors; undefined where there is none
+    labels: np.ndarray  # int64 [N], or float32 [N, D] from a file of vectors; any of them where there is none
     class_names: list[str] | None  # of the classes; None where labels are numbers and no names were given
     missing: np.ndarray  # bool [N], images without a label
     notes: list[str] = field(default_factory=list)  # what a person should know
@@ -43,7 +45,7 @@ def load_labels(
     count: int,
     key: str | None = None,
     class_names: Sequence[str] | None = None,
-    partial: bool = False,
+    may_lack: Callable[[int], bool] | None = None,
     rename: bool = False,
     extend: bool = False,
     usual: Sequence[str] = (),
@@ -55,7 +57,7 @@ def load_labels(
     key          which entry of a `.json` (default "labels"), `.npz` or `.pt` dictionary, or which column of a table;
                  required when there are several
     class_names  of the images' classes, for files that name classes (see `number_classes`)
-    partial      whether images without a label are allowed
+    may_lack     whether an image, by its row, may have no label; None: all need one
     rename       take the file's classes instead of `class_names` if they have none in common
     extend       add the file's classes to `class_names`
     usual        what `key` may be if it is not given and the file has such an entry or column
@@ -67,7 +69,7 @@ def load_labels(
     """
     given, values, where, notes = _read(path, key, usual)
     if given is not None:
-        found = labels_by_name(given, values, names, where, class_names, partial, rename, extend)
+        found = labels_by_name(given, values, names, where, class_names, may_lack, rename, extend)
         found.notes = notes + found.notes
         return found
     if is_table(path):
@@ -82,19 +84,29 @@ def load_labels(
 
 def labels_by_name(
     given: list[Any], values: list[Any], names: list[Sequence[str]], where: str,
-    class_names: Sequence[str] | None = None, partial: bool = False, rename: bool = False, extend: bool = False,
+    class_names: Sequence[str] | None = None, may_lack: Callable[[int], bool] | None = None, rename: bool = False,
+    extend: bool = False,
 ) -> Imported:  # fmt: skip
-    """Return the labels `values` of the images that are called `given`, in the images' order (see `load_labels`)."""
+    """Return the labels `values` of the images that are called `given`, in the images' order (see `load_labels`).
+
+    An empty label is none.
+    """
+    labeled = [not _is_empty(value) for value in values]
+    if not any(labeled):
+        raise dnnlib.UserError(f"{where}: {'all labels are empty' if values else 'holds no labels'}")
+    if not all(labeled):
+        given, values = (list(itertools.compress(column, labeled)) for column in (given, values))
     values, missing, notes = _arrange(given, values, names, where)
-    if missing.any() and not partial:
-        lacking = np.flatnonzero(missing)
+    lacking = np.flatnonzero(missing).tolist()
+    if lacking and not (may_lack is not None and all(map(may_lack, lacking))):
         raise dnnlib.UserError(
             f"{where}: has no label for {len(lacking):,} of the {len(missing):,} images: "
-            f"{examples((names[0][int(i)] for i in lacking), len(lacking))}; leave them out with dataset_tool.py "
+            f"{some(quoted(names[0][i] for i in lacking), len(lacking))}; leave them out with dataset_tool.py "
             "--labels=FILE --skip_unlabeled"
         )
     labels, classes = _number(values, class_names, where, rename, extend)
-    whole = np.zeros([len(missing), *labels.shape[1:]], labels.dtype)
+    whole = np.empty([len(missing), *labels.shape[1:]], labels.dtype)
+    whole[missing] = labels[0]  # a class that has images
     whole[~missing] = labels
     return Imported(whole, classes, missing, notes)
 
@@ -112,29 +124,41 @@ def _arrange(
     known = rows >= 0
     times = np.bincount(rows[known], minlength=count)
     if (twice := np.flatnonzero(times > 1)).size:
-        shown = examples((names[0][int(i)] for i in twice), len(twice))
-        raise dnnlib.UserError(f"{where}: {len(twice):,} files are listed twice: {shown}")
+        first: dict[int, Any] = {}
+        differ = dict.fromkeys(
+            row for row, value in zip(rows.tolist(), values, strict=True)
+            if row >= 0 and times[row] > 1 and first.setdefault(row, value) != value
+        )  # fmt: skip
+        if differ:
+            shown = some(quoted(names[0][row] for row in differ), len(differ))
+            raise dnnlib.UserError(f"{where}: {count_of(len(differ), 'file')} with several different labels: {shown}")
+        shown = some(quoted(names[0][int(i)] for i in twice), len(twice))
+        notes = [*notes, f"{where}: {count_of(len(twice), 'file')} listed several times, with one label: {shown}"]
     if not known.all():
         extra = np.flatnonzero(~known)
-        shown = examples((given[i] for i in extra), len(extra))
-        notes = [*notes, f"{where}: {len(extra):,} of its {len(given):,} names are not among the images: {shown}"]
+        shown = some(quoted(given[i] for i in extra), len(extra))
+        notes = [*notes, f"{where}: has {count_of(len(extra), 'name')} without an image, of {len(given):,}: {shown}"]
     place = np.full(count, -1)
     place[rows[known]] = np.flatnonzero(known)
     return [values[i] for i in place[place >= 0].tolist()], times == 0, notes
+
+
+def _is_empty(label: Any) -> bool:
+    return label is None or label != label or (type(label) is str and not label.strip())
 
 
 def _number(
     values: list[Any], class_names: Sequence[str] | None, where: str, rename: bool, extend: bool
 ) -> tuple[np.ndarray, list[str] | None]:
     """Return labels as int64 [N] or float32 [N, D], and the names of their classes."""
-    empty = sum(value is None or value != value or (type(value) is str and not value.strip()) for value in values)
+    empty = sum(map(_is_empty, values))
     if empty:
         raise dnnlib.UserError(f"{where}: {empty:,} of {len(values):,} labels are empty")
     kinds = set(map(type, values))
     if str not in kinds:
         return plain_labels(values, where), None if class_names is None else list(class_names)
     if kinds != {str}:
-        raise dnnlib.UserError(f"{where}: some labels are texts and some are not, such as {examples(values, 1)}")
+        raise dnnlib.UserError(f"{where}: some labels are texts and some are not, such as {some(quoted(values), 1)}")
     texts = list(map(str.strip, values))
     given = set(texts)
     if class_names is not None and not all(map(NUMBER.fullmatch, given)):

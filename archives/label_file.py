@@ -181,27 +181,37 @@ def _match_names(path: str, arrays: dict[str, np.ndarray], fields: Iterable[str]
     for field in fields:
         if field in arrays and arrays[field].shape != (len(names),):
             raise dnnlib.UserError(f"{path}: {field} is {list(arrays[field].shape)}, but there are {len(names)} names")
-    return match_rows(path, names, dataset)
+    origins = arrays["source_names"].reshape(-1).tolist() if "source_names" in arrays else None
+    return match_rows(path, names, dataset, origins)
 
 
-def match_rows(path: str, names: Sequence[str], dataset: ImageDataset) -> np.ndarray:
+def match_rows(
+    path: str, names: Sequence[str], dataset: ImageDataset, origins: Sequence[str] | None = None
+) -> np.ndarray:
     """Return the rows [items] of a file with these image names that hold the items of the data set.
 
-    The file may use the names in the archive or the original paths. UserError: the file lacks some images.
+    `origins`: the original paths of these images, where the file knows them. `names` may be such paths, too. Original
+    paths count first: an archive without some images of another one gives the same names to other images.
+    UserError: the file lacks some images.
     """
-    row = {name: i for i, name in enumerate(names)}
-    wanted = dataset.file_names
-    absent = [i for i, name in enumerate(wanted) if name not in row]
-    if absent and (origins := dataset.source_names) is not None:
-        other = [i for i, name in enumerate(origins) if name not in row]
-        if len(other) < len(absent):
-            wanted, absent = origins, other
-    if absent:
-        raise dnnlib.UserError(
-            f"{path}: lacks {len({wanted[i] for i in absent})} of the {dataset.num_raw} images of {dataset.path}, "
-            f"first '{dataset.shown_name(absent[0])}'"
-        )
-    return np.array([row[name] for name in wanted])
+    known = dataset.file_names
+    if len(names) == dataset.num_raw and names == known[: dataset.num_raw]:
+        return np.tile(np.arange(len(names)), len(known) // len(names))
+    paths, given = dataset.source_names, names if origins is None else origins
+    pairs = [(known, names)]
+    if paths is not None and len(set(given)) == len(given):  # the parts of a set may have files of the same paths
+        pairs.insert(0, (paths, given))
+    lacking = []
+    for wanted, given in pairs:
+        row = {name: i for i, name in enumerate(given)}
+        absent = [i for i, name in enumerate(wanted) if name not in row]
+        if not absent:
+            return np.array([row[name] for name in wanted])
+        lacking.append((len({wanted[i] for i in absent}), absent[0]))
+    number, first = min(lacking)
+    raise dnnlib.UserError(
+        f"{path}: lacks {number} of the {dataset.num_raw} images of {dataset.path}, first '{dataset.shown_name(first)}'"
+    )
 
 
 def _shares(path: str, arrays: dict[str, np.ndarray], field: str) -> np.ndarray:

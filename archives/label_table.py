@@ -107,9 +107,13 @@ class _Lines:
         missing = [field for field in needed if not self.has(field)]
         if missing:
             raise dnnlib.UserError(f"{path}: lacks {', '.join(missing)}; {EXPECTED}")
-        names = next((table.column(field) for field in (ARCHIVE_NAME, "file") if self.has(field)), None)
-        if names is not None:
-            self.rows = match_rows(str(path), [unguarded(str(name)) for name in names], dataset)
+        names = [
+            [unguarded(str(name)) for name in table.column(field)]
+            for field in (ARCHIVE_NAME, "file")
+            if self.has(field)
+        ]
+        if names:
+            self.rows = match_rows(str(path), names[0], dataset, *names[1:])
             return
         count = len(table.column(needed[0]))
         if count != dataset.num_raw:

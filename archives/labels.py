@@ -11,11 +11,11 @@ import numpy as np
 
 import dnnlib
 from archives.json_lists import LongList, in_pieces
+from archives.listing import SHOWN, count_of, quoted, some
 
 __all__ = [
     "NUMBER",
     "describe_truth",
-    "examples",
     "match_labels",
     "match_origins",
     "number_classes",
@@ -24,13 +24,6 @@ __all__ = [
 ]
 
 NUMBER = re.compile(r"(-?(?:0|[1-9]\d{0,17}))(?:\.0{1,9})?")  # spreadsheets write 3.0 for 3
-SHOWN = 3  # names in a message
-
-
-def examples(names: Iterable[Any], count: int) -> str:
-    """Return the first of `count` names for a message: "'a', 'b', 'c' and 7 more"."""
-    shown = [f"'{name}'" for name, _ in zip(names, range(SHOWN), strict=False)]
-    return ", ".join(shown) + (f" and {count - len(shown):,} more" if count > len(shown) else "")
 
 
 def describe_truth(corruption: dict[str, Any]) -> str:
@@ -80,7 +73,7 @@ def number_classes(
     known = {name: c for c, name in enumerate(class_names or [])}
     texts = set(texts)
     if len(known) < len(class_names or []) and (twice := [n for n in texts & known.keys() if class_names.count(n) > 1]):
-        raise dnnlib.UserError(f"{where}: several classes are called {examples(twice, len(twice))}; use numbers")
+        raise dnnlib.UserError(f"{where}: several classes are called {some(quoted(twice), len(twice))}; use numbers")
     if class_names is not None and texts <= known.keys():
         return known, list(class_names)
     numbers = {text: int(match[1]) for text in texts if (match := NUMBER.fullmatch(text))}
@@ -92,7 +85,7 @@ def number_classes(
     absent = sorted(texts - known.keys())
     raise dnnlib.UserError(
         f"{where}: {len(absent)} of {len(texts)} different labels are none of the {len(known)} classes: "
-        f"{examples(absent, len(absent))}; the classes are {examples(class_names, len(class_names))}"
+        f"{some(quoted(absent), len(absent))}; the classes are {some(quoted(class_names), len(class_names))}"
     )
 
 
@@ -152,12 +145,15 @@ def match_labels(
     labeled = int(np.count_nonzero(times))
     if labeled < len(names) and count <= len(names):
         lacking = np.flatnonzero(times == 0)
-        first = examples((names[int(i)] for i in lacking), len(lacking))
-        raise dnnlib.UserError(f"{where}: has {labeled} labels for {len(names)} images, none for {first}")
+        first = some(quoted(names[int(i)] for i in lacking), len(lacking))
+        others = f"; without an image are {some(quoted(extra), found)}" if found else ""
+        raise dnnlib.UserError(f"{where}: has {labeled} labels for {len(names)} images, none for {first}{others}")
     if labeled < count:
-        raise dnnlib.UserError(f"{where}: {count - labeled} files are listed twice")
+        raise dnnlib.UserError(
+            f"{where}: {count_of(count - labeled, 'entry')} too many, of files that are listed twice"
+        )
     if found and notes is not None:
-        notes.append(f"{where}: {found:,} names are not among the {len(names):,} images: {examples(extra, found)}")
+        notes.append(f"{where}: has {count_of(found, 'name')} without an image: {some(quoted(extra), found)}")
     joined = _join(values, class_names, where)
     labels = np.empty([len(names), *joined.shape[1:]], joined.dtype)
     labels[order] = joined

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import stat
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -15,8 +17,8 @@ import dnnlib
 from archives.decode import EXTENSIONS
 from archives.zip_directory import plain_names
 
-__all__ = ["METADATA", "Listing", "as_text", "count_of", "endings", "examine", "list_folder", "note_unread",
-           "some"]  # fmt: skip
+__all__ = ["METADATA", "SHOWN", "Listing", "as_text", "count_of", "endings", "examine", "list_folder", "note_unread",
+           "quoted", "some"]  # fmt: skip
 
 METADATA = "dataset.json"
 LIST = METADATA.encode()
@@ -29,7 +31,7 @@ OTHER_FILES = frozenset(
     b".txt .md .rst .csv .tsv .json .jsonl .parquet .xml .yaml .yml .toml .html .htm .log .ini .db .lnk .url .py "
     b".ipynb .npy .npz .mat .pkl .pt .pth .zip .index .pdf .sha256 .md5".split()
 )
-SHOWN = 5  # examples in a message
+SHOWN = 3  # examples in a message
 
 
 @dataclass
@@ -43,10 +45,21 @@ class Listing:
     notes: list[str] = field(default_factory=list)  # what is left out
 
 
-def some(names: Iterable[str], shown: int = SHOWN) -> str:
-    """Return some of the names with commas between them, and how many more there are."""
-    names = list(names)
-    return ", ".join(names[:shown]) + (f" and {len(names) - shown:,} more" if len(names) > shown else "")
+def some(names: Iterable[str], count: int | None = None, shown: int = SHOWN) -> str:
+    """Return the first of `count` names with commas between them, and how many more there are: "a, b, c and 7 more".
+
+    Without `count` there are as many as `names` yields.
+    """
+    if count is None:
+        names = list(names)
+        count = len(names)
+    first = list(itertools.islice(names, shown))
+    return ", ".join(first) + (f" and {count - len(first):,} more" if count > len(first) else "")
+
+
+def quoted(names: Iterable[Any]) -> Iterator[str]:
+    """Yield names that may hold anything, in quotation marks."""
+    return (f"'{name}'" for name in names)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -135,10 +135,13 @@ class ArchiveReader:
         if found.root:
             names = [name[len(found.root) :] for name in names]
         if self._metadata is None:
-            by_table, notes = label_by_table(names, found.others, lambda name: read(files.index(name)), self.path, kind)
+            by_table, notes, tables = label_by_table(
+                names, found.others, lambda name: read(files.index(name)), self.path, kind
+            )
             self._by_folder = by_table or label_by_folder(names, folders, found.others, self.path, kind)
             self.notes += notes + self._by_folder.notes
-            found.others = [name for name in found.others if name not in self._by_folder.named]
+            tables |= self._by_folder.named
+            found.others = [name for name in found.others if name not in tables]
             if self._by_folder.kept is not None:
                 rows, names = ([values[i] for i in self._by_folder.kept] for values in (rows, names))
         self.notes += note_unread(found.others, self.path) + note_tables(found.others, self.path, kind)

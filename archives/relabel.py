@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,10 +12,11 @@ import dnnlib
 from archives.build import count_classes
 from archives.classes import name_class
 from archives.decisions import holds_decisions, load_decisions
+from archives.decode import DamagedFile
 from archives.imported_labels import Imported, load_labels
 from archives.label_file import LabelFile
-from archives.labels import examples
 from archives.layouts.cifar_n import published_clean_labels
+from archives.listing import count_of, quoted, some
 from archives.source import Source
 from archives.writer import image_names
 
@@ -26,12 +27,14 @@ CONFIDENCE = 0.9  # probability of a suggested label from which on it replaces t
 CLEAN = ("clean_labels", "clean_label", "true_label")  # what files call clean labels
 
 
-def replace_labels(source: Source, path: str, key: str | None = None, skip_unlabeled: bool = False) -> None:
+def replace_labels(
+    source: Source, path: str, key: str | None = None, skip_unlabeled: bool = False, skip_damaged: bool = False
+) -> None:
     """Give a source the labels of a file (see `load_labels`). Its old labels become its `previous_labels`.
 
     Nobody said that the old labels are right, so they are not taken for clean ones, but a file of CIFAR-N says it. With
-    `skip_unlabeled`, images that have no label in the file are left out. A CSV with a column `decision` holds decisions
-    about single images instead (see `decide`).
+    `skip_unlabeled`, images that have no label in the file are left out; with `skip_damaged`, images that will be left
+    out as damaged need none. A CSV with a column `decision` holds decisions about single images instead (see `decide`).
     UserError: the file does not fit the source, or a label is none of its classes.
     """
     names = name_lists(source)
@@ -43,20 +46,21 @@ def replace_labels(source: Source, path: str, key: str | None = None, skip_unlab
     clean = published_clean_labels(source, path)
     found = load_labels(
         path, names, source.length, key, source.class_names,
-        partial=skip_unlabeled, rename=True, ordered=source.names is None,
+        may_lack=(lambda _row: True) if skip_unlabeled else _may_lack(source, skip_damaged),
+        rename=True, ordered=source.names is None,
     )  # fmt: skip
     old, renamed = source.labels, source.class_names not in (None, found.class_names)
     if renamed and source.clean_labels is not None:
         raise dnnlib.UserError(
             f"{path}: none of its labels is a class of {source.path}, to which the clean labels on record belong; its "
-            f"classes are {examples(source.class_names, len(source.class_names))}"
+            f"classes are {some(quoted(source.class_names), len(source.class_names))}"
         )
     _check_classes(path, found, source.class_names)
     source.notes += found.notes
     if renamed:
         source.notes.append(
             f"{path}: none of its labels is a class of {source.path}, so the old classes are given up: "
-            f"{examples(source.class_names, len(source.class_names))}"
+            f"{some(quoted(source.class_names), len(source.class_names))}"
         )
         old = None
     elif old is not None and old.shape == found.labels.shape:
@@ -77,17 +81,18 @@ def replace_labels(source: Source, path: str, key: str | None = None, skip_unlab
     if clean is not None:
         source.previous_labels = None
         source.clean_labels, source.corruption["clean_labels"] = clean, "published"
-    if found.missing.any():
+    if skip_unlabeled and found.missing.any():
         lacking = np.flatnonzero(found.missing)
-        shown = examples((names[0][int(i)] for i in lacking), len(lacking))
-        source.notes.append(f"{path}: {len(lacking):,} images have no label and are left out: {shown}")
+        shown = some(quoted(names[0][int(i)] for i in lacking), len(lacking))
+        source.notes.append(f"{path}: {count_of(len(lacking), 'image')} without a label left out: {shown}")
         select_images(source, ~found.missing, "images have no label")
 
 
-def declare_clean(source: Source, path: str, key: str | None, replaced: bool) -> None:
+def declare_clean(source: Source, path: str, key: str | None, replaced: bool, skip_damaged: bool = False) -> None:
     """Take the labels of a file for the clean labels of a source: those that its images should have.
 
-    `path` may be SOURCE: the labels that the source had itself, before `replace_labels` if they were `replaced`.
+    `path` may be SOURCE: the labels that the source had itself, before `replace_labels` if they were `replaced`. With
+    `skip_damaged`, images that will be left out as damaged need no label.
     UserError: the file does not fit the source, or there are no such labels.
     """
     if path == SOURCE:
@@ -97,7 +102,7 @@ def declare_clean(source: Source, path: str, key: str | None, replaced: bool) ->
     else:
         found = load_labels(
             path, name_lists(source), source.length, key, source.class_names,
-            usual=CLEAN, extend=True, ordered=source.names is None,
+            may_lack=_may_lack(source, skip_damaged), usual=CLEAN, extend=True, ordered=source.names is None,
         )  # fmt: skip
         if source.labels is None:
             raise dnnlib.UserError("the source has no labels that these could be compared with")
@@ -108,6 +113,7 @@ def declare_clean(source: Source, path: str, key: str | None, replaced: bool) ->
         _check_classes(path, found, source.class_names)
         source.notes += found.notes
         clean, source.class_names = found.labels, found.class_names
+        clean[found.missing] = source.labels[found.missing]  # of damaged images, which nobody will see
     source.clean_labels = clean
     source.corruption["clean_labels"] = "declared"
 
@@ -140,6 +146,21 @@ def name_lists(source: Source) -> list[Sequence[str]]:
     """Return lists of what a file may call the images of a source: its own names, the original paths, our names."""
     lists = [names for names in (source.names, source.origins) if names is not None]
     return [*lists, image_names(0, source.length)]
+
+
+def _may_lack(source: Source, skip_damaged: bool) -> Callable[[int], bool] | None:
+    """Return whether an image of the source may have no label in a file: with `skip_damaged`, a damaged one may."""
+
+    def is_damaged(row: int) -> bool:
+        try:
+            source.image(row)
+        except DamagedFile:
+            return True
+        except dnnlib.UserError:
+            return False
+        return False
+
+    return is_damaged if skip_damaged else None
 
 
 def _check_classes(path: str, found: Imported, class_names: Sequence[str] | None) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import zipfile
+from collections.abc import Callable
+from typing import Any
 
 import dnnlib
 from archives.archive_set import find_archives, open_archives
@@ -47,7 +49,7 @@ LAYOUTS = (
 
 def open_source(
     path: str, test: bool = False, number: int = PHOTO_CROPS, seed: int = 0, *,
-    part: str | None = None, label_kind: str | None = None, background: Color | None = None,
+    part: str | None = None, label_kind: str | None = None, background: Color | None = None, need_labels: bool = True,
 ) -> Source:  # fmt: skip
     """Open `digits`, `photos`, images in folders and ZIPs, or a published data set in its layout (docs/data.md).
 
@@ -55,6 +57,7 @@ def open_source(
     test, part    choose the test part, or another part, of a set that has several
     label_kind    chooses the labels of a set that has several kinds, such as the attributes of CelebA
     background    what is behind transparent pixels
+    need_labels   whether labels of a folder or ZIP that are wrong are an error; else it has none, and a note says why
 
     Folders and ZIPs can be several, which are one set (`find_archives`).
     UserError: the source is missing, unreadable, of an unknown kind, lacks one of its files, or lacks what was chosen.
@@ -82,23 +85,36 @@ def open_source(
                 "another published data set (docs/data.md lists them)"
             )
     choice.check(path)
-    return open_archive(path, background)
+    return open_archive(path, background, need_labels)
 
 
-def open_archive(path: str, background: Color | None = None) -> Source:
-    """Open a folder or ZIP in the layout of this project, EDM, StyleGAN or TDSM, or with one subfolder per class."""
+def open_archive(path: str, background: Color | None = None, need_labels: bool = True) -> Source:
+    """Open a folder or ZIP in the layout of this project, EDM, StyleGAN or TDSM, or with one subfolder per class.
+
+    `need_labels`: see `open_source`.
+    """
     reader = open_archives(path, background)
+    problems: list[str] = []
+
+    def found(find: Callable[..., Any], *args: str) -> Any:
+        try:
+            return find(*args)
+        except dnnlib.UserError as e:
+            if need_labels:
+                raise
+            problems.append(f"{e.message}; so these labels are not used")
+            return None
+
+    lists = {key: found(reader.labels, key) for key in ("labels", "clean_labels", "previous_labels")}
     return Source(
         path=path,
         length=len(reader),
         image=reader.image,
-        labels=reader.labels(),
-        clean_labels=reader.labels("clean_labels"),
-        previous_labels=reader.labels("previous_labels"),
-        class_names=reader.class_names(),
+        **lists,
+        class_names=found(reader.class_names),
         names=reader.names,
         origins=reader.source_names(),
         outliers=reader.outliers(),
         corruption=reader.corruption(),
-        notes=list(reader.notes),  # last: finding labels adds some
+        notes=[*reader.notes, *dict.fromkeys(problems)],  # last: finding labels adds some
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -36,6 +36,7 @@ class Summary:
     truth: str | None  # what the clean labels are, in words
     outliers: int | None  # images on record as outliers; None without a record
     label_file: str | None = None  # says which labels people found right, where they were asked
+    notes: list[str] = field(default_factory=list)  # what a person should know beside this
 
 
 def describe(summary: Summary) -> str:
@@ -50,7 +51,7 @@ def describe(summary: Summary) -> str:
         f"Resolution:  {width}x{height}, {'gray' if depth == 1 else 'RGB'}",
     ]
     if summary.damaged:
-        lines.append(f"Damaged:     {summary.damaged:,} more were left out, see {summary.skipped_list}")
+        lines.append(f"Damaged:     {summary.damaged:,} more, left out, see {summary.skipped_list}")
     if summary.outliers is not None:
         lines.append(f"Outliers:    {summary.outliers:,} of the images")
     lines.append(f"Label noise: {rate}")
@@ -62,7 +63,7 @@ def describe_classes(counts: np.ndarray | None, names: list[str] | None) -> str:
     """Return lines with the images per class, and with the classes that have none, each behind a line break."""
     if counts is None:
         return ""
-    lines = [some([f"{name_class(c, names)} ({count:,})" for c, count in enumerate(counts.tolist())], SHOWN)]
+    lines = [some([f"{name_class(c, names)} ({count:,})" for c, count in enumerate(counts.tolist())], shown=SHOWN)]
     empty = describe_empty(counts, names)
     lines += [] if empty is None else [f"{empty} (--compact_labels leaves them out)"]
     return "".join("\n" + textwrap.fill(dnnlib.one_line(line), WIDTH, initial_indent=INDENT, subsequent_indent=INDENT,

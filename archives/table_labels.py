@@ -7,8 +7,7 @@ from collections.abc import Callable
 import dnnlib
 from archives.folder_labels import FolderLabels, find_parts
 from archives.imported_labels import labels_by_name
-from archives.labels import examples
-from archives.listing import as_text
+from archives.listing import as_text, quoted, some
 from archives.tables import TABLES, file_and_label, read_table
 
 __all__ = ["label_by_table", "note_tables"]
@@ -18,29 +17,32 @@ NAMES = (b"metadata.csv", b"metadata.jsonl", b"metadata.parquet")
 
 def label_by_table(
     names: list[bytes], others: list[bytes], read: Callable[[bytes], bytes], path: str, kind: str
-) -> tuple[FolderLabels | None, list[str]]:
-    """Return what tables say about the images `names` of the archive `path`, None without such tables, and notes.
+) -> tuple[FolderLabels | None, list[str], set[bytes]]:
+    """Return what tables say about the images `names` of the archive `path` (None: nothing), notes, and the tables.
 
     A table is called `metadata.csv` (or .jsonl, .parquet) and has a column `file_name`, relative to the folder of the
-    table, and one of labels. Each folder may have one. `others` are the archive's other files, of which `read` returns
-    the bytes; `kind` is 'folder' or 'ZIP'.
+    table, and one of labels. In each folder the first such table is used. `others` are the archive's other files, of
+    which `read` returns the bytes; `kind` is 'folder' or 'ZIP'. The notes speak of all tables that are returned.
     """
-    chosen: dict[bytes, bytes] = {}
+    chosen: dict[bytes, list[bytes]] = {}
     for wanted in NAMES:
         for name in others:
             folder, _, base = name.rpartition(b"/")
             if base == wanted:
-                chosen.setdefault(folder, name)
+                chosen.setdefault(folder, []).append(name)
     problem = find_parts([as_text(folder) for folder in chosen], (), path, kind)
     if problem is not None:
-        return FolderLabels(problem=problem), []
-    given, values, used, notes = [], [], [], []
-    for folder, name in sorted(chosen.items()):
+        return FolderLabels(problem=problem), [], set()
+    given, values, used, notes, seen = [], [], {}, [], set()
+    for folder, name in [(folder, name) for folder, tables in sorted(chosen.items()) for name in tables]:
+        if folder in used:
+            continue
+        seen.add(name)
         where = f"{path}: {as_text(name)}"
         try:
             table = read_table(read(name), where)
         except dnnlib.UserError as e:
-            return FolderLabels(problem=e.message), notes
+            return FolderLabels(problem=e.message), notes, seen
         try:
             files, labels, more = file_and_label(table, guess=False)
         except dnnlib.UserError as e:
@@ -52,18 +54,17 @@ def label_by_table(
         start = as_text(folder) + "/" if folder else ""
         given += [f"{start}{file}" for file in files]
         values += labels
-        used.append(where)
+        used[folder] = name
         notes += more
     if not used:
-        return None, notes
+        return None, notes, seen
+    where = some(map(as_text, used.values()))
     try:
-        found = labels_by_name(given, values, [[as_text(name) for name in names]], examples(used, len(used)))
+        found = labels_by_name(given, values, [[as_text(name) for name in names]], f"{path}: {where}")
     except dnnlib.UserError as e:
-        return FolderLabels(problem=e.message), notes
-    notes.append(f"{path}: labels come from {examples((as_text(name) for name in chosen.values()), len(chosen))}")
-    return FolderLabels(labels=found.labels, class_names=found.class_names, named=set(chosen.values())), [
-        *notes, *found.notes,
-    ]  # fmt: skip
+        return FolderLabels(problem=e.message), notes, seen
+    notes += [f"{path}: labels come from {where}", *found.notes]
+    return FolderLabels(labels=found.labels, class_names=found.class_names), notes, seen
 
 
 def note_tables(others: list[bytes], path: str, kind: str) -> list[str]:
@@ -71,7 +72,7 @@ def note_tables(others: list[bytes], path: str, kind: str) -> list[str]:
     tables = [as_text(name) for name in others if name.lower().endswith(ENDINGS)]
     if not tables:
         return []
-    names = f"{examples(tables, len(tables))} {'is' if len(tables) == 1 else 'are'} not read"
+    names = f"{some(quoted(tables), len(tables))} {'is' if len(tables) == 1 else 'are'} not read"
     how = f"name it: dataset_tool.py --labels={path}/{tables[0]}" if kind == "folder" else "unpack it and name it"
     return [f"{path}: {names}; if it holds the labels, {how}"]
 

@@ -286,7 +286,7 @@ MISTAKES = {
     ),
     "many absent": (lambda pairs: [*([f"{i}.png", 1] for i in range(99)), *pairs, pairs[0]], "listed twice"),
     "text among numbers": (lambda pairs: [*pairs[:-1], [NAMES[8], "cat"]], "is not an integer"),
-    "twice": (lambda pairs: [*pairs, pairs[0]], "1 files are listed twice"),
+    "twice": (lambda pairs: [*pairs, pairs[0]], "1 entry too many, of files that are listed twice"),
     "many times": (lambda pairs: pairs * 50, "listed twice"),
     "negative": (lambda pairs: [*pairs[:-1], [NAMES[8], -1]], "label -1 is negative"),
     "ragged": (lambda pairs: [*pairs[:-1], [NAMES[8], [1, 2]]], "ragged"),

@@ -4,8 +4,13 @@ import numpy as np
 import pytest
 
 import dnnlib
+from archives.build import build_archive
 from archives.dataset import ImageDataset
 from archives.label_file import LabelFile, class_noise_rates, load_label_file, save_label_file
+from archives.label_table import load_labels_or_table, save_label_table
+from archives.source import Source
+from archives.sources import open_archive
+from archives.writer import make_transform
 from tests.support.synth import make_archive, pictures
 
 LABELS = np.array([0, 1, 2, 1, 0, 1])
@@ -93,6 +98,26 @@ def test_ours_is_matched_by_name_in_any_order_and_to_subsets_and_mirrored_sets(a
         np.testing.assert_array_equal(loaded.score, file.score[items])
         np.testing.assert_array_equal(loaded.is_clean, file.is_clean[items])
         np.testing.assert_array_equal(loaded.outlier_score, file.outlier_score[items])
+
+
+def test_an_archive_without_some_images_is_matched_by_what_they_were_called(tmp_path):
+    """A cleaned archive numbers its images anew: the old names mean other images there, here with the same label."""
+    for origins in (None, [f"cat/{i}.jpg" for i in (3, 1, 4, 5, 9, 2)]):
+        source = Source("x", 6, pictures(6).__getitem__, LABELS * 0, origins=origins, class_names=list("abc"))
+        whole, rest = tmp_path / f"whole{bool(origins)}.zip", tmp_path / f"rest{bool(origins)}.zip"
+        build_archive(source, str(whole), make_transform(None, None))
+        dataset = ImageDataset(str(whole))
+        file = ours(dataset, labels=LABELS * 0, source_names=dataset.source_names)
+        save_label_file(tmp_path / "labels.npz", file)
+        save_label_table(tmp_path / "labels.csv", file, None)
+        cleaned = open_archive(str(whole))
+        cleaned.take(np.array([0, 2, 3, 5]))
+        build_archive(cleaned, str(rest), make_transform(None, None))
+        for name in ("labels.npz", "labels.csv"):
+            loaded = load_labels_or_table(str(tmp_path / name), ImageDataset(str(rest)))
+            np.testing.assert_allclose(loaded.score, file.score[[0, 2, 3, 5]], rtol=1e-6)
+            whole_again = load_labels_or_table(str(tmp_path / name), dataset)
+            np.testing.assert_allclose(whole_again.score, file.score, rtol=1e-6)
 
 
 def test_groups_of_duplicates_follow_the_items(archive, dataset, tmp_path):

@@ -104,7 +104,7 @@ def test_images_without_a_label_are_left_out_when_asked_for(tmp_path):
     code, _, err = run(f"--source={source}", f"--dest={tmp_path}/o.zip", f"--labels={table}")
     assert code == 1 and "no label for 2 of the 4 images: 'dog/b.png', 'dog/c.png'" in err and err.count("\n") == 1
     data, record, shown = build(tmp_path, source, f"--labels={table}", "--skip_unlabeled")
-    assert data.labels.tolist() == [1, 2] and "2 images have no label and are left out" in shown
+    assert data.labels.tolist() == [1, 2] and "2 images without a label left out" in shown
     assert [path for _, path in record["source_names"]] == ["cat/a.png", "owl/d.png"]
 
 

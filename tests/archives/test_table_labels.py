@@ -11,6 +11,7 @@ from archives.reader import ArchiveReader
 from tests.support import synth
 
 CSV = "file_name,label\na.png,cat\nb.png,dog\n"
+CAPTIONS = "file_name,text\na.png,x\nb.png,y\n"
 JSONL = '{"file_name": "a.png", "label": "dog"}\n{"file_name": "b.png", "label": "cat"}\n'
 
 
@@ -30,11 +31,17 @@ def make(tmp_path, kind, files):
 @pytest.mark.parametrize(
     "files, labels, names, said",
     [
-        ({"metadata.csv": CSV}, [0, 1], ["cat", "dog"], "labels come from 'metadata.csv'"),
-        ({"metadata.jsonl": JSONL}, [1, 0], ["cat", "dog"], "labels come from 'metadata.jsonl'"),
+        ({"metadata.csv": CSV}, [0, 1], ["cat", "dog"], "labels come from metadata.csv"),
+        ({"metadata.jsonl": JSONL}, [1, 0], ["cat", "dog"], "labels come from metadata.jsonl"),
         ({"metadata.csv": CSV, "metadata.jsonl": JSONL}, [0, 1], ["cat", "dog"], "'metadata.jsonl' is not read"),
         ({"metadata.csv": "file_name,label\na.png,7\nb.png,3\n"}, [7, 3], None, "metadata.csv"),
-        ({"metadata.csv": "file_name,text\na.png,x\nb.png,y\n"}, None, None, "no column of labels"),
+        ({"metadata.csv": CAPTIONS}, None, None, "no column of labels"),
+        (
+            {"metadata.csv": CAPTIONS, "metadata.jsonl": JSONL},
+            [1, 0],
+            ["cat", "dog"],
+            "labels come from metadata.jsonl",
+        ),
         ({"labels.csv": CSV}, None, None, "'labels.csv' is not read"),
         ({"metadata.csv": CSV, "dataset.json": '{"labels": null}'}, None, None, "'metadata.csv' is not read"),
     ],
@@ -44,6 +51,8 @@ def test_what_a_table_among_the_images_says(tmp_path, kind, files, labels, names
     found = reader.labels()
     assert (found is None if labels is None else found.tolist() == labels) and reader.class_names() == names
     assert said in " ".join(reader.notes)
+    for table in files:  # one note each
+        assert sum(f" {table}" in note or f"'{table}'" in note for note in reader.notes) <= 1, reader.notes
 
 
 @pytest.mark.parametrize("kind", ["folder", "zip"])

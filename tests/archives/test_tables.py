@@ -9,6 +9,7 @@ import pytest
 
 import dnnlib
 from archives.imported_labels import load_labels
+from archives.name_matching import match_names
 from archives.tables import read_table
 
 NAMES = ["cat/1.png", "cat/2.png", "dog/3.png", "owl/4.png"]
@@ -114,26 +115,59 @@ def test_images_are_found_under_other_names(tmp_path, kind):
     assert ("compared" in " ".join(found.notes)) == (kind not in ("archive names", "own names first"))
 
 
+@pytest.mark.parametrize(("given", "names", "rows", "said"), [
+    (["e\u0301.png", "a.png"], ["\u00e9.png", "a.png"], [0, 1], None),  # macOS writes an accent behind its letter
+    (["IMG_1.jpg", "IMG_2.JPG"], ["img_1.JPG", "img_2.jpg"], [0, 1], "regardless of case, such as 'IMG_1.jpg'"),
+    (["x/IMG_2.jpg", "x/IMG_1.jpg"], ["img_1.JPG", "img_2.jpg"], [1, 0], "without folders and regardless of case"),
+    (["a.png", "B.PNG", "C.png"], ["a.png", "b.png", "d.png"], [0, 1, -1], "1 name found regardless of case"),
+    (["x/a.png", "x/B.PNG"], ["b.png", "a.png"], [1, 0], "1 name found regardless of case and blanks, such as 'B.PNG'"),
+    (["a.png ", "b.png"], ["a.png", "b.png"], [0, 1], "1 name found regardless of case and blanks, such as"),
+    (["a.png", "A.png"], ["a.png", "A.png", "b.png"], [0, 1], None),
+    (["a.png", "B.png"], ["a.png", "b.png", "b.PNG"], [0, -1], None),  # it may be either
+    (["e\u0301.png", "\u00e9.png"], ["\u00e9.png", "e\u0301.png", "c"], [1, 0], None),  # two files
+])  # fmt: skip
+def test_case_and_the_writing_of_accents_do_not_matter_where_it_is_clear(given, names, rows, said):
+    found, notes = match_names(given, [names], "x.csv")
+    assert found.tolist() == rows
+    assert (said in " ".join(notes)) if said else not notes
+
+
 def test_absent_names_are_counted_and_few_are_shown(tmp_path):
     rows = [*ROWS, *((f"gone/{i}.png", "cat") for i in range(500))]
     found = load(tmp_path, "a.csv", csv_of(rows))
     assert found.labels.tolist() == [0, 0, 1, 2]
-    assert found.notes == [f"{tmp_path}/a.csv: 500 of its 504 names are not among the images: 'gone/0.png', "
+    assert found.notes == [f"{tmp_path}/a.csv: has 500 names without an image, of 504: 'gone/0.png', "
                            "'gone/1.png', 'gone/2.png' and 497 more"]  # fmt: skip
     names = [*NAMES, *(f"more/{i}.png" for i in range(500))]
     with pytest.raises(dnnlib.UserError) as error:
         load(tmp_path, "a.csv", csv_of(rows[:4]), names)
     assert "no label for 500 of the 504 images: 'more/0.png'" in error.value.message and len(error.value.message) < 300
-    found = load(tmp_path, "a.csv", csv_of(rows[:4]), names, partial=True)
+    found = load(tmp_path, "a.csv", csv_of(rows[:4]), names, may_lack=lambda _row: True)
     assert found.labels[:4].tolist() == [0, 0, 1, 2] and found.missing.tolist() == [False] * 4 + [True] * 500
+
+
+def test_an_empty_label_is_none(tmp_path):
+    rows = [*ROWS[:3], (ROWS[3][0], " ")]
+    with pytest.raises(dnnlib.UserError, match=f"no label for 1 of the 4 images: '{ROWS[3][0]}'"):
+        load(tmp_path, "a.csv", csv_of(rows))
+    found = load(tmp_path, "a.csv", csv_of(rows), may_lack=lambda _row: True)
+    assert found.missing.tolist() == [name == ROWS[3][0] for name in NAMES]
+    lines = "".join(json.dumps({"file": name, "label": label.strip() or None}) + "\n" for name, label in rows)
+    assert load(tmp_path, "a.jsonl", lines, may_lack=lambda _row: True).labels.tolist() == found.labels.tolist()
+
+
+def test_lines_that_say_the_same_count_once(tmp_path):
+    found = load(tmp_path, "a.csv", csv_of([*ROWS, ROWS[0], ROWS[0]]))
+    assert found.labels.tolist() == [0, 0, 1, 2]
+    assert found.notes == [f"{tmp_path}/a.csv: 1 file listed several times, with one label: '{ROWS[0][0]}'"]
 
 
 BAD = {
     "none": ("a.csv", csv_of([("x.png", "1")]), ["none of its 1 file names", "'x.png'", "'cat/1.png'"]),
-    "twice": ("a.csv", csv_of([*ROWS, ROWS[0]]), ["1 files are listed twice", "owl/4.png"]),
+    "twice": ("a.csv", csv_of([*ROWS, (ROWS[0][0], "dog")]), ["1 file with several different labels", ROWS[0][0]]),
     "two images": ("a.csv", csv_of([("1.png", "0")]), ["'1.png' may be several", "a/1.png", "b/1.png"]),
-    "empty label": ("a.csv", csv_of([*ROWS[:3], ("dog/3.png", " ")]), ["1 of 4 labels are empty"]),
-    "null": ("a.jsonl", '{"file": "cat/1.png"}\n{"file": "cat/2.png", "label": "a"}', ["1 of 2 labels are empty"]),
+    "empty labels": ("a.csv", csv_of([("dog/3.png", " "), ("dog/4.png", "")]), ["all labels are empty"]),
+    "no lines": ("a.csv", csv_of([]), ["holds no labels"]),
     "ragged": ("a.csv", csv_of([*ROWS[:2], ("a", "b", "c")]), ["line 4 has 3 cells", "header has 2"]),
     "ragged behind a long cell": ("a.csv", 'file,label\n"a\nb",1\nc\n', ["line 4 has 1 cells"]),
     "open quote": ("a.csv", 'file,label\n"cat/1.png,1\n', ["line 2", "unexpected end"]),
@@ -168,7 +202,7 @@ def test_what_is_refused(tmp_path, kind):
     file, content, words = BAD[kind]
     names = ["a/1.png", "b/1.png"] if kind == "two images" else NAMES
     with pytest.raises(dnnlib.UserError) as error:
-        load(tmp_path, file, content, names, partial=True, key="x" if kind == "no key" else None)
+        load(tmp_path, file, content, names, may_lack=lambda _row: True, key="x" if kind == "no key" else None)
     message = error.value.message
     assert f"{tmp_path}/{file}" in message and "\n" not in message and len(message) < 500, message
     assert all(word in message for word in words), message

@@ -1,6 +1,7 @@
 """Images as people have them: turned, transparent, oblong, damaged. What dataset_tool.py makes of them, and refuses."""
 
 import csv
+import re
 import zipfile
 
 import numpy as np
@@ -12,7 +13,9 @@ from archives import encoder
 from archives.build import build_archive
 from archives.dataset import ImageDataset
 from archives.decode import DamagedFile
+from archives.relabel import replace_labels
 from archives.source import Source
+from archives.sources import open_source
 from archives.writer import ArchiveWriter, make_transform
 from tests.support import synth
 from tests.support.synth import run_dataset_tool as run
@@ -215,7 +218,7 @@ def test_damaged_images_are_left_out_and_listed(tmp_path, kind):
     source = scrape(tmp_path / "in", {0: "truncated", 3: "empty"})  # cat/0, cat/2, cat/4, dog/1, dog/3, dog/5
     dest = tmp_path / ("out.zip" if kind == "zip" else "out")
     pixels, out, err = build(source, "--skip_damaged", dest=dest)
-    assert not err and "Images:      4\n" in out and "Damaged:     2 more were left out" in out
+    assert not err and "Images:      4\n" in out and "Damaged:     2 more, left out, see" in out
     assert str(tmp_path / "out-skipped.csv") in out
     expected = [synth.pictures(1, seed=i)[0] for i in (2, 4, 1, 5)]
     np.testing.assert_array_equal(pixels, expected)
@@ -350,3 +353,131 @@ def test_label_noise_that_nobody_added(tmp_path):
     noisy = build(source, "--noise_type=sym", "--noise_rate=1", dest=tmp_path / "noisy.zip")[1]
     assert "Label noise: 100.00% of the labels" in noisy
     assert "100.00%" in build(tmp_path / "noisy.zip", dest=tmp_path / "noisy again.zip")[1]
+
+
+# ---- several frames
+
+
+def animate(folder, frames=3):
+    """Write images of one and of several frames in every format that has them: {name: whether it has several}."""
+    first, *rest = (PIL.Image.fromarray(image) for image in synth.pictures(frames))
+    found = {}
+    for kind, options in (("gif", {}), ("webp", dict(lossless=True)), ("png", {}), ("tif", {})):
+        put(folder / f"a.{kind}", first, save_all=True, append_images=rest, **options)
+        put(folder / f"b.{kind}", first, **options)
+        found |= {f"a.{kind}": True, f"b.{kind}": False}
+    return found
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_of_several_frames_the_first_is_taken_and_that_is_said_once(tmp_path, workers, monkeypatch):
+    names = animate(tmp_path / "in")
+    monkeypatch.setattr(encoder, "PART", 1)  # each image is a task
+    pixels, _, err = build(tmp_path / "in", f"--workers={workers}")
+    for name, found in zip(sorted(names), pixels, strict=True):
+        if not name.endswith("gif"):  # a palette loses colors
+            np.testing.assert_array_equal(found, RGB[0], err_msg=name)
+    several = sorted(name for name in names if names[name])
+    shown = ", ".join(f"'{name}'" for name in several[:3])
+    assert err.splitlines() == [
+        f"Note: {tmp_path}/in: 4 files with several frames or pages, of which the first was taken: {shown} and 1 more"
+    ]
+
+
+def test_a_photograph_with_a_preview_has_one_frame(tmp_path):
+    """Phones write maps and previews behind the photograph (MPO), in files called .jpg."""
+    first, second = map(PIL.Image.fromarray, RGB[:2])
+    put(tmp_path / "in/0.jpg", first, format="MPO", save_all=True, append_images=[second])
+    assert not build(tmp_path / "in")[2]
+
+
+def test_a_damaged_second_frame_does_not_matter_and_outliers_count(tmp_path):
+    animate(tmp_path / "other")
+    for path in (tmp_path / "other").iterdir():
+        if path.name != "a.gif":
+            path.unlink()
+    data = (tmp_path / "other/a.gif").read_bytes()
+    (tmp_path / "other/a.gif").write_bytes(data[: len(data) * 2 // 3])
+    source = synth.make_archive(tmp_path / "in.zip", RGB)
+    _, _, err = build(source, f"--outliers={tmp_path}/other", "--perturb_percent=25")
+    assert f"1 file with several frames or pages, of which the first was taken: '{tmp_path}/other: a.gif'" in err
+
+
+# ---- what is said, and when
+
+
+def test_a_failed_run_says_nothing_but_the_error(tmp_path):
+    source = scrape(tmp_path / "in", {})
+    put(source / "preview.png", RGB[0])
+    note = "Note: .*preview.png"
+    _, _, err = build(source)
+    assert re.match(note, err)
+    (source / "cat/2.png").write_bytes(b"")
+    assert refused(f"--source={source}", f"--dest={tmp_path}/a.zip").startswith("Error: ")
+
+
+# ---- tables that name only the good files
+
+
+def listed(folder, names, label=lambda name: name.split("/")[0], file="labels.csv"):
+    (folder / file).write_text("file,label\n" + "".join(f"{name},{label(name)}\n" for name in names))
+    return folder / file
+
+
+def test_a_damaged_file_that_is_left_out_needs_no_label(tmp_path):
+    source = scrape(tmp_path / "in", {0: "truncated", 3: "empty"})
+    good = ["cat/2.png", "cat/4.png", "dog/1.png", "dog/5.png"]
+    table = listed(tmp_path, good)
+    args = [f"--source={source}", f"--dest={tmp_path}/out.zip"]
+    for option in ("--labels", "--clean_labels"):
+        assert "has no label for 2 of the 6 images: 'cat/0.png', 'dog/3.png'" in refused(
+            *args, f"{option}={table}", "--overwrite"
+        )
+        pixels, out, _ = build(source, f"{option}={table}", "--skip_damaged", "--overwrite")
+        assert len(pixels) == 4 and "Damaged:     2 more" in out and "cat (2), dog (2)" in out
+    assert "0.00% of the labels are wrong, by the clean labels, as declared" in out
+    # An image that could be had still needs one.
+    fewer = listed(tmp_path, good[:3], file="fewer.csv")
+    assert "has no label for 3 of the 6 images" in refused(*args, f"--labels={fewer}", "--skip_damaged", "--overwrite")
+    # Labels that equal the clean ones are not noisy: damaged images must not make them so.
+    build(source, f"--clean_labels={table}", "--skip_damaged", "--noise_type=sym", "--noise_rate=0.5", "--overwrite")
+
+
+def test_a_damaged_file_brings_no_class(tmp_path):
+    for i in range(4):
+        put(tmp_path / f"in/{i}.png", RGB[i])
+    (tmp_path / "in/0.png").write_bytes(b"")
+    table = listed(tmp_path, ["1.png", "2.png", "3.png"], lambda name: name[0])
+    source = open_source(str(tmp_path / "in"))
+    replace_labels(source, str(table), skip_damaged=True)
+    assert source.length == 4 and source.labels[1:].tolist() == [1, 2, 3] and source.labels[0] in (1, 2, 3)
+
+
+# ---- labels that are replaced need not be right
+
+
+def test_a_table_replaces_labels_that_are_no_good(tmp_path):
+    """What an error recommends must work: here the tables' advice, and naming the labels of a set with parts."""
+    source = scrape(tmp_path / "in", {}, 4)
+    table = listed(source, ["cat/0.png", "cat/2.png", "dog/1.png"], file="metadata.csv")
+    table.write_text(table.read_text().replace("file,", "file_name,"))
+    args = [f"--source={source}", f"--dest={tmp_path}/out.zip"]
+    assert "leave them out with dataset_tool.py --labels=FILE --skip_unlabeled" in refused(*args)
+    pixels, out, err = build(source, f"--labels={table}", "--skip_unlabeled")
+    assert len(pixels) == 3 and "cat (2), dog (1)" in out and "so these labels are not used" in err
+    table.unlink()
+    for old, new in (("cat", "train"), ("dog", "test")):
+        (source / old).rename(source / new)
+    assert "are parts of a data set" in refused(*args, "--overwrite")
+    names = ["test/1.png", "test/3.png", "train/0.png", "train/2.png"]
+    table = listed(tmp_path, names, lambda name: "cat" if name[-5] in "12" else "dog")
+    _, out, _ = build(source, f"--labels={table}", "--overwrite")
+    assert "cat (2), dog (2)" in out
+
+
+def test_outliers_need_no_labels(tmp_path):
+    other = scrape(tmp_path / "other", {}, 4)
+    for old, new in (("cat", "train"), ("dog", "test")):
+        (other / old).rename(other / new)
+    pixels, _, _ = build(synth.make_archive(tmp_path / "in.zip", RGB), f"--outliers={other}", "--perturb_percent=50")
+    assert len(pixels) == 4
