@@ -39,7 +39,7 @@ Examples:
 @options.posterior_options("relabel")
 @outlier_options()
 @click.option("--cls", metavar="PKL|DIR|URL",
-              help="Classifier: a snapshot of train_classifier.py, or its run directory (required)")
+              help="Classifier: a snapshot of train_classifier.py, its run directory, or one of TDSM's (required)")
 @click.option("--weights", type=click.Choice(["image", "class"]),
               help="Weights of the possible classes by what the classifier sees in the image, or by T and the label "
                    "alone: the ablation S-DSM, for which --noise_type may stand in for --cls  [default: image]")

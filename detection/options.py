@@ -48,7 +48,7 @@ def detect_options() -> Callable:
         click.option("--data", required=True, metavar="ZIP|DIR", help=f"Archive to examine. {SEVERAL}"),
         preset_option("detect_noise.py"),
         click.option("--method", type=click.Choice(METHODS), default="gce", help="How to find wrong labels"),
-        click.option("--cls", metavar="PKL|DIR|URL", help="Decide by this snapshot of train_classifier.py; train nothing"),
+        click.option("--cls", metavar="PKL|DIR|URL", help="Decide by this snapshot of train_classifier.py, or one of TDSM's classifiers; train nothing"),
         click.option("--labels", metavar="NPZ|CSV", help="Take this label file, or a CSV in cleanlab's columns; train nothing"),
         click.option("--epochs", type=click.IntRange(min=1), metavar="INT", help="Length of training  [default: gce stops when held-out labels become no more likely; 60 for cores, 20 for each of the 5 classifiers of confident]"),
         click.option("--features", metavar="NAME", help=f"Find wrong and foreign images by the features of a network that others have trained: {FEATURES}. A linear classifier of these features trains, with the loss of gce"),
