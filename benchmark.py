@@ -12,7 +12,7 @@ import dnnlib.before_torch
 import click
 
 import dnnlib.cli
-from dnnlib.cli import FloatRange
+from dnnlib.cli import FloatRange, NameList
 from quickstart import SCRIPTS
 from recipes import fashion, fashion_tables
 from recipes.steps import run_plan
@@ -28,30 +28,14 @@ Examples:
 """
 
 
-class Choices(click.ParamType):
-    """'a,b' or 'all' -> list of names, in the order of the table that they come from."""
-
-    name = "LIST"
-
-    def __init__(self, names):
-        self.names = list(names)
-
-    def convert(self, value, param, ctx):
-        chosen = self.names if value == "all" else value.split(",") if isinstance(value, str) else value
-        unknown = [name for name in chosen if name not in self.names]
-        if unknown:
-            self.fail(f"'{unknown[0]}' is not one of {', '.join(self.names)}, all", param, ctx)
-        return [name for name in self.names if name in chosen]
-
-
 # fmt: off
 @click.command(cls=dnnlib.cli.Command, help=__doc__, epilog=EXAMPLES)
 @click.option("--outdir", metavar="DIR", required=True, help="Folder for everything that it makes")
 @click.option("--source", metavar="DIR", default=fashion.SOURCE,
               help="Fashion-MNIST's files; Debian has them in the package dataset-fashion-mnist")
-@click.option("--setting", metavar="LIST", type=Choices(fashion.SETTINGS), default="sym40",
+@click.option("--setting", metavar="LIST", type=NameList(fashion.SETTINGS), default="sym40",
               help=f"Kinds of label noise: {', '.join(fashion.SETTINGS)}, or all")
-@click.option("--rows", metavar="LIST", type=Choices(fashion.ROWS), default="all",
+@click.option("--rows", metavar="LIST", type=NameList(fashion.ROWS), default="all",
               help=f"Rows of the table: {', '.join(fashion.ROWS)}")
 @click.option("--resolution", type=click.Choice([str(side) for side in fashion.SIZES]), default="16",
               help="Side of the images: 16 for a CPU, 32 for a GPU")

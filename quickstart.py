@@ -25,7 +25,7 @@ import train_classifier
 import train_discriminator
 import train_noise
 import train_rduot
-from dnnlib.cli import FloatRange
+from dnnlib.cli import FloatRange, NameList
 from recipes import digits, photos
 from recipes.steps import Step, run_plan
 from reports.page import Report
@@ -52,25 +52,12 @@ SCRIPTS = {
 PARTS = (*digits.PARTS, "rduot")
 
 
-class Parts(click.ParamType):
-    """'tdsm,sbdc' or 'all' -> list of parts."""
-
-    name = "LIST"
-
-    def convert(self, value, param, ctx):
-        parts = PARTS if value == "all" else value.split(",") if isinstance(value, str) else value
-        unknown = [part for part in parts if part not in PARTS]
-        if unknown:
-            self.fail(f"'{unknown[0]}' is not one of {', '.join(PARTS)}, all", param, ctx)
-        return [part for part in PARTS if part in parts]
-
-
 @click.command(cls=dnnlib.cli.Command, help=__doc__, epilog=EXAMPLES)
 @click.option("--outdir", metavar="DIR", required=True, help="Folder for everything that it makes")
 @click.option(
     "--only",
     metavar="LIST",
-    type=Parts(),
+    type=NameList(PARTS),
     default="posterior,tdsm,sbdc",
     help="Methods to compare with the baseline, or all",
 )

@@ -13,7 +13,7 @@ import numpy as np
 import dnnlib
 from recipes.fashion import LONG_ROWS, ROWS, RUNS, SETTINGS, SHARED, SIZES, place, rows
 from recipes.steps import finished, read_journal
-from reports.comparison import Method, chart_distances, show_samples, with_interval
+from reports.comparison import Method, accuracy_by_class, chart_distances, show_samples, with_interval
 from reports.finding import BASELINE, ORACLE, Score, say_finding
 from reports.page import Report, Section
 from training.objectives.dmis import LEVELS
@@ -182,6 +182,7 @@ def write(outdir: str, results: Sequence[Result], commands: Sequence[str] = ()) 
             if section is not None and methods and os.path.exists(data):
                 section.pictures = [
                     chart_distances(outdir, methods, name=setting),
+                    accuracy_by_class(methods),
                     show_samples(outdir, methods, data, name=setting),
                 ]
     return Report(found, commands).write(outdir)[1]
