@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from metrics.format import short
+
 __all__ = ["BASELINE", "ORACLE", "Score", "say_finding"]
 
 # Roles of rows.
@@ -34,26 +36,22 @@ def say_finding(scores: Sequence[Score], metric: str) -> str:
     best = others[0]
     if baseline and baseline.value <= best.value:
         text = f"No method helped: the baseline, which believes every label, has the lowest {metric}"
-        text += f", {_number(baseline.value)}, and the next one is {best.title} with {_number(best.value)}"
-        return text + (f"; {_ORACLE}, has {_number(oracle.value)}." if oracle else ".")
+        text += f", {short(baseline.value)}, and the next one is {best.title} with {short(best.value)}"
+        return text + (f"; {_ORACLE}, has {short(oracle.value)}." if oracle else ".")
     if oracle is None:
-        text = f"{_capital(best.title)} has the lowest {metric}, {_number(best.value)}"
+        text = f"{_capital(best.title)} has the lowest {metric}, {short(best.value)}"
     elif best.value <= oracle.value:
-        text = f"{_capital(best.title)} reached {_ORACLE}: its {metric} is {_number(best.value)}, "
-        text += f"the oracle's {_number(oracle.value)}"
+        text = f"{_capital(best.title)} reached {_ORACLE}: its {metric} is {short(best.value)}, "
+        text += f"the oracle's {short(oracle.value)}"
     else:
-        text = f"{_capital(best.title)} came closest to {_ORACLE}: its {metric} is {_number(best.value)}, "
-        text += f"{_times(best, oracle)}the oracle's {_number(oracle.value)}"
+        text = f"{_capital(best.title)} came closest to {_ORACLE}: its {metric} is {short(best.value)}, "
+        text += f"{_times(best, oracle)}the oracle's {short(oracle.value)}"
     if oracle and _overlap(best, oracle):
         text += " (their intervals overlap)"
     if baseline:
-        text += f"; the baseline, which believes every label, has {_number(baseline.value)}"
+        text += f"; the baseline, which believes every label, has {short(baseline.value)}"
         text += f", {_times(baseline, oracle)}the oracle's" if oracle and oracle.value > 0 else ""
     return text + "."
-
-
-def _number(value: float) -> str:
-    return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
 def _times(score: Score, oracle: Score) -> str:
@@ -61,7 +59,7 @@ def _times(score: Score, oracle: Score) -> str:
     if oracle.value <= 0:
         return "beside "
     ratio = score.value / oracle.value
-    return f"{ratio - 1:.1%} above " if ratio < 2 else f"{ratio:.3g} times "
+    return f"{ratio - 1:.1%} above " if ratio < 2 else f"{short(ratio)} times "
 
 
 def _overlap(a: Score, b: Score) -> bool:

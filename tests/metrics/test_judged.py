@@ -27,6 +27,15 @@ def test_an_svm_and_its_held_out_images():
     assert all(c["accuracy"] == 1 and c["num"] > 0 for c in judge["classes"].values()) and len(judge["classes"]) == 3
 
 
+def test_an_svm_errs_in_one_class():
+    """A fifth of the images of class 0 are labeled 1 in the reference: the judge contradicts labels of class 1 only."""
+    shown = np.arange(300) % 3
+    labels = np.where((shown == 0) & (np.arange(300) % 5 == 0), 1, shown)
+    settings = EvaluationSettings("d", "pixels")
+    classes = evaluate_features(features(shown), features(shown), labels, shown, settings)["judge"]["classes"]
+    assert classes["1"]["accuracy"] < 0.95 and classes["0"]["accuracy"] == classes["2"]["accuracy"] == 1
+
+
 def test_a_classifier_and_classes_of_which_few_labels_are_known():
     real = np.repeat([0, 1, 2], 10)
     seen = features(real, np.where(np.arange(30) % 5 == 0, 2, real))  # two errors each in classes 0 and 1

@@ -26,31 +26,31 @@ BASELINE_IS = Score("baseline", 6.0, (5.5, 6.5), BASELINE)
         (
             [ORACLE_IS, BASELINE_IS, Score("TDSM", 1.5), Score("drop", 1.08, (1, 1.2))],
             "Drop came closest to the oracle, the same model trained on clean labels: its FD is 1.08, 8.0% above the "
-            "oracle's 1 (their intervals overlap); the baseline, which believes every label, has 6, 6 times the "
-            "oracle's.",
+            "oracle's 1.00 (their intervals overlap); the baseline, which believes every label, has 6.00, 6.00 times "
+            "the oracle's.",
         ),
         (
             [ORACLE_IS, BASELINE_IS, Score("SBDC", 3.0, (2.5, 3.5)), Score("TDSM", None)],
-            "SBDC came closest to the oracle, the same model trained on clean labels: its FD is 3, 3 times the "
-            "oracle's 1; the baseline, which believes every label, has 6, 6 times the oracle's.",
+            "SBDC came closest to the oracle, the same model trained on clean labels: its FD is 3.00, 3.00 "
+            "times the oracle's 1.00; the baseline, which believes every label, has 6.00, 6.00 times the oracle's.",
         ),
         (
             [ORACLE_IS, Score("drop", 0.93)],
-            "Drop reached the oracle, the same model trained on clean labels: its FD is 0.93, the oracle's 1.",
+            "Drop reached the oracle, the same model trained on clean labels: its FD is 0.930, the oracle's 1.00.",
         ),
         (
             [ORACLE_IS, BASELINE_IS, Score("drop", 6.5)],
-            "No method helped: the baseline, which believes every label, has the lowest FD, 6, and the next one is "
-            "drop with 6.5; the oracle, the same model trained on clean labels, has 1.",
+            "No method helped: the baseline, which believes every label, has the lowest FD, 6.00, and the next one "
+            "is drop with 6.50; the oracle, the same model trained on clean labels, has 1.00.",
         ),
         (
             [BASELINE_IS, Score("TDSM", 1.5)],
-            "TDSM has the lowest FD, 1.5; the baseline, which believes every label, has 6.",
+            "TDSM has the lowest FD, 1.50; the baseline, which believes every label, has 6.00.",
         ),
         (
             [Score("oracle", 0.0, None, ORACLE), BASELINE_IS, Score("TDSM", 1.5)],
-            "TDSM came closest to the oracle, the same model trained on clean labels: its FD is 1.5, beside the "
-            "oracle's 0; the baseline, which believes every label, has 6.",
+            "TDSM came closest to the oracle, the same model trained on clean labels: its FD is 1.50, beside the "
+            "oracle's 0.00; the baseline, which believes every label, has 6.00.",
         ),
         ([ORACLE_IS, Score("drop", None)], "Nothing can be said: no method has a FD."),
     ],
