@@ -17,7 +17,7 @@ from torch_utils import persistence
 from training import options, run
 from training.calibration import Temperature
 from training.config import TDSMConfig
-from training.objectives.classifier import check_classifier
+from training.objectives.classifier import check_classifier, check_noise_levels
 from training.objectives.tdsm import TDSM, known_transition
 from training.outlier_options import outlier_options, outlier_rule, outlier_settings
 
@@ -85,6 +85,7 @@ def main(**opts) -> None:
             with blame("--cls"):
                 snapshot = persistence.load_snapshot(path, trust_pickle=opts["trust_pickle"], kind="classifier")
                 check_classifier(snapshot["ema"], dataset, path)
+                check_noise_levels(snapshot, path)
                 temperature = Temperature.read(snapshot["info"].get("temperature"), path)
         stated = options.stated_transition(**options.noise_settings(opts), dataset=dataset)
         with blame("--noise_type"):

@@ -16,6 +16,7 @@ from dnnlib import downloads
 from tests.support import fuzz, synth
 from torch_utils import checkpoint, persistence
 from training.networks import EDMPrecond
+from training.networks_conv import ConvClassifier
 from training.networks_resnet import Classifier
 
 TINY = " ".join(fuzz.TINY)
@@ -183,6 +184,25 @@ def test_classifiers_of_other_data(change, words, files, tmp_path):
             file=path,
             **files,
         )
+
+
+@pytest.mark.parametrize("net", [Classifier, ConvClassifier])
+def test_tdsm_refuses_a_detectors_classifier(net, files, tmp_path):
+    shape = dict(img_resolution=8, img_channels=3, label_dim=2)
+    kwargs = dict(depth="small", channel_mult=[1]) if net is Classifier else {}
+    info = dict(method="detector", posterior="clean")
+    path = tmp_path / "labels-classifier.pkl"
+    path.write_bytes(fuzz.snapshot_bytes(tmp_path, net(**shape, model_channels=8, **kwargs), info))
+    words = ["labels-classifier.pkl", "images without noise", "train_classifier.py"]
+    fails(
+        1,
+        words,
+        "train_noise",
+        READERS["train_noise"],
+        file=files["zip"],
+        new=tmp_path / "new",
+        **{**files, "cls": path},
+    )
 
 
 DOORS = {

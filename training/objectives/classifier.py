@@ -30,12 +30,13 @@ from training import networks_published  # noqa: F401  It registers TDSM's class
 from training.augment import draw_shifts, shift_images
 from training.calibration import Temperature, fit_temperature, mean_log_likelihood
 from training.config import RunConfig
+from training.networks_conv import ConvClassifier
 from training.networks_resnet import Classifier
 from training.objective import Objective, split_items
 from training.trained_network import TrainedNetwork
 from training.transition_estimate import describe_transition
 
-__all__ = ["ClassifierObjective", "LearnedTransition", "check_classifier"]
+__all__ = ["ClassifierObjective", "LearnedTransition", "check_classifier", "check_noise_levels"]
 
 VOLUME_WEIGHT = 1e-4  # lambda
 VALIDATION_DRAWS = 4096  # a validation value is the mean over at least so many noisy images
@@ -259,3 +260,12 @@ def check_classifier(classifier: torch.nn.Module, dataset: ImageDataset, path: s
             raise dnnlib.UserError(
                 f"the {name} of {path} is {a}, of {dataset.name} {b}; train the classifier on this data set"
             )
+
+
+def check_noise_levels(snapshot: dict[str, Any], path: str) -> None:
+    """Raise UserError for the classifier of a detector, which has only seen images without noise."""
+    if isinstance(snapshot["ema"], ConvClassifier) or snapshot["info"].get("method") == "detector":
+        raise dnnlib.UserError(
+            f"{path} is a detector's classifier and has seen images without noise only; TDSM asks one that "
+            "train_classifier.py has trained"
+        )
