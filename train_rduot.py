@@ -16,6 +16,7 @@ import dnnlib.cli
 from archives.dataset import ImageDataset
 from archives.label_table import load_outliers
 from dnnlib.cli import FloatRange, blame
+from sampling.grid import save_grid
 from sampling.sheet import save_samples
 from torch_utils.distributed import print0
 from training import options, run
@@ -31,7 +32,7 @@ Examples:
 """
 METHODS = {objective.method: objective for objective in (RDUOT, DDGAN)}
 BASELINE = dict(tau=0.0, phi1="softplus", phi2="softplus", cost="pixels")  # what DDGAN has in place of options
-TAU = {"robust": 6.0}  # a mean over features, 0 for usual images; the other costs are sums, with the published tau
+TAU = {"robust": 10.0}  # 0 for usual images, a few for others; the other costs are sums, with the published tau
 COUNT = click.IntRange(min=1)
 PHI = click.Choice(list(CONJUGATES))
 
@@ -43,14 +44,15 @@ PHI = click.Choice(list(CONJUGATES))
 @click.option("--phi1", type=PHI, default="softplus", help="Conjugate on generated images; linear keeps all images")
 @click.option("--phi2", type=PHI, default="softplus", help="Conjugate on real images; linear keeps all images")
 @click.option("--tau", metavar="FLOAT", type=FloatRange(min=0), help="Weight of the transport cost; compare "
-              "Potential/tau_cost with Potential/size in stats.jsonl  [default: 0.001; with --cost=robust 6]")
+              "Potential/tau_cost with Potential/size in stats.jsonl  [default: 0.001; with --cost=robust 10]")
 @click.option("--cost", type=click.Choice(COSTS), default="pixels",
-              help="What the transport cost compares; robust has shown good results at 8x8 pixels")
+              help="What the transport cost compares; robust finds outliers at any size")
 @click.option("--outlier_data", metavar="NPZ|CSV",
               help="Label file that says which images are foreign, in place of the archive's record")
 @click.option("--r1_gamma", metavar="FLOAT", type=FloatRange(min=0), default=0.02, help="Weight of the penalty R1")
 @click.option("--lazy_reg", metavar="STEPS", type=COUNT, default=15, help="Apply R1 every so many steps")
 @options.few_step_options()
+@options.posterior_options("sample")
 # fmt: on
 def main(**opts) -> None:
     check_usage(opts)
@@ -63,11 +65,14 @@ def main(**opts) -> None:
         if opts["outlier_data"]:
             with blame("--outlier_data"):
                 dataset.outliers = load_outliers(opts["outlier_data"], dataset)
+        labels = options.posterior_labels(config, dataset, device)
         with blame(f"--cost={opts['cost']}"):
-            return METHODS[opts["method"]](config, dataset, device)
+            cls = METHODS[opts["method"]]
+            return cls(config, dataset, device, posterior_labels=labels, draw_sheet=save_grid)
 
     sizes = "--ngf, --t_emb_dim, --num_channels_dae, --ch_mult"
-    run.start(opts, opts["method"], make, settings, network_options=sizes, draw_samples=save_samples)
+    sections = dict(posterior=options.posterior_settings(opts, "sample"))
+    run.start(opts, opts["method"], make, settings, network_options=sizes, draw_samples=save_samples, **sections)
 
 
 def settings(opts: dict[str, Any], dataset: ImageDataset) -> dict[str, Any]:

@@ -2,8 +2,8 @@
 
 Two signs make an image foreign: it lies far from the core of the set, or the images around it have labels as if drawn
 at random, which no class has, whatever its share of wrong labels. The second sign finds foreign images that resemble
-each other, and so lie close together. It also says which images are the core; where labels tell nothing or there are
-none, `training.robust_core` does.
+each other, and so lie close together. It also says which images are the core. Where labels tell nothing or there are
+none, the distance is that of RDUOT's robust cost (`training.core_distance`).
 
 Notation: anchors are up to ANCHORS images that stand for the set. z is a sign in deviations of usual images.
 """
@@ -14,11 +14,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from scipy.special import ndtr
 
 from archives.dataset import ImageDataset, to_float
+from training.core_distance import CoreDistance
 from training.image_features import image_features
-from training.robust_core import find_core
 
 __all__ = ["FALSE_ALARMS", "Outliers", "find_outliers"]
 
@@ -65,17 +66,10 @@ def find_outliers(
     n = dataset.num_raw
     rng = np.random.default_rng(seed)
     anchors = np.sort(rng.permutation(n)[:ANCHORS])
-    extra = None if features is None else np.asarray(features, dtype=np.float32)[:n]
-    space = Space(
-        np.concatenate(list(_features(dataset, anchors))),
-        None if extra is None else extra[anchors],
-        np.zeros(len(anchors), np.int64) if dataset.labels is None else dataset.labels[anchors],
-    )
-    points = [
-        space.project(part, None if extra is None else extra[start : start + len(part)])
-        for start, part in zip(range(0, n, CHUNK), _features(dataset, np.arange(n)), strict=True)
-    ]
-    score = foreign_scores(np.concatenate(points), anchors, dataset.labels, rng)
+    extra = np.empty([n, 0], np.float32) if features is None else np.asarray(features, dtype=np.float32)[:n]
+    score = None if dataset.labels is None else _scores_by_labels(dataset, extra, anchors, rng)
+    if score is None:
+        score = _scores_by_distance(dataset, extra, anchors)
     p = 2 * ndtr(-score.astype(np.float64))  # the score is the larger one of two signs
     flagged = _flag(p, false_alarms)
     copies = len(dataset) // n
@@ -85,6 +79,31 @@ def find_outliers(
         float(score[flagged].min()) if flagged.any() else np.inf,
         float(n * p[flagged].max()) if flagged.any() else 0.0,
     )
+
+
+def _scores_by_labels(
+    dataset: ImageDataset, extra: np.ndarray, anchors: np.ndarray, rng: np.random.Generator
+) -> np.ndarray | None:
+    space = Space(np.concatenate(list(_features(dataset, anchors))), extra[anchors], dataset.labels[anchors])
+    points = [
+        space.project(part, extra[start : start + len(part)])
+        for start, part in zip(
+            range(0, dataset.num_raw, CHUNK), _features(dataset, np.arange(dataset.num_raw)), strict=True
+        )
+    ]
+    return foreign_scores(np.concatenate(points), anchors, dataset.labels, rng)
+
+
+def _scores_by_distance(dataset: ImageDataset, extra: np.ndarray, anchors: np.ndarray) -> np.ndarray:
+    known = np.concatenate([np.concatenate(list(_features(dataset, anchors))), extra[anchors]], axis=1)
+    found = CoreDistance(known.astype(np.float64))
+    distance, start = np.empty(dataset.num_raw), 0
+    for part in _features(dataset, np.arange(dataset.num_raw)):
+        rows = np.concatenate([part, extra[start : start + len(part)]], axis=1)
+        distance[start : start + len(part)] = found.of_features(torch.from_numpy(rows)).numpy()
+        start += len(part)
+    distance[anchors] = found.training  # an image is not its own neighbor
+    return _deviations(np.log(np.maximum(distance, 1e-9))).astype(np.float32)
 
 
 def _features(dataset: ImageDataset, items: np.ndarray) -> Iterator[np.ndarray]:
@@ -99,21 +118,21 @@ class Space:
     more than others.
     """
 
-    def __init__(self, features: np.ndarray, extra: np.ndarray | None, labels: np.ndarray):
-        self._blocks = [_robust_scale(block, labels) for block in (features, extra) if block is not None]
+    def __init__(self, features: np.ndarray, extra: np.ndarray, labels: np.ndarray):
+        self._blocks = [_robust_scale(block, labels) for block in (features, extra) if block.shape[1]]
         scaled = self._scale(features, extra)
         _, axes = np.linalg.eigh(np.cov(scaled.T).reshape(scaled.shape[1], -1))
         self._axes = axes[:, ::-1][:, :AXES].astype(np.float32)
 
-    def _scale(self, features: np.ndarray, extra: np.ndarray | None) -> np.ndarray:
-        blocks = [block for block in (features, extra) if block is not None]
+    def _scale(self, features: np.ndarray, extra: np.ndarray) -> np.ndarray:
+        blocks = [block for block in (features, extra) if block.shape[1]]
         scaled = [
             np.clip((block - center) / spread, -LIMIT, LIMIT) / np.sqrt(block.shape[1])
             for block, (center, spread) in zip(blocks, self._blocks, strict=True)
         ]
         return np.concatenate(scaled, axis=1)
 
-    def project(self, features: np.ndarray, extra: np.ndarray | None) -> np.ndarray:
+    def project(self, features: np.ndarray, extra: np.ndarray) -> np.ndarray:
         """Return the coordinates [N,AXES] of images with these features."""
         return self._scale(features, extra) @ self._axes
 
@@ -128,19 +147,22 @@ def _robust_scale(x: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.nda
 
 
 def foreign_scores(
-    points: np.ndarray, anchors: np.ndarray, labels: np.ndarray | None, rng: np.random.Generator
-) -> np.ndarray:
-    """Return how foreign each point [N,d] is, float32 [N], in deviations of usual points. `labels` are int [>=N]."""
+    points: np.ndarray, anchors: np.ndarray, labels: np.ndarray, rng: np.random.Generator
+) -> np.ndarray | None:
+    """Return how foreign each point [N,d] is, float32 [N], in deviations of usual points; None if labels tell nothing.
+
+    `labels` are int [>=N].
+    """
     around = points[anchors]
-    sign = None if labels is None else _random_labels(points, anchors, labels[anchors], rng)
-    # Without labels, the distance from one mean decides the core only: sets of several classes have long tails of it.
-    apart = _deviations(np.log(np.maximum(find_core(around).distance(around), 1e-9))) if sign is None else sign[anchors]
-    in_core = apart < CORE
+    sign = _random_labels(points, anchors, labels[anchors], rng)
+    if sign is None:
+        return None
+    in_core = sign[anchors] < CORE
     for _ in range(2):  # the second time without anchors that are far from the core themselves
         distance, _ = _nearest(points, around[in_core], anchors[in_core], NEAREST)
         far = _deviations(np.log(np.maximum(distance[:, -1], 1e-9)))
         in_core &= far[anchors] < CORE
-    return (far if sign is None else np.maximum(sign, far)).astype(np.float32)
+    return np.maximum(sign, far).astype(np.float32)
 
 
 def _random_labels(

@@ -25,7 +25,6 @@ FEW_FOREIGN, MANY_FOREIGN = 0.01, 0.10  # shares of foreign images; above the se
 MEASURED = 0.45  # shares of wrong labels up to here were found where 40% were wrong
 MEASURED_FOR = 15_000  # images; for more of them, the small presets' lengths grow in proportion
 SMALL = 16  # pixels; up to this side the presets for small images, which were measured on a CPU
-ROBUST_VALUES = 4096  # largest images that the robust cost of RDUOT takes
 TELL = 10  # pairs of classes that are named
 
 SOURCE = "The rules come from measurements on Fashion-MNIST and digits; your images may behave differently."
@@ -105,9 +104,8 @@ class _Commands:
         )
 
     def rduot(self, known: bool) -> str:
-        values = self.dataset.resolution**2 * self.dataset.num_channels
-        rest = ["--cost=robust"] if values <= ROBUST_VALUES else []
-        return self.train("train_rduot.py", "rduot", *rest, *([f"--outlier_data={self.labels}"] if known else []))
+        known_outliers = [f"--outlier_data={self.labels}"] if known else []
+        return self.train("train_rduot.py", "rduot", "--cost=robust", *known_outliers)
 
     def clean(self, foreign: bool, fix: str) -> str:
         dest = f"{self.run('clean-labels')}.npz"

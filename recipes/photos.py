@@ -58,7 +58,7 @@ SETUPS = [
         "--source=photos --max-images=16000 --resolution=8x8 --channels=1 --outliers=digits",
         240,
         225,
-        {"ddgan": DDGAN} | rduot(pixels=0.03, robust=6),
+        {"ddgan": DDGAN} | rduot(pixels=0.03, robust=10),
     ),
     Setup(
         "digits",
@@ -68,7 +68,7 @@ SETUPS = [
         "--source=digits --outliers=photos",
         100,
         95,
-        {"ddgan": DDGAN} | rduot(pixels=0.03, standardized=0.02, features=0.003, robust=6),
+        {"ddgan": DDGAN} | rduot(pixels=0.03, standardized=0.02, features=0.003, robust=10),
     ),
 ]
 
@@ -125,6 +125,7 @@ def _notes(outdir: str, setup: Setup, seed: int, num: int) -> list[str]:
     ]
     for row in setup.rows(outdir):
         with open(f"{outdir}/logs/{row.name}.txt") as f:
-            said = [line.strip() for line in f if line.startswith(("Transport cost", "Warning: the outliers"))]
+            lines = [line.strip() for line in f]
+        said = [line for line in lines if ", mean: " in line or line.startswith("Warning: the outliers")]
         notes += [f"{row.title}: {line}." for line in dict.fromkeys(said) if row.name != f"{setup.name}-ddgan"]
     return notes

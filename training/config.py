@@ -159,6 +159,7 @@ class RDUOTConfig:
     beta_max: float = 20.0  # noise schedule: rate at the end
     geometric: bool | None = None  # noise schedule: the variance rises geometrically from beta_min to beta_max
     cost: str = "pixels"  # what the transport cost compares
+    distance: str | None = settled(fresh="features", before="pixels")  # what the robust cost measures distances of
     tau: float = 1e-3  # weight of the transport cost
     phi1: str = "softplus"  # conjugate on generated images
     phi2: str = "softplus"  # conjugate on real images

@@ -89,6 +89,10 @@ class Objective:
         """Return lines to print after the training, which has kept the file `snapshot`. Rank 0 calls it."""
         return []
 
+    def finish(self, run_dir: str) -> list[str]:
+        """Write what the finished run has found into its directory; return lines to print. Rank 0 calls it."""
+        return []
+
     def loss_settings(self) -> dict[str, Any]:
         """Return what a snapshot records about the loss, as plain data."""
         return self.noise_levels.settings()

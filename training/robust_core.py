@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-__all__ = ["Core", "find_core"]
+__all__ = ["Core", "find_core", "whitened"]
 
 ROUNDS = 20  # largest number of concentration steps from one start
 FLOOR = 0.1  # smallest deviation, relative to the mean deviation: where points are all alike, it says too little
@@ -49,6 +49,15 @@ def find_core(x: np.ndarray, share: float = 0.75, starts: int = 4, seed: int = 0
         first.append(members)
     found = [_concentrate(x, members, share) for members in first]
     return min(found, key=lambda core: np.log(core.std).sum())
+
+
+def whitened(x: np.ndarray, members: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return points x [N,d] in deviations of the `members` (bool [N]) along their principal axes; mean and map to it.
+
+    The points are (x - mean) @ map.
+    """
+    found = _describe(x, members)
+    return ((x - found.mean) @ found.axes) / found.std, found.mean, found.axes / found.std
 
 
 def _concentrate(x: np.ndarray, members: np.ndarray, share: float) -> Core:

@@ -107,8 +107,9 @@ def start(
                 objective.begin()
             print0("".join(f"{line}\n" for line in objective.notes()), end="")
             training_loop(objective, dataset, config, run_dir, device, nimg, best, draw_samples)
-            if best.name is not None and distributed.get_rank() == 0:
-                print0("".join(f"{line}\n" for line in objective.results(os.path.join(run_dir, best.name))), end="")
+            if distributed.get_rank() == 0:
+                lines = [] if best.name is None else objective.results(os.path.join(run_dir, best.name))
+                print0("".join(f"{line}\n" for line in [*lines, *objective.finish(run_dir)]), end="")
         distributed.barrier()
     return run_dir
 

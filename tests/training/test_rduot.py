@@ -11,16 +11,18 @@ import pytest
 import torch
 from torch.nn.functional import logsigmoid, softplus
 
-import dnnlib
+from archives.posterior import compress
+from dnnlib import UserError
 from sampling.ddgan import ddgan_sampler
 from tests.support.objectives import CPU
 from tests.support.paths import FIXTURES, ROOT
 from tests.support.rduot import Images, batch, make, step
 from torch_utils.training_stats import Stats
 from training.noise_levels import DiffusionSteps
+from training.objectives.posterior_labels import PosteriorLabels
 from training.objectives.rduot import CONJUGATES, ema_halflife, gradient_penalty
 from training.trained_network import cosine_decay
-from training.transport_cost import TransportCost, core, cost_by_origin, squared_distance
+from training.transport_cost import TransportCost, squared_distance
 
 FIXTURE = np.load(FIXTURES / "rduot.npz")
 CLOSE = dict(atol=1e-6, rtol=1e-6)
@@ -74,7 +76,7 @@ def test_posterior_from_the_true_image_has_the_forward_marginals(timesteps):
 class GaussianPosterior(torch.nn.Module):
     """The perfect generator of pixels N(mean, std^2): a sample of p(x_0 | x_{t+1}), drawn with z."""
 
-    mean, std, nz, num_timesteps, beta_min, beta_max = 0.5, 0.3, 4, 4, 0.1, 20.0
+    mean, std, nz, num_timesteps, beta_min, beta_max, geometric = 0.5, 0.3, 4, 4, 0.1, 20.0, False
 
     def forward(self, x, t, z, class_labels):
         abar = DiffusionSteps(4).abar[t + 1][:, None, None, None]
@@ -328,70 +330,85 @@ def test_costs():
     assert torch.corrcoef(torch.stack([got, want]))[0, 1] > 0.9 and abs(float((got / want).mean()) - 1) < 0.1
     for kind in ("standardized", "robust", "features"):
         cost = TransportCost(kind, data, steps, CPU)
+        x_0 = torch.randn(64, 1, 8, 8)  # nothing like the training set
         x_0.requires_grad_()
         (gradient,) = torch.autograd.grad(cost(x_0, x_next, torch.full([64], 2)).sum(), x_0)
         assert gradient.isfinite().all() and gradient.abs().max() > 0
 
 
-def test_the_robust_cost_of_the_mean_is_the_mahalanobis_distance_beyond_what_is_usual():
-    data, steps = Images(n=512), DiffusionSteps(4)
-    rng = np.random.default_rng(0)
-    mix = np.eye(64) + 0.05 * rng.standard_normal([64, 64])
-    values = 0.2 * rng.standard_normal([512, 64]) @ mix
-    data.pixels = torch.from_numpy((127.5 + 127.5 * np.clip(values, -1, 1)).astype(np.uint8)).reshape(-1, 1, 8, 8)
-    cost = TransportCost("robust", data, steps, CPU)
-    x = data.pixels.double().flatten(1).numpy() / 127.5 - 1
-    members = x[core(torch.from_numpy(x))[0].numpy()]
-    precision = np.linalg.inv(np.cov(members.T, bias=True))
-    x_next = (cost.mean[3] @ cost.axes.T).reshape(1, 1, 8, 8).expand(512, -1, -1, -1)
-    for factor, usual in ((1, True), (3, False)):
-        centered = factor * x - members.mean(axis=0)
-        want = np.maximum((centered @ precision * centered).mean(axis=1) - 4, 0)
-        got = cost(torch.from_numpy(factor * x).float().reshape(-1, 1, 8, 8), x_next, torch.full([512], 2))
-        np.testing.assert_allclose(got, want, rtol=1e-3)
-        assert (want == 0).all() == usual and (want > 0).all() != usual
-
-
-def test_the_core_of_a_set_leaves_a_fifth_of_outliers_out():
-    """A round cloud, no further from the mean than a long one that is thin in most directions."""
-    rng = np.random.default_rng(0)
-    clean = rng.standard_normal([800, 12]) * ([3] + [1] + 10 * [0.3])
-    outliers = rng.standard_normal([200, 12]) * 12 * [0.9]
-    turn, _ = np.linalg.qr(rng.standard_normal([12, 12]))
-    members, axes = core(torch.from_numpy(np.concatenate([clean, outliers]) @ turn))
-    assert 740 <= members.sum() <= 760 and not members[800:].any()
-    torch.testing.assert_close(axes.T @ axes, torch.eye(12, dtype=torch.float64))
-    assert abs(axes[:, -1] @ torch.from_numpy(turn)[0]) > 0.99  # the long axis, once turned
-
-
-def test_the_robust_cost_of_many_pixels_is_refused():
-    with pytest.raises(dnnlib.UserError, match="robust.*12,288 values.*4,096"):
-        TransportCost("robust", Images(n=4, channels=3, resolution=64), DiffusionSteps(4), CPU)
+def test_the_costs_of_training_images_are_means_over_the_steps():
+    """E ||x_0 - x_{t+1}||^2 over t, for constant images: d ((1 - abar)^2 x^2 + 1 - abar^2)."""
+    data = Images(n=400)
+    data.pixels = torch.where(torch.from_numpy(data.outliers)[:, None, None, None], 255, 128).expand(-1, 1, 8, 8).byte()
+    steps = DiffusionSteps(4)
+    costs = TransportCost("pixels", data, steps, CPU).of_training()
+    abar = steps.abar[1:].double()
+    want = [64 * float(((1 - abar) ** 2 * x**2 + 1 - abar**2).mean()) for x in (0.5 / 127.5, 1.0)]
+    np.testing.assert_allclose([costs[~data.outliers].mean(), costs[data.outliers].mean()], want, rtol=0.05)
 
 
 @pytest.mark.parametrize("clean, outlier, dearer", [(0.2, 0.8, True), (0.8, 0.2, False)])
 def test_the_log_says_which_images_are_dear(clean, outlier, dearer):
     objective = make(contrasts(clean, outlier))
-    a, b = cost_by_origin(objective.losses.cost, objective.dataset, objective.steps, CPU)
+    flags = torch.from_numpy(objective.dataset.outliers)
+    a, b = (objective.losses.cost.of_training(mask.nonzero()[:, 0]).mean() for mask in (~flags, flags))
     assert (b > a) == dearer
     notes = objective.notes()
-    assert f"{a:.4g} for clean" in notes[0] and f"{b:.4g} for outliers" in notes[0]
-    assert (len(notes) == 1) == dearer and (dearer or "Warning" in notes[1])
-    objective.dataset.outliers[:] = False
-    assert objective.notes() == []
-    objective.dataset.outliers = None
-    assert objective.notes() == []
+    line = next(line for line in notes if "mean:" in line)
+    assert f"{a:.4g} for clean" in line and f"{b:.4g} for outliers" in line
+    assert ("Warning: the outliers cost less" in notes[-1]) != dearer
+    assert "of 64 training images" in notes[0] and "Expected to be left out" in "".join(notes)
+    for known in (np.zeros(64, dtype=bool), None):
+        objective.dataset.outliers = known
+        assert not any("mean:" in line for line in objective.notes())
+    baseline = make(contrasts(clean, outlier), method="ddgan", tau=0.0)
+    assert baseline.notes()[0].startswith("Transport cost (pixels), mean")
 
 
-def test_cost_by_origin_is_the_mean_over_images():
-    """E ||x_0 - x_{t+1}||^2 over t, for constant images: d ((1 - abar)^2 x^2 + 1 - abar^2)."""
-    data = Images(n=400)
-    data.pixels = torch.where(torch.from_numpy(data.outliers)[:, None, None, None], 255, 128).expand(-1, 1, 8, 8).byte()
-    steps = DiffusionSteps(4)
-    got = cost_by_origin(TransportCost("pixels", data, steps, CPU), data, steps, CPU)
-    abar = steps.abar[1:].double()
-    want = [64 * float(((1 - abar) ** 2 * x**2 + 1 - abar**2).mean()) for x in (0.5 / 127.5, 1.0)]
-    np.testing.assert_allclose(got, want, rtol=0.05)
+def test_the_first_step_logs_the_costs():
+    objective = make(contrasts(0.2, 0.8))
+    objective.notes()
+    images, stats = objective.dataset.pixels[:8], Stats(CPU)
+    objective.step(images, objective.dataset.onehot(torch.arange(8)), 0, stats)
+    log = stats.reduce()
+    assert log["Cost/mean"]["mean"] == pytest.approx(float(objective.losses.cost.of_training().mean()))
+    assert sum(v["mean"] for k, v in log.items() if k.startswith("Cost/bin")) == pytest.approx(1)
+    objective.step(images, objective.dataset.onehot(torch.arange(8)), 8, stats)
+    assert not any(name.startswith("Cost/") for name in stats.reduce())
+
+
+def test_in_the_end_the_log_says_what_the_potential_prices_out(tmp_path):
+    objective = make(contrasts(0.2, 0.8))
+    drawn = []
+    objective.draw_sheet = lambda images, path: drawn.append((images, path))
+    objective.trained["potential"].net.forward = lambda x_t, t, x_next, labels: 20 * x_t.std(dim=(1, 2, 3)) - 8
+    (line,) = objective.finish(str(tmp_path))
+    assert "prices out 25.0% of 64" in line and "0.0% of the clean images, 100.0% of the outliers" in line
+    images, path = drawn[0]
+    assert images.shape == (64, 8, 8, 1) and path == str(tmp_path / "expensive.png") and path in line
+    order = images.astype(float).std(axis=(1, 2, 3))
+    assert order[:16].min() > order[16:].max()
+
+
+def test_labels_by_the_posterior_are_the_same_in_both_losses():
+    data = Images()
+    p = np.full([8, 4], 0.25)
+    objective = make(data)
+    objective.posterior_labels = PosteriorLabels(compress(p, data.labels), "sample", CPU)
+    images, labels, _, draws = batch(objective)
+    draws["items"] = torch.arange(8)
+    seen = []
+    for trained in objective.trained.values():
+        trained.net.register_forward_pre_hook(lambda _, args: seen.append(args[3]))
+    objective.potential_loss(False, images, labels, draws, Stats(CPU))
+    objective.loss(images, labels, draws, Stats(CPU))
+    want = torch.nn.functional.one_hot(objective.posterior_labels.classes(draws["items"], draws["label"]), 4).float()
+    assert len(seen) == 5 and all(torch.equal(given, want) for given in seen) and not torch.equal(want, labels)
+
+
+def test_a_run_with_the_robust_cost_of_version_0_1_does_not_go_on():
+    with pytest.raises(UserError, match="compared pixels"):
+        make(cost="robust", distance="pixels")
 
 
 def test_snapshot_says_how_it_was_trained():

@@ -12,24 +12,31 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch.nn.functional import logsigmoid, softplus
 
-from archives.dataset import ImageDataset
+import dnnlib
+from archives.dataset import ImageDataset, to_float
 from torch_utils.training_stats import Stats
 from training.config import RunConfig
+from training.left_out import describe_costs, expected_weights
 from training.networks_ddgan import GROUP, DDGANGenerator, Potential
 from training.noise_levels import DiffusionSteps
 from training.objective import Objective, Phase
+from training.objectives.dsm import without
+from training.objectives.posterior_labels import PosteriorLabels
 from training.trained_network import TrainedNetwork, cosine_decay, linear_rampup
-from training.transport_cost import TransportCost, cost_by_origin
+from training.transport_cost import TransportCost, spread
 
 __all__ = ["CONJUGATES", "DDGAN", "GROUP", "RDUOT", "TransportLosses", "ema_halflife", "gradient_penalty"]
 
+LOOK_AT, SHEET = 2048, 64  # training images that the log looks at, at most; images of the picture
 FINAL_LR = 1e-5  # the learning rates decay to this
 EMA_RAMPUP = 0.25  # longest half-life of the EMA as a share of the images seen: a GAN's weights circle
 
@@ -42,6 +49,16 @@ def chi_conjugate(x: torch.Tensor) -> torch.Tensor:
 
 # Psi*: the convex conjugates of what unbalanced transport pays (Choi et al. 2023, section 3).
 CONJUGATES = {"linear": lambda x: x, "kl": torch.exp, "chi": chi_conjugate, "softplus": softplus}
+
+
+def slope(psi: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[np.ndarray], np.ndarray]:
+    """Return the derivative of a conjugate."""
+
+    def derivative(x: np.ndarray) -> np.ndarray:
+        x = torch.from_numpy(np.asarray(x, dtype=np.float64)).requires_grad_()
+        return torch.autograd.grad(psi(x).sum(), x)[0].numpy()
+
+    return derivative
 
 
 def gradient_penalty(output: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -112,11 +129,31 @@ class RDUOT(Objective):
     method = "rduot"
     log_sigmoid = False  # see TransportLosses
 
-    def __init__(self, config: RunConfig, dataset: ImageDataset, device: torch.device):
+    def __init__(
+        self,
+        config: RunConfig,
+        dataset: ImageDataset,
+        device: torch.device,
+        *,
+        posterior_labels: PosteriorLabels | None = None,
+        draw_sheet: Callable[[np.ndarray, str], None] | None = None,
+    ):
+        """Take labels that replace those of the data set (None: its own).
+
+        `draw_sheet(images uint8 [n,H,W,C], path)` writes a picture of images. UserError: the cost does not fit.
+        """
         super().__init__(config, dataset, device)
+        self.posterior_labels, self.draw_sheet = posterior_labels, draw_sheet
+        self.train_indices = None if posterior_labels is None else posterior_labels.train_indices
         c = config.rduot
+        if c.cost == "robust" and c.distance == "pixels":
+            raise dnnlib.UserError(
+                "the run began with the robust cost of version 0.1, which compared pixels; it cannot go on with "
+                "today's. Start a new run from its weights"
+            )
         self.steps = DiffusionSteps(c.num_timesteps, c.beta_min, c.beta_max, device, bool(c.geometric))
         cost = TransportCost(c.cost, dataset, self.steps, device)
+        self.cost_statistics: dict[str, float] = {}  # about the costs of the training images, not logged yet
         self.losses = TransportLosses(self.steps, cost, c.tau, c.phi1, c.phi2, c.r1_gamma, self.log_sigmoid)
 
     def build(self) -> dict[str, TrainedNetwork]:
@@ -157,10 +194,30 @@ class RDUOT(Objective):
         ]
 
     def draw(self, images: torch.Tensor, generator: torch.Generator) -> dict:
-        """Draw the random numbers of both losses."""
+        """Draw the random numbers of both losses, and of the labels where they are drawn."""
         x_0 = torch.empty(images.shape, device=self.device)
         nz = self.config.network.kwargs["nz"]
-        return {name: self.losses.draw(x_0, nz, generator) for name in ("potential", "generator")}
+        draws = {name: self.losses.draw(x_0, nz, generator) for name in ("potential", "generator")}
+        if self.posterior_labels is not None:
+            draws["label"] = torch.rand(len(images), generator=generator, device=self.device)
+        return draws
+
+    def step(self, images: torch.Tensor, labels: torch.Tensor, nimg: int, stats: Stats, *args: Any) -> None:
+        """Take one step (see Objective). The first one logs what the training images cost."""
+        for name, value in self.cost_statistics.items():
+            stats.add(f"Cost/{name}", value)
+        self.cost_statistics = {}
+        super().step(images, labels, nimg, stats, *args)
+
+    def choose_labels(self, labels: torch.Tensor, draws: dict, stats: Stats) -> torch.Tensor:
+        """Return the labels of a step [n,C], the same in both losses; zeros where a posterior leaves no label.
+
+        A pair of a training image and a label drawn from its posterior is distributed as clean data, at every step of
+        the diffusion and so for the real pairs of the potential (docs/methods/posterior.md).
+        """
+        if self.posterior_labels is None:
+            return labels
+        return without(*self.posterior_labels.onehot(draws, labels.shape[1], stats))
 
     def _with_labels(self, labels: torch.Tensor, training: str) -> tuple[Callable, Callable]:
         # D and G with their labels filled in; the one in training is called through its DDP wrapper.
@@ -173,7 +230,7 @@ class RDUOT(Objective):
     ) -> torch.Tensor:
         """Compute the loss [n] of the potential."""
         x_0, _ = self.prepare(images, draws)
-        nets = self._with_labels(labels, "potential")
+        nets = self._with_labels(self.choose_labels(labels, draws, stats), "potential")
         loss, report = self.losses.potential(*nets, x_0, draws["potential"], penalize)
         for name, value in report.items():
             stats.add(f"Potential/{name}", value)
@@ -182,23 +239,71 @@ class RDUOT(Objective):
     def loss(self, images: torch.Tensor, labels: torch.Tensor, draws: dict, stats: Stats) -> torch.Tensor:
         """Compute the loss [n] of the generator."""
         x_0, _ = self.prepare(images, draws)
+        labels = self.choose_labels(labels, draws, stats)
         return self.losses.generator(*self._with_labels(labels, "net"), x_0, draws["generator"])
 
     def notes(self) -> list[str]:
-        """Say what clean images and outliers cost, when the archive records its outliers."""
-        costs = cost_by_origin(self.losses.cost, self.dataset, self.steps, self.device)
-        if costs is None:
-            return []
-        clean, outliers = costs
-        lines = [
-            f"Transport cost ({self.losses.cost.kind}), mean: {clean:.4g} for clean images, {outliers:.4g} for outliers"
-        ]
-        if outliers <= clean and self.losses.tau > 0:
+        """Say what the training images cost, what is expected to be left out, and what becomes of the labels.
+
+        When the archive records its outliers: also what these cost.
+        """
+        lines = [] if self.posterior_labels is None else self.posterior_labels.notes()
+        cost, tau = self.losses.cost, self.losses.tau
+        if tau > 0:
+            costs = cost.of_training()
+            w = expected_weights(tau * costs, *(slope(CONJUGATES[phi]) for phi in (self.losses.phi1, self.losses.phi2)))
+            found, self.cost_statistics = describe_costs(costs, w, cost.before_limit(costs))
+            lines += [f"Transport cost ({cost.kind}) of {len(costs):,} training images:", *found]
+        known = self.dataset.outliers
+        if known is None or known.all() or not known.any():
+            return lines
+        flags = torch.from_numpy(known)
+        clean, outliers = (
+            cost.of_training(spread(mask.nonzero().flatten(), LOOK_AT)).mean() for mask in (~flags, flags)
+        )
+        lines.append(f"Transport cost ({cost.kind}), mean: {clean:.4g} for clean images, {outliers:.4g} for outliers")
+        if outliers <= clean and tau > 0:
             lines.append(
                 "Warning: the outliers cost less than the clean images, so unbalanced transport prefers them; "
                 "try another cost"
             )
         return lines
+
+    @torch.no_grad()
+    def finish(self, run_dir: str) -> list[str]:
+        """Say which training images the potential prices out, and draw the most expensive ones: `expensive.png`.
+
+        The potential weighs a training image by Psi2*'(-D). One whose weight is less than half of the median is priced
+        out: hardly any image like it is made.
+        """
+        items = spread(torch.arange(len(self.dataset)), LOOK_AT)
+        draws = torch.Generator(self.device).manual_seed(0)
+        net, values = self.trained["potential"].net, []
+        for part in items.split(LOOK_AT // 8):
+            x_0 = to_float(self.dataset.images(part).to(self.device))
+            t, labels = torch.zeros(len(x_0), dtype=torch.int64, device=self.device), self.dataset.onehot(part)
+            noise = [torch.randn(x_0.shape, generator=draws, device=self.device) for _ in range(2)]
+            x_t, x_next = self.steps.pair(x_0, t, *noise)
+            values.append(net(x_t, t, x_next, labels.to(self.device)).double().cpu())
+        price = torch.cat(values).numpy()
+        with torch.enable_grad():
+            weight = slope(CONJUGATES[self.losses.phi2])(-price)
+        out = weight < np.median(weight) / 2
+        line = f"The potential prices out {out.mean():.1%} of {len(items):,} training images"
+        if self.dataset.outliers is not None:
+            outlier = self.dataset.outliers[items.numpy()]
+            shares = [
+                f"{out[mask].mean():.1%} of the {name}"
+                for name, mask in (("clean images", ~outlier), ("outliers", outlier))
+                if mask.any()
+            ]
+            line += f": {', '.join(shares)}"
+        if self.draw_sheet is None:
+            return [f"{line}."]
+        dearest = items[torch.from_numpy(np.argsort(-price)[:SHEET].copy())]
+        path = os.path.join(run_dir, "expensive.png")
+        self.draw_sheet(self.dataset.images(dearest).permute(0, 2, 3, 1).numpy(), path)
+        return [f"{line}. The {len(dearest)} most expensive ones: {path}"]
 
     def loss_settings(self) -> dict[str, Any]:
         """Return the method's own settings."""

@@ -1,0 +1,116 @@
+"""The core of a set and the distance from it: against scikit-learn, against loops, and in closed form."""
+
+import numpy as np
+import pytest
+import torch
+from sklearn.covariance import MinCovDet
+
+from training.connected_core import connected_core, nearest, reached, separate_groups, thinned
+from training.core_distance import CoreDistance
+from training.image_features import image_features
+from training.robust_core import find_core
+
+
+def cloud(n, mean, seed, d=6, wide=1.0):
+    return mean + wide * np.random.default_rng(seed).normal(size=[n, d])
+
+
+@pytest.mark.parametrize("far, wide", [(8, 1.0), (3, 0.1), (0, 12.0)])
+def test_the_core_is_that_of_scikit_learn(far, wide):
+    """Outliers far away, all alike, or scattered: the determinant is as small as that of scikit-learn's FAST-MCD."""
+    turn = np.linalg.qr(np.random.default_rng(2).normal(size=[6, 6]))[0]
+    x = np.concatenate([cloud(400, 0, 0) * [1, 1, 2, 3, 3, 4], cloud(100, far, 1, wide=wide)]) @ turn
+    ours, theirs = find_core(x, share=0.75), MinCovDet(support_fraction=0.75, random_state=0).fit(x)
+    members = [ours.members, theirs.raw_support_]
+    a, b = (np.linalg.slogdet(np.cov(x[m].T, bias=True))[1] for m in members)
+    assert a <= b + 0.02
+    if far == 8:  # scikit-learn ends in a minimum that takes outliers in
+        assert a < b - 1 and not ours.members[400:].any()
+    else:
+        assert np.mean(members[0] != members[1]) <= 0.03
+        np.testing.assert_allclose(ours.mean, theirs.raw_location_, atol=0.2)
+
+
+def test_nearest_agrees_with_a_loop():
+    x = cloud(40, 0, 0, d=3)
+    for anchors, same in ((x, True), (x[:15] + 0.1, False)):
+        rows, distances = nearest(x, anchors, 4, same)
+        for i in range(40):
+            d = np.linalg.norm(anchors - x[i], axis=1)
+            d[i if same else []] = np.inf
+            assert rows[i].tolist() == d.argsort()[:4].tolist()
+            np.testing.assert_allclose(distances[i], np.sort(d)[:4], rtol=1e-3)
+
+
+def test_the_walk_ends_in_the_solution_of_its_equation():
+    rng = np.random.default_rng(0)
+    rows, core = np.array([rng.permutation(30)[:3] for _ in range(30)]), rng.random(30) < 0.3
+    P = np.zeros([30, 30])
+    P[np.arange(30)[:, None], rows] = 1 / 3
+    r = np.linalg.solve(np.eye(30) - 0.95 * P.T, 0.05 * core / core.sum())
+    np.testing.assert_allclose(reached(rows, core), 30 * r, atol=0.01)
+    assert reached(rows, core).mean() == pytest.approx(1)
+
+
+def test_dense_places_are_thinned_out():
+    x = np.concatenate([cloud(300, 0, 0), cloud(300, 9, 1, wide=0.05)])
+    rows, distances = nearest(x, x, 20, same=True)
+    kept = thinned(rows, distances, 0)
+    assert kept[300:].mean() < 0.2 < 0.8 < kept[:300].mean()
+
+
+@pytest.mark.parametrize("far, count, found", [(9, 200, True), (1.5, 200, False), (9, 400, False)])
+def test_a_separate_group_is_small_and_far(far, count, found):
+    x = np.concatenate([cloud(800, 0, 0), cloud(count, far, 1, wide=0.5)])
+    rows, _ = nearest(x, x, 10, same=True)
+    apart = separate_groups(x, rows)
+    assert apart[800:].mean() == found and not apart[:800].any()
+
+
+@pytest.mark.parametrize("share", [0.02, 0.1, 0.2])
+def test_the_core_has_many_kinds_but_not_the_foreign_ones(share):
+    """Six kinds in a row that touch each other, one rare; foreign points are as near to the mean as the ends."""
+    rng = np.random.default_rng(0)
+    kind = np.repeat(np.arange(6), [200, 200, 60, 200, 200, 140])
+    clean = rng.normal(size=[1000, 6])
+    clean[:, 0] += 3 * kind - 7.5
+    foreign = 0.5 * rng.normal(size=[round(1000 * share / (1 - share)), 6]) + [0, 8, 0, 0, 0, 0]
+    core = connected_core(np.concatenate([clean, foreign]))
+    assert core[1000:].mean() <= 0.01
+    assert min(core[:1000][kind == k].mean() for k in range(6)) > 0.5
+    assert connected_core(np.ones([100, 3])).any() and connected_core(rng.normal(size=[20, 3])).all()
+
+
+def images(n, size, seed=0):
+    coarse = torch.rand([n, 1, 8, 8], generator=torch.Generator().manual_seed(seed))
+    return 2 * coarse.repeat_interleave(size // 8, 2).repeat_interleave(size // 8, 3) - 1
+
+
+@pytest.mark.parametrize("size", [8, 32])
+def test_the_distance_is_that_to_the_nearest_image_of_the_core(size):
+    features = image_features(images(300, size)).double().numpy()
+    found = CoreDistance(features)
+    center, spread, mean, axes, anchors = (part.double().numpy() for part in found._parts)
+    others = image_features(images(20, size, seed=1) * 1.5).double().numpy()
+    points = (np.clip((others - center) / spread, -4, 4) - mean) @ axes
+    want = np.square(points[:, None] - anchors).sum(axis=2).min(axis=1)
+    np.testing.assert_allclose(found.of_features(torch.from_numpy(others).float()), want, rtol=1e-3)
+    # In units of what is usual: 99% of the core lie below 1, each image without itself.
+    assert np.mean(found.training[found.core] <= 1) == pytest.approx(0.99, abs=0.005)
+    own = found.of_features(torch.from_numpy(features).float()).numpy()
+    assert own[found.core].max() < 1e-3
+    np.testing.assert_allclose(own[~found.core], found.training[~found.core], rtol=1e-3)
+    covariance = np.cov(anchors.T, bias=True) / (anchors.var(axis=0).max())
+    assert np.abs(covariance - np.diag(np.diag(covariance))).max() < 1e-3  # along principal axes
+
+
+def test_the_distance_has_gradients():
+    found = CoreDistance(image_features(images(300, 8)).double().numpy())
+    x = images(3, 8, seed=1).mul(0.9).requires_grad_()
+    d = found(x)
+    (gradient,) = torch.autograd.grad(d.sum(), x)
+    step = 1e-3 * gradient / gradient.norm()
+    slope = (found(x.detach() + step) - found(x.detach() - step)).sum() / 2e-3
+    assert float(slope) == pytest.approx(float(gradient.norm()), rel=0.05)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(found(x), d)

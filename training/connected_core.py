@@ -1,0 +1,156 @@
+"""The core of a set of images that may be of several kinds: what is connected with its center, through neighbors.
+
+`find_core` alone describes one cloud. Images of ten classes are ten clouds, and foreign images may be as near to their
+common center as the rarest class. But the classes touch each other, and foreign images touch hardly any: of the ten
+nearest neighbors of a usual image, next to none is foreign. So the core starts at the center and grows through
+neighbors (a random walk with restart: Page et al., 1999; Tong et al., ICDM 2006):
+
+    r = RESTART u + (1 - RESTART) P^T r,    u: uniform on the core; P[i,j] = 1/k for the k nearest neighbors j of i
+
+Those with N r > REACHED are the next core, until it stays as it is. Two more steps keep a fifth of foreign images that
+are all alike from being the center themselves: the search for the center thins dense places out, and groups that hardly
+anything connects with the rest are left out (the cut of least conductance: Shi and Malik, TPAMI 2000).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from scipy.sparse import csr_array, diags_array
+from scipy.sparse.linalg import ArpackNoConvergence, eigsh
+
+from training.robust_core import find_core, whitened
+
+__all__ = ["connected_core", "nearest", "reached", "separate_groups", "thinned"]
+
+NEIGHBORS, NEARBY = 10, 20  # neighbors of the walk, and of the search for dense places
+CENTER = 0.5  # share of the thinned points that the search for the center takes for the core
+RESTART, REACHED = 0.05, 0.08
+STEPS, ROUNDS = 100, 20  # of the walk, and of the growth at most
+CONDUCTANCE, GROUP = 0.004, 0.25  # a separate group: largest conductance of its cut, largest share of the points
+GAP = 1.3  # and its least distance from the rest: median, squared, relative to the usual one at most
+USUAL = 0.99  # quantile of the core's distances from each other that counts as usual
+FEW = 50  # so few points are all core
+CHUNK = 1024
+
+
+def connected_core(x: np.ndarray, seed: int = 0) -> np.ndarray:
+    """Return which of the points x [N,d] form the core, bool [N]. It takes memory for N x NEARBY numbers."""
+    n = len(x)
+    if n < FEW:
+        return np.ones(n, dtype=bool)
+    rows, distances = nearest(x, x, min(NEARBY, n - 1), same=True)
+    kept = thinned(rows, distances, seed)
+    rows = rows[:, :NEIGHBORS]
+    apart = separate_groups(x, rows)
+    center = kept & ~apart
+    found = find_core(x[center], CENTER, starts=1, seed=seed)
+    distance = found.distance(x)
+    core = (distance <= np.quantile(distance[center], CENTER)) & ~apart
+    for _ in range(ROUNDS):
+        grown = (reached(rows, core) > REACHED) & ~apart
+        if not grown.any():
+            break
+        core, before = grown, core
+        if (core != before).sum() <= n / 1000:
+            break
+    return core
+
+
+def nearest(x: np.ndarray, anchors: np.ndarray, k: int, same: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """Return rows int64 and distances float32 [N,k] of the anchors [A,d] nearest to each point x [N,d], ascending.
+
+    `same`: the anchors are the points themselves, in this order; a point is not its own neighbor.
+    """
+    points, anchors = (torch.from_numpy(np.asarray(a, dtype=np.float32)) for a in (x, anchors))
+    rows, distances = [], []
+    for start in range(0, len(points), CHUNK):
+        distance = torch.cdist(points[start : start + CHUNK], anchors)
+        if same:
+            own = torch.arange(len(distance))
+            distance[own, start + own] = torch.inf
+        found = distance.topk(k, dim=1, largest=False)
+        rows.append(found.indices)
+        distances.append(found.values)
+    return torch.cat(rows).numpy(), torch.cat(distances).numpy()
+
+
+def thinned(rows: np.ndarray, distances: np.ndarray, seed: int) -> np.ndarray:
+    """Return which points stay, bool [N], if of neighbors closer than usual only one stays.
+
+    `rows`, `distances` [N,k]: their neighbors. Usual is the median distance to the fifth one.
+    """
+    close = distances < np.median(distances[:, min(4, distances.shape[1] - 1)])
+    kept, gone = np.zeros((2, len(rows)), dtype=bool)
+    for i in np.random.default_rng(seed).permutation(len(rows)):
+        if not gone[i]:
+            kept[i] = True
+            gone[rows[i, close[i]]] = True
+    return kept
+
+
+def reached(rows: np.ndarray, core: np.ndarray) -> np.ndarray:
+    """Return N r [N] of the walk from the points `core` (bool [N]) through neighbors `rows` [N,k]; its mean is 1."""
+    n, k = rows.shape
+    backwards = csr_array((np.full(n * k, 1 / k), (rows.ravel(), np.repeat(np.arange(n), k))), shape=(n, n))
+    u = core / core.sum()
+    r = u
+    for _ in range(STEPS):
+        r = RESTART * u + (1 - RESTART) * (backwards @ r)
+    return n * r
+
+
+def separate_groups(x: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Return which of the points x [N,d] belong to groups that hardly anything connects with the rest, bool [N].
+
+    `rows` [N,k]: their neighbors. A group has at most the share GROUP of the points, its cut at most CONDUCTANCE of its
+    edges, and it is far from the rest (GAP).
+    """
+    n, k = rows.shape
+    edges = csr_array((np.ones(n * k), (np.repeat(np.arange(n), k), rows.ravel())), shape=(n, n))
+    edges = (edges + edges.T).tocsr()
+    apart = np.zeros(n, dtype=bool)
+    while (~apart).sum() >= FEW:
+        left = np.flatnonzero(~apart)
+        for cut in _cuts(edges[left][:, left]):
+            group = np.zeros(n, dtype=bool)
+            group[left[cut]] = True
+            rest = ~apart & ~group
+            if (apart | group).mean() <= GROUP and _is_far(x, group, rest):
+                apart |= group
+                break
+        else:
+            break
+    return apart
+
+
+def _cuts(edges: csr_array) -> list[np.ndarray]:
+    """Return the smaller sides of cuts of small conductance, bool [n]: one at most per eigenvector of the graph."""
+    n, degree = edges.shape[0], np.asarray(edges.sum(axis=1)).ravel()
+    half = diags_array(1 / np.sqrt(np.maximum(degree, 1e-12)))
+    try:
+        values, vectors = eigsh(half @ edges @ half, k=8, which="LA", tol=1e-3, v0=np.ones(n), maxiter=300)
+    except ArpackNoConvergence as e:
+        values, vectors = e.eigenvalues, e.eigenvectors
+    found, graph = [], edges.tocoo()
+    for vector in (half @ vectors).T[np.argsort(-values)]:
+        order = np.argsort(vector)
+        place = np.empty(n, dtype=np.int64)
+        place[order] = np.arange(n)
+        a, b = place[graph.row], place[graph.col]
+        ends = np.bincount(np.minimum(a, b), graph.data / 2, n) - np.bincount(np.maximum(a, b), graph.data / 2, n)
+        volume = degree[order].cumsum()
+        smaller = np.minimum(volume, volume[-1] - volume)
+        conductance = np.where(smaller > 0, ends.cumsum() / np.maximum(smaller, 1e-12), np.inf)
+        conductance[smaller < volume[-1] / 200] = np.inf
+        best = int(conductance.argmin())
+        if conductance[best] <= CONDUCTANCE:
+            first = place <= best
+            found.append(first if volume[best] <= volume[-1] / 2 else ~first)
+    return found
+
+
+def _is_far(x: np.ndarray, group: np.ndarray, rest: np.ndarray) -> bool:
+    y, _, _ = whitened(x, rest)
+    usual = nearest(y[rest], y[rest], 1, same=True)[1]
+    return float(np.median(nearest(y[group], y[rest], 1)[1])) ** 2 > GAP * float(np.quantile(usual, USUAL)) ** 2

@@ -1,0 +1,95 @@
+"""What unbalanced transport is expected to leave out, from the costs of the training images alone.
+
+At the optimum (docs/methods/rduot.md, "What is left out") the potential is k + tau c on images that are made, and an
+image of cost c is made w(c) times as often as it is in the data:
+
+    w(c) = Psi2*'(-k - tau c) / Psi1*'(k),    k such that the mean of w over the data is 1
+
+Whether the costs form two groups needs no truth either: there is a valley between them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+__all__ = ["Group", "describe_costs", "expected_weights", "expensive_group"]
+
+LEAST = 20  # images of a group; fewer may be an accident
+VALLEY = 0.5  # a valley is at most this high, relative to the lower one of the tops beside it
+GRID, BINS, WIDTH = 512, 12, 40  # points of the density; bins of the histogram, and the length of its longest bar
+MUCH = 0.3  # a share to warn about
+
+Slope = Callable[[np.ndarray], np.ndarray]
+
+
+def expected_weights(tau_cost: np.ndarray, slope1: Slope, slope2: Slope) -> np.ndarray:
+    """Return w [N] for the values tau c [N] of the training images; `slope1`, `slope2`: derivatives of Psi1*, Psi2*."""
+    low, high = -50.0 - float(tau_cost.max()), 50.0
+    for _ in range(100):  # the mean of w falls as k rises
+        k = (low + high) / 2
+        with np.errstate(over="ignore"):
+            w = slope2(-k - tau_cost) / np.maximum(slope1(np.array(k)), 1e-300)
+        low, high = (k, high) if w.mean() > 1 else (low, k)
+    return w / w.mean()
+
+
+@dataclass
+class Group:
+    """The expensive ones among N images, apart from the others."""
+
+    above: float  # the least value of the group
+    share: float  # of the images
+
+
+def expensive_group(values: np.ndarray) -> Group | None:
+    """Return the group of the largest ones among values [N] that a valley of their density separates, or None.
+
+    The density is a sum of normal densities, as wide as Silverman's rule says. The group has at least LEAST images, and
+    less than half of all. Of several valleys, the lowest one counts.
+    """
+    low, high = np.quantile(values, [0.25, 0.75])
+    width = 0.9 * min(float(values.std()), (high - low) / 1.34 or np.inf) * len(values) ** -0.2
+    if width <= 0:
+        return None
+    grid = np.linspace(values.min() - 3 * width, values.max() + 3 * width, GRID)
+    step = grid[1] - grid[0]
+    counts = np.histogram(values, bins=np.append(grid - step / 2, grid[-1] + step / 2))[0]
+    reach = int(np.ceil(4 * width / step))
+    density = np.convolve(counts, np.exp(-0.5 * (np.arange(-reach, reach + 1) * step / width) ** 2), mode="same")
+    # The highest top on either side of each point, and how many values lie above it.
+    left, right = np.maximum.accumulate(density), np.maximum.accumulate(density[::-1])[::-1]
+    number = counts[::-1].cumsum()[::-1]
+    depth = density / np.maximum(np.minimum(left, right), 1e-300)
+    allowed = (number >= LEAST) & (number < len(values) / 2) & (depth < VALLEY)
+    if not allowed.any():
+        return None
+    above = float(grid[np.where(allowed, depth, np.inf).argmin()])
+    return Group(above, float((values > above).mean()))
+
+
+def describe_costs(costs: np.ndarray, weights: np.ndarray, values: np.ndarray) -> tuple[list[str], dict[str, float]]:
+    """Return lines about the costs [N] of training images, and the same as numbers by name.
+
+    `weights` [N]: of `expected_weights`; `values` [N]: what the costs come from, before a limit below which nothing
+    costs. The lines are a histogram of the values, whether they form two groups, and the share expected to be left out.
+    """
+    edges = np.unique(np.linspace(*np.quantile(values, [0.005, 0.995]), BINS - 1))
+    shares = np.histogram(values, bins=np.array([-np.inf, *edges, np.inf]))[0] / len(values)
+    names = [*(f"up to {edge:.3g}" for edge in edges), "above"]
+    bars = ["#" * round(WIDTH * share) or ("." if share else "") for share in shares]
+    lines = [f"  {name:>14s} {share:7.2%} {bar}" for name, share, bar in zip(names, shares, bars, strict=True)]
+    group = expensive_group(values)
+    left_out = 1 - float(weights.mean() / weights.max())
+    lines.append("  They form one group.")
+    if group is not None:
+        apart = f"{group.share:.1%} of the images, above {group.above:.3g}, are apart from the others"
+        lines[-1] = f"  They form two groups: {apart}."
+    lines.append(f"  Expected to be left out at this tau: {left_out:.1%} of the images.")
+    if left_out > MUCH:
+        lines.append("  Warning: that is a large share; a smaller tau or another cost keeps more")
+    numbers = dict(mean=float(costs.mean()), left_out=left_out, group=0.0 if group is None else group.share)
+    numbers |= {f"quantile_{q}": float(np.quantile(costs, q / 100)) for q in (50, 90, 95, 99)}
+    return lines, numbers | {f"bin_{i:02d}": float(share) for i, share in enumerate(shares)}
