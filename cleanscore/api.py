@@ -1,0 +1,216 @@
+"""The functions of the package. They choose nothing themselves: the packages below know how each thing is done."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import click
+import numpy as np
+import torch
+
+import dnnlib
+from archives.dataset import ImageDataset
+from archives.label_file import LabelFile
+from cleanscore.paths import find_archive
+from cleanscore.samples import Samples
+from detection.classifier import check_labels
+from detection.inspection import look_for_foreign
+from detection.options import METHODS, detect_options, find_wrong_labels, save_results
+from metrics.options import evaluate_files
+from sampling.ddgan import is_generator
+from sampling.generation import generate_images
+from sampling.guidance import ClassifierFreeGuidance
+from sampling.loading import TrainedDiscriminator, guide, load_denoiser, load_discriminator
+from sampling.options import find_classes
+from sampling.samplers import choose_sampler
+from torch_utils import distributed
+from torch_utils.precision import tf32
+
+__all__ = ["detect", "evaluate", "load", "sample"]
+
+Guidance = float | str | os.PathLike | TrainedDiscriminator
+INCEPTION = "fidelity:inception-v3-compat"  # that of the papers, from the package torch-fidelity
+EVERYWHERE = (0.0, float("inf"))  # the noise levels at which a discriminator corrects
+
+
+def load(
+    path: str | os.PathLike[str], *, device: str = "auto", precision: str | None = None, trust_pickle: bool = False
+) -> torch.nn.Module:
+    """Return the network of a snapshot, ready to sample. Its attribute `class_names` holds names, or None.
+
+    path          a run directory, a snapshot, a folder of `export.py --format=safetensors`, a glob of one, or a URL
+    device        auto, cpu, cuda, mps
+    precision     fp32, tf32, bf16 or fp16; None: as the network was trained
+    trust_pickle  run the code inside the file; only for files that you trust
+
+    UserError: the file is missing or damaged, or its network makes no images.
+    """
+    path = os.fspath(path)
+    form = dict(precision=precision, trust_pickle=trust_pickle, kinds=("denoiser", "generator"))
+    net, net.class_names = load_denoiser(path, _device(device), **form)
+    return net
+
+
+def sample(
+    net: Callable[..., torch.Tensor] | str | os.PathLike[str],
+    n: int,
+    *,
+    classes: int | str | Iterable[int | str] | None = None,
+    guidance: Guidance | Sequence[Guidance] | None = None,
+    seed: int = 0,
+    batch: int = 64,
+    steps: int | None = None,
+    **settings: Any,
+) -> Samples:
+    """Return n images, those of the seeds `seed` to `seed` + n - 1. A seed's image depends on nothing but the seed.
+
+    net       a network that `load` returned, or its path; also a denoiser that is guided already
+    classes   a class by number or name, several of them in turn, or text as `generate.py --class` takes it, such as
+              "cat,dog" or "0-9": seed s gets class number s mod their count. None: each seed draws its own
+    guidance  a number s: classifier-free guidance D_0 + s (D_y - D_0); a discriminator of `train_discriminator.py`, by
+              its path: SBDC; or a list of both
+    batch     images at a time
+    steps     of the sampler (18)
+    settings  further arguments of the sampler: S_churn, sigma_min, solver, ... (docs/methods/edm.md)
+
+    UserError: a class or a discriminator does not fit the network, or a generator is asked for steps or guidance.
+    """
+    net = load(net) if isinstance(net, (str, os.PathLike)) else net
+    guidances = [] if guidance is None else guidance if isinstance(guidance, (list, tuple)) else [guidance]
+    given = settings if steps is None else settings | dict(num_steps=steps)
+    if is_generator(net) and (given or guidances):
+        raise dnnlib.UserError("the network is a generator: its steps are fixed, and nothing guides it")
+    inner = net
+    while not isinstance(inner, torch.nn.Module):  # a guided denoiser
+        inner = inner.net
+    device, names = next(inner.parameters()).device, getattr(inner, "class_names", None)
+    wanted = None if classes is None else _numbers(classes, net.label_dim, names)
+    for one in sorted(guidances, key=lambda one: not isinstance(one, (int, float))):  # SBDC's gate stands outermost
+        net = _guided(net, one, device)
+    sampler = choose_sampler(net, **given)
+    seeds = list(range(seed, seed + n))
+    class_idx = wanted and [wanted[s % len(wanted)] for s in seeds]
+    parts = list(generate_images(net, seeds, device=device, class_idx=class_idx, batch=batch, sampler=sampler))
+    if not parts:
+        raise dnnlib.UserError(f"n is {n}, expected 1 or more")
+    _, images, labels = zip(*parts, strict=True)
+    return Samples(np.concatenate(images), None if labels[0] is None else np.concatenate(labels), seeds, names)
+
+
+def _guided(net: Callable[..., torch.Tensor], guidance: Guidance, device: torch.device) -> Callable[..., torch.Tensor]:
+    if isinstance(guidance, (int, float)):
+        return ClassifierFreeGuidance(net, float(guidance))
+    if not isinstance(guidance, TrainedDiscriminator):
+        guidance = load_discriminator(os.fspath(guidance), device)
+    return guide(net, guidance, device, gate=EVERYWHERE)
+
+
+def _numbers(classes: int | str | Iterable[int | str], count: int, names: Sequence[str] | None) -> list[int]:
+    if not count:
+        raise dnnlib.UserError(f"classes: {classes!r} is asked for, but the network was trained without labels")
+    items = [classes] if isinstance(classes, (int, str, np.integer)) else classes
+    try:
+        numbers = [number for item in items for number in find_classes(str(item), count, names)]
+    except click.UsageError as e:
+        found = e.message.removeprefix("--class=")
+        raise dnnlib.UserError(f"classes: {found}") from None
+    if not numbers:
+        raise dnnlib.UserError("classes: is empty; leave it out to draw the classes")
+    return numbers
+
+
+def evaluate(
+    images: Samples | np.ndarray | str | os.PathLike[str],
+    reference: str | os.PathLike[str],
+    *,
+    detector: str = INCEPTION,
+    device: str = "auto",
+    **settings: Any,
+) -> dict[str, Any]:
+    """Return all metrics of a set of images: a dictionary as `fid.py evaluate --out` writes it, with `metrics` in it.
+
+    images     what `sample` returned, an array uint8 [N,H,W,C], or a folder, ZIP, `.npz` or URL
+    reference  real images: an archive, its URL, or the directory of a run that was trained on it
+    detector   what turns images into features: Inception-v3 by default, or "pixels", a classifier's path or URL, ...
+    settings   further fields of `metrics.settings.EvaluationSettings`: `num`, `bootstrap`, `judge`, ...
+
+    UserError: the images do not fit each other, or there is no such detector.
+    """
+    data, device = find_archive(reference), _device(device)
+    with tempfile.TemporaryDirectory() as folder, tf32(False):
+        if isinstance(images, (Samples, np.ndarray)):
+            made = images if isinstance(images, Samples) else Samples(images, None, [])
+            path, name = os.path.join(folder, "images.npz"), "images"
+            np.savez(path, made.images, **({} if made.labels is None else dict(arr_1=made.labels)))
+        else:
+            path = name = find_images(images)
+        (result,) = evaluate_files([path], device, data=data, detector=detector, **settings)
+    return result | dict(images=name)
+
+
+def find_images(path: str | os.PathLike[str]) -> str:
+    """Return the path of images on this machine. UserError: it is a run directory, which holds none to evaluate."""
+    found = find_archive(path)
+    if not dnnlib.is_url(os.fspath(path)) and found != os.fspath(path):
+        raise dnnlib.UserError(f"{path}: is a run; sample it first, cleanscore.sample({str(path)!r}, 1000)")
+    return found
+
+
+def detect(
+    archive: str | os.PathLike[str],
+    *,
+    method: str = "gce",
+    cls: str | os.PathLike[str] | None = None,
+    epochs: int | None = None,
+    foreign: bool = True,
+    seed: int = 0,
+    device: str = "auto",
+    dest: str | os.PathLike[str] | None = None,
+) -> LabelFile:
+    """Return what is wrong with the labels of an archive: `noise_rate`, and for each image `is_clean`, `suggested`, ...
+
+    archive  a ZIP or folder, its URL, or the directory of a run that was trained on it
+    method   gce, cores, or confident, as in detect_noise.py; it trains a classifier
+    cls      a classifier of `train_classifier.py` that decides instead: run directory, snapshot or URL
+    epochs   length of the training; None: what suits the method
+    foreign  look for foreign images and duplicates, too
+    dest     label file X.npz to write, with X.csv beside it
+
+    UserError: the archive has no labels, or the classifier does not fit it.
+    """
+    if method not in METHODS:
+        raise dnnlib.UserError(f"method {method!r} is unknown; there are {', '.join(METHODS)}")
+    if epochs is not None and epochs < 1:
+        raise dnnlib.UserError(f"epochs is {epochs}, expected 1 or more")
+    path = find_archive(archive)
+    o = dnnlib.EasyDict(_detection.make_context("detect", ["--data", path]).params)
+    o.update(method=method, cls=cls and os.fspath(cls), epochs=epochs, seed=seed)
+    with tf32(False):
+        device, dataset = _device(device), ImageDataset(path)
+        check_labels(dataset)
+        dnnlib.print_notes([*dataset.notes, *dataset.class_notes()])
+        found, net = find_wrong_labels(o, dataset, device, None)
+        if foreign:
+            look_for_foreign(dataset, found, seed)
+    if dest is not None:
+        save_results(os.fspath(dest), dataset, found, net)
+    return found
+
+
+@click.command()
+@detect_options()
+def _detection(**_: Any) -> None:
+    """Hold the options of detection, for their default values."""
+
+
+def _device(name: str) -> torch.device:
+    """Return the device of a name. UserError: there is none. `auto` is the one that the scripts would choose."""
+    if name == "auto":
+        return distributed.init()
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as e:  # AssertionError: a PyTorch without CUDA
+        raise dnnlib.UserError(f"device {name!r}: {e}") from None

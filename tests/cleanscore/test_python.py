@@ -1,0 +1,259 @@
+"""cleanscore from Python: the examples of the page run, and the functions do what the scripts do."""
+
+import ast
+import json
+import re
+import shutil
+import subprocess
+import sys
+import venv
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+
+import cleanscore
+import detect_noise
+import dnnlib
+import fid
+from dnnlib import downloads
+from tests.support.commands import callers
+from tests.support.generated import make, random_network, read
+from tests.support.paths import FIXTURES, ROOT
+from tests.support.synth import make_archive
+from torch_utils import persistence
+from training.networks_resnet import Discriminator
+
+NAMES = ["cat", "dog", "7"]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """Folder with an archive of three easy classes, a run that was trained on it, and a discriminator."""
+    folder = tmp_path_factory.mktemp("home")
+    rng, labels = np.random.default_rng(0), np.arange(90) % 3
+    images = (rng.random([90, 8, 8, 1]) * 80 + 80 * labels.reshape(-1, 1, 1, 1)).astype(np.uint8)
+    (folder / "datasets").mkdir()
+    pets = make_archive(folder / "datasets" / "pets.zip", images, labels.tolist(), class_names=NAMES)
+    make_archive(folder / "plain.zip", images)
+    run = folder / "training-runs" / "00000-pets"
+    run.mkdir(parents=True)
+    save(run / "network-snapshot-000001.pkl", random_network(), class_names=NAMES)
+    (run / "training_options.json").write_text(json.dumps(dict(dataset=dict(path=str(pets)))))
+    judge = folder / "discriminator-runs" / "00000-pets"
+    judge.mkdir(parents=True)
+    torch.manual_seed(1)
+    net = Discriminator(img_resolution=8, img_channels=1, label_dim=3, depth="small", model_channels=8)
+    save(judge / "network-snapshot-000001.pkl", net.eval())
+    return folder
+
+
+def save(path, net, **info):
+    persistence.save_snapshot(path, dict(ema=net, info=info))
+
+
+@pytest.fixture(scope="module")
+def net(home):
+    return cleanscore.load(home / "training-runs" / "00000-*", device="cpu")
+
+
+def examples(page):
+    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+
+
+def test_the_examples_of_the_page_run_in_order(home, tmp_path, monkeypatch):
+    shutil.copytree(home, tmp_path / "here")
+    monkeypatch.chdir(tmp_path / "here")
+    names = {}
+    for example in examples("docs/python.md"):
+        exec(compile(example, "docs/python.md", "exec"), names)
+    assert names["images"].labels[:4].tolist() == [0, 1, 0, 1] and names["right"].labels[:4].tolist() == [0, 1, 2, 0]
+    assert names["strong"].seeds[0] == 100 and names["result"]["metrics"]["fid"] > 0
+    assert {"cats-and-dogs.png", "out", "labels.npz", "labels.csv"} <= {p.name for p in (tmp_path / "here").iterdir()}
+
+
+def test_every_public_function_has_an_example_on_the_page():
+    called = {
+        node.func.attr
+        for example in examples("docs/python.md")
+        for node in ast.walk(ast.parse(example))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+    }
+    public = {*cleanscore.__all__, *(name for name in vars(cleanscore.Samples) if not name.startswith("_"))}
+    fields = {"Samples", "images", "labels", "seeds", "class_names"}
+    assert public - fields <= called
+
+
+# load and sample
+
+
+@pytest.mark.parametrize(
+    ("options", "arguments"),
+    [
+        ([], {}),
+        (["--class=7,cat"], dict(classes=["7", "cat"])),
+        (["--class=0-2"], dict(classes="0-2")),
+        (["--class=1"], dict(classes="dog")),
+        (["--class=1"], dict(classes=1)),
+        (["--class=1", "--cfg=2"], dict(classes=np.int64(1), guidance=2)),
+        (["--S_churn=20", "--rho=5"], dict(S_churn=20, rho=5)),
+        (["--solver=euler"], dict(solver="euler")),
+        (["--discriminator=DISC"], dict(guidance="DISC")),
+        (["--discriminator=DISC", "--cfg=2"], dict(guidance=["DISC", 2.0])),
+    ],
+)
+def test_sample_makes_what_generate_makes(home, net, tmp_path, options, arguments):
+    run, judge = (home / folder / "00000-pets" for folder in ("training-runs", "discriminator-runs"))
+    text = json.loads(json.dumps(arguments, default=int).replace("DISC", str(judge)))
+    found = cleanscore.sample(net, 5, seed=3, steps=3, **text)
+    make(tmp_path / "out", f"--network={run}", "--seeds=3-7", *(o.replace("DISC", str(judge)) for o in options))
+    images, labels = read(tmp_path / "out")
+    assert np.array_equal(found.images, images.transpose(0, 2, 3, 1)) and found.labels.tolist() == labels.tolist()
+    assert found.seeds == [3, 4, 5, 6, 7] and len(found) == 5 and found.class_names == NAMES
+
+
+def test_saved_samples_are_what_generate_writes(home, net, tmp_path):
+    cleanscore.sample(net, 4, steps=3).save(tmp_path / "a.zip")
+    make(tmp_path / "b.zip", f"--network={home}/training-runs/00000-pets", "--seeds=0-3")
+    assert (tmp_path / "a.zip").read_bytes() == (tmp_path / "b.zip").read_bytes()
+    with pytest.raises(dnnlib.UserError, match="exists already"):
+        cleanscore.sample(net, 1, steps=1).save(tmp_path / "a.zip")
+
+
+def test_samples_show_themselves(net):
+    assert cleanscore.sample(net, 2, steps=1)._repr_png_().startswith(b"\x89PNG")
+
+
+def test_a_generator_and_a_network_without_classes(tmp_path):
+    with zipfile.ZipFile(FIXTURES / "v0.1.zip") as archive:
+        path = archive.extract("runs/rduot/network-snapshot-000000.pkl", tmp_path)
+    generator = cleanscore.load(path, device="cpu")
+    assert cleanscore.sample(generator, 2).images.dtype == np.uint8
+    for wrong in (dict(steps=3), dict(S_churn=1), dict(guidance=2)):
+        with pytest.raises(dnnlib.UserError, match="steps are fixed"):
+            cleanscore.sample(generator, 2, **wrong)
+    save(tmp_path / "plain.pkl", random_network(label_dim=0))
+    plain = cleanscore.load(tmp_path / "plain.pkl", device="cpu")
+    assert cleanscore.sample(plain, 2, steps=1).labels is None
+    with pytest.raises(dnnlib.UserError, match="without labels"):
+        cleanscore.sample(plain, 2, classes=0)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda home, net: cleanscore.load(home / "nothing.pkl"), "nothing.pkl: no such file"),
+        (lambda home, net: cleanscore.load(home / "discriminator-runs" / "00000-pets"), "discriminator"),
+        (lambda home, net: cleanscore.load(home, device="abacus"), "abacus"),
+        (lambda home, net: cleanscore.sample(net, 1, classes="cow"), "classes: cow: this network knows classes 0 to 2"),
+        (lambda home, net: cleanscore.sample(net, 1, classes=3), "classes: 3: this network"),
+        (lambda home, net: cleanscore.sample(net, 1, classes=[]), "is empty"),
+        (lambda home, net: cleanscore.sample(net, 0), "n is 0"),
+        (lambda home, net: cleanscore.sample(net, 1, guidance=home / "nothing"), "nothing: no such file"),
+        (lambda home, net: cleanscore.evaluate(home / "nothing.zip", pets(home), **PIXELS), "nothing.zip"),
+        (
+            lambda home, net: cleanscore.evaluate(home / "training-runs" / "00000-pets", pets(home), **PIXELS),
+            "sample it",
+        ),
+        (lambda home, net: cleanscore.evaluate(np.zeros([4, 9, 9, 1], np.uint8), pets(home), **PIXELS), "8x8 gray"),
+        (lambda home, net: cleanscore.evaluate(pets(home), pets(home), detector="none"), "no detector"),
+        (lambda home, net: cleanscore.detect(home / "plain.zip"), "class labels"),
+        (lambda home, net: cleanscore.detect(pets(home), method="dowsing"), "gce, cores"),
+        (lambda home, net: cleanscore.detect(pets(home), epochs=0), "epochs is 0"),
+        (lambda home, net: cleanscore.detect(pets(home), cls=home / "training-runs" / "00000-pets"), "classifier"),
+    ],
+)
+def test_a_mistake_is_an_error_that_names_no_option(home, net, call, words):
+    with pytest.raises(dnnlib.UserError) as error:
+        call(home, net)
+    assert words in error.value.message and not re.search(r"(?<!\S)--\w+: ", error.value.message), error.value.message
+
+
+# evaluate and detect
+
+PIXELS = dict(detector="pixels", judge="none")
+evaluated, _ = callers(fid.main)
+detected, _ = callers(detect_noise.main)
+
+
+def pets(home):
+    return home / "datasets" / "pets.zip"
+
+
+def test_evaluate_gives_the_numbers_of_fid(home, net, tmp_path):
+    images = cleanscore.sample(net, 30, steps=2)
+    images.save(tmp_path / "out")
+    args = [f"--images={tmp_path}/out", f"--data={pets(home)}", "--detector=pixels", "--judge=none", "--device=cpu"]
+    evaluated("evaluate", *args, f"--out={tmp_path}/out.json")
+    theirs = json.loads((tmp_path / "out.json").read_text())
+    for given in (images, tmp_path / "out", str(tmp_path / "out")):
+        for reference in (pets(home), home / "training-runs" / "00000-*"):
+            assert cleanscore.evaluate(given, reference, **PIXELS)["metrics"] == pytest.approx(theirs["metrics"])
+    without = cleanscore.evaluate(images.images, pets(home), **PIXELS)
+    assert without["metrics"]["fid"] == pytest.approx(theirs["metrics"]["fid"]) and without["images"] == "images"
+
+
+def test_a_url_stands_for_an_archive_and_a_network(home, tmp_path, monkeypatch):
+    monkeypatch.setenv("DNNLIB_CACHE_DIR", str(tmp_path))
+    run = home / "training-runs" / "00000-pets" / "network-snapshot-000001.pkl"
+    for name, path in (("pets.zip", pets(home)), ("a.pkl", run)):
+        shutil.copy(path, downloads._cache_path(f"https://example.com/{name}", None, None))
+    net = cleanscore.load("https://example.com/a.pkl", device="cpu")
+    url = "https://example.com/pets.zip"
+    result = cleanscore.evaluate(url, url, **PIXELS)
+    assert result["metrics"]["fid"] == pytest.approx(0, abs=1e-6) and net.class_names == NAMES
+
+
+def test_detect_finds_what_detect_noise_finds(home, tmp_path):
+    found = cleanscore.detect(home / "training-runs" / "00000-pets", epochs=2, dest=tmp_path / "new" / "a.npz")
+    detected(f"--data={pets(home)}", f"--dest={tmp_path}/b.npz", "--epochs=2", "--device=cpu")
+    a, b = (np.load(path) for path in (tmp_path / "new" / "a.npz", tmp_path / "b.npz"))
+    assert set(a) == set(b) and "is_outlier" in a
+    for name in a:
+        np.testing.assert_array_equal(a[name], b[name])
+    assert found.names == b["names"].tolist() and found.noise_rate == b["noise_rate"]
+
+
+# Installation
+
+
+def test_an_ordinary_install_is_refused_in_one_line(monkeypatch):
+    pytest.importorskip("setuptools")
+    monkeypatch.syspath_prepend(ROOT / "cleanscore")
+    import build_backend
+
+    for hook in (build_backend.build_wheel, build_backend.build_sdist, build_backend.get_requires_for_build_wheel):
+        with pytest.raises(SystemExit, match=r"^[^\n]*pip install -e \.$"):
+            hook("anywhere")
+
+
+@pytest.mark.long
+def test_editable_install_in_an_empty_environment(home, tmp_path):
+    """The packages that are needed come from this environment, whose folder the new one reads after its own."""
+    venv.create(tmp_path / "venv", with_pip=True)
+    pip, python = (str(tmp_path / "venv" / "bin" / name) for name in ("pip", "python"))
+    (site,) = (tmp_path / "venv").glob("lib/python3*/site-packages")
+    here = next(path for path in sys.path if path.endswith("site-packages"))
+    (site / "needed.pth").write_text(f"{here}\n")
+    refused = subprocess.run([pip, "install", str(ROOT)], capture_output=True, text=True)
+    assert refused.returncode and "pip install -e ." in refused.stderr, refused.stderr
+    installed = subprocess.run([pip, "install", "--no-deps", "-e", str(ROOT)], capture_output=True, text=True)
+    if "setuptools" in installed.stderr and installed.returncode:
+        pytest.skip("pip cannot reach a registry for setuptools")
+    assert installed.returncode == 0, installed.stderr
+    assert not (site / "training").exists() and not (site / "metrics").exists()
+    code = "import cleanscore; print(cleanscore.sample('training-runs/00000-*', 2, classes='cat', steps=1).labels)"
+    result = subprocess.run([python, "-c", code], cwd=home, capture_output=True, text=True)
+    assert result.stdout.strip().endswith("[0 0]"), result.stderr
+
+
+@pytest.mark.long
+def test_the_notebook_runs(tmp_path):
+    """Its cells are plain Python. They run in one process, in an empty folder."""
+    notebook = json.loads((ROOT / "examples" / "tour.ipynb").read_text())
+    cells = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert not any(cell["outputs"] for cell in notebook["cells"] if cell["cell_type"] == "code")
+    code = f"import sys\nsys.path.insert(0, {str(ROOT)!r})\ndisplay = print\n" + "\n".join(cells)
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
