@@ -55,6 +55,7 @@ OURS = {name(p) for p in SOURCES} | {p.name for p in ROOT.iterdir() if p.is_dir(
 OPTIONAL = {
     "cleanlab",
     "lmdb",
+    "onnx",
     "open_clip",
     "pyarrow",
     "pyspng",

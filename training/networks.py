@@ -675,7 +675,9 @@ class Precond(torch.nn.Module):
                 return self(x, sigma, class_labels, force_fp32, augment_labels)
         dtype = torch.float16 if self.use_fp16 and not force_fp32 and x.device.type == "cuda" else torch.float32
         x = x.to(torch.float32)
-        sigma = torch.as_tensor(sigma, device=x.device).to(torch.float32).reshape(-1, 1, 1, 1)
+        # type_as() names no device, which a trace would keep; as_tensor() does, even for tensors.
+        sigma = sigma if isinstance(sigma, torch.Tensor) else torch.as_tensor(sigma)
+        sigma = sigma.type_as(x).reshape(-1, 1, 1, 1)
         if self.label_dim == 0:
             class_labels = None
         elif class_labels is None:
