@@ -87,7 +87,7 @@ def test_instance_noise_has_no_matrix_to_be_told():
     told, estimated = steps["asym40-classifier"], steps["instance40-classifier"]
     assert (told["noise_type"], told["noise_rate"]) == ("asym", "0.4")
     assert estimated["noise_type"] == "auto" and estimated["label-path"] == "out/instance40-detect/labels.npz"
-    assert "asym40-detect" not in steps  # TDSM needs no detection where T is told
+    assert "instance40-detect" in steps and "asym40-detect" not in steps  # none is needed where T is told
 
 
 def test_the_judge_is_the_same_for_all_seeds():
