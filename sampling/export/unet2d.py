@@ -50,7 +50,8 @@ def unet2d_config(net: torch.nn.Module) -> dict[str, Any] | None:
         downsample_type="resnet",
         upsample_type="resnet",
         attention_head_dim=HEAD,
-        norm_num_groups=groups.pop(),
+        norm_num_groups=min(groups),
+        attn_norm_num_groups=min(groups),  # without it, the attention in the middle has no norm
         norm_eps=1e-5,
         resnet_time_scale_shift="scale_shift",
         num_class_embeds=net.label_dim + 1 if net.label_dim else None,
