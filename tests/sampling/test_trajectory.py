@@ -132,6 +132,19 @@ def test_two_processes_write_the_same_file(network, tmp_path):
     assert not [p for p in tmp_path.iterdir() if "part" in p.name]
 
 
+def test_batches_that_wait_keep_their_order(tmp_path):
+    """A GPU makes the next batch before the last one arrives."""
+    trajectories = Trajectories(str(tmp_path / "t.npz"))
+    sampler = trajectories.record(heun_sampler)
+    for value in (1.0, 2.0, 3.0):
+        sampler(Gaussian(), torch.full([1, 1, 2, 2], value), num_steps=2)
+    list(trajectories.watch([([7], None, None), ([5], None, None), ([6], None, None)]))
+    trajectories.save()
+    found = np.load(tmp_path / "t.npz")
+    assert found["seeds"].tolist() == [7, 5, 6]
+    np.testing.assert_allclose(found["states"][:, 0, 0, 0, 0], [80, 160, 240])
+
+
 def test_a_full_disk_leaves_no_file(tmp_path, monkeypatch):
     trajectories = Trajectories(str(tmp_path / "t.npz"))
     sampler = trajectories.record(heun_sampler)
