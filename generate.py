@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dnnlib.before_torch
 
-import signal
-import sys
 import time
 
 import click
@@ -13,6 +11,7 @@ import torch
 
 import dnnlib
 from dnnlib.cli import Command, blame
+from dnnlib.signals import ENDING, catching, exit_in_order
 from sampling.evaluations import EvaluationMeter, Stopwatch
 from sampling.generation import generate_images, share_of
 from sampling.guidance import AffineGuidance, ClassifierFreeGuidance
@@ -79,20 +78,19 @@ def run(o: dnnlib.EasyDict, device: torch.device) -> None:
         print0(f"Classes: {', '.join(f'{class_names[c]} ({c})' for c in dict.fromkeys(o.classes))}")
     print0(f"Generating {len(missing)} images to {o.outdir}")
 
-    meter.count, start, handler = 0, time.time(), signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    meter.count, start = 0, time.time()
     try:
-        batches = progress(make(own), len(missing))
-        batches = batches if trajectories is None else trajectories.watch(batches)
-        if earlier is None:
-            save_images(batches, o.outdir, o.subdirs, class_names)
-        else:
-            save_images(batches, earlier.folder, o.subdirs, class_names, lambda new: earlier.list_all(seeds, new))
-            distributed.on_rank0(earlier.pack)
+        with catching(exit_in_order, *ENDING):
+            batches = progress(make(own), len(missing))
+            batches = batches if trajectories is None else trajectories.watch(batches)
+            if earlier is None:
+                save_images(batches, o.outdir, o.subdirs, class_names)
+            else:
+                save_images(batches, earlier.folder, o.subdirs, class_names, lambda new: earlier.list_all(seeds, new))
+                distributed.on_rank0(earlier.pack)
     except (KeyboardInterrupt, SystemExit):
         print0("Interrupted: " + ("the same command goes on" if o.resume else "with --resume, the images would stay"))
         raise
-    finally:
-        signal.signal(signal.SIGTERM, handler)
     seconds = time.time() - start
     if trajectories is not None:
         trajectories.save()

@@ -10,7 +10,6 @@ import dnnlib.before_torch
 
 import functools
 import itertools
-import json
 import os
 import pathlib
 
@@ -25,9 +24,10 @@ from reports.tradeoff import write_tradeoff
 from sampling.generation import generate_images, share_of
 from sampling.loading import DEFAULT_WEIGHTS, TrainedDiscriminator, guide, load_denoiser, load_discriminator
 from sampling.options import gate, sweep_options
-from sampling.output import check_free, progress, save_images
+from sampling.output import progress, save_images
 from sampling.samplers import choose_sampler
-from torch_utils import distributed, safe_files
+from sampling.sweep_results import SweepResults
+from torch_utils import distributed
 from torch_utils.distributed import print0
 from torch_utils.precision import tf32
 
@@ -53,48 +53,30 @@ def main(**opts) -> None:
 
 def run(o: dnnlib.EasyDict, device: torch.device) -> None:
     """Measure every setting that is not known yet, then write table and plot. Collective."""
-    path = os.path.join(o.outdir, "sweep.json")
     kept = {k: v for k, v in o.items() if k not in ("outdir", "batch", "device", "modes", "weights", "trust_pickle")}
     with blame("--outdir"):
-        results, note = distributed.together(lambda: known_results(path, kept), rank0_first=True)
+        results = distributed.together(lambda: SweepResults(o.outdir, kept), rank0_first=True)
     modes = [*DEFAULT_WEIGHTS] if o.modes == "both" else [o.modes]
     settings = [("unguided", 0.0), *itertools.product(modes, o.weights)]
     networks = None
-    if {f"{mode}-{weight:g}" for mode, weight in settings} - results.keys():
+    if {f"{mode}-{weight:g}" for mode, weight in settings} - results.values.keys():
         networks = distributed.together(lambda: load(o, device), rank0_first=True)
         judge = distributed.together(lambda: choose_judge(o, networks[2]), rank0_first=True)
-        note = judge.note
-        print0(note)
+        results.note = judge.note
+        print0(judge.note)
     for i, (mode, weight) in enumerate(settings):
         name = f"{mode}-{weight:g}"
-        if name not in results:
+        if name not in results.values:
             print0(f"[{i + 1}/{len(settings)}] {name}")
             images = os.path.join(o.outdir, "images", f"{name}.zip")
             # An interrupted sweep may have left images of this setting, without their result.
             distributed.on_rank0(functools.partial(pathlib.Path(images).unlink, missing_ok=True))
             generate(o, device, networks, mode, weight, images)
-            results[name] = measure(o, device, images, judge)
-            if distributed.get_rank() == 0:
-                with dnnlib.atomic_open(path, "wt") as f:
-                    json.dump(dict(options=kept, results=results, note=note), f, indent=1)
+            found = measure(o, device, images, judge)
+            distributed.on_rank0(functools.partial(results.add, name, found))
     if distributed.get_rank() == 0:
-        print("\n".join(write_tradeoff(o.outdir, settings, results, note)) + f"\nWritten to: {o.outdir}")
-
-
-def known_results(path: str, options: dict) -> tuple[dict, str]:
-    """Return what an earlier call of the same sweep measured, and its note on the judge.
-
-    UserError: the folder is in use for something else.
-    """
-    if not os.path.exists(path):
-        check_free(os.path.dirname(path))
-        return {}, ""
-    known = safe_files.load_json(dnnlib.read_bytes(path), path)
-    if not isinstance(known, dict) or {"options", "results"} - known.keys():
-        raise dnnlib.UserError(f"{path}: is not the result of a sweep; choose another folder")
-    if dict.fromkeys(options) | known["options"] != options:  # version 0.1 had fewer options
-        raise dnnlib.UserError(f"{path}: is the result of a sweep with other options; choose another folder")
-    return known["results"], known.get("note", "")
+        table = write_tradeoff(o.outdir, settings, results.values, results.note)
+        print("\n".join(table) + f"\nWritten to: {o.outdir}")
 
 
 def load(o: dnnlib.EasyDict, device: torch.device) -> tuple[torch.nn.Module, list[str] | None, TrainedDiscriminator]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -75,6 +76,7 @@ SETUPS = [
 
 def plan(outdir: str, seed: int, scale: float, num: int) -> list[Step]:
     """List all commands in order. `scale` multiplies the training lengths; `num`: images per row of the tables."""
+    outdir = shlex.quote(outdir)  # in command lines
     steps = []
     for setup in SETUPS:
         data, kimg = setup.data(outdir), setup.kimg * scale

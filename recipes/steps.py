@@ -6,8 +6,6 @@ import contextlib
 import json
 import os
 import shlex
-import signal
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -17,6 +15,7 @@ import click
 
 import dnnlib
 import dnnlib.cli
+from dnnlib.signals import ENDING, catching, exit_in_order
 from reports.comparison import Method
 from torch_utils import safe_files
 from training.training_loop import last_seconds
@@ -106,21 +105,19 @@ def run_plan(
         journal = Journal(outdir, [asdict(step) for step in steps], about)
     journal.write()  # before the first step, which may be killed: the folder is ours
     remaining, spent, expected = sum(step.seconds for step in steps), 0.0, 0.0
-    handler = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
-        for i, step in enumerate(steps):
-            if step.name not in journal.seconds:
-                left = remaining * (spent / expected if expected > 60 else pace)
-                click.echo(f"[{i + 1}/{len(steps)}] {step.title:<50s} about {dnnlib.format_time(left)} left")
-                with journal.timing(step.name):
-                    run_step(step, scripts, os.path.join(outdir, "logs", f"{step.name}.txt"))
-                spent, expected = spent + journal.seconds[step.name], expected + step.seconds
-            remaining -= step.seconds
+        with catching(exit_in_order, *ENDING):
+            for i, step in enumerate(steps):
+                if step.name not in journal.seconds:
+                    left = remaining * (spent / expected if expected > 60 else pace)
+                    click.echo(f"[{i + 1}/{len(steps)}] {step.title:<50s} about {dnnlib.format_time(left)} left")
+                    with journal.timing(step.name):
+                        run_step(step, scripts, os.path.join(outdir, "logs", f"{step.name}.txt"))
+                    spent, expected = spent + journal.seconds[step.name], expected + step.seconds
+                remaining -= step.seconds
     except (KeyboardInterrupt, SystemExit, click.Abort):
         click.echo("Stopped. The same command goes on from here.")
         raise
-    finally:
-        signal.signal(signal.SIGTERM, handler)
     return journal.seconds
 
 
@@ -183,6 +180,7 @@ def _placed(journal: dict, outdir: str) -> list[dict]:
     """Return the steps of a journal as they would be in `outdir`, an empty list for what is no journal."""
     try:
         there = journal.get("outdir", outdir)
-        return [step | dict(command=step["command"].replace(f"={there}/", f"={outdir}/")) for step in journal["steps"]]
+        before, here = (f"={shlex.quote(folder)}/" for folder in (there, outdir))
+        return [step | dict(command=step["command"].replace(before, here)) for step in journal["steps"]]
     except (AttributeError, LookupError, TypeError):
         return []

@@ -357,11 +357,12 @@ def posterior_labels(config: RunConfig, dataset: ImageDataset, device: torch.dev
     if section is None:
         return None
     with blame("--posterior"):
-        posterior = load_label_file(section.path, dataset).posterior
-        if posterior is None:
+        found = load_label_file(section.path, dataset)
+        if found.posterior is None:
             raise dnnlib.UserError(f"{section.path}: holds no posterior; make it anew with detect_noise.py")
+    foreign = found.is_outlier if config.outliers is None else None
     with blame(f"--posterior_mode={section.mode}"):
-        return PosteriorLabels(posterior, section.mode, device, section.limit)
+        return PosteriorLabels(found.posterior, section.mode, device, section.limit, foreign)
 
 
 def noise_settings(opts: dict[str, Any]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ import torch
 
 import dnnlib
 from archives.dataset import BatchStream, ImageDataset
+from dnnlib.signals import ENDING, catching, leave_terminal
 from torch_utils import distributed
 from torch_utils.distributed import print0
 from torch_utils.precision import tf32
@@ -45,7 +46,8 @@ def training_loop(
     """Train `objective` to `config.total_nimg` images, and write logs, snapshots and states into `run_dir`.
 
     A run that resumes has seen `nimg` images, its objective has loaded the state, and `best` comes from the state: it
-    continues bit for bit. SIGTERM and Ctrl-C finish the step, save a state and a snapshot and exit with 143 or 130.
+    continues bit for bit. Ctrl-C, SIGTERM and SIGHUP finish the step, save a state and a snapshot and exit with 130,
+    143 or 129.
     `draw_samples(net, path, class_names)` writes a picture of samples beside each snapshot.
     """
     torch.backends.cudnn.benchmark = config.cudnn_bench
@@ -132,7 +134,7 @@ def training_loop(
             if stopping and not done:
                 bar.close()
                 print0(f"Stopped by {signal.Signals(stopping).name} at {nimg / 1000:.1f} kimg; {saver.newest()}")
-                sys.exit(130 if stopping == signal.SIGINT else 143)
+                sys.exit(128 + stopping)
             tick_time, tick_start, maintenance = time.time(), nimg, time.time() - now
     print0(f"\nDone: {nimg / 1000:g} kimg in {dnnlib.format_time(time.time() - start_time)}.")
 
@@ -170,11 +172,12 @@ def _difference(a: np.ndarray, b: np.ndarray) -> float:
 
 
 class StopRequest:
-    """SIGTERM or Ctrl-C, noticed at the same step by all ranks. A second Ctrl-C ends the process at once."""
+    """Ctrl-C, SIGTERM or SIGHUP, noticed at the same step by all ranks. A second Ctrl-C ends the process at once."""
 
     def __init__(self) -> None:
         self.signal = 0
-        self._previous = {number: signal.signal(number, self._catch) for number in (signal.SIGTERM, signal.SIGINT)}
+        self._handlers = contextlib.ExitStack()
+        self._handlers.enter_context(catching(self._catch, signal.SIGINT, *ENDING))
         self._pending: tuple | None = None
 
     def __enter__(self) -> StopRequest:
@@ -182,13 +185,13 @@ class StopRequest:
 
     def __exit__(self, kind: type | None, *_: object) -> None:
         """Put back the handlers that were there before and, unless something failed, finish the exchange of signals."""
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
+        self._handlers.close()
         if self._pending is not None and kind in (None, SystemExit):
             self._pending[0].wait()
 
     def _catch(self, number: int, _frame) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        leave_terminal(number)
         self.signal = number
 
     def agreed(self) -> int:

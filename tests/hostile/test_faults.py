@@ -228,7 +228,7 @@ def test_processes_that_drift_apart_are_stopped(ask, tmp_path, hook, found):
 
 @pytest.mark.parametrize(
     ("number", "code", "rank", "ranks"),
-    [(signal.SIGTERM, 143, 1, 2), (signal.SIGINT, 130, 0, 2), (signal.SIGINT, 130, 0, 1)],
+    [(signal.SIGTERM, 143, 1, 2), (signal.SIGINT, 130, 0, 2), (signal.SIGHUP, 129, 0, 1)],
 )
 def test_a_signal_to_one_process_ends_all_with_its_code(ask, undisturbed, tmp_path, number, code, rank, ranks):
     run = ask(tmp_path, ranks=ranks, hook=dict(signal=number, at=4 - ranks, rank=rank))

@@ -137,13 +137,14 @@ def odd_commands(n, files):
 
 
 TARGETS = [
-    "ZIP", "member of a ZIP", "dataset.json", "labels .json", "labels .json, bytes", "labels .npy", "labels .npz",
-    "labels .pt", "labels .pt, older", "labels .csv", "labels .tsv", "labels .jsonl", "labels .jsonl, values",
-    "labels .parquet", "metadata.csv", "decisions", "label table",
+    "ZIP", "member of a ZIP", "frames", "dataset.json", "labels .json", "labels .json, bytes", "labels .npy",
+    "labels .npz", "labels .pt", "labels .pt, older", "labels .csv", "labels .tsv", "labels .jsonl",
+    "labels .jsonl, values",
+    "labels .parquet", "metadata.csv", "labels of CIFAR-10N", "decisions", "label table",
     "matrix .npy", "matrix .json", "snapshot", "classifier", "snapshot's info",
     "classifier's info", "state", "state's content", "reference", "images .npz", "images .pk", "images .pk, content",
     "STL-10", "STL-10, labels", "list of Clothing1M", "keys of Clothing1M", "list of WebVision", "list of Food-101N",
-    "attributes of CelebA", "CIFAR", "CIFAR, packed", "MNIST",
+    "attributes of CelebA", "attributes of CelebA, CSV", "CIFAR", "CIFAR, packed", "MNIST",
 ]  # fmt: skip
 
 

@@ -87,6 +87,16 @@ def test_each_rule(folder, tmp_path, mode, said):
     fail(1, *args, "--posterior_mode=sample", f"--resume={tmp_path}/run", "--resume|posterior.mode")
 
 
+def test_foreign_images_that_are_learned_are_counted(folder, tmp_path):
+    file = load_label_file(folder / "labels.npz", ImageDataset(str(folder / "d.zip")))
+    file.is_outlier = np.arange(96) % 12 == 5
+    save_label_file(tmp_path / "labels.npz", file)
+    args = [*common(folder, f"--posterior={tmp_path}/labels.npz", "--duration=0.00003", "--nosubdir")]
+    assert "8 of the images are foreign by the label file" in succeed(*args, f"--outdir={tmp_path}/a")
+    dropped = ["--drop_outliers", f"--outlier_data={tmp_path}/labels.npz"]
+    assert "are foreign by the label file" not in succeed(*args, *dropped, f"--outdir={tmp_path}/b")
+
+
 def test_mistakes_are_named(folder, tmp_path):
     args = common(folder, f"--outdir={tmp_path}", "--duration=0.0001")
     known = f"--posterior={folder}/labels.npz"

@@ -31,6 +31,7 @@ import train_classifier
 import train_discriminator
 import train_noise
 import train_rduot
+from dnnlib.signals import ENDING
 from sampling.grid import save_grid
 from torch_utils import checkpoint
 from torch_utils.persistence import persistent_class
@@ -272,14 +273,14 @@ def child(request, rank, port, folder):
 
         promises = os.open(f"{folder}/promised", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         checkpoint.save_state = promising
-    handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, *ENDING)]
     try:
         SCRIPTS[request.get("script", "tiny")](request["args"])
     except SystemExit as e:
         code = e.code or 0
     except BaseException:
         traceback.print_exc()
-    if handlers != [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]:
+    if handlers != [signal.getsignal(number) for number in (signal.SIGINT, *ENDING)]:
         print("signal handlers were left behind", file=sys.stderr)
     if rank == 0:
         pathlib.Path(f"{folder}/operations").write_text(json.dumps(disk.operations))

@@ -17,6 +17,7 @@ from collections.abc import Callable
 
 import click
 import numpy as np
+import PIL.Image
 import torch
 from click.testing import CliRunner
 from hypothesis import strategies as st
@@ -258,6 +259,20 @@ def honest(root) -> dict[str, object]:
     )
 
 
+def frames(pictures) -> dict[str, bytes]:
+    """Return images of several frames or pages in every format that has them, and a turned JPEG, by name."""
+    first, *rest = map(PIL.Image.fromarray, pictures[:3])
+    found = {}
+    for kind in ("GIF", "PNG", "TIFF", "WEBP"):
+        buffer = io.BytesIO()
+        first.save(buffer, kind, save_all=True, append_images=rest)
+        found[f"a.{kind.lower()}"] = buffer.getvalue()
+    turned = PIL.Image.Exif()
+    turned[0x0112] = 6
+    first.save(buffer := io.BytesIO(), "JPEG", exif=turned)
+    return found | {"a.jpg": buffer.getvalue()}
+
+
 def targets(root, files) -> dict[str, Target]:
     """Return all targets by name."""
     zipped, pictures = files["zip"].read_bytes(), files["images"]
@@ -285,6 +300,7 @@ def targets(root, files) -> dict[str, Target]:
         ("fid", "evaluate --images={file} --data={zip} --detector=pixels --nearest_k=1 --device=cpu"),
     )
     relabel = [("dataset_tool", "--source={zip} --labels={file} --dest={new}")]
+    relabel.append(("dataset_tool", "--source={zip} --clean_labels={file} --skip_damaged --dest={new}"))
     matrix = [("dataset_tool", "--source={zip} --noise_type=matrix --noise_matrix={file} --dest={new}")]
     sample = [("generate", "--network={file} --outdir={new} " + " ".join(FAST))]
     judge = [
@@ -304,9 +320,17 @@ def targets(root, files) -> dict[str, Target]:
     rows = [{"file_name": name, "label": "ab"[c]} for name, c in metadata["labels"]]
     table = b"file_name,label\n" + b"".join(f"{r['file_name']},{r['label']}\n".encode() for r in rows)
     pngs = {name: data for name, data in members.items() if name != "dataset.json"}
+    published.make_celeba(root / "kaggle")
+    rows_of = (line.split() for line in (root / "kaggle/list_attr_celeba.txt").read_text().splitlines()[1:])
+    attributes = "\n".join(",".join(r if len(r) == 4 else ["image_id", *r]) for r in rows_of).encode()
+    (root / "kaggle/list_attr_celeba.txt").unlink()
+    human = dict(worse_label=np.arange(10) % 9, clean_label=synth.make_cifar10(root / "n.tar.gz", per_batch=2)[2])
     return {
         "ZIP": Target("a.zip", zipped, spoil, EDITS, [build, train_on, measure]),
         "member of a ZIP": Target("a.zip", zipped, inside_zip, EDITS, [build, train_on, measure]),
+        "frames": Target("f.zip", hostile.zip_of(frames(pictures)), inside_zip, EDITS, [
+            ("dataset_tool", "--source={file} --dest={new} --background=white"),
+            ("dataset_tool", "--source={file} --dest={new} --skip_damaged --background=white --workers=1")]),
         "dataset.json": Target("a.zip", metadata, spoil_metadata, CHANGES, [build, train_on, measure]),
         "labels .json": Target("l.json", {"labels": metadata["labels"]}, spoil_json, CHANGES, relabel),
         "labels .json, bytes": Target("l.json", members["dataset.json"], spoil, EDITS, relabel),
@@ -321,6 +345,8 @@ def targets(root, files) -> dict[str, Target]:
                                         relabel),
         "labels .parquet": Target("l.parquet", parquet_of(rows), spoil, EDITS, relabel),
         "metadata.csv": Target("a.zip", table, spoil_table, EDITS, [build, train_on, measure]),
+        "labels of CIFAR-10N": Target("CIFAR-10_human.pt", torch_bytes(human), inside_zip, EDITS, [
+            ("dataset_tool", "--source={root}/n.tar.gz --labels={file} --label_key=worse_label --dest={new}")]),
         "decisions": Target("d.csv", b"file,label,decision,new_label\n00000/img00000000.png,a,relabel,b\n", spoil,
                             EDITS, relabel),
         "label table": Target("t.csv", b"file,is_label_issue,label_score,given_label,predicted_label\n" + b"".join(
@@ -354,6 +380,8 @@ def targets(root, files) -> dict[str, Target]:
         "list of WebVision": listed(published.make_webvision, "info/train_filelist_google.txt"),
         "list of Food-101N": listed(published.make_food101n, "meta/verified_train.tsv", "--part=verified"),
         "attributes of CelebA": listed(published.make_celeba, "list_attr_celeba.txt", "--label_key=Male"),
+        "attributes of CelebA, CSV": Target("kaggle/list_attr_celeba.csv", attributes, spoil, EDITS, [
+            ("dataset_tool", "--source={root}/kaggle --dest={new} --label_key=Male")]),
         "CIFAR": Target("c.tar.gz", cifar, inside_tar, EDITS, [build]),
         "CIFAR, packed": Target("c.tar.gz", cifar, spoil, EDITS, [build]),
         "MNIST": Target("mnist/train-images-idx3-ubyte.gz", idx.read_bytes(), inside_gzip, EDITS, [build]),

@@ -123,6 +123,15 @@ def test_the_denoiser_classifies_as_the_densities_do(monkeypatch):
     torch.testing.assert_close(found - found[:, :1], want - want[:, :1], rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize(("classes", "noise"), [(2, 0.107), (10, 0.518), (100, 0.518), (1000, 0.518)])
+def test_the_labels_count_at_first_whatever_the_number_of_classes(classes, noise, monkeypatch):
+    data = Data()
+    data.label_dim = classes
+    T = Toy(make_config(), data, CPU).build()["transition"].net().detach()
+    np.testing.assert_allclose(1 - T.diagonal(), noise, atol=1e-3)
+    np.testing.assert_allclose(T.sum(dim=1), 1, rtol=1e-5)
+
+
 def test_the_loss_draws_a_label_from_the_posterior_and_learns_the_noise(monkeypatch):
     toy, data = ready(Toy, make_config(), Data(), CPU), Data()
     p = torch.softmax(torch.randn(32, 4, generator=torch.Generator().manual_seed(1)), dim=1)

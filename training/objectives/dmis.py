@@ -30,6 +30,7 @@ import torch
 
 import dnnlib
 from archives.dataset import ImageDataset
+from archives.label_noise import transition_matrix
 from torch_utils import distributed
 from torch_utils.training_stats import Stats
 from training.config import RunConfig
@@ -45,6 +46,7 @@ __all__ = ["DMIS"]
 
 BAND = (0.1, 10.0)  # noise levels at which classes differ: below, every class sees the image; above, none does
 LEVELS = 2  # of the integral, in each use of an image
+START = 0.5175  # share of wrong labels with which T starts, where there are ten classes or more
 
 
 class DMIS(DSM):
@@ -98,8 +100,14 @@ class DMIS(DSM):
         self.pass_size = pass_size(min(config.batch_gpu or share, share), dataset.resolution**2, device.type)
 
     def build(self) -> dict[str, TrainedNetwork]:
-        """Create the denoiser and T."""
-        T = LearnedTransition(self.dataset.label_dim)
+        """Create the denoiser and T.
+
+        At first all classes denoise alike, so T alone decides how often an image keeps its label.
+        """
+        classes = self.dataset.label_dim
+        T = LearnedTransition(classes)
+        if classes > 10:  # the usual start would be 92% wrong labels with 100 classes
+            T.start_at(torch.from_numpy(transition_matrix("sym", START, classes)).float())
         # T has only C x C numbers: nothing to compile, to share or to average.
         return super().build() | dict(transition=self.trained_network(T, compile=False, shard=False, ema_halflife=0))
 

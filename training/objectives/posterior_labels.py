@@ -42,10 +42,18 @@ def draw_classes(p: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
 class PosteriorLabels:
     """The labels that N images get in place of their observed ones, by the rule `mode`.
 
-    `limit`: the least probability of a label that `null` keeps. UserError: the rule leaves no image, or no label.
+    `limit`: the least probability of a label that `null` keeps. `foreign` bool [N]: which images belong to no class and
+    are learned all the same; they are only counted. UserError: the rule leaves no image, or no label.
     """
 
-    def __init__(self, posterior: TopPosterior, mode: str, device: torch.device, limit: float | None = None):
+    def __init__(
+        self,
+        posterior: TopPosterior,
+        mode: str,
+        device: torch.device,
+        limit: float | None = None,
+        foreign: np.ndarray | None = None,
+    ):
         self.mode = mode
         best, certainty = posterior.best()
         self.observed, self.best = self._put(posterior.labels, device), self._put(best, device)
@@ -68,18 +76,24 @@ class PosteriorLabels:
         counts["drop"] = f"leaves out {changed.sum():,} images"
         counts["null"] = f"changes {(changed & ~uncertain).sum():,} labels and takes {uncertain.sum():,} away"
         right = posterior.probabilities[:, 0].astype(np.float32) / posterior.probabilities.sum(axis=1, dtype=np.float32)
-        self._note = (
+        self._notes = [
             f"Labels by the posterior: {1 - right.mean():.1%} of {len(best):,} are wrong by it; "
             f"the rule '{mode}' {counts[mode]}."
-        )
+        ]
+        number = 0 if foreign is None else int(np.sum(foreign if self.train_indices is None else foreign & ~changed))
+        if number:
+            self._notes.append(
+                f"Note: {number:,} of the images are foreign by the label file and are learned like the others; leave "
+                "them out with train.py --drop_outliers --outlier_data=FILE."
+            )
 
     @staticmethod
     def _put(array: np.ndarray, device: torch.device) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(device)
 
     def notes(self) -> list[str]:
-        """Return a line that says what becomes of the labels."""
-        return [self._note]
+        """Return lines that say what becomes of the labels, and of foreign images."""
+        return self._notes
 
     def expand(self, items: torch.Tensor) -> torch.Tensor:
         """Return P(y | x_0, o) of some images, by their numbers int64 [n]: [n,C], rows sum to 1."""

@@ -1,0 +1,41 @@
+"""A sweep that was interrupted goes on with the same files, wherever they lie, and refuses others."""
+
+import shutil
+
+import pytest
+
+from dnnlib import UserError
+from sampling.sweep_results import SweepResults
+from tests.support import synth
+
+
+def test_files_may_move_but_not_change(tmp_path):
+    for name in ("net.pkl", "disc.pkl"):
+        (tmp_path / name).write_bytes(name.encode())
+    synth.make_archive(tmp_path / "data.zip", synth.pictures(4), [0, 1, 0, 1])
+    options = {name: str(tmp_path / f"{file}") for name, file in
+               (("network", "net.pkl"), ("discriminator", "disc.pkl"), ("data", "data.zip"))}  # fmt: skip
+    options |= dict(detector="pixels", judge="svm", label_path=None, seeds=[0, 1])
+    out = tmp_path / "sweep"
+    out.mkdir()
+    SweepResults(str(out), options).add("unguided-0", dict(fid=1.0))
+    for name in ("network", "data"):
+        moved = shutil.copy(options[name], tmp_path / f"moved-{name}.zip")
+        assert SweepResults(str(out), options | {name: str(moved)}).values == {"unguided-0": dict(fid=1.0)}
+    for name, word in (("network", "contents"), ("data", "labels")):
+        if name == "network":
+            (tmp_path / "net.pkl").write_bytes(b"trained anew")
+        else:
+            (tmp_path / "net.pkl").write_bytes(b"net.pkl")
+            synth.make_archive(tmp_path / "data.zip", synth.pictures(4), [0, 1, 1, 1])
+        with pytest.raises(UserError, match=f"other options or files .{name}: .* holds other {word}"):
+            SweepResults(str(out), options)
+    synth.make_archive(tmp_path / "data.zip", synth.pictures(4), [0, 1, 0, 1])
+    with pytest.raises(UserError, match="seeds"):
+        SweepResults(str(out), options | dict(seeds=[0, 2]))
+    # Files of a finished sweep may be gone; then their path counts.
+    for name in ("net.pkl", "data.zip"):
+        (tmp_path / name).unlink()
+    assert SweepResults(str(out), options).values
+    with pytest.raises(UserError, match="network: .*elsewhere.pkl here"):
+        SweepResults(str(out), options | dict(network="elsewhere.pkl"))
