@@ -30,15 +30,15 @@ def match_names(names: Sequence[str] | None, others: Sequence[str] | None) -> np
 
 
 class MatchedImages:
-    """Images whose classes have the numbers of another set, `numbers` [C]. All else is as in the set `source`.
+    """Images whose classes have the numbers and names of another set. All else is as in the set `source`.
 
-    `how` says in words how the classes were matched.
+    `numbers` [C] are those numbers by class; None: the numbers stay. `how` says in words how the classes were matched.
     """
 
     def __init__(self, source: ImageSource, others: Sequence[str], numbers: np.ndarray | None, how: str):
         self._source, self.class_matching = source, how
         self.labels, self.clean_labels = source.labels, source.clean_labels
-        self.label_dim, self.class_names = source.label_dim, source.class_names
+        self.label_dim, self.class_names = source.label_dim, list(others)
         if numbers is not None:
             self.labels, self.clean_labels = (
                 None if labels is None else numbers[labels] for labels in (source.labels, source.clean_labels)

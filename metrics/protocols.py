@@ -26,12 +26,12 @@ PROTOCOLS = {
     ),
     "tdsm": Protocol(
         dict(num=50000, nearest_k=3, splits=5000),
-        "fid, is, density, coverage, cw_fid, cw_density, cw_coverage",
+        "fid, is, density, coverage, and their means over classes",
         "Na et al., ICLR 2024; k of Naeem et al. for density and coverage; IS in 10 splits as Salimans et al., 2016",
     ),
     "sbdc": Protocol(
         dict(num=50000, nearest_k=3, splits=5000),
-        "fid, is, sfid, density, coverage, cw_fid, cw_is, cw_sfid, cw_density, cw_coverage",
+        "fid, is, sfid, precision, recall, density, coverage, and their means over classes",
         "Nguyen Cong et al., ICCV 2025; IS in 10 splits as Salimans et al., 2016; sFID as Nash et al., 2021",
     ),
     "rduot": Protocol(

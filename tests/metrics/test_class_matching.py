@@ -50,7 +50,7 @@ def test_matched_images(tmp_path):
     assert features.equal(compute_features(source, PixelDetector(), 4, "cpu").features)
     other = archive("other.zip", [0, 1, 2, 2, 1, 0], ["1", "2", "3"])
     found = match_classes(other, reference)
-    assert found.labels.tolist() == other.labels.tolist()
+    assert found.labels.tolist() == other.labels.tolist() and found.class_names == reference.class_names
     assert found.class_matching == "by number, since no name occurs in both sets: '1' is taken for 'cat'"
     for same in (reference, archive("few.zip", [0, 1, 0, 0, 1, 1], ["cat", "dog"])):
         assert match_classes(same, reference) is same
