@@ -46,6 +46,7 @@ ALPHA = ("LA", "La", "PA", "RGBA", "RGBa")  # Pillow's modes
 # EXIF's tag Orientation (CIPA DC-008, 4.6.5.1.6), and for its values how to put the stored pixels upright: whether to
 # exchange rows and columns, then the steps with which to go through rows and columns.
 ORIENTATION = 0x0112
+EXIF_IN = {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"}  # where Pillow keeps what may hold it
 UPRIGHT = {
     2: (False, 1, -1),
     3: (False, -1, -1),
@@ -197,6 +198,8 @@ def _check_mode(image: PIL.Image.Image, where: object) -> None:
 def _orientation(image: PIL.Image.Image) -> int:
     """Return the orientation of a loaded image, 1 to 8."""
     if image.format == "TIFF":  # Pillow has turned it, and some versions still call it turned
+        return 1
+    if EXIF_IN.isdisjoint(image.info):  # looking for it takes a tenth of the time of a small JPEG
         return 1
     try:
         return image.getexif().get(ORIENTATION, 1)

@@ -125,7 +125,9 @@ def match_labels(
     for piece in [None] if pieces is None else pieces:
         if piece is None or not all(map(_is_pair, piece)):
             raise dnnlib.UserError(f"{where}: must be a list of [file name, label] pairs, or null")
-        given = [pair[0].replace("\\", "/") for pair in piece]
+        given = [pair[0] for pair in piece]
+        if "\\" in "".join(given):
+            given = [name.replace("\\", "/") for name in given]
         if table is None and given == list(names[count : count + len(given)]):
             rows.append(np.arange(count, count + len(given)))  # in order, as all tools write them: no table needed
         else:
