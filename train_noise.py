@@ -63,7 +63,7 @@ def main(**opts) -> None:
     cut = [option for option in dnnlib.cli.given_options() if option in ("--tau", "--pairs")]
     if cut and opts["others"] == "sample":
         raise click.UsageError(f"{cut[0]}: shortens the sum over all classes; leave it out or give --others=all")
-    posterior = options.posterior_settings(opts, "relabel")
+    posterior, outliers = options.posterior_settings(opts, "relabel"), outlier_settings(opts)
     if posterior is not None and posterior.mode == "sample":
         raise click.UsageError(
             "--posterior_mode=sample: labels drawn from the posterior leave no noise to correct; "
@@ -105,7 +105,7 @@ def main(**opts) -> None:
         temp=opts["temp"],
         **options.noise_settings(opts),
     )
-    sections = dict(tdsm=section, posterior=posterior, outliers=outlier_settings(opts))
+    sections = dict(tdsm=section, posterior=posterior, outliers=outliers)
     run.start(opts, TDSM.method, make, require_labels=True, draw_samples=save_samples, **sections)
 
 

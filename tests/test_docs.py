@@ -21,6 +21,7 @@ MODULES = (
     "benchmarks",
     "benchmarks.gpu",
     "benchmarks.operators",
+    "benchmarks.outlier_costs",
     "benchmarks.precision",
     "benchmarks.scaling",
     "examples.toy2d",

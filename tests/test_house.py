@@ -137,7 +137,7 @@ def test_what_is_public_is_documented(path):
 
 # Modules that speak of options: the tables, their parser, the launch of a run, the choice of the device.
 SPEAKS_OF_OPTIONS = re.compile(
-    r".*\.options|dnnlib\.cli|training\.(run|presets)|torch_utils\.distributed|(recipes|benchmarks|examples)\..*"
+    r".*[._]options|dnnlib\.cli|training\.(run|presets)|torch_utils\.distributed|(recipes|benchmarks|examples)\..*"
 )
 
 

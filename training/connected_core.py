@@ -7,9 +7,10 @@ neighbors (a random walk with restart: Page et al., 1999; Tong et al., ICDM 2006
 
     r = RESTART u + (1 - RESTART) P^T r,    u: uniform on the core; P[i,j] = 1/k for the k nearest neighbors j of i
 
-Those with N r > REACHED are the next core, until it stays as it is. Two more steps keep a fifth of foreign images that
-are all alike from being the center themselves: the search for the center thins dense places out, and groups that hardly
-anything connects with the rest are left out (the cut of least conductance: Shi and Malik, TPAMI 2000).
+Those with N r > REACHED are the next core, until it stays as it is. Groups that the walk reaches faintly join it if
+they are not far from it, as rare kinds are not. Two more steps keep a fifth of foreign images that are all alike from
+being the center themselves: the search for the center thins dense places out, and groups that hardly anything connects
+with the rest are left out (the cut of least conductance: Shi and Malik, TPAMI 2000).
 """
 
 from __future__ import annotations
@@ -17,18 +18,19 @@ from __future__ import annotations
 import numpy as np
 import torch
 from scipy.sparse import csr_array, diags_array
+from scipy.sparse.csgraph import connected_components
 from scipy.sparse.linalg import ArpackNoConvergence, eigsh
 
 from training.robust_core import find_core, whitened
 
-__all__ = ["connected_core", "nearest", "reached", "separate_groups", "thinned"]
+__all__ = ["connected_core", "nearest", "neighbor_graph", "reached", "separate_groups", "thinned"]
 
 NEIGHBORS, NEARBY = 10, 20  # neighbors of the walk, and of the search for dense places
 CENTER = 0.5  # share of the thinned points that the search for the center takes for the core
-RESTART, REACHED = 0.05, 0.08
-STEPS, ROUNDS = 100, 20  # of the walk, and of the growth at most
-CONDUCTANCE, GROUP = 0.004, 0.25  # a separate group: largest conductance of its cut, largest share of the points
-GAP = 1.3  # and its least distance from the rest: median, squared, relative to the usual one at most
+RESTART, REACHED, FAINT = 0.05, 0.12, 0.03
+STEPS, ROUNDS, JOINS = 100, 20, 8  # of the walk, of the growth at most, and of groups that join
+CONDUCTANCE, GROUP = 0.012, 0.25  # a separate group: largest conductance of its cut, largest share of the points
+GAP, NEAR = 1.3, 1.5  # least distance of a separate group from the rest, and least one that keeps a faint group out
 USUAL = 0.99  # quantile of the core's distances from each other that counts as usual
 FEW = 50  # so few points are all core
 CHUNK = 1024
@@ -42,7 +44,8 @@ def connected_core(x: np.ndarray, seed: int = 0) -> np.ndarray:
     rows, distances = nearest(x, x, min(NEARBY, n - 1), same=True)
     kept = thinned(rows, distances, seed)
     rows = rows[:, :NEIGHBORS]
-    apart = separate_groups(x, rows)
+    edges = neighbor_graph(rows)
+    apart = separate_groups(x, edges)
     center = kept & ~apart
     found = find_core(x[center], CENTER, starts=1, seed=seed)
     distance = found.distance(x)
@@ -54,7 +57,31 @@ def connected_core(x: np.ndarray, seed: int = 0) -> np.ndarray:
         core, before = grown, core
         if (core != before).sum() <= n / 1000:
             break
+    for _ in range(JOINS):
+        faint = (reached(rows, core) > FAINT) & ~apart & ~core
+        joined = _near_groups(x, edges, core, faint)
+        if not joined.any():
+            break
+        core = core | joined
     return core
+
+
+def neighbor_graph(rows: np.ndarray) -> csr_array:
+    """Return the graph of neighbors `rows` [N,k] in both directions, [N,N]."""
+    n, k = rows.shape
+    edges = csr_array((np.ones(n * k), (np.repeat(np.arange(n), k), rows.ravel())), shape=(n, n))
+    return (edges + edges.T).tocsr()
+
+
+def _near_groups(x: np.ndarray, edges: csr_array, core: np.ndarray, candidates: np.ndarray) -> np.ndarray:
+    """Return which candidates belong to connected groups of them that are not far from the core, bool [N]."""
+    near, items = np.zeros_like(core), np.flatnonzero(candidates)
+    if len(items):
+        relative = _distance(x, candidates, core)
+        group = connected_components(edges[items][:, items], directed=False)[1]
+        for members in np.split(np.argsort(group, kind="stable"), np.bincount(group).cumsum()[:-1]):
+            near[items[members]] = np.median(relative[members]) <= NEAR
+    return near
 
 
 def nearest(x: np.ndarray, anchors: np.ndarray, k: int, same: bool = False) -> tuple[np.ndarray, np.ndarray]:
@@ -100,15 +127,13 @@ def reached(rows: np.ndarray, core: np.ndarray) -> np.ndarray:
     return n * r
 
 
-def separate_groups(x: np.ndarray, rows: np.ndarray) -> np.ndarray:
+def separate_groups(x: np.ndarray, edges: csr_array) -> np.ndarray:
     """Return which of the points x [N,d] belong to groups that hardly anything connects with the rest, bool [N].
 
-    `rows` [N,k]: their neighbors. A group has at most the share GROUP of the points, its cut at most CONDUCTANCE of its
-    edges, and it is far from the rest (GAP).
+    `edges`: the graph of neighbors. A group has at most the share GROUP of the points, its cut at most CONDUCTANCE of
+    its edges, and it is far from the rest (GAP).
     """
-    n, k = rows.shape
-    edges = csr_array((np.ones(n * k), (np.repeat(np.arange(n), k), rows.ravel())), shape=(n, n))
-    edges = (edges + edges.T).tocsr()
+    n = len(x)
     apart = np.zeros(n, dtype=bool)
     while (~apart).sum() >= FEW:
         left = np.flatnonzero(~apart)
@@ -116,7 +141,7 @@ def separate_groups(x: np.ndarray, rows: np.ndarray) -> np.ndarray:
             group = np.zeros(n, dtype=bool)
             group[left[cut]] = True
             rest = ~apart & ~group
-            if (apart | group).mean() <= GROUP and _is_far(x, group, rest):
+            if (apart | group).mean() <= GROUP and np.median(_distance(x, group, rest)) > GAP:
                 apart |= group
                 break
         else:
@@ -150,7 +175,8 @@ def _cuts(edges: csr_array) -> list[np.ndarray]:
     return found
 
 
-def _is_far(x: np.ndarray, group: np.ndarray, rest: np.ndarray) -> bool:
+def _distance(x: np.ndarray, group: np.ndarray, rest: np.ndarray) -> np.ndarray:
+    """Return the squared distances of points `group` (bool [N]) to the nearest of `rest`, in usual ones of these."""
     y, _, _ = whitened(x, rest)
-    usual = nearest(y[rest], y[rest], 1, same=True)[1]
-    return float(np.median(nearest(y[group], y[rest], 1)[1])) ** 2 > GAP * float(np.quantile(usual, USUAL)) ** 2
+    usual = np.quantile(nearest(y[rest], y[rest], 1, same=True)[1], USUAL)
+    return np.square(nearest(y[group], y[rest], 1)[1][:, 0] / max(float(usual), 1e-9))

@@ -7,7 +7,7 @@ from sklearn.datasets import load_digits
 from sklearn.metrics import roc_auc_score
 
 from detection.duplicates import count_groups, find_duplicates
-from detection.outliers import Space, _flag, _nearest, find_outliers, foreign_scores
+from detection.outliers import FALSE_ALARMS, Space, _flag, _nearest, find_outliers, foreign_scores
 from training.robust_core import find_core
 
 
@@ -63,7 +63,7 @@ def test_foreign_images_are_found_at_any_size_with_and_without_labels(size, labe
 def test_a_set_without_foreign_images_has_hardly_any(labeled):
     images, labels = digits()
     found = find_outliers(Images(images, labels if labeled else None))
-    assert found.is_outlier.mean() <= (0.003 if labeled else 0.006)
+    assert found.is_outlier.mean() <= (0.003 if labeled else FALSE_ALARMS)
 
 
 def test_labels_tell_foreign_images_that_hide_inside_the_set():

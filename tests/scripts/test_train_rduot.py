@@ -167,7 +167,7 @@ def test_other_methods_and_settings(data, tmp_path):
     assert "Warning" not in (run_dir / "log.txt").read_text()  # the baseline prices nothing
     output = succeed(generate, f"--network={run_dir}", f"--outdir={tmp_path}/images", "--seeds=0-2")
     assert "2 network evaluations per image" in output
-    for cost, tau in (("standardized", 0.001), ("features", 0.001), ("robust", 6)):
+    for cost, tau in (("standardized", 0.001), ("features", 0.001), ("robust", 10)):
         succeed(
             train_rduot,
             *args,

@@ -5,7 +5,7 @@ import pytest
 import torch
 from sklearn.covariance import MinCovDet
 
-from training.connected_core import connected_core, nearest, reached, separate_groups, thinned
+from training.connected_core import connected_core, nearest, neighbor_graph, reached, separate_groups, thinned
 from training.core_distance import CoreDistance
 from training.image_features import image_features
 from training.robust_core import find_core
@@ -63,7 +63,7 @@ def test_dense_places_are_thinned_out():
 def test_a_separate_group_is_small_and_far(far, count, found):
     x = np.concatenate([cloud(800, 0, 0), cloud(count, far, 1, wide=0.5)])
     rows, _ = nearest(x, x, 10, same=True)
-    apart = separate_groups(x, rows)
+    apart = separate_groups(x, neighbor_graph(rows))
     assert apart[800:].mean() == found and not apart[:800].any()
 
 
