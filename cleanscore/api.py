@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import click
@@ -23,8 +24,8 @@ from metrics.options import evaluate_files
 from sampling.ddgan import is_generator
 from sampling.generation import generate_images
 from sampling.guidance import ClassifierFreeGuidance
-from sampling.loading import TrainedDiscriminator, guide, load_denoiser, load_discriminator
-from sampling.options import find_classes
+from sampling.loading import PRECISIONS, TrainedDiscriminator, guide, load_denoiser, load_discriminator
+from sampling.options import check_precision, find_classes
 from sampling.samplers import choose_sampler
 from torch_utils import distributed
 from torch_utils.precision import tf32
@@ -48,9 +49,13 @@ def load(
 
     UserError: the file is missing or damaged, or its network makes no images.
     """
-    path = os.fspath(path)
+    if precision not in (None, *PRECISIONS):
+        raise dnnlib.UserError(f"precision {precision!r} is unknown; there are {', '.join(PRECISIONS)}")
+    place = _device(device)
+    with _naming("precision"):
+        check_precision(precision, place)
     form = dict(precision=precision, trust_pickle=trust_pickle, kinds=("denoiser", "generator"))
-    net, net.class_names = load_denoiser(path, _device(device), **form)
+    net, net.class_names = load_denoiser(os.fspath(path), place, **form)
     return net
 
 
@@ -76,8 +81,12 @@ def sample(
     steps     of the sampler (18)
     settings  further arguments of the sampler: S_churn, sigma_min, solver, ... (docs/methods/edm.md)
 
-    UserError: a class or a discriminator does not fit the network, or a generator is asked for steps or guidance.
+    UserError: a class or a discriminator does not fit the network, a generator is asked for steps or guidance, or a
+    number is below 1.
     """
+    for name, value in dict(n=n, batch=batch, steps=steps).items():
+        if value is not None and value < 1:
+            raise dnnlib.UserError(f"{name} is {value}, expected 1 or more")
     net = load(net) if isinstance(net, (str, os.PathLike)) else net
     guidances = [] if guidance is None else guidance if isinstance(guidance, (list, tuple)) else [guidance]
     given = settings if steps is None else settings | dict(num_steps=steps)
@@ -94,8 +103,6 @@ def sample(
     seeds = list(range(seed, seed + n))
     class_idx = wanted and [wanted[s % len(wanted)] for s in seeds]
     parts = list(generate_images(net, seeds, device=device, class_idx=class_idx, batch=batch, sampler=sampler))
-    if not parts:
-        raise dnnlib.UserError(f"n is {n}, expected 1 or more")
     _, images, labels = zip(*parts, strict=True)
     return Samples(np.concatenate(images), None if labels[0] is None else np.concatenate(labels), seeds, names)
 
@@ -112,11 +119,8 @@ def _numbers(classes: int | str | Iterable[int | str], count: int, names: Sequen
     if not count:
         raise dnnlib.UserError(f"classes: {classes!r} is asked for, but the network was trained without labels")
     items = [classes] if isinstance(classes, (int, str, np.integer)) else classes
-    try:
+    with _naming("classes"):
         numbers = [number for item in items for number in find_classes(str(item), count, names)]
-    except click.UsageError as e:
-        found = e.message.removeprefix("--class=")
-        raise dnnlib.UserError(f"classes: {found}") from None
     if not numbers:
         raise dnnlib.UserError("classes: is empty; leave it out to draw the classes")
     return numbers
@@ -198,6 +202,16 @@ def detect(
     if dest is not None:
         save_results(os.fspath(dest), dataset, found, net)
     return found
+
+
+@contextlib.contextmanager
+def _naming(argument: str) -> Iterator[None]:
+    """Turn what a script's check says about an option, '--class=cow: ...', into an error about an argument."""
+    try:
+        yield
+    except click.UsageError as e:
+        text = e.message.partition("=")[2]
+        raise dnnlib.UserError(f"{argument}: {text}") from None
 
 
 @click.command()

@@ -150,6 +150,9 @@ def test_a_generator_and_a_network_without_classes(tmp_path):
         (lambda home, net: cleanscore.sample(net, 1, classes=3), "classes: 3: this network"),
         (lambda home, net: cleanscore.sample(net, 1, classes=[]), "is empty"),
         (lambda home, net: cleanscore.sample(net, 0), "n is 0"),
+        (lambda home, net: cleanscore.sample(net, 1, steps=0), "steps is 0"),
+        (lambda home, net: cleanscore.load(home, precision="int8"), "int8"),
+        (lambda home, net: cleanscore.load(home, precision="tf32", device="cpu"), "precision: tf32: for CUDA only"),
         (lambda home, net: cleanscore.sample(net, 1, guidance=home / "nothing"), "nothing: no such file"),
         (lambda home, net: cleanscore.evaluate(home / "nothing.zip", pets(home), **PIXELS), "nothing.zip"),
         (
