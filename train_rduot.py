@@ -32,7 +32,6 @@ Examples:
 """
 METHODS = {objective.method: objective for objective in (RDUOT, DDGAN)}
 BASELINE = dict(tau=0.0, phi1="softplus", phi2="softplus", cost="pixels")  # what DDGAN has in place of options
-TAU = {"robust": 10.0}  # 0 for usual images, a few for others; the other costs are sums, with the published tau
 COUNT = click.IntRange(min=1)
 PHI = click.Choice(list(CONJUGATES))
 
@@ -58,8 +57,6 @@ def main(**opts) -> None:
     check_usage(opts)
     if opts["method"] == "ddgan":
         opts |= BASELINE
-    elif opts["tau"] is None:
-        opts["tau"] = TAU.get(opts["cost"], 1e-3)
 
     def make(config, dataset, device):
         if opts["outlier_data"]:

@@ -35,6 +35,9 @@ __all__ = [
 ]
 
 
+TAU = {"robust": 10.0}  # 0 for usual images, a few for others; the other costs are sums, with the published tau
+
+
 def changeable(**kwargs: Any) -> Any:
     """Declare a field that a resumed run may change. `kwargs` as in `dataclasses.field`."""
     return dataclasses.field(metadata={"changeable": True}, **kwargs)
@@ -46,7 +49,8 @@ def named_file(default: Any = None) -> Any:
 
 
 def settled(fresh: Any, before: Any) -> Any:
-    """Declare a field of a section that is None until `settle` chooses: `fresh` is its value in a fresh run.
+    """Declare a field of a section that is None until `settle` chooses: `fresh` is its value in a fresh run, or a
+    function of the section that returns it.
 
     `before` is what runs did before there was the field.
     """
@@ -160,7 +164,7 @@ class RDUOTConfig:
     geometric: bool | None = None  # noise schedule: the variance rises geometrically from beta_min to beta_max
     cost: str = "pixels"  # what the transport cost compares
     distance: str | None = settled(fresh="features", before="pixels")  # what the robust cost measures distances of
-    tau: float = 1e-3  # weight of the transport cost
+    tau: float | None = settled(fresh=lambda section: TAU.get(section.cost, 1e-3), before=1e-3)  # weight of the cost
     phi1: str = "softplus"  # conjugate on generated images
     phi2: str = "softplus"  # conjugate on real images
     r1_gamma: float = 0.02  # weight of the gradient penalty R1
@@ -234,7 +238,9 @@ def settle(config: RunConfig, old: dict[str, Any] | None) -> None:
             if known is not None and known.get(field.name) is None:
                 known[field.name] = field.metadata["before"]
             if getattr(section, field.name) is None:
-                chosen = field.metadata["fresh"] if known is None else known[field.name]
+                fresh = field.metadata["fresh"]
+                fresh = fresh(section) if callable(fresh) else fresh
+                chosen = fresh if known is None else known[field.name]
                 setattr(section, field.name, chosen)
 
 

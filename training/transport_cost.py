@@ -16,6 +16,7 @@ __all__ = ["COSTS", "TransportCost", "squared_distance"]
 COSTS = ("pixels", "standardized", "features", "robust")
 SAMPLE = 4096  # Statistics come from at most this many training images.
 CHUNK = 512  # images that are processed at a time
+CORE, CORE_ROUNDS, FREE = 0.75, 10, 4  # of version 0.1: share of the core, rounds at most, distance that costs nothing
 FLOOR = 0.3  # smallest deviation, relative to the mean deviation: where images are all alike, it says too little
 
 
@@ -35,8 +36,11 @@ class TransportCost:
     for usual images, of the same scale for images of any size, and does not depend on x_{t+1}.
     """
 
-    def __init__(self, kind: str, dataset: ImageDataset, steps: DiffusionSteps, device: torch.device):
-        self.kind, self.net, self.distance = kind, None, None
+    def __init__(
+        self, kind: str, dataset: ImageDataset, steps: DiffusionSteps, device: torch.device, by_pixels: bool = False
+    ):
+        """Measure what the cost needs. `by_pixels`: the `robust` of version 0.1, for runs that began with it."""
+        self.kind, self.net, self.distance, self.axes = kind, None, None, None
         self._dataset, self._steps, self._device = dataset, steps, device
         self.sample = spread(torch.arange(len(dataset)), SAMPLE)
         if kind == "features":
@@ -47,7 +51,12 @@ class TransportCost:
                 for block in (block for stage in net.stages for block in stage):
                     block.conv1.weight.data *= 100
             self.net = net.eval().requires_grad_(False).to(device)
-        if kind == "robust":
+        if kind == "robust" and by_pixels:
+            images = [x_0.flatten(1) for _, x_0 in training_images(dataset, self.sample, torch.device("cpu"))]
+            members, axes = pixel_core(torch.cat(images).to(torch.float64))
+            self.axes = axes.to(device, torch.float32)
+            self.mean, self.std = self._measure(dataset, self.sample[members], steps, device)
+        elif kind == "robust":
             found = distributed.from_rank0(lambda: CoreDistance(read_features(dataset, self.sample.numpy())))
             self.distance = found.to(device)
         elif kind != "pixels":
@@ -74,17 +83,18 @@ class TransportCost:
     def _embed(self, x: torch.Tensor) -> torch.Tensor:
         if self.net is not None:
             return self.net.features(x, torch.full([], LOWEST_SIGMA, device=x.device))
-        return x.flatten(1)
+        return x.flatten(1) if self.axes is None else x.flatten(1) @ self.axes
 
     def __call__(self, x_0: torch.Tensor, x_next: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """Return the cost [N] of the pairs (x_0, x_next = x_{t+1})."""
         if self.kind == "pixels":
             return squared_distance(x_0, x_next, t)
-        if self.kind == "robust":
+        if self.distance is not None:
             return self.distance(x_0).clamp(min=1).log()
         start = (self._embed(x_0) - self.mean[0]) / self.std[0]
         end = (self._embed(x_next) - self.mean[t + 1]) / self.std[t + 1]
-        return squared_distance(start, end, t)
+        c = squared_distance(start, end, t)
+        return c if self.axes is None else (c / start.shape[1] - FREE).clamp(min=0)
 
     @torch.no_grad()
     def of_training(self, items: torch.Tensor | None = None) -> np.ndarray:
@@ -109,6 +119,27 @@ class TransportCost:
     def before_limit(self, costs: np.ndarray) -> np.ndarray:
         """Return ln d^2 of the images of `sample` for `robust`, whose cost is 0 below 0; the costs themselves else."""
         return costs if self.distance is None else np.log(np.maximum(self.distance.training, 1e-6))
+
+
+def pixel_core(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the core, as in version 0.1, of the rows x [N,d], bool [N], and its principal axes [d,d] in columns.
+
+    The core is the share CORE of the rows that lie nearest to their own mean in Mahalanobis distance. Concentration
+    steps of FAST-MCD find it (Rousseeuw and Van Driessen, Technometrics 1999). They start from all rows, so outliers
+    that are all alike and make up a fifth of the rows can pass for a part of the core. `floored` limits the deviations
+    along the axes from below.
+    """
+    members = torch.ones(len(x), dtype=torch.bool)
+    for _ in range(CORE_ROUNDS):
+        mean = x[members].mean(dim=0)
+        variances, axes = torch.linalg.eigh(x[members].T.cov(correction=0))
+        std = floored(variances.clamp(min=0).sqrt())
+        distance = (((x - mean) @ axes) / std).square().sum(dim=1)
+        nearest = distance <= distance.quantile(CORE)
+        if (nearest != members).sum() <= len(x) / 1000:
+            break
+        members = nearest
+    return members, axes
 
 
 def floored(std: torch.Tensor) -> torch.Tensor:

@@ -129,6 +129,7 @@ def test_published_flags(data, tmp_path):
         phi1="softplus",
         phi2="softplus",
         cost="pixels",
+        distance="features",
         tau=1e-3,
         r1_gamma=0.02,
         lazy_reg=15,

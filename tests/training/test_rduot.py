@@ -12,7 +12,6 @@ import torch
 from torch.nn.functional import logsigmoid, softplus
 
 from archives.posterior import compress
-from dnnlib import UserError
 from sampling.ddgan import ddgan_sampler
 from tests.support.objectives import CPU
 from tests.support.paths import FIXTURES, ROOT
@@ -404,11 +403,6 @@ def test_labels_by_the_posterior_are_the_same_in_both_losses():
     objective.loss(images, labels, draws, Stats(CPU))
     want = torch.nn.functional.one_hot(objective.posterior_labels.classes(draws["items"], draws["label"]), 4).float()
     assert len(seen) == 5 and all(torch.equal(given, want) for given in seen) and not torch.equal(want, labels)
-
-
-def test_a_run_with_the_robust_cost_of_version_0_1_does_not_go_on():
-    with pytest.raises(UserError, match="compared pixels"):
-        make(cost="robust", distance="pixels")
 
 
 def test_snapshot_says_how_it_was_trained():

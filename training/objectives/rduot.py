@@ -21,7 +21,6 @@ import numpy as np
 import torch
 from torch.nn.functional import logsigmoid, softplus
 
-import dnnlib
 from archives.dataset import ImageDataset, to_float
 from torch_utils.training_stats import Stats
 from training.config import RunConfig
@@ -140,19 +139,14 @@ class RDUOT(Objective):
     ):
         """Take labels that replace those of the data set (None: its own).
 
-        `draw_sheet(images uint8 [n,H,W,C], path)` writes a picture of images. UserError: the cost does not fit.
+        `draw_sheet(images uint8 [n,H,W,C], path)` writes a picture of images.
         """
         super().__init__(config, dataset, device)
         self.posterior_labels, self.draw_sheet = posterior_labels, draw_sheet
         self.train_indices = None if posterior_labels is None else posterior_labels.train_indices
         c = config.rduot
-        if c.cost == "robust" and c.distance == "pixels":
-            raise dnnlib.UserError(
-                "the run began with the robust cost of version 0.1, which compared pixels; it cannot go on with "
-                "today's. Start a new run from its weights"
-            )
         self.steps = DiffusionSteps(c.num_timesteps, c.beta_min, c.beta_max, device, bool(c.geometric))
-        cost = TransportCost(c.cost, dataset, self.steps, device)
+        cost = TransportCost(c.cost, dataset, self.steps, device, by_pixels=c.distance == "pixels")
         self.cost_statistics: dict[str, float] = {}  # about the costs of the training images, not logged yet
         self.losses = TransportLosses(self.steps, cost, c.tau, c.phi1, c.phi2, c.r1_gamma, self.log_sigmoid)
 
