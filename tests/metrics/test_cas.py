@@ -96,5 +96,5 @@ def test_sets_that_do_not_fit_are_refused(files, monkeypatch, made, test, arch, 
     monkeypatch.setitem(sys.modules, "torchvision.models", None)
     with pytest.raises(dnnlib.UserError) as e:
         score(files, made, test, arch)
-    assert "--" not in e.value.message
+    assert "--" not in e.value.message.split("; dataset_tool.py ")[0]  # what to do may be a command
     assert all(word in e.value.message for word in words), e.value.message
