@@ -15,11 +15,11 @@ from dnnlib.cli import AutoFloat, FloatRange, blame
 from sampling.sheet import save_samples
 from torch_utils import persistence
 from training import options, run
-from training.calibration import Temperature
 from training.config import TDSMConfig
 from training.objectives.classifier import check_classifier, check_noise_levels
 from training.objectives.tdsm import TDSM, known_transition
 from training.outlier_options import outlier_options, outlier_rule, outlier_settings
+from training.temperature import Temperature
 
 EXAMPLES = """
 Examples:

@@ -21,8 +21,8 @@ from training import (  # noqa: F401  They register classes.
     networks_published,
     networks_resnet,
 )
-from training.calibration import Temperature
 from training.published_ddgan import build_generator, is_checkpoint, load_checkpoint
+from training.temperature import Temperature
 
 __all__ = [
     "DEFAULT_WEIGHTS",

@@ -187,7 +187,7 @@ def test_bad_options_fail_before_the_work(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_tiny_run_is_complete_and_goes_on(tmp_path):
     source = tmp_path / "fashion"
     make_idx(source, 60)

@@ -24,8 +24,8 @@ from tests.support.paths import FIXTURES, ROOT
 from tests.support.runs import TINY, assert_same, final_weights
 from tests.support.synth import make_cifar10, run_dataset_tool
 from torch_utils import persistence
-from training.calibration import Temperature
 from training.networks_resnet import Classifier, Discriminator
+from training.temperature import Temperature
 
 
 def invoke(script, *args):

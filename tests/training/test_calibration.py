@@ -8,7 +8,8 @@ import torch
 
 import dnnlib
 from archives.label_noise import transition_matrix
-from training.calibration import Temperature, fit_temperature, mean_log_likelihood
+from training.calibration import fit_temperature, mean_log_likelihood
+from training.temperature import Temperature
 
 C = 4
 

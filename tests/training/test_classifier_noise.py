@@ -10,9 +10,10 @@ from archives.label_noise import transition_matrix
 from dnnlib import UserError
 from tests.support.objectives import CPU, Data, FixedClassifier, make_config, ready
 from torch_utils import persistence
-from training.calibration import Temperature
-from training.objectives.classifier import REACH, ClassifierObjective, LearnedTransition
+from training.learned_transition import LearnedTransition
+from training.objectives.classifier import REACH, ClassifierObjective
 from training.objectives.tdsm import TDSM
+from training.temperature import Temperature
 
 T = transition_matrix("sym", 0.4, 4)
 

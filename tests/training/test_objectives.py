@@ -11,8 +11,9 @@ from tests.support.objectives import CPU, Data, FixedClassifier, make_config, re
 from torch_utils.persistence import load_snapshot, save_snapshot
 from torch_utils.training_stats import Stats
 from training.augment import shift_images
+from training.learned_transition import LearnedTransition
 from training.loss_scale import LossScale
-from training.objectives.classifier import ClassifierObjective, LearnedTransition, check_classifier
+from training.objectives.classifier import ClassifierObjective, check_classifier
 from training.objectives.dsm import DSM
 from training.objectives.tdsm import TDSM, known_transition
 from training.trained_network import TrainedNetwork, linear_rampup

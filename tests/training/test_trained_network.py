@@ -14,8 +14,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from tests.support.objectives import CPU, Data, make_config, ready
 from torch_utils import distributed
 from torch_utils.training_stats import Stats
+from training.learned_transition import LearnedTransition
 from training.loss_scale import GROW_AFTER, START, LossScale
-from training.objectives.classifier import ClassifierObjective, LearnedTransition
+from training.objectives.classifier import ClassifierObjective
 from training.objectives.discriminator import DiscriminatorObjective
 from training.objectives.dsm import DSM
 from training.trained_network import TrainedNetwork

@@ -28,15 +28,17 @@ from torch_utils.precision import widest
 from torch_utils.training_stats import Stats
 from training import networks_published  # noqa: F401  It registers TDSM's classifiers.
 from training.augment import draw_shifts, shift_images
-from training.calibration import Temperature, fit_temperature, mean_log_likelihood
+from training.calibration import fit_temperature, mean_log_likelihood
 from training.config import RunConfig
+from training.learned_transition import LearnedTransition
 from training.networks_conv import ConvClassifier
 from training.networks_resnet import Classifier
 from training.objective import Objective, split_items
+from training.temperature import Temperature
 from training.trained_network import TrainedNetwork
 from training.transition_estimate import describe_transition
 
-__all__ = ["ClassifierObjective", "LearnedTransition", "check_classifier", "check_noise_levels"]
+__all__ = ["ClassifierObjective", "check_classifier", "check_noise_levels"]
 
 VOLUME_WEIGHT = 1e-4  # lambda
 VALIDATION_DRAWS = 4096  # a validation value is the mean over at least so many noisy images
@@ -48,29 +50,6 @@ TRANSITION_SCHEDULE = ((0.15, 1.0), (0.30, 0.1), (0.75, 0.01))
 # REACH in each theta however short the run is, and settles.
 REACH = 2.0
 ESTIMATE_SCHEDULE = ((0.30, 0.0), (0.60, 1.0), (0.75, 0.1))
-
-
-class LearnedTransition(torch.nn.Module):
-    """T [C,C]: 1 on the diagonal, sigmoid(theta) elsewhere, then rows divided by their sums.
-
-    theta starts at -2, which is a rate of 52% wrong labels with 10 classes, or at `start_at`.
-    """
-
-    def __init__(self, num_classes: int):
-        super().__init__()
-        self.theta = torch.nn.Parameter(torch.full([num_classes, num_classes], -2.0))
-
-    def forward(self) -> torch.Tensor:
-        """Return T."""
-        eye = torch.eye(len(self.theta), device=self.theta.device)
-        t = eye + (1 - eye) * torch.sigmoid(self.theta)
-        return t / t.sum(dim=1, keepdim=True)
-
-    @torch.no_grad()
-    def start_at(self, T: torch.Tensor) -> None:
-        """Set theta to give T [C,C], up to entries that are 0 or larger than the diagonal."""
-        ratio = T / T.diagonal()[:, None].clamp_min(1e-6)
-        self.theta.copy_(ratio.clamp(1e-4, 0.99).logit())
 
 
 class ClassifierObjective(Objective):

@@ -24,11 +24,12 @@ from torch_utils import distributed, misc
 from torch_utils.distributed import print0
 from torch_utils.training_stats import Stats
 from training.augment import draw_shifts, shift_images
-from training.calibration import Temperature, fit_temperature, mean_log_likelihood
+from training.calibration import fit_temperature, mean_log_likelihood
 from training.config import RunConfig
 from training.networks_resnet import Discriminator
 from training.noise_levels import LOWEST_SIGMA
 from training.objective import Objective
+from training.temperature import Temperature
 from training.trained_network import TrainedNetwork
 
 __all__ = ["DiscriminatorObjective", "Shuffle", "right_shares"]

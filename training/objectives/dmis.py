@@ -34,7 +34,7 @@ from archives.label_noise import transition_matrix
 from torch_utils import distributed
 from torch_utils.training_stats import Stats
 from training.config import RunConfig
-from training.objectives.classifier import LearnedTransition
+from training.learned_transition import LearnedTransition
 from training.objectives.dsm import DSM, without
 from training.objectives.pair_passes import pass_size
 from training.objectives.posterior_labels import draw_classes

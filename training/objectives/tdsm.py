@@ -33,12 +33,12 @@ from archives.label_noise import check_matrix, check_observed, impossible_label,
 from torch_utils import distributed
 from torch_utils.precision import widest
 from torch_utils.training_stats import Stats
-from training.calibration import Temperature
 from training.config import RunConfig
 from training.objectives.dsm import DSM, without
 from training.objectives.pair_passes import pass_size, read_later, sum_over_pairs
 from training.objectives.posterior_labels import PosteriorLabels, draw_classes
 from training.outlier_rule import OutlierRule
+from training.temperature import Temperature
 from training.transition_estimate import class_shares
 
 __all__ = ["TDSM", "clean_posterior", "cut_weights", "known_transition", "posterior_weights", "survivors"]
