@@ -73,7 +73,15 @@ GUIDANCE_SETTINGS = [
     "noise_rate",
 ]
 # What a published generator does not record: the options that state it, by their published names.
-PUBLISHED_SETTINGS = ["image_size", "num_timesteps", "beta_min", "beta_max", "use_geometric", "centered", "not_use_tanh"]
+PUBLISHED_SETTINGS = [
+    "image_size",
+    "num_timesteps",
+    "beta_min",
+    "beta_max",
+    "use_geometric",
+    "centered",
+    "not_use_tanh",
+]
 # What generate.py can be asked when the network is a generator; everything else shapes the path of a denoiser.
 GENERATOR_OPTIONS = {
     "network",
@@ -248,7 +256,9 @@ def check_usage(o: dnnlib.EasyDict) -> None:
         raise click.UsageError(f"--S_clip_min={low:g}: must not exceed --S_clip_max={high:g}")
     if o.trajectory is not None:
         if o.resume:
-            raise click.UsageError("--trajectory: the states of images that are there already are gone; leave out --resume")
+            raise click.UsageError(
+                "--trajectory: the states of images that are there already are gone; leave out --resume"
+            )
         if not o.trajectory.lower().endswith(".npz"):
             raise click.UsageError(f"--trajectory={o.trajectory}: give a name that ends in .npz")
     if o.grid is None:
