@@ -1,6 +1,6 @@
 # cleanscore on a CPU, about 1.5 GB:
 #   docker build --tag=cleanscore .
-#   docker run --rm --volume="$PWD:/work" cleanscore quickstart.py --outdir=/work/demo
+#   docker run --rm --volume="$PWD:/data" cleanscore quickstart.py --outdir=/data/demo
 FROM python:3.11-slim
 
 WORKDIR /opt/cleanscore
@@ -23,10 +23,10 @@ COPY torch_utils torch_utils
 COPY training training
 COPY *.py LICENSE README.md ./
 
-# Not as root: files in /work belong to who builds with --build-arg=UID=$(id -u).
+# Not as root: files in /data belong to who builds with --build-arg=UID=$(id -u).
 ARG UID=1000
 RUN useradd --create-home --uid=$UID cleanscore
 USER cleanscore
-VOLUME /work
+VOLUME /data
 ENTRYPOINT ["python"]
 CMD ["quickstart.py", "--help"]
