@@ -240,13 +240,6 @@ class _Precond(torch.nn.Module):
         with no_autocast(features.device):  # 8 bits are too few for a logit
             return self.model.logits(features.to(torch.float32))
 
-
-@persistent_class(embed_source=False)
-class EDMPrecond_classifier(_Precond):
-    """TDSM's classifier: images [N,C,H,W] at noise level [] or [N] -> logits [N,label_dim]; class labels do nothing."""
-
-    network_kind = "classifier"
-
     def forward(
         self,
         x: torch.Tensor,
@@ -254,7 +247,14 @@ class EDMPrecond_classifier(_Precond):
         class_labels: torch.Tensor | None = None,
         augment_labels: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        return self.logits(self.features(x, sigma, augment_labels=augment_labels))
+        return self.logits(self.features(x, sigma, class_labels, augment_labels))
+
+
+@persistent_class(embed_source=False)
+class EDMPrecond_classifier(_Precond):
+    """TDSM's classifier: images [N,C,H,W] at noise level [] or [N] -> logits [N,label_dim]; class labels do nothing."""
+
+    network_kind = "classifier"
 
 
 @persistent_class(embed_source=False)
@@ -300,14 +300,9 @@ class EDMPrecondDiscriminator(_Precond):
     network_kind = "discriminator"
     part = "discriminator"
 
-    def forward(
-        self,
-        x: torch.Tensor,
-        sigma: torch.Tensor,
-        class_labels: torch.Tensor | None = None,
-        augment_labels: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        return self.logits(self.features(x, sigma, class_labels, augment_labels))[:, 0]
+    def logits(self, features: torch.Tensor) -> torch.Tensor:
+        """Return the float32 logit [N] for features [N,d]."""
+        return super().logits(features)[:, 0]
 
 
 @persistent_class(embed_source=False)
