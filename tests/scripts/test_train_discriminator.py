@@ -458,7 +458,7 @@ def test_sweep_without_clean_labels(world, trained, tmp_path):
     fail(1, match, sweep, *args, f"--outdir={tmp_path / 'b'}", f"--label-path={tmp_path / 'short.npz'}")
 
 
-@pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.long), 2])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_published_commands(tmp_path, processes):
     """The paper's two commands as they are typed, on a synthetic archive of CIFAR-10's layout."""
     source, _, labels = make_cifar10(tmp_path / "cifar-10-python.tar.gz")

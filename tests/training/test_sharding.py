@@ -158,14 +158,14 @@ METHODS = {
 }
 
 
-OTHERS = sorted(METHODS.keys() - {"dsm", "learned T"})
+OTHERS = sorted(METHODS.keys() - {"learned T"})  # which has two networks
 
 
 def arguments(method, folder):
     return [text.format(folder) for text in METHODS[method]]
 
 
-@pytest.mark.parametrize("method", ["dsm", "learned T", *(pytest.param(m, marks=pytest.mark.long) for m in OTHERS)])
+@pytest.mark.parametrize("method", ["learned T", *(pytest.param(m, marks=pytest.mark.long) for m in OTHERS)])
 def test_every_method_learns_the_same_as_with_ddp(run, folder, tmp_path, method):
     ranks = 3 if method == "discriminator" else 2  # three: slices of unequal size, and empty ones
     for name in ("0", "1"):
