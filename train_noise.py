@@ -73,7 +73,7 @@ def main(**opts) -> None:
     if by_class and "--temp" in dnnlib.cli.given_options():
         raise click.UsageError("--temp: belongs to --weights=image; with class there is no classifier to divide")
     if opts["cls"] is None and not (by_class and opts["noise_type"]):
-        raise click.UsageError("Missing option '--cls'." + (" Or state --noise_type." if by_class else ""))
+        raise click.UsageError("Missing option '--cls'" + (" or '--noise_type'." if by_class else "."))
     path = None
     if opts["cls"] is not None:
         with blame("--cls"):
@@ -93,7 +93,8 @@ def main(**opts) -> None:
         known = dict(transition=transition, posterior=kind, temperature=temperature)
         known |= dict(outliers=outlier_rule(config, dataset, device))
         labels = options.posterior_labels(config, dataset, device)
-        net = None if by_class else snapshot["ema"]
+        # A continued run has its weights from the state, so the option alone does not say.
+        net = None if config.tdsm.weights == "class" else snapshot["ema"]
         return TDSM(config, dataset, device, classifier=net, posterior_labels=labels, **known)
 
     section = TDSMConfig(

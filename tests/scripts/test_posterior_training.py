@@ -137,6 +137,14 @@ def test_tdsm_draws_one_class_unless_the_sum_is_shortened(folder, classifier, tm
     assert not list(tmp_path.iterdir())
 
 
+def test_a_continued_run_keeps_its_weights_by_class(folder, classifier, tmp_path):
+    args = common(folder, f"--cls={classifier}", f"--outdir={tmp_path}/run", "--nosubdir")
+    assert "Weights by class (S-DSM)" in tdsm(*args, "--weights=class", "--duration=0.000048")
+    again = [f"--resume={tmp_path}/run", "--duration=0.000096"]
+    assert "Weights by class (S-DSM)" in tdsm(*args, *again)  # the state says so, not the options
+    tdsm_fails(1, *args, *again, "--weights=image", "--resume|tdsm.weights")
+
+
 def test_tdsm_corrects_the_noise_that_posterior_labels_leave(folder, classifier, tmp_path):
     args = common(
         folder, f"--cls={classifier}", "--nosubdir", "--duration=0.000064", f"--posterior={folder}/labels.npz"

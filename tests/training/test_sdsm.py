@@ -79,7 +79,7 @@ def test_the_script_needs_no_classifier_where_the_noise_is_stated(tmp_path):
         return result.exit_code, result.output
 
     for args, message in [
-        (["--weights=class"], r"Missing option '--cls'\. Or state --noise_type"),
+        (["--weights=class"], r"Missing option '--cls' or '--noise_type'\.$"),
         (noise, r"Missing option '--cls'\.$"),
         (["--weights=class", *noise, "--temp=2"], "--temp: belongs to --weights=image"),
     ]:
