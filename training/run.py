@@ -107,10 +107,12 @@ def start(
                 objective.begin()
             print0("".join(f"{line}\n" for line in objective.notes()), end="")
             training_loop(objective, dataset, config, run_dir, device, nimg, best, draw_samples)
-            if distributed.get_rank() == 0:
+
+            def finish() -> None:
                 lines = [] if best.name is None else objective.results(os.path.join(run_dir, best.name))
                 print0("".join(f"{line}\n" for line in [*lines, *objective.finish(run_dir)]), end="")
-        distributed.barrier()
+
+            distributed.on_rank0(finish)
     return run_dir
 
 

@@ -389,6 +389,23 @@ def test_in_the_end_the_log_says_what_the_potential_prices_out(tmp_path):
     assert order[:16].min() > order[16:].max()
 
 
+def test_the_potential_is_asked_about_the_labels_that_it_has_learned(tmp_path):
+    data = contrasts(0.2, 0.8)
+    objective, classes = make(data), (data.labels + 1) % 4
+    objective.posterior_labels = PosteriorLabels(compress(np.eye(4)[classes], data.labels), "sample", CPU)
+    known, seen = {tuple(x.flatten().tolist()): c for x, c in zip(data.pixels, classes, strict=True)}, []
+
+    def potential(x_t, _t, _next, labels):
+        images = (x_t * 127.5 + 127.5).round().int()
+        seen.append([known[tuple(x.flatten().tolist())] for x in images] == labels.argmax(dim=1).tolist())
+        return x_t.mean(dim=(1, 2, 3))
+
+    objective.trained["potential"].net.forward = potential
+    objective.draw_sheet = None
+    (line,) = objective.finish(str(tmp_path))
+    assert seen == [True] and line.endswith("outliers.")
+
+
 def test_labels_by_the_posterior_are_the_same_in_both_losses():
     data = Images()
     p = np.full([8, 4], 0.25)

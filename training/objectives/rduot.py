@@ -271,14 +271,20 @@ class RDUOT(Objective):
         out: hardly any image like it is made.
         """
         items = spread(torch.arange(len(self.dataset)), LOOK_AT)
-        draws = torch.Generator(self.device).manual_seed(0)
+        # In random order, as in training: the potential sees how much the images of a group differ.
+        items = items[torch.randperm(len(items), generator=torch.Generator().manual_seed(0))]
+        generator = torch.Generator(self.device).manual_seed(0)
         net, values = self.trained["potential"].net, []
         for part in items.split(LOOK_AT // 8):
             x_0 = to_float(self.dataset.images(part).to(self.device))
-            t, labels = torch.zeros(len(x_0), dtype=torch.int64, device=self.device), self.dataset.onehot(part)
-            noise = [torch.randn(x_0.shape, generator=draws, device=self.device) for _ in range(2)]
+            t = torch.zeros(len(x_0), dtype=torch.int64, device=self.device)
+            noise = [torch.randn(x_0.shape, generator=generator, device=self.device) for _ in range(2)]
             x_t, x_next = self.steps.pair(x_0, t, *noise)
-            values.append(net(x_t, t, x_next, labels.to(self.device)).double().cpu())
+            draws = dict(
+                items=part.to(self.device), label=torch.rand(len(part), generator=generator, device=self.device)
+            )
+            labels = self.choose_labels(self.dataset.onehot(part).to(self.device), draws, Stats(self.device))
+            values.append(net(x_t, t, x_next, labels).double().cpu())
         price = torch.cat(values).numpy()
         with torch.enable_grad():
             weight = slope(CONJUGATES[self.losses.phi2])(-price)
