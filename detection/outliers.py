@@ -18,6 +18,7 @@ import torch
 from scipy.special import ndtr
 
 from archives.dataset import ImageDataset, to_float
+from training.connected_core import nearest
 from training.core_distance import CoreDistance
 from training.image_features import image_features
 
@@ -85,25 +86,25 @@ def _scores_by_labels(
     dataset: ImageDataset, extra: np.ndarray, anchors: np.ndarray, rng: np.random.Generator
 ) -> np.ndarray | None:
     space = Space(np.concatenate(list(_features(dataset, anchors))), extra[anchors], dataset.labels[anchors])
-    points = [
-        space.project(part, extra[start : start + len(part)])
-        for start, part in zip(
-            range(0, dataset.num_raw, CHUNK), _features(dataset, np.arange(dataset.num_raw)), strict=True
-        )
-    ]
-    return foreign_scores(np.concatenate(points), anchors, dataset.labels, rng)
+    points = np.concatenate([space.project(*rows) for rows in _all_features(dataset, extra)])
+    return foreign_scores(points, anchors, dataset.labels, rng)
 
 
 def _scores_by_distance(dataset: ImageDataset, extra: np.ndarray, anchors: np.ndarray) -> np.ndarray:
     known = np.concatenate([np.concatenate(list(_features(dataset, anchors))), extra[anchors]], axis=1)
     found = CoreDistance(known.astype(np.float64))
-    distance, start = np.empty(dataset.num_raw), 0
-    for part in _features(dataset, np.arange(dataset.num_raw)):
-        rows = np.concatenate([part, extra[start : start + len(part)]], axis=1)
-        distance[start : start + len(part)] = found.of_features(torch.from_numpy(rows)).numpy()
-        start += len(part)
+    joined = (torch.from_numpy(np.concatenate(rows, axis=1)) for rows in _all_features(dataset, extra))
+    distance = torch.cat([found.of_features(rows) for rows in joined]).double().numpy()
     distance[anchors] = found.training  # an image is not its own neighbor
     return _deviations(np.log(np.maximum(distance, 1e-9))).astype(np.float32)
+
+
+def _all_features(dataset: ImageDataset, extra: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield the features of all images and the further ones, CHUNK images at a time."""
+    start = 0
+    for part in _features(dataset, np.arange(dataset.num_raw)):
+        yield part, extra[start : start + len(part)]
+        start += len(part)
 
 
 def _features(dataset: ImageDataset, items: np.ndarray) -> Iterator[np.ndarray]:
@@ -159,7 +160,7 @@ def foreign_scores(
         return None
     in_core = sign[anchors] < CORE
     for _ in range(2):  # the second time without anchors that are far from the core themselves
-        distance, _ = _nearest(points, around[in_core], anchors[in_core], NEAREST)
+        _, distance = nearest(points, around[in_core], NEAREST, anchors[in_core])
         far = _deviations(np.log(np.maximum(distance[:, -1], 1e-9)))
         in_core &= far[anchors] < CORE
     return np.maximum(sign, far).astype(np.float32)
@@ -176,7 +177,7 @@ def _random_labels(
     k = min(NEIGHBORS, len(anchors) - 1)
     if k < 2:
         return None
-    _, rows = _nearest(points, points[anchors], anchors, k)
+    rows, _ = nearest(points, points[anchors], k, anchors)
     told, shuffled = (
         _divergence(given[rows[anchors]], given)[rows[:, : max(k // 2, 1)]].mean(axis=1)
         for given in (labels, rng.permutation(labels))
@@ -195,27 +196,6 @@ def _divergence(around: np.ndarray, labels: np.ndarray) -> np.ndarray:
     q = np.bincount((rows + around).ravel(), minlength=len(around) * classes).reshape(-1, classes) / k
     p = np.bincount(labels, minlength=classes) / len(labels)
     return (q * np.log(np.maximum(q, 1e-12) / np.maximum(p, 1e-12))).sum(axis=1)
-
-
-def _nearest(points: np.ndarray, anchors: np.ndarray, own: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return distances and rows [N,k] of the anchors nearest to each point, ascending. A point is not its own anchor.
-
-    `own` int [n] says which point each anchor is.
-    """
-    k = min(k, len(anchors) - 1)
-    norms = np.square(anchors).sum(axis=1)
-    distances, rows = np.empty([len(points), k], np.float32), np.empty([len(points), k], np.int64)
-    for start in range(0, len(points), CHUNK):
-        x = points[start : start + CHUNK]
-        square = np.square(x).sum(axis=1)[:, None] + norms - 2 * x @ anchors.T
-        inside = np.flatnonzero((own >= start) & (own < start + len(x)))
-        square[own[inside] - start, inside] = np.inf
-        found = np.argpartition(square, k - 1, axis=1)[:, :k]
-        values = np.take_along_axis(square, found, axis=1)
-        order = values.argsort(axis=1)
-        rows[start : start + len(x)] = np.take_along_axis(found, order, axis=1)
-        distances[start : start + len(x)] = np.sqrt(np.maximum(np.take_along_axis(values, order, axis=1), 0))
-    return distances, rows
 
 
 def _deviations(values: np.ndarray, least: float = 1e-3) -> np.ndarray:

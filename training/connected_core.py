@@ -30,7 +30,7 @@ CENTER = 0.5  # share of the thinned points that the search for the center takes
 RESTART, REACHED, FAINT = 0.05, 0.12, 0.03
 STEPS, ROUNDS, JOINS = 100, 20, 8  # of the walk, of the growth at most, and of groups that join
 CONDUCTANCE, GROUP = 0.012, 0.25  # a separate group: largest conductance of its cut, largest share of the points
-GAP, NEAR = 1.3, 1.5  # least distance of a separate group from the rest, and least one that keeps a faint group out
+GAP, NEAR = 1.3, 1.5  # squared distances: a separate group is farther than GAP, a faint one joins up to NEAR
 USUAL = 0.99  # quantile of the core's distances from each other that counts as usual
 FEW = 50  # so few points are all core
 CHUNK = 1024
@@ -41,7 +41,7 @@ def connected_core(x: np.ndarray, seed: int = 0) -> np.ndarray:
     n = len(x)
     if n < FEW:
         return np.ones(n, dtype=bool)
-    rows, distances = nearest(x, x, min(NEARBY, n - 1), same=True)
+    rows, distances = nearest(x, x, NEARBY, own=np.arange(n))
     kept = thinned(rows, distances, seed)
     rows = rows[:, :NEIGHBORS]
     edges = neighbor_graph(rows)
@@ -84,18 +84,20 @@ def _near_groups(x: np.ndarray, edges: csr_array, core: np.ndarray, candidates: 
     return near
 
 
-def nearest(x: np.ndarray, anchors: np.ndarray, k: int, same: bool = False) -> tuple[np.ndarray, np.ndarray]:
+def nearest(x: np.ndarray, anchors: np.ndarray, k: int, own: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Return rows int64 and distances float32 [N,k] of the anchors [A,d] nearest to each point x [N,d], ascending.
 
-    `same`: the anchors are the points themselves, in this order; a point is not its own neighbor.
+    `own` int [A]: which point each anchor is, where the anchors are among the points. A point is not its own neighbor.
+    k becomes smaller where there are fewer anchors.
     """
+    k = min(k, max(len(anchors) - (own is not None), 1))
     points, anchors = (torch.from_numpy(np.asarray(a, dtype=np.float32)) for a in (x, anchors))
     rows, distances = [], []
     for start in range(0, len(points), CHUNK):
         distance = torch.cdist(points[start : start + CHUNK], anchors)
-        if same:
-            own = torch.arange(len(distance))
-            distance[own, start + own] = torch.inf
+        if own is not None:
+            inside = np.flatnonzero((own >= start) & (own < start + len(distance)))
+            distance[own[inside] - start, inside] = torch.inf
         found = distance.topk(k, dim=1, largest=False)
         rows.append(found.indices)
         distances.append(found.values)
@@ -176,7 +178,10 @@ def _cuts(edges: csr_array) -> list[np.ndarray]:
 
 
 def _distance(x: np.ndarray, group: np.ndarray, rest: np.ndarray) -> np.ndarray:
-    """Return the squared distances of points `group` (bool [N]) to the nearest of `rest`, in usual ones of these."""
+    """Return the squared distances of the points `group` (bool [N]) to the nearest one of `rest`.
+
+    Their unit is what is usual among `rest`.
+    """
     y, _, _ = whitened(x, rest)
-    usual = np.quantile(nearest(y[rest], y[rest], 1, same=True)[1], USUAL)
+    usual = np.quantile(nearest(y[rest], y[rest], 1, own=np.arange(rest.sum()))[1], USUAL)
     return np.square(nearest(y[group], y[rest], 1)[1][:, 0] / max(float(usual), 1e-9))

@@ -39,15 +39,16 @@ class CoreDistance:
         self.core = connected_core(z, seed)
         points, mean, axes = whitened(z, self.core)
         self.training = np.empty(len(z))
-        self.training[self.core] = nearest(points[self.core], points[self.core], 1, same=True)[1][:, 0]
+        members = points[self.core]
+        self.training[self.core] = nearest(members, members, 1, own=np.arange(len(members)))[1][:, 0]
         if not self.core.all():
-            self.training[~self.core] = nearest(points[~self.core], points[self.core], 1)[1][:, 0]
+            self.training[~self.core] = nearest(points[~self.core], members, 1)[1][:, 0]
         among = self.training[self.core]
         among = among[(among > 0) & np.isfinite(among)]  # copies of an image say nothing about what is usual
         usual = float(np.quantile(among, USUAL)) if len(among) else 1.0
         self.training = np.square(self.training / usual)
 
-        parts = center, spread, mean, axes / usual, points[self.core] / usual
+        parts = center, spread, mean, axes / usual, members / usual
         self._parts = [torch.from_numpy(part).float() for part in parts]
 
     def to(self, device: torch.device) -> CoreDistance:

@@ -25,16 +25,16 @@ def block_means(images: torch.Tensor, blocks: int) -> torch.Tensor:
 
     A pixel that lies in two parts counts for both, by area. Images smaller than that repeat their pixels.
     """
-    rows, columns = (_averages(size, blocks).to(images) for size in images.shape[2:])
+    rows, columns = (_averages(size, blocks, images.device, images.dtype) for size in images.shape[2:])
     return rows @ images @ columns.T
 
 
-@cache
-def _averages(size: int, blocks: int) -> torch.Tensor:
-    """Return the matrix float32 [blocks,size] whose products with a row of `size` pixels are its block means."""
+@cache  # per device: in every step of a training, a copy to a GPU would wait for what the GPU has to do
+def _averages(size: int, blocks: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """Return the matrix [blocks,size] whose products with a row of `size` pixels are its block means."""
     edges = torch.arange(blocks + 1, dtype=torch.float64)[:, None] * (size / blocks)
     inside = torch.minimum(edges[1:], torch.arange(1, size + 1)) - torch.maximum(edges[:-1], torch.arange(size))
-    return (inside.clamp(min=0) * (blocks / size)).to(torch.float32)
+    return (inside.clamp(min=0) * (blocks / size)).to(device, dtype)
 
 
 def image_features(images: torch.Tensor) -> torch.Tensor:
@@ -70,7 +70,7 @@ def texture(gray: torch.Tensor) -> torch.Tensor:
     spread. Then the square roots of the shares of gray levels, and of differences between neighbors in both directions.
     """
     padded = torch.nn.functional.pad(gray, (1, 1, 1, 1), mode="replicate")
-    response = torch.nn.functional.conv2d(padded, _patterns().to(gray))
+    response = torch.nn.functional.conv2d(padded, _patterns(gray.device, gray.dtype))
     mean = response.abs().mean(dim=(2, 3)) + DARK / 2
     root = (response.square().mean(dim=(2, 3)) + DARK**2 / 4).sqrt()
     steps = [_shares((gray.diff(dim=dim).abs() / STEEP).clamp(max=1), STEPS) for dim in (3, 2)]
@@ -78,10 +78,11 @@ def texture(gray: torch.Tensor) -> torch.Tensor:
 
 
 @cache
-def _patterns() -> torch.Tensor:
+def _patterns(device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """Return the cosine patterns but the constant one, [8,1,3,3]."""
     waves = torch.tensor([[1.0, 1, 1], [1, 0, -1], [1, -2, 1]])
     waves = waves / waves.norm(dim=1, keepdim=True)
-    return torch.einsum("ai,bj->abij", waves, waves).reshape(9, 1, 3, 3)[1:]
+    return torch.einsum("ai,bj->abij", waves, waves).reshape(9, 1, 3, 3)[1:].to(device, dtype)
 
 
 def _shares(values: torch.Tensor, bins: int) -> torch.Tensor:

@@ -7,7 +7,7 @@ from sklearn.datasets import load_digits
 from sklearn.metrics import roc_auc_score
 
 from detection.duplicates import count_groups, find_duplicates
-from detection.outliers import FALSE_ALARMS, Space, _flag, _nearest, find_outliers, foreign_scores
+from detection.outliers import FALSE_ALARMS, Space, _flag, find_outliers, foreign_scores
 from training.robust_core import find_core
 
 
@@ -112,17 +112,6 @@ def test_the_threshold_is_that_of_benjamini_and_hochberg():
     assert np.flatnonzero(_flag(p, 0.5)).tolist() == [1, 3, 4]  # 0.03 <= 0.1 * 3 / 10, while 0.4 > 0.04
     assert np.flatnonzero(_flag(p, 0.025)).tolist() == [1, 4]
     assert not _flag(np.full(10, 0.2), 0.5).any()
-
-
-def test_nearest_agrees_with_a_loop():
-    points = np.random.default_rng(0).normal(size=[50, 3]).astype(np.float32)
-    own = np.arange(0, 50, 2)
-    distances, rows = _nearest(points, points[own], own, 4)
-    for i in range(50):
-        d = np.linalg.norm(points[own] - points[i], axis=1)
-        d[own == i] = np.inf
-        assert rows[i].tolist() == d.argsort()[:4].tolist()
-        np.testing.assert_allclose(distances[i], np.sort(d)[:4], rtol=1e-3)
 
 
 def test_a_space_compares_in_deviations_within_classes():

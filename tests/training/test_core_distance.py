@@ -32,14 +32,15 @@ def test_the_core_is_that_of_scikit_learn(far, wide):
 
 
 def test_nearest_agrees_with_a_loop():
-    x = cloud(40, 0, 0, d=3)
-    for anchors, same in ((x, True), (x[:15] + 0.1, False)):
-        rows, distances = nearest(x, anchors, 4, same)
-        for i in range(40):
+    x = cloud(1100, 0, 0, d=3)  # more than are compared at a time
+    for anchors, own in ((x, np.arange(1100)), (x[::2], np.arange(0, 1100, 2)), (x[:15] + 0.1, None)):
+        rows, distances = nearest(x, anchors, 4, own)
+        for i in [0, 1, 2, 1023, 1024, 1098]:
             d = np.linalg.norm(anchors - x[i], axis=1)
-            d[i if same else []] = np.inf
+            d[[] if own is None else own == i] = np.inf
             assert rows[i].tolist() == d.argsort()[:4].tolist()
             np.testing.assert_allclose(distances[i], np.sort(d)[:4], rtol=1e-3)
+    assert nearest(x, x[:3], 4)[0].shape == (1100, 3) and nearest(x, x[:3], 4, np.arange(3))[0].shape == (1100, 2)
 
 
 def test_the_walk_ends_in_the_solution_of_its_equation():
@@ -54,7 +55,7 @@ def test_the_walk_ends_in_the_solution_of_its_equation():
 
 def test_dense_places_are_thinned_out():
     x = np.concatenate([cloud(300, 0, 0), cloud(300, 9, 1, wide=0.05)])
-    rows, distances = nearest(x, x, 20, same=True)
+    rows, distances = nearest(x, x, 20, np.arange(len(x)))
     kept = thinned(rows, distances, 0)
     assert kept[300:].mean() < 0.2 < 0.8 < kept[:300].mean()
 
@@ -62,7 +63,7 @@ def test_dense_places_are_thinned_out():
 @pytest.mark.parametrize("far, count, found", [(9, 200, True), (1.5, 200, False), (9, 400, False)])
 def test_a_separate_group_is_small_and_far(far, count, found):
     x = np.concatenate([cloud(800, 0, 0), cloud(count, far, 1, wide=0.5)])
-    rows, _ = nearest(x, x, 10, same=True)
+    rows, _ = nearest(x, x, 10, np.arange(len(x)))
     apart = separate_groups(x, neighbor_graph(rows))
     assert apart[800:].mean() == found and not apart[:800].any()
 
