@@ -30,7 +30,9 @@ def look_for_foreign(
     if n > 5 * RATE:
         print(f"Looking for foreign images and duplicates, about {n / RATE:.0f} s", flush=True)
     note = "" if n >= ENOUGH else f"; not looked for among fewer than {ENOUGH}"
-    if found.is_outlier is None and n >= ENOUGH:
+    if found.is_outlier is not None:
+        note = "" if features is None else "; a label file knows them, so the features were not needed"
+    elif n >= ENOUGH:
         outliers = find_outliers(dataset, features, seed=seed)
         found.outlier_score, found.is_outlier = outliers.score, outliers.is_outlier
         if outliers.is_outlier.any():

@@ -71,11 +71,13 @@ def check_usage(given: set[str], o: dnnlib.EasyDict) -> None:
     for source, useless in (("cls", given & TRAINING), ("labels", given & (TRAINING | {"--method"}))):
         if o[source] and useless:
             raise click.UsageError(f"--{source}: nothing is trained with this option; leave out {sorted(useless)[0]}")
-    if o.encoder and o.arch:
+    if o.encoder and "--arch" in given:  # that of a preset gives way
         raise click.UsageError(f"--encoder={o.encoder} and --arch={o.arch} both choose the network; give one of them")
     useless = ["--cls"] * bool(o.cls) + sorted(given & {"--arch", "--encoder", "--lr", "--method"})
     if o.features and not o.labels and useless:
         raise click.UsageError(f"--features: a linear classifier of the features decides; leave out {useless[0]}")
+    if o.features and o.labels and not o.foreign:
+        raise click.UsageError("--features: --labels decides, and nobody looks for foreign images; leave it out")
     if o.cls and o.method == "confident":
         raise click.UsageError("--cls: --method=confident needs classifiers that have not seen the labels they judge")
     if o.batch % distributed.get_world_size():
@@ -141,7 +143,8 @@ def find_wrong_labels(
             return confident.detect(dataset, device, settings), None
         return METHODS[o.method](dataset, device, settings)
     except KeyboardInterrupt:
-        distributed.print0("Stopped. The same command goes on from the last epoch that it has saved.")
+        if path:
+            distributed.print0("Stopped. The same command goes on from the last epoch that it has saved.")
         raise
 
 

@@ -105,5 +105,6 @@ def test_bad_features(world, tmp_path, monkeypatch):
     fail(1, *good, f"--features={world}/odd.pt", "--features|odd.pt: fails on")
     fail(2, *good, "--features=clip", "--method=cores", "--features|leave out --method")
     fail(2, *good, "--features=clip", "--encoder=small", "--features|leave out --encoder")
+    fail(2, *good, "--features=clip", "--labels=a.npz", "--foreign=0", "--features|--labels decides")
     fail(2, *good, "--encoder=small", "--arch=conv", "--encoder=small and --arch=conv")
     assert not list(tmp_path.iterdir())

@@ -62,9 +62,10 @@ def test_detectors_have_it_too(data, tmp_path, monkeypatch):
 
     monkeypatch.setitem(options.METHODS, "cores", detect)
     args = [f"--data={data}", f"--dest={tmp_path}/l.npz", "--device=cpu"]
-    with pytest.raises(ZeroDivisionError):
-        detect_noise.main([*args, "--method=cores", "--encoder=resnet34"], standalone_mode=False)
-    assert seen == [("resnet34", 2e-3)]
+    for given in (["--method=cores", "--encoder=resnet34"], ["--preset=digits", "--encoder=small"]):
+        with pytest.raises(ZeroDivisionError):
+            detect_noise.main([*args, *given], standalone_mode=False)
+    assert seen == [("resnet34", 2e-3), ("small", 2e-3)]  # the option comes before the network of the preset
     fail(2, *args, "--encoder=resnet34", "--arch=adm", "--encoder=resnet34 and --arch=adm")
     fail(2, *args, "--encoder=resnet34", f"--cls={data}", "--cls|leave out --encoder")
     net = Trainer(ImageDataset(str(data)), torch.device("cpu"), Settings(arch="small")).trained.net
