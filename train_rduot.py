@@ -95,8 +95,8 @@ def settings(opts: dict[str, Any], dataset: ImageDataset) -> dict[str, Any]:
         if size and size not in levels:
             raise click.UsageError(f"--attn_resolutions={size}: there are levels of {levels} pixels; 0 is none of them")
     names = ("num_timesteps", "beta_min", "beta_max", "cost", "tau", "phi1", "phi2", "r1_gamma", "lazy_reg")
-    nimg = 0 if opts["no_lr_decay"] else opts["schedule"] and options.images(opts, opts["schedule"], dataset)
-    total = options.images(opts, opts["num_epoch"] or opts["duration"], dataset)
+    nimg = 0 if opts["no_lr_decay"] else opts["schedule"] and options.images(opts, dataset, opts["schedule"])
+    total = options.images(opts, dataset)
     if nimg and nimg > total:
         print0(f"Note: the learning rates fall over {nimg:,} images, and the training ends after {total:,} of them")
     return dict(

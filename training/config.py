@@ -35,7 +35,7 @@ __all__ = [
 ]
 
 
-TAU = {"robust": 10.0}  # 0 for usual images, a few for others; the other costs are sums, with the published tau
+TAU = {"robust": 10.0}  # by cost, else the published 1e-3 for sums over pixels: `robust` is between 0 and about 4
 
 
 def changeable(**kwargs: Any) -> Any:

@@ -273,14 +273,13 @@ def make_config(
     `settings`: fields that depend on the kind of network (`sigma_settings`, or a script's own). `sections`: the
     method's section of the configuration. An option `num_epoch` counts passes over the data in place of --duration.
     """
-    nimg = images(opts, opts["duration"] if opts.get("num_epoch") is None else opts["num_epoch"], dataset)
     return RunConfig(
         method=method,
         dataset=DatasetConfig(",".join(dataset.archives), opts["cond"], opts["xflip"], opts["cache"]),
         batch_size=opts["batch"],
         batch_gpu=opts["batch_gpu"],
         num_processes=distributed.get_world_size(),
-        total_nimg=nimg,
+        total_nimg=images(opts, dataset),
         kimg_per_tick=opts["tick"],
         snapshot_ticks=opts["snap"],
         state_ticks=opts["dump"],
@@ -302,9 +301,15 @@ def make_config(
     )
 
 
-def images(opts: dict[str, Any], length: float, dataset: ImageDataset) -> int:
-    """Return a length in images, at least 1. It is in millions of images, or with `num_epoch` in passes over the data."""
-    return max(round(length * (1e6 if opts.get("num_epoch") is None else len(dataset))), 1)
+def images(opts: dict[str, Any], dataset: ImageDataset, length: float | None = None) -> int:
+    """Return a length in images, at least 1: that of the training, or a `length` in the unit of the training.
+
+    The unit is a million images, or one pass over the data where an option `num_epoch` is given.
+    """
+    epochs = opts.get("num_epoch")
+    if length is None:
+        length = opts["duration"] if epochs is None else epochs
+    return max(round(length * (1e6 if epochs is None else len(dataset))), 1)
 
 
 def sigma_settings(opts: dict[str, Any], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -360,7 +365,8 @@ def posterior_labels(config: RunConfig, dataset: ImageDataset, device: torch.dev
         found = load_label_file(section.path, dataset)
         if found.posterior is None:
             raise dnnlib.UserError(f"{section.path}: holds no posterior; make it anew with detect_noise.py")
-    foreign = found.is_outlier if config.outliers is None else None
+    learned = config.outliers is None and config.rduot is None  # RDUOT leaves out what its cost makes expensive
+    foreign = found.is_outlier if learned else None
     with blame(f"--posterior_mode={section.mode}"):
         return PosteriorLabels(found.posterior, section.mode, device, section.limit, foreign)
 

@@ -34,7 +34,7 @@ LIMIT = 0.45  # least probability of being clean; noise without end gives 0.5
 LEVELS = torch.logspace(math.log10(0.02), math.log10(80), 32)  # candidates for sigma_i
 ANCHORS = 1024  # clean images, and as many outliers, that stand for theirs
 NOISES = 4  # draws of n
-CHUNK = 64  # outliers at a time: memory for CHUNK x 2 ANCHORS x LEVELS numbers
+CHUNK = 64  # outliers at a time: memory for CHUNK x 2 ANCHORS x LEVELS numbers, and for 2 ANCHORS images
 
 
 class OutlierRule:
@@ -56,6 +56,8 @@ class OutlierRule:
 
     def weight(self, sigma: torch.Tensor, items: torch.Tensor, stats: Stats) -> torch.Tensor:
         """Return 1 where an image teaches at its noise level, else 0, float32 in the shape of `sigma` [n,...]."""
+        if self.mode == "drop":  # none of the images is an outlier
+            return torch.ones_like(sigma)
         teaches = sigma.flatten() >= self.least[items]
         stats.add("Outliers/used", teaches.float(), self.outliers[items])
         return teaches.reshape(sigma.shape).to(sigma.dtype)
@@ -118,7 +120,7 @@ def least_levels(dataset: ImageDataset, outliers: np.ndarray, device: torch.devi
     count = min(ANCHORS, len(mine), len(others))  # equal numbers: more images would come nearer to any point
 
     def images(items: np.ndarray) -> torch.Tensor:
-        return to_float(dataset.images(items).to(device)).flatten(1)
+        return to_float(dataset.images(items).to(device)).flatten(1).to(widest(device))
 
     anchors = [images(np.sort(rng.permutation(items)[:count])) for items in (others, mine)]
     generator, sigma = torch.Generator(device).manual_seed(0), LEVELS.to(device)

@@ -90,6 +90,7 @@ def test_outliers_are_left_out_beside_labels_that_are():
     data = levels_of_gray(n=5, share=0.4)
     rule = OutlierRule(data, data.outliers, "drop", CPU)
     assert rule.train_indices.tolist() == [2, 3, 4] and "2 of 5 images, which are left out" in rule.notes()[0]
+    assert "Outliers/used" not in loss_of(rule, data, torch.ones(5))[1]
     p = np.eye(4)[[0, 0, 0, 1, 1]]
     labels = PosteriorLabels(compress(p, np.array([0, 0, 0, 0, 1])), "drop", CPU)
     assert common_items(labels.train_indices, rule.train_indices, None).tolist() == [2, 4]

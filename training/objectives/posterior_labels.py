@@ -83,8 +83,8 @@ class PosteriorLabels:
         number = 0 if foreign is None else int(np.sum(foreign if self.train_indices is None else foreign & ~changed))
         if number:
             self._notes.append(
-                f"Note: {number:,} of the images are foreign by the label file and are learned like the others; leave "
-                "them out with train.py --drop_outliers --outlier_data=FILE."
+                f"Note: {number:,} of the images are foreign by the label file and are learned like the others; "
+                "--drop_outliers --outlier_data=FILE leaves them out."
             )
 
     @staticmethod
