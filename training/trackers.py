@@ -7,6 +7,7 @@ the method knows one. A tracker that fails is left out for the rest of the run; 
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 import os
 from collections.abc import Callable
@@ -50,7 +51,8 @@ def check_wandb(mode: str | None, key: str | None) -> None:
     if (mode or os.environ.get("WANDB_MODE", "online")) not in ("online", "run", "shared"):
         return
     try:
-        fine = wandb.login(verify=True, timeout=30, prompt=False)
+        quiet = dict(prompt=False) if "prompt" in inspect.signature(wandb.login).parameters else {}  # older ones ask
+        fine = wandb.login(verify=True, timeout=30, **quiet)
         reason = "there is no API key"
     except Exception as e:  # wandb's own errors, those of its requests, those of its service
         fine, reason = False, str(e) or type(e).__name__

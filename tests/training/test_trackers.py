@@ -63,7 +63,8 @@ class Fake:
             fake.inits.append(kwargs)
             return Run()
 
-        def login(**kwargs):
+        def login(verify, timeout, prompt):
+            assert verify and not prompt
             fake.logins.append(os.environ.get("WANDB_API_KEY"))
             fake.fail("login")
             return fake.logins[-1] is not None
@@ -181,6 +182,11 @@ def test_offline_by_the_environment_asks_nobody(fake, monkeypatch):
     assert fake.logins == []
     check_wandb("online", KEY)
     assert fake.logins == [KEY]
+
+
+def test_older_versions_know_no_prompt(fake, monkeypatch):
+    monkeypatch.setattr(sys.modules["wandb"], "login", lambda verify, timeout: True)
+    check_wandb("online", KEY)
 
 
 def test_picture_of_a_transition():
