@@ -104,6 +104,8 @@ def main(fashion: str | None, mnist: str | None, sizes: list[int], only: str, ch
             raise click.UsageError(f"--only={name}: there are {', '.join(PAIRS)}")
     known = sources(fashion, mnist)
     pairs = [name for name in only.split(",") if set(PAIRS[name]) <= set(known)]
+    if "--only" in dnnlib.cli.given_options() and len(pairs) < len(only.split(",")):
+        raise click.UsageError(f"--only={only}: needs --fashion or --mnist")
     click.echo(HEAD)
     with tempfile.TemporaryDirectory() as folder:
         for size in sizes:

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 
 import dnnlib
 from benchmarks import __main__ as cli
-from benchmarks import metrics_rows, plain, roofline, steps, table
+from benchmarks import metrics_rows, outlier_costs, plain, roofline, steps, table
 from benchmarks.archives import write_archive
 from benchmarks.core import FormProcess, Row, compare, processes
 from benchmarks.metrics_rows import prdc_plain
@@ -313,3 +313,15 @@ def test_unknown_topic(topics):
 def test_every_topic_has_rows():
     assert {"training", "metrics"} <= set(cli.TOPICS)
     assert all(callable(topic.rows) for topic in cli.TOPICS.values())
+
+
+def test_the_costs_of_outliers_have_a_row_per_share(monkeypatch):
+    monkeypatch.setattr(outlier_costs, "NUM", 300)
+    monkeypatch.setattr(outlier_costs, "SHARES", (0.1, 0.2))
+    result = CliRunner().invoke(outlier_costs.main, ["--sizes=8", "--only=digits+photos"])
+    assert result.exit_code == 0, result.output
+    rows = [line.split(" | ") for line in result.output.splitlines()[2:]]
+    assert [row[2] for row in rows] == ["10%", "20%, of one class"] and all(row[3] == "0.00%" for row in rows)
+    assert all(float(row[6]) > 20 for row in rows)
+    result = CliRunner().invoke(outlier_costs.main, ["--only=fashion+mnist"])
+    assert result.exit_code == 2 and "--only=fashion+mnist: needs --fashion or --mnist" in result.output

@@ -16,11 +16,7 @@ def test_slopes_are_derivatives():
 
 
 def optimum(cost, tau, phi1, phi2):
-    """Weights of a set of points by gradient ascent on the dual problem over D, one number per point.
-
-    The generator puts its mass m where D - tau c is largest; here all points may have some, so D = k + tau c is sought
-    as the stationary point of  sum_i p_i Psi2*(-D_i) + max_m sum_i m_i (...)  with sum m = 1.
-    """
+    """Weights of a set of points by minimizing E Psi2*(-k - tau c) + Psi1*(k) over k."""
     p = torch.full([len(cost)], 1 / len(cost), dtype=torch.float64)
     k = torch.zeros([], dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS([k], max_iter=200, tolerance_grad=1e-12, tolerance_change=1e-14)
@@ -40,7 +36,7 @@ def optimum(cost, tau, phi1, phi2):
 
 @pytest.mark.parametrize("phi1, phi2", [("softplus", "softplus"), ("kl", "kl"), ("softplus", "kl"), ("chi", "chi")])
 def test_the_weights_are_those_of_the_least_dual_loss(phi1, phi2):
-    """min over k of E Psi2*(-k - tau c) + Psi1*(k): the potential's loss where D = k + tau c."""
+    """That is the potential's loss where D = k + tau c."""
     cost = np.array([0.0, 0.0, 0.1, 0.5, 1.0, 3.0])
     got = expected_weights(0.7 * cost, slope(CONJUGATES[phi1]), slope(CONJUGATES[phi2]))
     np.testing.assert_allclose(got, optimum(cost, 0.7, phi1, phi2), rtol=1e-4)
