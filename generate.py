@@ -71,7 +71,8 @@ def run(o: dnnlib.EasyDict, device: torch.device) -> None:
     if o.resume:
         with blame("--outdir"):
             earlier = find_earlier(o.outdir, o.subdirs, net, device, o.classes, make)
-        missing = [seed for seed in seeds if seed not in set(earlier.seeds)]
+        there = set(earlier.seeds)
+        missing = [seed for seed in seeds if seed not in there]
         print0(f"{len(seeds) - len(missing)} of {len(seeds)} images are there already")
     own = share_of(missing, distributed.get_rank(), distributed.get_world_size())
     if o.classes and class_names:
@@ -115,10 +116,9 @@ def load(o: dnnlib.EasyDict, device: torch.device) -> tuple:
         with blame("--outdir"):
             check_free(o.outdir, ", or make the missing images with --resume")
     form = dict(precision=o.precision, compile=o.compile, trust_pickle=o.trust_pickle)
-    published = {name: o[name] for name in PUBLISHED_SETTINGS}
+    first = dict(kinds=("denoiser", "generator"), published={name: o[name] for name in PUBLISHED_SETTINGS})
     with blame("--network"):
-        kinds = ("denoiser", "generator")
-        net, class_names = load_denoiser(o.network, device, kinds=kinds, published=published, **form)
+        net, class_names = load_denoiser(o.network, device, **first, **form)
     check_network(o, net)
     o.classes = o.classes and find_classes(o.classes, net.label_dim, class_names)
     networks = [net]

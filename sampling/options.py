@@ -33,6 +33,7 @@ from sampling.ddgan import is_generator
 from sampling.loading import DEFAULT_WEIGHTS, PRECISIONS
 from sampling.samplers import SOLVERS
 from sampling.schedules import DISCRETIZATIONS, SCALINGS, SCHEDULES
+from training.published_ddgan import SETTINGS
 
 __all__ = [
     "PUBLISHED_SETTINGS",
@@ -72,16 +73,7 @@ GUIDANCE_SETTINGS = [
     "S_clip_max",
     "noise_rate",
 ]
-# What a published generator does not record: the options that state it, by their published names.
-PUBLISHED_SETTINGS = [
-    "image_size",
-    "num_timesteps",
-    "beta_min",
-    "beta_max",
-    "use_geometric",
-    "centered",
-    "not_use_tanh",
-]
+PUBLISHED_SETTINGS = list(SETTINGS)  # options that state what a published generator does not record
 # What generate.py can be asked when the network is a generator; everything else shapes the path of a denoiser.
 GENERATOR_OPTIONS = {
     "network",

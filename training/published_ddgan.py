@@ -197,6 +197,8 @@ def _plain(value: Any) -> Any:
 
 
 def _settings(args: Mapping[str, Any], given: Mapping[str, Any], path: str) -> dict[str, Any]:
+    if unknown := given.keys() - SETTINGS.keys():
+        raise dnnlib.UserError(f"{path}: there is no setting {min(unknown)}; there are {', '.join(SETTINGS)}")
     found = dict(SETTINGS)
     for stated in (args, given):  # what is given counts most
         found |= {name: value for name, value in stated.items() if name in SETTINGS and value is not None}
