@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 import click
@@ -20,6 +21,7 @@ from cleanscore.samples import Samples
 from detection.classifier import check_labels
 from detection.inspection import look_for_foreign
 from detection.options import METHODS, detect_options, find_wrong_labels, save_results
+from metrics.detectors import INCEPTION
 from metrics.options import evaluate_files
 from sampling.ddgan import is_generator
 from sampling.generation import generate_images
@@ -33,12 +35,16 @@ from torch_utils.precision import tf32
 __all__ = ["detect", "evaluate", "load", "sample"]
 
 Guidance = float | str | os.PathLike | TrainedDiscriminator
-INCEPTION = "fidelity:inception-v3-compat"  # that of the papers, from the package torch-fidelity
 EVERYWHERE = (0.0, float("inf"))  # the noise levels at which a discriminator corrects
 
 
 def load(
-    path: str | os.PathLike[str], *, device: str = "auto", precision: str | None = None, trust_pickle: bool = False
+    path: str | os.PathLike[str],
+    *,
+    device: str = "auto",
+    precision: str | None = None,
+    trust_pickle: bool = False,
+    published: Mapping[str, Any] | None = None,
 ) -> torch.nn.Module:
     """Return the network of a snapshot, ready to sample. Its attribute `class_names` holds names, or None.
 
@@ -46,6 +52,7 @@ def load(
     device        auto, cpu, cuda, mps
     precision     fp32, tf32, bf16 or fp16; None: as the network was trained
     trust_pickle  run the code inside the file; only for files that you trust
+    published     what a published netG_1200.pth does not record, such as dict(image_size=32) (docs/formats.md)
 
     UserError: the file is missing or damaged, or its network makes no images.
     """
@@ -55,7 +62,7 @@ def load(
     with _naming("precision"):
         check_precision(precision, place)
     form = dict(precision=precision, trust_pickle=trust_pickle, kinds=("denoiser", "generator"))
-    net, net.class_names = load_denoiser(os.fspath(path), place, **form)
+    net, net.class_names = load_denoiser(os.fspath(path), place, published=published, **form)
     return net
 
 
@@ -74,7 +81,8 @@ def sample(
 
     net       a network that `load` returned, or its path; also a denoiser that is guided already
     classes   a class by number or name, several of them in turn, or text as `generate.py --class` takes it, such as
-              "cat,dog" or "0-9": seed s gets class number s mod their count. None: each seed draws its own
+              "cat,dog" or "0-9": seed s gets class number s mod their count. None: each seed draws its own. An int is
+              always a number; text is a name where it is the number of no class
     guidance  a number s: classifier-free guidance D_0 + s (D_y - D_0); a discriminator of `train_discriminator.py`, by
               its path: SBDC; or a list of both
     batch     images at a time
@@ -82,11 +90,11 @@ def sample(
     settings  further arguments of the sampler: S_churn, sigma_min, solver, ... (docs/methods/edm.md)
 
     UserError: a class or a discriminator does not fit the network, a generator is asked for steps or guidance, or a
-    number is below 1.
+    number is too low.
     """
-    for name, value in dict(n=n, batch=batch, steps=steps).items():
-        if value is not None and value < 1:
-            raise dnnlib.UserError(f"{name} is {value}, expected 1 or more")
+    for name, value, low in (("n", n, 1), ("batch", batch, 1), ("steps", steps, 1), ("seed", seed, 0)):
+        if value is not None and value < low:
+            raise dnnlib.UserError(f"{name} is {value}, expected {low} or more")
     net = load(net) if isinstance(net, (str, os.PathLike)) else net
     guidances = [] if guidance is None else guidance if isinstance(guidance, (list, tuple)) else [guidance]
     given = settings if steps is None else settings | dict(num_steps=steps)
@@ -97,7 +105,7 @@ def sample(
         inner = inner.net
     device, names = next(inner.parameters()).device, getattr(inner, "class_names", None)
     wanted = None if classes is None else _numbers(classes, net.label_dim, names)
-    for one in sorted(guidances, key=lambda one: not isinstance(one, (int, float))):  # SBDC's gate stands outermost
+    for one in sorted(guidances, key=lambda one: not isinstance(one, Real)):  # SBDC's gate stands outermost
         net = _guided(net, one, device)
     sampler = choose_sampler(net, **given)
     seeds = list(range(seed, seed + n))
@@ -108,7 +116,7 @@ def sample(
 
 
 def _guided(net: Callable[..., torch.Tensor], guidance: Guidance, device: torch.device) -> Callable[..., torch.Tensor]:
-    if isinstance(guidance, (int, float)):
+    if isinstance(guidance, Real):
         return ClassifierFreeGuidance(net, float(guidance))
     if not isinstance(guidance, TrainedDiscriminator):
         guidance = load_discriminator(os.fspath(guidance), device)
@@ -119,8 +127,9 @@ def _numbers(classes: int | str | Iterable[int | str], count: int, names: Sequen
     if not count:
         raise dnnlib.UserError(f"classes: {classes!r} is asked for, but the network was trained without labels")
     items = [classes] if isinstance(classes, (int, str, np.integer)) else classes
-    with _naming("classes"):
-        numbers = [number for item in items for number in find_classes(str(item), count, names)]
+    with _naming("classes"):  # an int has no name to be taken for
+        known = [(item, names if isinstance(item, str) else None) for item in items]
+        numbers = [number for item, named in known for number in find_classes(str(item), count, named)]
     if not numbers:
         raise dnnlib.UserError("classes: is empty; leave it out to draw the classes")
     return numbers
@@ -145,17 +154,24 @@ def evaluate(
     """
     data, device = find_archive(reference), _device(device)
     with tempfile.TemporaryDirectory() as folder, tf32(False):
-        if isinstance(images, (Samples, np.ndarray)):
-            made = images if isinstance(images, Samples) else Samples(images, None, [])
-            path, name = os.path.join(folder, "images.npz"), "images"
-            np.savez(path, made.images, **({} if made.labels is None else dict(arr_1=made.labels)))
+        path = name = "images"
+        if isinstance(images, Samples):
+            path = os.path.join(folder, "images.zip")
+            images.save(path)  # with the names of the classes, which the reference may number otherwise
+        elif isinstance(images, np.ndarray):
+            path = os.path.join(folder, "images.npz")
+            np.savez(path, images)
         else:
-            path = name = find_images(images)
-        (result,) = evaluate_files([path], device, data=data, detector=detector, **settings)
+            path = name = _find_images(images)
+        try:
+            (result,) = evaluate_files([path], device, data=data, detector=detector, **settings)
+        except dnnlib.UserError as e:
+            e.message = e.message.replace(path, name)
+            raise
     return result | dict(images=name)
 
 
-def find_images(path: str | os.PathLike[str]) -> str:
+def _find_images(path: str | os.PathLike[str]) -> str:
     """Return the path of images on this machine. UserError: it is a run directory, which holds none to evaluate."""
     found = find_archive(path)
     if not dnnlib.is_url(os.fspath(path)) and found != os.fspath(path):
@@ -183,12 +199,16 @@ def detect(
     foreign  look for foreign images and duplicates, too
     dest     label file X.npz to write, with X.csv beside it
 
-    UserError: the archive has no labels, or the classifier does not fit it.
+    UserError: the archive has no labels, the classifier does not fit it, or the arguments contradict each other.
     """
     if method not in METHODS:
         raise dnnlib.UserError(f"method {method!r} is unknown; there are {', '.join(METHODS)}")
     if epochs is not None and epochs < 1:
         raise dnnlib.UserError(f"epochs is {epochs}, expected 1 or more")
+    if cls is not None and (method != "gce" or epochs is not None):
+        raise dnnlib.UserError(f"cls: {os.fspath(cls)} decides, and nothing trains; leave out method and epochs")
+    if dest is not None and not os.fspath(dest).lower().endswith(".npz"):
+        raise dnnlib.UserError(f"dest: {os.fspath(dest)}: the name of a label file ends in .npz")
     path = find_archive(archive)
     o = dnnlib.EasyDict(_detection.make_context("detect", ["--data", path]).params)
     o.update(method=method, cls=cls and os.fspath(cls), epochs=epochs, seed=seed)

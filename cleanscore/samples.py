@@ -36,7 +36,8 @@ class Samples:
         save_images([(self.seeds, self.images, self.labels)], os.fspath(path), class_names=self.class_names)
 
     def sheet(self, path: str | os.PathLike[str]) -> None:
-        """Write all images as one PNG, with a column per class under its name."""
+        """Write all images as one PNG, with a column per class under its name. Its folder is made if it is missing."""
+        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
         save_class_grid(self.images, os.fspath(path), self.labels, self.class_names)
 
     def _repr_png_(self) -> bytes:

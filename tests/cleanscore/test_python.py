@@ -17,10 +17,12 @@ import cleanscore
 import detect_noise
 import dnnlib
 import fid
+from archives.dataset import ImageDataset
 from dnnlib import downloads
 from tests.support.commands import callers
 from tests.support.generated import make, random_network, read
 from tests.support.paths import FIXTURES, ROOT
+from tests.support.published_checkpoints import fixture, parallel
 from tests.support.synth import make_archive
 from torch_utils import persistence
 from training.networks_resnet import Discriminator
@@ -96,7 +98,7 @@ def test_every_public_function_has_an_example_on_the_page():
         (["--class=0-2"], dict(classes="0-2")),
         (["--class=1"], dict(classes="dog")),
         (["--class=1"], dict(classes=1)),
-        (["--class=1", "--cfg=2"], dict(classes=np.int64(1), guidance=2)),
+        (["--class=1", "--cfg=2"], dict(classes=1, guidance=2)),
         (["--S_churn=20", "--rho=5"], dict(S_churn=20, rho=5)),
         (["--solver=euler"], dict(solver="euler")),
         (["--discriminator=DISC"], dict(guidance="DISC")),
@@ -113,6 +115,28 @@ def test_sample_makes_what_generate_makes(home, net, tmp_path, options, argument
     assert found.seeds == [3, 4, 5, 6, 7] and len(found) == 5 and found.class_names == NAMES
 
 
+def test_numbers_may_be_numpys(net):
+    plain, numpys = (
+        cleanscore.sample(net, 2, steps=2, classes=number, guidance=weight).images
+        for number, weight in ((1, 2.5), (np.int64(1), np.float32(2.5)))
+    )
+    assert np.array_equal(plain, numpys) and not np.array_equal(plain, cleanscore.sample(net, 2, steps=2).images)
+
+
+def test_a_number_is_never_a_name(net):
+    assert cleanscore.sample(net, 1, steps=1, classes="7").labels.tolist() == [NAMES.index("7")]
+    with pytest.raises(dnnlib.UserError, match="classes: 7: this network knows classes 0 to 2"):
+        cleanscore.sample(net, 1, steps=1, classes=7)
+
+
+def test_a_published_generator_is_told_the_size_of_its_images(tmp_path):
+    torch.save(parallel(fixture("rduot_generator_1")[2]), tmp_path / "netG_1200.pth")
+    found = cleanscore.load(tmp_path, device="cpu", published=dict(image_size=16))
+    assert cleanscore.sample(found, 1).images.shape == (1, 16, 16, 3)
+    with pytest.raises(dnnlib.UserError, match="no setting size; there are image_size, "):
+        cleanscore.load(tmp_path, device="cpu", published=dict(size=16))
+
+
 def test_saved_samples_are_what_generate_writes(home, net, tmp_path):
     cleanscore.sample(net, 4, steps=3).save(tmp_path / "a.zip")
     make(tmp_path / "b.zip", f"--network={home}/training-runs/00000-pets", "--seeds=0-3")
@@ -121,8 +145,10 @@ def test_saved_samples_are_what_generate_writes(home, net, tmp_path):
         cleanscore.sample(net, 1, steps=1).save(tmp_path / "a.zip")
 
 
-def test_samples_show_themselves(net):
-    assert cleanscore.sample(net, 2, steps=1)._repr_png_().startswith(b"\x89PNG")
+def test_samples_show_themselves(net, tmp_path):
+    images = cleanscore.sample(net, 2, steps=1)
+    images.sheet(tmp_path / "new" / "sheet.png")
+    assert images._repr_png_() == (tmp_path / "new" / "sheet.png").read_bytes()
 
 
 def test_a_generator_and_a_network_without_classes(tmp_path):
@@ -151,6 +177,7 @@ def test_a_generator_and_a_network_without_classes(tmp_path):
         (lambda home, net: cleanscore.sample(net, 1, classes=[]), "is empty"),
         (lambda home, net: cleanscore.sample(net, 0), "n is 0"),
         (lambda home, net: cleanscore.sample(net, 1, steps=0), "steps is 0"),
+        (lambda home, net: cleanscore.sample(net, 1, seed=-1), "seed is -1, expected 0 or more"),
         (lambda home, net: cleanscore.load(home, precision="int8"), "int8"),
         (lambda home, net: cleanscore.load(home, precision="tf32", device="cpu"), "precision: tf32: for CUDA only"),
         (lambda home, net: cleanscore.sample(net, 1, guidance=home / "nothing"), "nothing: no such file"),
@@ -159,11 +186,20 @@ def test_a_generator_and_a_network_without_classes(tmp_path):
             lambda home, net: cleanscore.evaluate(home / "training-runs" / "00000-pets", pets(home), **PIXELS),
             "sample it",
         ),
-        (lambda home, net: cleanscore.evaluate(np.zeros([4, 9, 9, 1], np.uint8), pets(home), **PIXELS), "8x8 gray"),
+        (
+            lambda home, net: cleanscore.evaluate(np.zeros([4, 9, 9, 1], np.uint8), pets(home), **PIXELS),
+            "8x8 gray images, but images has 9x9 gray",
+        ),
+        (
+            lambda home, net: cleanscore.evaluate(np.zeros([4, 8, 8, 1]), pets(home), **PIXELS),
+            "images: arr_0 is float64",
+        ),
         (lambda home, net: cleanscore.evaluate(pets(home), pets(home), detector="none"), "no detector"),
         (lambda home, net: cleanscore.detect(home / "plain.zip"), "class labels"),
         (lambda home, net: cleanscore.detect(pets(home), method="dowsing"), "gce, cores"),
         (lambda home, net: cleanscore.detect(pets(home), epochs=0), "epochs is 0"),
+        (lambda home, net: cleanscore.detect(pets(home), dest=home / "labels.csv"), "labels.csv: the name of a label"),
+        (lambda home, net: cleanscore.detect(pets(home), cls="a.pkl", epochs=3), "leave out method and epochs"),
         (lambda home, net: cleanscore.detect(pets(home), cls=home / "training-runs" / "00000-pets"), "classifier"),
     ],
 )
@@ -195,6 +231,18 @@ def test_evaluate_gives_the_numbers_of_fid(home, net, tmp_path):
             assert cleanscore.evaluate(given, reference, **PIXELS)["metrics"] == pytest.approx(theirs["metrics"])
     without = cleanscore.evaluate(images.images, pets(home), **PIXELS)
     assert without["metrics"]["fid"] == pytest.approx(theirs["metrics"]["fid"]) and without["images"] == "images"
+
+
+def test_evaluate_matches_classes_by_name(home, net, tmp_path):
+    """The reference numbers them in another order."""
+    dataset = ImageDataset(str(pets(home)))
+    order = [2, 0, 1]  # number in the archive -> number in the reference
+    names = [name for _, name in sorted(zip(order, NAMES, strict=True))]
+    images = dataset.images(np.arange(len(dataset))).numpy().transpose(0, 2, 3, 1)
+    labels = [order[label] for label in dataset.labels]
+    reference = make_archive(tmp_path / "reference.zip", images, labels, class_names=names)
+    real = cleanscore.Samples(images, dataset.labels, list(range(len(images))), NAMES)
+    assert cleanscore.evaluate(real, reference, **PIXELS)["metrics"]["cw_fid"] == pytest.approx(0, abs=1e-6)
 
 
 def test_a_url_stands_for_an_archive_and_a_network(home, tmp_path, monkeypatch):
