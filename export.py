@@ -23,6 +23,7 @@ from sampling.export.diffusers_folder import write_diffusers
 from sampling.export.graph import write_onnx, write_torchscript
 from sampling.sheet import save_samples
 from torch_utils import checkpoint, persistence, portable
+from training.published_ddgan import is_checkpoint
 
 EPILOG = """
 Formats:
@@ -68,6 +69,8 @@ def main(**opts: Any) -> None:
     start, whole = time.time(), o.form in ("safetensors", "snapshot")
     with blame("--network"):
         path = persistence.find_snapshot(o.network)
+        if is_checkpoint(path):
+            raise dnnlib.UserError(f"{path}: is a published generator, which export.py does not take")
         checkpoint.warn_if_older(path)
         snapshot = persistence.load_snapshot(path, kind=KINDS if whole else "denoiser")
     facts = {}

@@ -61,6 +61,8 @@ class CleanscorePipeline(DiffusionPipeline):
         pairs = list(zip(generators, places, strict=True))
         x = torch.stack([torch.randn(shape, generator=g, device=place).to(device) for g, place in pairs])
         labels = self._labels(class_labels, pairs, classes, device)
+        if labels is None and guidance_scale != 1:
+            raise ValueError("guidance_scale: this network was trained without classes")
         self.scheduler.set_timesteps(num_inference_steps)
         levels = self.scheduler.sigmas[:-1].double().cpu()
         known = levels if isinstance(self.denoiser, UNet2DModel) else self.denoiser.net.round_sigma(levels)

@@ -244,6 +244,10 @@ def test_diffusers_makes_the_same_images_with_every_preconditioner(name, tmp_pat
     theirs = np.stack([np.asarray(image) for image in pipe(generator=generators).images])
     ((_, ours, _),) = generate_images(net, range(3), device=torch.device("cpu"))
     assert np.abs(theirs.reshape(ours.shape).astype(int) - ours.astype(int)).max() <= 1
+    if not net.label_dim:
+        for wrong in (dict(guidance_scale=2), dict(class_labels=0)):
+            with pytest.raises(ValueError, match=f"{[*wrong][0]}: this network was trained without classes"):
+                pipe(**wrong)
 
 
 def test_adm_becomes_a_unet2dmodel_that_makes_the_same_images(tmp_path):
@@ -331,6 +335,7 @@ def test_only_denoisers_become_pipelines_and_graphs(form, tmp_path):
     ("args", "code", "words"),
     [
         (["--network=nothing.pkl", "--dest=there"], 1, "--network|no such file"),
+        (["--network=full/netG_25.pth", "--dest=there"], 1, "--network|is a published generator"),
         (["--network=RUN", "--dest=full"], 1, "--dest|exists already"),
         (["--network=RUN", "--dest=full/file"], 1, "--dest|exists already"),
         (["--network=RUN", "--dest=there", "--license=a b"], 2, "--license|apache-2.0"),
@@ -345,8 +350,9 @@ def test_bad_input_is_one_line_and_leaves_nothing(run, tmp_path, monkeypatch, ar
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("x")
     (tmp_path / "full" / "list.json").write_text("[1]")
+    (tmp_path / "full" / "netG_25.pth").touch()
     fail(code, *(arg.replace("RUN", str(run)) for arg in args), words)
-    assert sorted(p.name for p in tmp_path.rglob("*")) == ["file", "full", "list.json"]
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["file", "full", "list.json", "netG_25.pth"]
 
 
 def test_nothing_half_written_stays(run, tmp_path, monkeypatch):
