@@ -33,7 +33,7 @@ class SweepResults:
             check_free(outdir)
             return
         known = safe_files.load_json(dnnlib.read_bytes(self._path), self._path)
-        if not isinstance(known, dict) or {"options", "results"} - known.keys():
+        if not isinstance(known, dict) or not all(isinstance(known.get(key), dict) for key in ("options", "results")):
             raise dnnlib.UserError(f"{self._path}: is not the result of a sweep; choose another folder")
         before = known["options"] | dict(contents=known.get("contents"))
         if other := differences(before, options | dict(contents=self._contents)):

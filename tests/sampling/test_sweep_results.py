@@ -1,11 +1,12 @@
 """A sweep that was interrupted goes on with the same files, wherever they lie, and refuses others."""
 
+import json
 import shutil
 
 import pytest
 
 from dnnlib import UserError
-from sampling.sweep_results import SweepResults
+from sampling.sweep_results import FILES, SweepResults
 from tests.support import synth
 
 
@@ -39,3 +40,10 @@ def test_files_may_move_but_not_change(tmp_path):
     assert SweepResults(str(out), options).values
     with pytest.raises(UserError, match="network: .*elsewhere.pkl here"):
         SweepResults(str(out), options | dict(network="elsewhere.pkl"))
+
+
+@pytest.mark.parametrize("found", [[], {}, dict(options=[1], results={}), dict(options={}, results=None)])
+def test_another_json_is_not_the_result_of_a_sweep(tmp_path, found):
+    (tmp_path / "sweep.json").write_text(json.dumps(found))
+    with pytest.raises(UserError, match="sweep.json: is not the result of a sweep"):
+        SweepResults(str(tmp_path), dict.fromkeys([*FILES, "data"], ""))
