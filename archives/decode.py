@@ -60,8 +60,6 @@ UPRIGHT = {
 # because there are further frames.
 LOOKS = (b"tRNS", b"eXIf", b"acTL")
 TEXTS, LOOKS_IN_TEXTS = (b"tEXt", b"zTXt", b"iTXt"), (b"Raw profile type exif\0", b"XML:com.adobe.xmp\0")
-
-
 # What `list_animated` fills in the thread that decodes.
 _ANIMATED: contextvars.ContextVar[list[str] | None] = contextvars.ContextVar("animated", default=None)
 
@@ -209,11 +207,12 @@ def _orientation(image: PIL.Image.Image) -> int:
 
 def _list_if_animated(image: PIL.Image.Image, where: object) -> None:
     found = _ANIMATED.get()
-    if found is not None:
-        with contextlib.suppress(*DAMAGED):
-            # The further images of an MPO, as phones write it, are previews and maps of the first one.
-            if getattr(image, "is_animated", False) and image.format != "MPO":
-                found.append(str(where))
+    # The further images of an MPO, as phones write it, are previews and maps of the first one.
+    if found is None or image.format in ("JPEG", "MPO"):
+        return
+    with contextlib.suppress(*DAMAGED):
+        if getattr(image, "is_animated", False):
+            found.append(str(where))
 
 
 def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
@@ -235,7 +234,9 @@ def _pixels(image: PIL.Image.Image, where: object, background: Color | None) -> 
     """Return the pixels of a loaded image without alpha, uint8 [H, W, C] with C = 1 or 3."""
     gray = image.mode in ("1", "L", "LA", "La")
     if image.mode not in ALPHA and "transparency" not in image.info:
-        return np.asarray(image.convert("L" if gray else "RGB")).reshape(image.height, image.width, -1)
+        mode = "L" if gray else "RGB"
+        image = image if image.mode == mode else image.convert(mode)  # to convert means to copy
+        return np.asarray(image).reshape(image.height, image.width, -1)
     layers = np.asarray(image.convert("LA" if gray else "RGBA"))
     colors, alpha = layers[..., :-1], layers[..., -1:].astype(np.uint16)
     if (alpha == 255).all():
