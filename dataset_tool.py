@@ -13,7 +13,7 @@ import dnnlib
 from archives.build import build_archive, plan_noise, plan_outliers
 from archives.decisions import holds_decisions
 from archives.options import DatasetOptions, check_usage, dataset_options
-from archives.relabel import compact_labels, declare_clean, replace_labels
+from archives.relabel import SOURCE, compact_labels, declare_clean, replace_labels
 from archives.sources import PHOTO_CROPS, open_source
 from archives.summary import describe
 from archives.writer import check_destination, make_transform
@@ -61,6 +61,9 @@ def main(**options) -> None:
         check_destination(o.dest, o.overwrite)  # before reading a large source
     with blame("--labels"):
         replaced = o.labels is not None and not holds_decisions(o.labels)  # decisions are about the source's own labels
+        if o.labels is not None and not replaced and o.clean_labels == SOURCE:
+            raise dnnlib.UserError(f"{o.labels}: holds decisions, which correct labels of the source, but "
+                                   f"--clean_labels={SOURCE} declares these labels clean")  # fmt: skip
     kind = o.label_key if o.labels is None else None
     chosen = {"--source": True, "--eval": o.eval, f"--part={o.part}": o.part, f"--label_key={kind}": kind}
     with blame(" ".join(option for option, given in chosen.items() if given)):
@@ -71,7 +74,7 @@ def main(**options) -> None:
             replace_labels(source, o.labels, o.label_key, o.skip_unlabeled, o.skip_damaged)
     if o.clean_labels is not None:
         with blame("--clean_labels"):
-            declare_clean(source, o.clean_labels, o.clean_label_key, o.labels is not None, o.skip_damaged)
+            declare_clean(source, o.clean_labels, o.clean_label_key, replaced, o.skip_damaged)
     if o.compact_labels:
         with blame("--compact_labels"):
             compact_labels(source, o.max_images)

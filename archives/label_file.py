@@ -191,13 +191,15 @@ def match_rows(
     """Return the rows [items] of a file with these image names that hold the items of the data set.
 
     `origins`: the original paths of these images, where the file knows them. `names` may be such paths, too. Original
-    paths count first: an archive without some images of another one gives the same names to other images.
+    paths count first: an archive without some images of another one gives the same names to other images. Names in the
+    archive count where no original path is known to both.
     UserError: the file lacks some images.
     """
-    known = dataset.file_names
-    if len(names) == dataset.num_raw and names == known[: dataset.num_raw]:
+    known, paths = dataset.file_names, dataset.source_names
+    same_paths = origins is None or paths is None or origins == paths[: dataset.num_raw]
+    if same_paths and names == known[: dataset.num_raw]:
         return np.tile(np.arange(len(names)), len(known) // len(names))
-    paths, given = dataset.source_names, names if origins is None else origins
+    given = names if origins is None else origins
     pairs = [(known, names)]
     if paths is not None and len(set(given)) == len(given):  # the parts of a set may have files of the same paths
         pairs.insert(0, (paths, given))
@@ -208,6 +210,8 @@ def match_rows(
         if not absent:
             return np.array([row[name] for name in wanted])
         lacking.append((len({wanted[i] for i in absent}), absent[0]))
+        if given is origins and len(absent) < len(wanted):
+            break  # the same names would mean other images
     number, first = min(lacking)
     raise dnnlib.UserError(
         f"{path}: lacks {number} of the {dataset.num_raw} images of {dataset.path}, first '{dataset.shown_name(first)}'"

@@ -154,10 +154,8 @@ def _may_lack(source: Source, skip_damaged: bool) -> Callable[[int], bool] | Non
     def is_damaged(row: int) -> bool:
         try:
             source.image(row)
-        except DamagedFile:
-            return True
-        except dnnlib.UserError:
-            return False
+        except dnnlib.UserError as error:
+            return isinstance(error, DamagedFile)
         return False
 
     return is_damaged if skip_damaged else None

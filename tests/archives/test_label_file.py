@@ -120,6 +120,23 @@ def test_an_archive_without_some_images_is_matched_by_what_they_were_called(tmp_
             np.testing.assert_allclose(whole_again.score, file.score, rtol=1e-6)
 
 
+def test_archives_of_other_images_with_the_same_names_are_told_apart(tmp_path):
+    """Two archives of six images each, which share five: only their original paths say which five."""
+    datasets = []
+    for rows in (range(6), range(1, 7)):
+        origins = [f"cat/{i}.jpg" for i in rows]
+        source = Source("x", 6, pictures(6).__getitem__, LABELS * 0, origins=origins, class_names=list("abc"))
+        build_archive(source, str(tmp_path / f"{rows[0]}.zip"), make_transform(None, None))
+        datasets.append(ImageDataset(str(tmp_path / f"{rows[0]}.zip")))
+    assert datasets[0].file_names == datasets[1].file_names
+    file = ours(datasets[0], labels=LABELS * 0, source_names=datasets[0].source_names)
+    save_label_file(tmp_path / "labels.npz", file)
+    save_label_table(tmp_path / "labels.csv", file, None)
+    for name in ("labels.npz", "labels.csv"):
+        with pytest.raises(dnnlib.UserError, match="lacks 1 of the 6 images .*cat/6.jpg"):
+            load_labels_or_table(str(tmp_path / name), datasets[1])
+
+
 def test_groups_of_duplicates_follow_the_items(archive, dataset, tmp_path):
     save_label_file(tmp_path / "labels.npz", ours(dataset, **FURTHER))
     mirrored = ImageDataset(archive, xflip=True)

@@ -147,6 +147,21 @@ def test_options_that_need_others(tmp_path, options, words):
     assert code == 2 and words in err
 
 
+def test_decisions_and_the_labels_that_they_correct_are_not_both_right(tmp_path):
+    """Labels that an earlier file replaced are on record here. They must not be taken for the source's own."""
+    source = folder(tmp_path)
+    names = [name.replace(".jpg", ".png") for name in NAMES]
+    labels = write(tmp_path / "l.csv", "".join(f"{name},{i % 3}\n" for i, name in enumerate(names)))
+    build(tmp_path, source, f"--labels={labels}")
+    (tmp_path / "out.zip").rename(tmp_path / "first.zip")
+    decisions = write(tmp_path / "d.csv", f"file,label,decision,new_label\n{names[0]},0,relabel,1\n")
+    args = [f"--source={tmp_path}/first.zip", f"--dest={tmp_path}/o.zip", f"--labels={decisions}"]
+    code, _, err = run(*args, "--clean_labels=source")
+    assert code == 1 and "holds decisions, which correct labels of the source" in err and err.count("\n") == 1
+    clean = write(tmp_path / "c.csv", "".join(f"{name},{i % 3}\n" for i, name in enumerate(names)))
+    assert run(*args, f"--clean_labels={clean}")[0] == 0
+
+
 def test_original_paths_stay_through_everything(tmp_path):
     source = folder(tmp_path)
     data, record, _ = build(tmp_path, source)
