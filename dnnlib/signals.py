@@ -29,7 +29,8 @@ def catching(handler: Callable[[int, Any], None], *numbers: int) -> Iterator[Non
         yield
     finally:
         for number, old in before.items():
-            signal.signal(number, old)
+            # None: another language's handler, which Python cannot put back.
+            signal.signal(number, signal.SIG_DFL if old is None else old)
 
 
 def exit_in_order(number: int, _frame: Any) -> None:

@@ -10,6 +10,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import urljoin, urlsplit
 
 import safetensors.torch
 import torch
@@ -27,7 +28,7 @@ DESCRIBES = ("class_name", "init_args", "init_kwargs")  # the network: its class
 
 def is_portable(path: str) -> bool:
     """Return whether a path or URL is a `.safetensors` file."""
-    return path.partition("#")[0].endswith(".safetensors")
+    return (urlsplit(path).path if dnnlib.is_url(path) else path).endswith(".safetensors")
 
 
 def write(folder: Path, net: torch.nn.Module, settings: Mapping[str, Any]) -> None:
@@ -68,10 +69,8 @@ def read(path_or_url: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
 
     UserError: one of the two files is missing or damaged, or is not what `write` has written.
     """
-    place = path_or_url.partition("#")[0]
-    name = (
-        f"{place.rpartition('/')[0]}/{CONFIG}" if dnnlib.is_url(place) else os.path.join(os.path.dirname(place), CONFIG)
-    )
+    is_url = dnnlib.is_url(path_or_url)
+    name = urljoin(path_or_url, CONFIG) if is_url else os.path.join(os.path.dirname(path_or_url), CONFIG)
     config = safe_files.load_json(dnnlib.read_bytes(name), name)
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         raise dnnlib.UserError(f'{name}: does not say "format": "{FORMAT}", so export.py has not written it')
