@@ -43,7 +43,7 @@ class Snapshot:
 def list_snapshots(pattern: str) -> list[Snapshot]:
     """Return the snapshots of a run directory, or of a glob of files, in the order of their numbers.
 
-    Raise UserError if nothing matches, a name has no number, or two files have the same one.
+    Raise UserError if nothing matches, a name has no number, two files have the same one, or units differ.
     """
     found = dnnlib.match_paths(pattern)
     folders = [path for path in found if os.path.isdir(path)]
@@ -60,6 +60,8 @@ def list_snapshots(pattern: str) -> list[Snapshot]:
         snapshots.append(Snapshot(path, float(number[1])))
     if not snapshots:
         raise dnnlib.UserError(f"{pattern}: no snapshots found; name a run directory or 'DIR/network-snapshot-*.pkl'")
+    if len({snapshot.unit for snapshot in snapshots}) > 1:
+        raise dnnlib.UserError(f"{pattern}: matches .pkl and .pth files, whose numbers count different things")
     snapshots.sort(key=lambda snapshot: snapshot.number)
     for one, next_one in zip(snapshots[:-1], snapshots[1:], strict=True):
         if one.number == next_one.number:

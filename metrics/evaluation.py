@@ -125,11 +125,11 @@ class Comparison:
             self._labels, self._judge_labels = (
                 None if labels is None else labels[~reference.outliers] for labels in (self._labels, self._judge_labels)
             )
-        self._real = self._renumber(real)
+        self._real = self._renumber(real, reference.class_names)
 
-    def _renumber(self, features: Features) -> Features:
-        """Give the classes that the judge sees their numbers in the reference; -1: the reference has no such class."""
-        judge, names = self._inputs.judge, self._inputs.reference.class_names
+    def _renumber(self, features: Features, names: Sequence[str] | None) -> Features:
+        """Give the classes that the judge sees their numbers among `names`; -1: they are not among them."""
+        judge = self._inputs.judge
         numbers = None if judge is None else match_names(judge.class_names, names)
         if numbers is None:
             return features
@@ -145,14 +145,17 @@ class Comparison:
         chooses, or None), what `add_outlier_ratio` adds, and `cas` if there is a test set.
         """
         inputs, settings = self._inputs, self._settings
-        reference, fake = inputs.reference, self._renumber(fake)
+        reference = inputs.reference
+        # Behind the reference's classes come those that only these images have.
+        names = source.class_names if isinstance(source, MatchedImages) else reference.class_names
+        fake = self._renumber(fake, names)
         result = evaluate_features(
             self._real,
             fake,
             self._labels,
             source.labels,
             settings,
-            class_names=source.class_names if isinstance(source, MatchedImages) else reference.class_names,
+            class_names=names,
             device=self._device,
             memo=self._memo,
             judge_labels=self._judge_labels,

@@ -87,16 +87,10 @@ class FeatureCache:
             known = None  # from before there were spatial features
         if distributed.broadcast_object(known is not None):
             distributed.print0(f"Features of {source.path}: from {self.path}")
-            return (
-                None
-                if known is None
-                else Features(
-                    torch.from_numpy(known["features"]),
-                    _tensor(known.get("probs")),
-                    known.get("judged"),
-                    _tensor(known.get("spatial")),
-                )
-            )
+            if known is None:
+                return None
+            features, probs, spatial = (_tensor(known.get(part)) for part in ("features", "probs", "spatial"))
+            return Features(features, probs, known.get("judged"), spatial)
         found = compute()
         if distributed.get_rank() == 0:
             same = {key: what[key] for key in ("images", "count", "choice")}
@@ -128,11 +122,7 @@ def _tensor(array: np.ndarray | None) -> torch.Tensor | None:
 
 def _named(extractor: Detector) -> list[Any]:
     # Float32 is not mentioned. So files from before there was a choice of precision stay valid.
-    return [
-        extractor.name,
-        _version(extractor.name),
-        *([] if extractor.precision == "fp32" else [extractor.precision]),
-    ]
+    return [extractor.name, _version(extractor.name), *([] if extractor.precision == "fp32" else [extractor.precision])]
 
 
 def _version(path: str) -> list[int] | None:

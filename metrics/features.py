@@ -57,8 +57,12 @@ def _finite(features: torch.Tensor, extractor: Detector, source: ImageSource) ->
     return features
 
 
-def _everything(extractor: Detector, images: torch.Tensor, probs: bool = True) -> dict[str, torch.Tensor | None]:
-    features, probs, *more = (getattr(extractor, "with_spatial", None) or extractor)(images, probs)
+def _run(
+    extractor: Detector, images: torch.Tensor, probs: bool = True, spatial: bool = True
+) -> dict[str, torch.Tensor | None]:
+    """Return `features`, `probs` and `spatial` features of a batch; None for what is not asked for or not there."""
+    detect = (spatial and getattr(extractor, "with_spatial", None)) or extractor
+    features, probs, *more = detect(images, probs)
     return dict(features=features, probs=probs, spatial=more[0] if more else None)
 
 
@@ -81,7 +85,7 @@ def compute_features(
         if judge is not None:
             judge.check(source)
         for _indices, images in _batches(source, extractor, batch, device, text):
-            found = _everything(extractor, images)
+            found = _run(extractor, images)
             _finite(found["features"], extractor, source)
             found["judged"] = None if judge is None else judge(images)[1].argmax(dim=1)
             yield {key: value.cpu().contiguous() for key, value in found.items() if value is not None}
@@ -134,16 +138,19 @@ def compute_statistics(
     """
 
     def work() -> dict[str, RunningStatistics]:
-        statistics: dict[str, RunningStatistics] = {}
+        extractor.check(source)
+        # The first image tells the widths: a process may have no batch, but takes part in the sums.
+        first = _run(extractor, source.images(np.arange(1)).to(device), probs=False, spatial=spatial)
+        statistics = {
+            name: RunningStatistics(first[name].shape[1], device)
+            for name in ("features", "spatial")
+            if first[name] is not None
+        }
         for _indices, images in _batches(source, extractor, batch, device, text):
-            found = _everything(extractor, images, probs=False) if spatial else {}
-            found = found or dict(features=extractor(images, probs=False)[0])
+            found = _run(extractor, images, probs=False, spatial=spatial)
             _finite(found["features"], extractor, source)
-            for name in found.keys() & {"features", "spatial"}:
-                if found[name] is not None:
-                    if name not in statistics:
-                        statistics[name] = RunningStatistics(found[name].shape[1], device)
-                    statistics[name].add(found[name])
+            for name, running in statistics.items():
+                running.add(found[name])
         return statistics
 
     found = distributed.together(work)

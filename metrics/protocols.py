@@ -27,7 +27,7 @@ PROTOCOLS = {
     "tdsm": Protocol(
         dict(num=50000, nearest_k=3, splits=5000),
         "fid, is, density, coverage, and their means over classes",
-        "Na et al., ICLR 2024; k of Naeem et al. for density and coverage; IS in 10 splits as Salimans et al., 2016",
+        "Na et al., ICLR 2024; density and coverage of Naeem et al., 2020; IS in 10 splits as Salimans et al., 2016",
     ),
     "sbdc": Protocol(
         dict(num=50000, nearest_k=3, splits=5000),

@@ -87,7 +87,8 @@ def evaluate_features(
             minimum=2,
         )
     if settings.mifid and table.wants("mifid"):
-        table.set("mifid", mifid(x, y, table.metrics.get("fid")))
+        fid = table.metrics["fid"] if "fid" in table.metrics else fid_from_features(x, y, memo=memo)
+        table.set("mifid", mifid(fast_x, fast_y, fid))
     table.add(
         ["kid"], lambda *sets, memo: dict(kid=kid_from_features(*sets, memo=memo)), few_x, fast_x, fast_y, minimum=2
     )

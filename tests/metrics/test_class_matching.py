@@ -60,12 +60,12 @@ def test_what_a_judge_sees_has_the_numbers_of_the_reference(tmp_path):
     path = make_archive(tmp_path / "a.zip", pictures(6), [0, 1, 0, 1, 0, 1], class_names=["a", "b"])
     reference = ImageDataset(str(path))
 
-    def accuracy(names):
+    def accuracy(names, source=reference):
         judge = SimpleNamespace(class_names=names, name="judge.pkl")
         inputs = Inputs([reference], reference, PixelDetector(), judge, None, None, FeatureCache(None))
         seen = Features(torch.arange(12.0).view(6, 2), None, np.array([1, 0, 1, 0, 1, 2]))  # turned round, one wrong
         settings = EvaluationSettings("a.zip", "pixels", metrics=("label_accuracy",))
-        result = Comparison(inputs, settings, "cpu", seen)(reference, seen)
+        result = Comparison(inputs, settings, "cpu", seen)(source, seen)
         return result["metrics"]["label_accuracy"], result["judge"]["accuracy"], result["class_matching"]
 
     assert accuracy(["b", "a", "c"]) == (
@@ -74,4 +74,6 @@ def test_what_a_judge_sees_has_the_numbers_of_the_reference(tmp_path):
         "of the judge by name; the reference has no c",
     )
     assert accuracy(None) == (0, 0, None)
+    more = make_archive(tmp_path / "c.zip", pictures(6), [0, 2, 0, 2, 0, 1], class_names=["a", "c", "b"])
+    assert accuracy(["b", "a", "c"], match_classes(ImageDataset(str(more)), reference))[0] == 1  # c, which only it has
     assert accuracy(["x", "y", "z"])[2].startswith("of the judge by number, since no name occurs in both sets")

@@ -18,9 +18,10 @@ from metrics.feature_cache import FeatureCache
 from metrics.features import Features, compute_features, compute_statistics
 from metrics.images import NpzImages
 from metrics.network_detectors import FidelityDetector
-from metrics.reference import load_reference
+from metrics.reference import RunningStatistics, load_reference
 from metrics.settings import EvaluationSettings
 from metrics.table import evaluate_features
+from torch_utils import distributed
 
 
 class ToyInception(torch.nn.Module):
@@ -106,6 +107,16 @@ def test_spatial_features_are_the_first_channels_of_mixed_6(files):
     np.testing.assert_allclose(mu_s, found.spatial.double().mean(dim=0), atol=1e-9)
     np.testing.assert_allclose(sigma_s, np.cov(found.spatial.double().numpy(), rowvar=False), atol=1e-9)
     assert compute_statistics(source, load_detector("pixels", "cpu"), 16, "cpu", spatial=True)[3:] == (None, None)
+
+
+def test_a_process_without_images_takes_part_in_the_sums(files, monkeypatch):
+    summed = []
+    monkeypatch.setattr(distributed, "get_rank", lambda: 1)
+    monkeypatch.setattr(distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "together", lambda work: work())
+    monkeypatch.setattr(RunningStatistics, "reduce", lambda self: summed.append(self._mean.shape) or (0, None, None))
+    compute_statistics(NpzImages(files["real"]), load_detector(files["net"], "cpu"), 64, "cpu", spatial=True)
+    assert summed == [(6,), (112,)]
 
 
 def test_a_network_that_prepares_images_in_its_own_way_offers_none(files):
@@ -205,6 +216,9 @@ def test_reference_with_spatial_features(files, tmp_path):
     assert float(lines[-2].split()[1].rstrip(",")) == pytest.approx(metrics["sfid"], rel=1e-4)
     assert "cw_sfid" in table and "cw_is" in table
     assert len(run("calc", f"--images={files['fake']}", f"--ref={plain}", "--num=30")) == len(lines) - 1
+    files = files | dict(net=files["other"])  # offers no spatial features
+    lines = run("calc", f"--images={files['fake']}", f"--ref={ref}", "--num=30")
+    assert lines[-2].startswith("No sFID") and float(lines[-1]) > 0
     with pytest.raises(dnnlib.UserError, match="has 112 spatial features, but the detector gives 7"):
         load_reference(str(ref)).sfid(np.zeros(7), np.eye(7))
 

@@ -10,6 +10,7 @@ import torch
 from click.testing import CliRunner
 
 import fid
+from dnnlib import UserError
 from metrics import curve
 from metrics.curve import Snapshot, choose_snapshots, list_snapshots
 from metrics.detectors import PixelDetector
@@ -122,6 +123,10 @@ def test_snapshots_are_chosen_by_number(files, tmp_path):
 
     assert numbers(None, None, None) == [50, 100, 150, 200, 250, 300]
     assert numbers(100, 300, 100) == [100, 200, 300] and numbers(60, 250, None) == [100, 150, 200, 250]
+    for name in ("a_1.pkl", "a_2.pth"):
+        (tmp_path / name).touch()
+    with pytest.raises(UserError, match="count different things"):
+        list_snapshots(str(tmp_path / "a_*"))
     assert "--kimg_start" in sweep(files, "--kimg_start=400", code=1)
     assert "100 to 300" in sweep(files, "--kimg_start=400", code=1)
     assert "count kimg" in sweep(files, "--epoch_start=1", code=1)
