@@ -38,8 +38,7 @@ from metrics.options import (
     table_options,
 )
 from metrics.reference import load_reference, save_reference
-from reports.curve import metric_curve
-from reports.plots import bar_chart
+from reports.plots import bar_chart, metric_curve
 from torch_utils import distributed
 from torch_utils.precision import tf32
 
@@ -72,8 +71,9 @@ def calc(
     _, mu, sigma, *more = compute_statistics(source, extractor, batch, device, spatial=reference.mu_s is not None)
     with blame("--ref"):
         sfid = reference.sfid(*more)
-    if sfid is not None:
-        distributed.print0(f"sFID {sfid:g}, FID:")
+    if reference.mu_s is not None:
+        lacking = "No sFID, since the detector gives no spatial features."
+        distributed.print0(f"{lacking if sfid is None else f'sFID {sfid:g},'} FID:")
     distributed.print0(f"{frechet_distance(reference.mu, reference.sigma, mu, sigma):g}")
 
 

@@ -1,4 +1,4 @@
-"""Plots of a report: loss curves, the trade-off of guidance, a transition matrix, bars of metrics.
+"""Plots of a report: loss curves, the trade-off of guidance, a transition matrix, bars and curves of metrics.
 
 The figures are made without pyplot, so no display is needed and no setting of matplotlib changes for other code.
 """
@@ -18,13 +18,22 @@ from matplotlib.ticker import LogLocator, NullFormatter
 import dnnlib
 from metrics.format import short_names
 
-__all__ = ["bar_chart", "compare_tradeoffs", "compare_values", "loss_curve", "tradeoff", "transition_heatmap"]
+__all__ = [
+    "bar_chart",
+    "compare_tradeoffs",
+    "compare_values",
+    "loss_curve",
+    "metric_curve",
+    "tradeoff",
+    "transition_heatmap",
+]
 
 Curve = Sequence[tuple[float, float, float]]  # (weight, FD, label accuracy) of one way to guide, for several weights
 
 
 def _save(figure: Figure, path: str) -> None:
-    """Write a figure as PNG. The file appears only when it is complete."""
+    """Write a figure as PNG. Make its folder. The file appears only when it is complete."""
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     with dnnlib.atomic_open(path) as f:
         figure.savefig(f, format="png", dpi=120, bbox_inches="tight")
 
@@ -153,5 +162,14 @@ def bar_chart(results: Sequence[dict[str, Any]], path: str) -> None:
         axis.set(title=metric)
         axis.set_xticks(range(len(names)), names, rotation=30, ha="right", fontsize="small")
         axis.grid(axis="y", alpha=0.3)
-    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    _save(figure, path)
+
+
+def metric_curve(numbers: Sequence[float], values: Sequence[float], unit: str, metric: str, path: str) -> None:
+    """Plot a metric of the snapshots of a run against the `numbers` in their names, which count `unit`."""
+    figure = Figure(figsize=(5, 3.2), layout="constrained")
+    axis = figure.subplots()
+    axis.plot(numbers, values, marker="o")
+    axis.set(xlabel=unit, ylabel=metric)
+    axis.grid(alpha=0.3)
     _save(figure, path)

@@ -47,7 +47,6 @@ def draw_tradeoff(sweep: str, path: str, oracle: Method) -> tuple[str, str]:
         results = json.load(f)["results"]
     settings = [(mode, float(weight)) for mode, _, weight in (name.rpartition("-") for name in results)]
     base, curves = _curves(settings, results)
-    os.makedirs(os.path.dirname(path), exist_ok=True)
     plots.tradeoff(curves, base, path, oracle.result["metrics"]["label_accuracy"])
     return path, _verdict(curves, base)
 
