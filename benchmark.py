@@ -47,7 +47,8 @@ Examples:
 @click.option("--judge", metavar="PKL|DIR",
               help="Classifier that judges and gives the features  [default: one is trained on the clean labels]")
 @click.option("--merge", metavar="LIST",
-              help="Folders of finished runs, separated by commas: write one page from them into --outdir, run nothing")
+              help="Folders of runs, separated by commas: write one page from them into --outdir, run nothing. If two "
+              "have the same row and seed, the first one counts")
 # fmt: on
 def main(outdir: str, setting: list[str], rows: list[str], resolution: str, merge: str | None, **options) -> None:
     if merge is not None:
@@ -62,12 +63,23 @@ def main(outdir: str, setting: list[str], rows: list[str], resolution: str, merg
     options["resolution"] = int(resolution)
     if options["judge"]:
         with dnnlib.cli.blame("--judge"):
-            persistence.load_snapshot(persistence.find_snapshot(options["judge"]), kind="classifier")  # before the work
+            check_judge(options["judge"], options["resolution"])  # before the work
     steps = fashion.plan(outdir, setting, rows, **options)
     made = {name: options[name] for name in ("resolution", "seed", "scale", "num")}
     run_plan(steps, SCRIPTS, outdir, options["scale"], dict(settings=setting, rows=rows) | made)
     page = fashion_tables.write(outdir, fashion_tables.load(outdir), [f"python {step.command}" for step in steps])
     click.echo(f"Tables: {page}")
+
+
+def check_judge(path: str, side: int) -> None:
+    """Raise UserError unless a classifier takes gray images of this side and knows as many classes as there are."""
+    net = persistence.load_snapshot(persistence.find_snapshot(path), kind="classifier")["ema"]
+    found = net.img_resolution, net.img_channels, net.label_dim
+    if found != (side, 1, fashion_tables.CLASSES):
+        raise dnnlib.UserError(
+            f"{path}: takes {found[0]}x{found[0]} images with {found[1]} channels and knows {found[2]} classes; "
+            f"here they are {side}x{side} images with 1 channel, in {fashion_tables.CLASSES} classes"
+        )
 
 
 if __name__ == "__main__":

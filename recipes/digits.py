@@ -6,7 +6,7 @@ import os
 import shlex
 from collections.abc import Mapping, Sequence
 
-from recipes.steps import Row, Step, evaluation, finished
+from recipes.steps import AFTER_ANOTHER, CONSTANT, Row, Step, evaluation, finished
 from reports.comparison import compare_methods
 from reports.finding import BASELINE, ORACLE
 from reports.page import Picture, Section
@@ -50,16 +50,13 @@ def rows(outdir: str, only: Sequence[str]) -> list[Row]:
         found.append(Row("tdsm", "TDSM", ["classifier", "tdsm"], f"--network={outdir}/tdsm", text=text))
     if "sbdc" in only:
         trained = ["baseline", "detect", "discriminator"]
-        constant = (
-            "--dg_mode=constant --S_clip_min=1.5 --S_clip_max=50 --dg_weight_1st_order=0.9 --dg_weight_2nd_order=0.9"
-        )
         text = "correct the baseline's sampling by a discriminator, with"
         found += [
             Row(
                 "sbdc-constant",
                 "SBDC constant",
                 trained,
-                f"{baseline} {guide} {constant}",
+                f"{baseline} {guide} {CONSTANT}",
                 text=f"{text} weight 0.9 at 1.5 <= sigma <= 50, as in the paper's example",
             ),
             Row(
@@ -76,7 +73,7 @@ def rows(outdir: str, only: Sequence[str]) -> list[Row]:
                 "tdsm-sbdc",
                 "TDSM + SBDC",
                 ["classifier", "tdsm", "detect", "discriminator"],
-                f"--network={outdir}/tdsm {guide} --dg_mode=calibrated --noise_rate=0.1",
+                f"--network={outdir}/tdsm {guide} {AFTER_ANOTHER}",
                 text="SBDC on top of TDSM with weight 1, for 10% wrong labels that TDSM has left",
             )
         )

@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from recipes.steps import Row, Step, evaluation, measurement
+from recipes.steps import AFTER_ANOTHER, CONSTANT, Row, Step, evaluation, measurement
 from reports.finding import BASELINE, ORACLE
 
 __all__ = ["LONG_ROWS", "ROWS", "RUNS", "SETTINGS", "SHARED", "SIZES", "SOURCE", "place", "plan", "rows"]
@@ -115,29 +115,27 @@ class Kind:
     title: str
     run: str = ""  # "": real images
     guidance: str = ""  # options of generate.py
+    role: str = ""  # reports.finding.ORACLE, BASELINE or none
 
-
-_CONSTANT = "--dg_mode=constant --S_clip_min=1.5 --S_clip_max=50 --dg_weight_1st_order=0.9 --dg_weight_2nd_order=0.9"
-_LEFT = "--dg_mode=calibrated --noise_rate=0.1"  # SBDC takes 10% of the labels for wrong after another method
 
 # In the order of the plan: what matters most comes first.
 ROWS = {
     "real-clean": Kind("real images, clean labels"),
     "real-noisy": Kind("real images, noisy labels"),
-    "oracle": Kind("oracle", "oracle"),
-    "baseline": Kind("baseline", "baseline"),
+    "oracle": Kind("oracle", "oracle", role=ORACLE),
+    "baseline": Kind("baseline", "baseline", role=BASELINE),
     "posterior": Kind("posterior", "posterior"),
     "drop": Kind("drop", "drop"),
     "relabel": Kind("relabel", "relabel"),
     "tdsm": Kind("TDSM", "tdsm"),
-    "sbdc-constant": Kind("SBDC constant", "baseline", _CONSTANT),
+    "sbdc-constant": Kind("SBDC constant", "baseline", CONSTANT),
     "sbdc": Kind("SBDC calibrated", "baseline", "--dg_mode=calibrated"),
     "tdsm-paper": Kind("TDSM as published", "tdsm-paper"),
     "null": Kind("null", "null"),
-    "tdsm-sbdc": Kind("TDSM + SBDC", "tdsm", _LEFT),
-    "posterior-sbdc": Kind("posterior + SBDC", "posterior", _LEFT),
+    "tdsm-sbdc": Kind("TDSM + SBDC", "tdsm", AFTER_ANOTHER),
+    "posterior-sbdc": Kind("posterior + SBDC", "posterior", AFTER_ANOTHER),
     "cep": Kind("CEP", "cep"),
-    "oracle-long": Kind("oracle, longer", "oracle-long"),
+    "oracle-long": Kind("oracle, longer", "oracle-long", role=ORACLE),
     "posterior-long": Kind("posterior, longer", "posterior-long"),
     "dmis": Kind("DMIS", "dmis"),
 }
@@ -172,8 +170,7 @@ def rows(outdir: str, setting: str, chosen: Sequence[str]) -> dict[str, Row]:
                 sampling += f" --discriminator={outdir}/{place('discriminator', setting)} {kind.guidance}"
                 training += needed("discriminator", setting)
         trained = [place(name, setting) for name in dict.fromkeys(training) if name in ("detect", *RUNS)]
-        role = key if key in (ORACLE, BASELINE) else ""
-        found[key] = Row(place(key, setting), kind.title, trained, sampling, role)
+        found[key] = Row(place(key, setting), kind.title, trained, sampling, kind.role)
     return found
 
 

@@ -14,7 +14,7 @@ import dnnlib
 from recipes.fashion import LONG_ROWS, ROWS, RUNS, SETTINGS, SHARED, SIZES, place, rows
 from recipes.steps import finished, read_journal
 from reports.comparison import Method, accuracy_by_class, chart_distances, show_samples, with_interval
-from reports.finding import BASELINE, ORACLE, Score, say_finding
+from reports.finding import Score, say_finding
 from reports.page import Report, Section
 from training.objectives.dmis import LEVELS
 
@@ -120,18 +120,21 @@ def _section(title: str, runs: dict[str, list[Result]]) -> Section:
         values = [result.method.result["metrics"][RANKING] for result in results]
         low_high = results[0].method.result["intervals"].get(RANKING) if len(results) == 1 else None
         if ROWS[key].run and None not in values:
-            role = key if key in (ORACLE, BASELINE) else ""
-            scores.append(Score(ROWS[key].title, float(np.mean(values)), low_high, role))
+            scores.append(Score(ROWS[key].title, float(np.mean(values)), low_high, ROWS[key].role))
         body.append(_row(key, results))
-    any_result = next(iter(runs.values()))[0]
-    judge, about = any_result.method.result["judge"], any_result.about
-    side = about["resolution"]
+    everything = [result for results in runs.values() for result in results]
+    about, side = everything[0].about, everything[0].about["resolution"]
+    judges = {judge["accuracy"]: judge for judge in (result.method.result["judge"] for result in everything)}
     notes = [
         f"{about['num']:,} images per row, {side}x{side} pixels.",
-        f"The judge is right on {judge['accuracy']:.1%} of the {judge['num']:,} test images.",
+        *(
+            f"The judge is right on {judge['accuracy']:.1%} of the {judge['num']:,} test images."
+            for judge in judges.values()
+        ),
+        *(["The runs have different judges, so their values do not compare."] if len(judges) > 1 else []),
         "A pass with gradients counts as 1, one without them as 1/3. The training time includes all that a row needs.",
     ]
-    seeds = sorted({result.about["seed"] for results in runs.values() for result in results})
+    seeds = sorted({result.about["seed"] for result in everything})
     if len(seeds) > 1:
         notes.append(
             f"Rows with several seeds ({', '.join(map(str, seeds))}): the mean, the lowest and the highest value."
@@ -161,8 +164,10 @@ def _row(key: str, results: Sequence[Result]) -> list[str]:
 def _cell(results: Sequence[Result], metric: str) -> str:
     """Return a value and its interval; of several seeds the mean, the lowest and the highest value."""
     values = [result.method.result["metrics"][metric] for result in results]
-    if len(values) == 1 or None in values:
+    if len(values) == 1:
         return with_interval(results[0].method.result, metric)
+    if None in values:
+        return "n/a"
     return f"{np.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})"
 
 
@@ -177,7 +182,8 @@ def write(outdir: str, results: Sequence[Result], commands: Sequence[str] = ()) 
         about = results[0].about
         for setting in about["settings"]:
             section = next((s for s in found if s.title == _title(setting, "equal images")), None)
-            methods = [result.method for result in results if result.setting == setting and result.images is not None]
+            shown = [r for r in results if r.setting == setting and r.images is not None and r.row not in LONG_ROWS]
+            methods = [result.method for result in shown]
             data = f"{about['outdir']}/datasets/{place('noisy', setting)}.zip"
             if section is not None and methods and os.path.exists(data):
                 section.pictures = [

@@ -20,9 +20,22 @@ from reports.comparison import Method
 from torch_utils import safe_files
 from training.training_loop import last_seconds
 
-__all__ = ["Row", "Step", "evaluation", "finished", "measurement", "read_journal", "run_plan"]
+__all__ = [
+    "AFTER_ANOTHER",
+    "CONSTANT",
+    "Row",
+    "Step",
+    "evaluation",
+    "finished",
+    "measurement",
+    "read_journal",
+    "run_plan",
+]
 
 JOURNAL = "quickstart.json"
+# Options of generate.py for SBDC: as in the paper's example, and behind a method that has left 10% wrong labels.
+CONSTANT = "--dg_mode=constant --S_clip_min=1.5 --S_clip_max=50 --dg_weight_1st_order=0.9 --dg_weight_2nd_order=0.9"
+AFTER_ANOTHER = "--dg_mode=calibrated --noise_rate=0.1"
 
 
 @dataclass

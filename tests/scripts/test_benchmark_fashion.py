@@ -14,6 +14,8 @@ from recipes import fashion, fashion_tables
 from recipes.fashion import LONG, LONG_ROWS, ROWS, SETTINGS
 from tests.support.commands import callers
 from tests.support.published import make_idx
+from torch_utils.persistence import save_snapshot
+from training.networks_resnet import Classifier
 
 succeed, fail = callers(benchmark.main)
 READ = ("data", "network", "cls", "posterior", "label-path", "discriminator", "images", "detector", "judge", "test")
@@ -95,7 +97,7 @@ def test_the_judge_is_the_same_for_all_seeds():
     assert one["judge"] == two["judge"] and one["sym40-noisy"] != two["sym40-noisy"]
 
 
-def write_run(folder, values, *, settings=("sym40",), seed=0, num=100, passes=3.0, **about):
+def write_run(folder, values, *, settings=("sym40",), seed=0, num=100, passes=3.0, right=0.91, **about):
     """Write the journal and the tables of a run as `benchmark.py` leaves them: row -> class-wise FD."""
     (folder / "tables").mkdir(parents=True)
     about = dict(settings=[*settings], rows=[*ROWS], resolution=16, seed=seed, scale=1.0, num=num) | about
@@ -105,7 +107,7 @@ def write_run(folder, values, *, settings=("sym40",), seed=0, num=100, passes=3.
             table = dict(
                 metrics=dict.fromkeys(fashion_tables.METRICS, 0.5) | dict(cw_fid=values[key]),
                 intervals=dict(cw_fid=[values[key] - 0.1, values[key] + 0.1]),
-                judge=dict(accuracy=0.91, num=10000),
+                judge=dict(accuracy=right, num=10000),
             )
             (folder / f"tables/{row.name}.json").write_text(json.dumps(table))
             seconds |= {name: 60.0 for name in (*row.training, f"{row.name}-images", f"{row.name}-table")}
@@ -131,6 +133,7 @@ def read_rows(page):
 
 def test_tables_state_value_interval_and_cost(tmp_path):
     values = {"real-clean": 0.3, "oracle": 0.67, "posterior": 0.7, "tdsm-paper": 1.5, "dmis": 2.0, "oracle-long": 0.6}
+    values["posterior-long"] = 0.61
     write_run(tmp_path / "a", values)
     succeed(f"--outdir={tmp_path}/page", f"--merge={tmp_path}/a")
     page = tmp_path / "page/report.md"
@@ -141,7 +144,8 @@ def test_tables_state_value_interval_and_cost(tmp_path):
     assert rows["real images, clean labels"][0] == "0.300 ± 0.100" and rows["real images, clean labels"][8] == ""
     assert rows["posterior"][10] == "2m 00s"  # with the detection
     text = page.read_text()
-    assert "posterior came closest to the oracle" in text.lower() and "right on 91.0% of the 10,000" in text
+    assert "\nPosterior came closest to the oracle" in text and "right on 91.0% of the 10,000" in text
+    assert "\nPosterior, longer came closest to the oracle" in text
     assert text.index("equal images") < text.index("equal compute")
 
 
@@ -164,6 +168,15 @@ def test_seeds_become_one_row_and_the_oracle_serves_all_settings(tmp_path):
     assert "| oracle (2 seeds) | 0.700 (0.600 to 0.800) |" in second and "| drop | 5.000 ± 0.100 |" in second
 
 
+def test_runs_with_different_judges_are_marked(tmp_path):
+    write_run(tmp_path / "a", {"oracle": 0.6})
+    write_run(tmp_path / "b", {"drop": 0.8}, right=0.9)
+    for names, marked in (("a", False), ("ab", True)):
+        succeed(f"--outdir={tmp_path}/page", "--merge=" + ",".join(f"{tmp_path}/{name}" for name in names))
+        text = (tmp_path / "page/report.md").read_text()
+        assert ("different judges" in text) == ("right on 90.0% of" in text) == marked and "right on 91.0% of" in text
+
+
 def test_runs_that_do_not_compare_are_refused(tmp_path):
     write_run(tmp_path / "a", {"oracle": 0.6})
     write_run(tmp_path / "b", {"oracle": 0.8}, seed=1, num=200)
@@ -184,6 +197,9 @@ def test_bad_options_fail_before_the_work(tmp_path):
     fail(2, out, "--setting=sym40,sym41", "'sym41' is not one of sym40")
     fail(2, out, "--rows=", "--rows")
     fail(1, out, f"--judge={tmp_path}/none", "--judge")
+    judge = tmp_path / "judge.pkl"
+    save_snapshot(str(judge), dict(ema=Classifier(8, 1, 10, depth="small", model_channels=8, channel_mult=[1])))
+    fail(1, out, f"--judge={judge}", "--judge|takes 8x8 images|knows 10 classes|here they are 16x16")
     assert not (tmp_path / "out").exists()
 
 
