@@ -1,6 +1,7 @@
 """cleanscore from Python: the examples of the page run, and the functions do what the scripts do."""
 
 import ast
+import functools
 import json
 import re
 import shutil
@@ -73,6 +74,19 @@ def test_the_examples_of_the_page_run_in_order(home, tmp_path, monkeypatch):
     assert names["images"].labels[:4].tolist() == [0, 1, 0, 1] and names["right"].labels[:4].tolist() == [0, 1, 2, 0]
     assert names["strong"].seeds[0] == 100 and names["result"]["metrics"]["fid"] > 0
     assert {"cats-and-dogs.png", "out", "labels.npz", "labels.csv"} <= {p.name for p in (tmp_path / "here").iterdir()}
+
+
+def test_the_example_of_readme_runs(home, tmp_path, monkeypatch, capsys):
+    (example,) = examples("README.md")
+    assert sum(map(bool, example.splitlines())) <= 8  # what a stranger reads at a glance
+    shutil.copytree(home, tmp_path / "here")
+    for name in re.findall(r"datasets/([\w-]+\.zip)", example):
+        shutil.copy(pets(home), tmp_path / "here" / "datasets" / name)
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setattr(cleanscore, "detect", functools.partial(cleanscore.detect, epochs=2))  # it says no length
+    exec(compile(example, "README.md", "exec"), {})
+    assert "'cw_fid':" in (text := capsys.readouterr().out) and re.search(r"^\d+% of the labels", text, re.MULTILINE)
+    assert (tmp_path / "here" / "samples.png").exists()
 
 
 def test_every_public_function_has_an_example_on_the_page():
