@@ -12,7 +12,7 @@ import torch
 import dnnlib
 from dnnlib.cli import Command, blame
 from dnnlib.signals import ENDING, catching, exit_in_order
-from sampling.evaluations import EvaluationMeter, Stopwatch
+from sampling.evaluations import EvaluationMeter, Stopwatch, report
 from sampling.generation import generate_images, share_of
 from sampling.guidance import AffineGuidance, ClassifierFreeGuidance
 from sampling.loading import guide, load_denoiser, load_discriminator
@@ -27,6 +27,7 @@ from sampling.options import (
     sampler_settings,
 )
 from sampling.output import Batches, check_free, progress, save_images, save_sheet
+from sampling.rejection import Rejection
 from sampling.resume import find_earlier
 from sampling.samplers import choose_sampler
 from sampling.trajectory import Trajectories
@@ -37,7 +38,7 @@ EXAMPLES = """
 Examples:
   python generate.py --network=training-runs/00000-digits-cond-ddpmpp_tiny-edm-gpus1-batch128-fp32 --outdir=out
   python generate.py --network=network.pkl --outdir=threes.zip --class=3 --seeds=0-999 --grid=threes.png
-  python generate.py --network=network.pkl --outdir=right --discriminator=discriminator.pkl --dg_mode=calibrated
+  python generate.py --network=network.pkl --outdir=right --discriminator=discriminator.pkl
   torchrun --standalone --nproc_per_node=2 generate.py --network=network.pkl --outdir=out --seeds=0-49999 --batch=64
 """
 
@@ -58,6 +59,8 @@ def run(o: dnnlib.EasyDict, device: torch.device) -> None:
     check_precision(o.precision, device)
     net, class_names, meter, correcting = distributed.together(lambda: load(o, device), rank0_first=True)
     sampler = choose_sampler(net, **sampler_settings(o))
+    if o.trajectory and isinstance(net, Rejection):
+        raise click.UsageError("--trajectory: rejection draws an image several times; add --dg_mode=calibrated")
     trajectories = Trajectories(o.trajectory) if o.trajectory else None
     sampler = sampler if trajectories is None else trajectories.record(sampler)
     seeds = missing = list(dict.fromkeys(o.seeds))
@@ -97,14 +100,7 @@ def run(o: dnnlib.EasyDict, device: torch.device) -> None:
         trajectories.save()
     if o.grid is not None:
         distributed.on_rank0(lambda: save_sheet(o.grid, o.outdir, seeds, o.subdirs))
-    guided = (correcting.seconds, meter.stopwatch.seconds) if correcting else (0.0, 0.0)
-    count, extra, plain = map(sum, zip(*distributed.all_gather_object((meter.count, *guided)), strict=True))
-    print0(
-        f"{len(missing)} images in {dnnlib.format_time(seconds)}, {len(missing) / seconds:.1f} images/s, "
-        f"{count / max(len(missing), 1):g} network evaluations per image"
-    )
-    if plain:
-        print0(f"Guided sampling took {1 + extra / plain:.2f} times the network time of unguided sampling")
+    report(len(missing), seconds, meter, correcting, net)
 
 
 def load(o: dnnlib.EasyDict, device: torch.device) -> tuple:

@@ -27,8 +27,9 @@ from metrics.fid import fid_from_features
 from metrics.kid import kid_from_features
 from metrics.prdc import prdc
 from metrics.reference import RunningStatistics
-from sampling.guidance import AffineGuidance, ClassifierFreeGuidance, GatedGuidance, gated_discriminator
+from sampling.guidance import AffineGuidance, ClassifierFreeGuidance, Evidence, GatedGuidance, gated_discriminator
 from sampling.loading import prepare
+from sampling.rejection import Rejection
 from sampling.samplers import choose_sampler
 from torch_utils.persistence import load_snapshot
 from torch_utils.precision import tf32
@@ -223,8 +224,7 @@ def _networks(resolution: int) -> dict[str, torch.nn.Module]:
 
 def _guided(kind: str, nets: dict[str, torch.nn.Module], device: torch.device) -> Any:
     net, judge = (copy.deepcopy(net).to(device) for net in nets.values())
-    rates = dict(noise_rates=torch.full([CLASSES], 0.2), right_shares=torch.full([CLASSES], 0.5))
-    rates = {k: v.to(device) for k, v in rates.items()}
+    evidence = Evidence(*(torch.full([CLASSES], share, device=device) for share in (0.2, 0.5)))
     weaker = copy.deepcopy(net)
     with torch.no_grad():
         for p in weaker.parameters():
@@ -235,7 +235,8 @@ def _guided(kind: str, nets: dict[str, torch.nn.Module], device: torch.device) -
         "autoguidance": lambda: AffineGuidance(net, weaker, 0.5),
         "in an interval": lambda: GatedGuidance(net, [ClassifierFreeGuidance(net, 1.5)] * 2, (0.1, 10)),
         "discriminator, constant": lambda: gated_discriminator(net, judge, weights=(2.0, 0.0), gate=(0, 10)),
-        "discriminator, calibrated": lambda: gated_discriminator(net, judge, weights=(1.0, 1.0), **rates),
+        "discriminator, calibrated": lambda: gated_discriminator(net, judge, weights=(1.0, 1.0), evidence=evidence),
+        "discriminator, rejection": lambda: Rejection(net, judge, evidence=evidence, sigma=0.1),
         "discriminator over classifier-free": lambda: gated_discriminator(
             ClassifierFreeGuidance(net, 1.5), judge, weights=(1.0, 1.0)
         ),
@@ -248,6 +249,7 @@ GUIDANCES = (
     "in an interval",
     "discriminator, constant",
     "discriminator, calibrated",
+    "discriminator, rejection",
     "discriminator over classifier-free",
 )
 

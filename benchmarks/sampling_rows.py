@@ -18,9 +18,10 @@ import torch
 
 from benchmarks.core import Row, Turns, compare, processes
 from benchmarks.roofline import count
-from sampling.generation import StackedRandomGenerator, generate_images
+from sampling.generation import generate_images
 from sampling.loading import prepare
 from sampling.samplers import heun_sampler
+from sampling.seeds import StackedRandomGenerator
 from torch_utils import misc
 from training.networks import EDMPrecond
 from training.presets import network_kwargs

@@ -35,7 +35,6 @@ from torch_utils.precision import tf32
 __all__ = ["detect", "evaluate", "load", "sample"]
 
 Guidance = float | str | os.PathLike | TrainedDiscriminator
-EVERYWHERE = (0.0, float("inf"))  # the noise levels at which a discriminator corrects
 
 
 def load(
@@ -120,7 +119,7 @@ def _guided(net: Callable[..., torch.Tensor], guidance: Guidance, device: torch.
         return ClassifierFreeGuidance(net, float(guidance))
     if not isinstance(guidance, TrainedDiscriminator):
         guidance = load_discriminator(os.fspath(guidance), device)
-    return guide(net, guidance, device, gate=EVERYWHERE)
+    return guide(net, guidance, device)
 
 
 def _numbers(classes: int | str | Iterable[int | str], count: int, names: Sequence[str] | None) -> list[int]:

@@ -21,7 +21,8 @@ import dnnlib
 from metrics.detectors import Detector
 from metrics.network_detectors import FidelityDetector, TorchScriptDetector, as_rgb
 from sampling.ddgan import ddgan_sampler
-from sampling.generation import StackedRandomGenerator, share_of
+from sampling.generation import share_of
+from sampling.seeds import StackedRandomGenerator
 from torch_utils import distributed
 from torch_utils.precision import widest
 

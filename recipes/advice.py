@@ -14,7 +14,6 @@ from archives.dataset import ImageDataset
 from archives.label_file import LabelFile
 from archives.relabel import CONFIDENCE
 from detection.inspection import confusable_pairs
-from recipes.digits import WEIGHT
 from reports.facts import Advice, Confusable
 from training.presets import presets_of
 
@@ -93,8 +92,7 @@ class _Commands:
     def sbdc(self) -> str:
         classes = f"--class=0-{self.dataset.label_dim - 1}"
         guide = [f"--network={self.run('baseline')}", f"--discriminator={self.run('discriminator')}"]
-        weights = [f"--dg_weight_{order}_order={WEIGHT}" for order in ("1st", "2nd")] if self.small else []
-        generate = [*guide, "--dg_mode=calibrated", *weights, f"--outdir={self.run('sbdc')}", "--seeds=0-99", classes]
+        generate = [*guide, f"--outdir={self.run('sbdc')}", "--seeds=0-99", classes]
         return "\n".join(
             [
                 self.train("train.py", "baseline"),

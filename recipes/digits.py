@@ -6,7 +6,7 @@ import os
 import shlex
 from collections.abc import Mapping, Sequence
 
-from recipes.steps import AFTER_ANOTHER, CONSTANT, Row, Step, evaluation, finished
+from recipes.steps import AFTER_ANOTHER, CONSTANT, REJECTION, Row, Step, evaluation, finished
 from reports.comparison import compare_methods
 from reports.finding import BASELINE, ORACLE
 from reports.page import Picture, Section
@@ -65,6 +65,13 @@ def rows(outdir: str, only: Sequence[str]) -> list[Row]:
                 trained,
                 f"{baseline} {guide} {calibrated}",
                 text=f"{text} calibrated weight {WEIGHT} at all noise levels",
+            ),
+            Row(
+                "sbdc-rejection",
+                "SBDC by rejection",
+                trained,
+                f"{baseline} {guide} {REJECTION}",
+                text="draw the baseline's images anew until the discriminator takes them for right",
             ),
         ]
     if {"tdsm", "sbdc"} <= set(only):

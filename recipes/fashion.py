@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from recipes.steps import AFTER_ANOTHER, CONSTANT, Row, Step, evaluation, measurement
+from recipes.steps import AFTER_ANOTHER, CONSTANT, REJECTION, Row, Step, evaluation, measurement
 from reports.finding import BASELINE, ORACLE
 
 __all__ = ["LONG_ROWS", "ROWS", "RUNS", "SETTINGS", "SHARED", "SIZES", "SOURCE", "place", "plan", "rows"]
@@ -130,6 +130,7 @@ ROWS = {
     "tdsm": Kind("TDSM", "tdsm"),
     "sbdc-constant": Kind("SBDC constant", "baseline", CONSTANT),
     "sbdc": Kind("SBDC calibrated", "baseline", "--dg_mode=calibrated"),
+    "sbdc-rejection": Kind("SBDC by rejection", "baseline", REJECTION),
     "tdsm-paper": Kind("TDSM as published", "tdsm-paper"),
     "null": Kind("null", "null"),
     "tdsm-sbdc": Kind("TDSM + SBDC", "tdsm", AFTER_ANOTHER),

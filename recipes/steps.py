@@ -23,6 +23,7 @@ from training.training_loop import last_seconds
 __all__ = [
     "AFTER_ANOTHER",
     "CONSTANT",
+    "REJECTION",
     "Row",
     "Step",
     "evaluation",
@@ -35,6 +36,7 @@ __all__ = [
 JOURNAL = "quickstart.json"
 # Options of generate.py for SBDC: as in the paper's example, and behind a method that has left 10% wrong labels.
 CONSTANT = "--dg_mode=constant --S_clip_min=1.5 --S_clip_max=50 --dg_weight_1st_order=0.9 --dg_weight_2nd_order=0.9"
+REJECTION = "--dg_mode=rejection"
 AFTER_ANOTHER = "--dg_mode=calibrated --noise_rate=0.1"
 
 

@@ -6,12 +6,15 @@ import time
 
 import torch
 
+import dnnlib
 from sampling.guidance import Denoiser, at_step
+from sampling.rejection import TRIES, Rejection
 from sampling.schedules import Function
-from torch_utils import misc
+from torch_utils import distributed, misc
+from torch_utils.distributed import print0
 from torch_utils.precision import widest
 
-__all__ = ["EvaluationMeter", "Stopwatch", "evaluations", "on_host", "precise"]
+__all__ = ["EvaluationMeter", "Stopwatch", "evaluations", "on_host", "precise", "report"]
 
 
 def precise(latents: torch.Tensor) -> torch.Tensor:
@@ -87,3 +90,30 @@ class EvaluationMeter:
         self.count += len(args[0])
         if self.stopwatch is not None:
             self.stopwatch.__enter__()
+
+
+def report(images: int, seconds: float, meter: EvaluationMeter, correcting: Stopwatch | None, net: Denoiser) -> None:
+    """Print what the `images` that all processes have made took. Collective.
+
+    meter       of this process's networks, with a stopwatch if there is `correcting`
+    correcting  ran while a discriminator corrected this process's images; None without one
+    net         what made the images, perhaps by rejection
+    """
+    spent = (correcting.seconds, meter.stopwatch.seconds) if correcting else (0.0, 0.0)
+    rejection = net if isinstance(net, Rejection) else None
+    draws = (rejection.drawn, rejection.given_up) if rejection else (0, 0)
+    everything = distributed.all_gather_object((meter.count, *spent, *draws))
+    count, extra, plain, drawn, given_up = map(sum, zip(*everything, strict=True))
+    print0(
+        f"{images} images in {dnnlib.format_time(seconds)}, {images / seconds:.1f} images/s, "
+        f"{count / max(images, 1):g} network evaluations per image"
+    )
+    if plain and not rejection:
+        print0(f"Guided sampling took {1 + extra / plain:.2f} times the network time of unguided sampling")
+    if drawn:
+        print0(f"Drew {drawn} images, of which the discriminator accepted {(images - given_up) / drawn:.0%}")
+    if given_up:
+        print0(
+            f"WARNING: {given_up} images were not accepted in {TRIES} draws; the most probable one of each was taken. "
+            "The network or the discriminator may know nothing of their classes"
+        )

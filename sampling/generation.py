@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -12,41 +12,11 @@ from torch.nn.functional import one_hot
 
 import dnnlib
 from sampling.arrival import Arrival
+from sampling.rejection import Rejection
 from sampling.samplers import heun_sampler
+from sampling.seeds import StackedRandomGenerator
 
-__all__ = ["StackedRandomGenerator", "batch_size", "drawn_classes", "generate_images", "share_of"]
-
-
-class StackedRandomGenerator:
-    """One `torch.Generator` per seed (modulo 2^32); every draw stacks one draw from each along the first dimension.
-
-    An image draws in this order: latents, class index, sampler noise (docs/methods/edm.md, Per-seed randomness).
-    """
-
-    def __init__(self, device: torch.device | str, seeds: Iterable[int]):
-        self.generators = [torch.Generator(device).manual_seed(int(seed) % 2**32) for seed in seeds]
-
-    def _item_size(self, size: Iterable[int]) -> tuple[int, ...]:
-        n, *item = size
-        if n != len(self.generators):
-            raise ValueError(f"{len(self.generators)} seeds cannot fill a tensor of {n} items")
-        return tuple(item)
-
-    def randn(self, size: Iterable[int], **kwargs) -> torch.Tensor:
-        """Return standard normal numbers of shape `size` = [seeds, ...]; `kwargs` as in torch.randn."""
-        item = self._item_size(size)
-        return torch.stack([torch.randn(item, generator=g, device=g.device, **kwargs) for g in self.generators])
-
-    def randn_like(self, x: torch.Tensor) -> torch.Tensor:
-        """Return standard normal numbers of the shape and dtype of `x` [seeds, ...]."""
-        return self.randn(x.shape, dtype=x.dtype)
-
-    def randint(self, *bounds: int, size: Iterable[int], **kwargs) -> torch.Tensor:
-        """Return integers of shape `size` = [seeds, ...] within `bounds`, as in torch.randint."""
-        item = self._item_size(size)
-        return torch.stack(
-            [torch.randint(*bounds, size=item, generator=g, device=g.device, **kwargs) for g in self.generators]
-        )
+__all__ = ["batch_size", "drawn_classes", "generate_images", "share_of"]
 
 
 def generate_images(
@@ -61,7 +31,7 @@ def generate_images(
 ) -> Iterator[tuple[list[int], np.ndarray, np.ndarray | None]]:
     """Yield (seeds, images uint8 [n,H,W,C], classes int64 [n] or None) for at most `batch` seeds at a time, in order.
 
-    net         a denoiser, guided or not, or a generator, on `device`
+    net         a denoiser, guided or not, or a generator, on `device`; `Rejection` draws until it accepts
     class_idx   the class of all images, or one class per seed; None: each seed draws its own
     sampler     called as sampler(net, latents, class_labels, randn_like=...), returns images in [-1,1]
     same_shape  the network sees batches of one size (`batch_size`), which a compiled network needs
@@ -91,7 +61,10 @@ def generate_images(
                 classes = torch.cat([wanted[start : start + batch], classes[len(part) :]])
             labels = one_hot(classes, net.label_dim).float()
         try:
-            images = sampler(net, latents, labels, randn_like=rnd.randn_like)[: len(part)]
+            if isinstance(net, Rejection):
+                images = net.sample(sampler, latents, labels, rnd, len(part), same_shape)
+            else:
+                images = sampler(net, latents, labels, randn_like=rnd.randn_like)[: len(part)]
             arrival = Arrival(images, None if classes is None else classes[: len(part)])
         except torch.OutOfMemoryError:
             hint = "generate.py and sweep.py take fewer with --batch"

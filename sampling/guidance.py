@@ -1,7 +1,8 @@
 """Guidance: a denoiser made from denoisers, so that every sampler takes every guidance, and guidances compose.
 
 A guided denoiser is called as a network is, `D(x, sigma, class_labels)`, and states the same facts about itself.
-`GatedGuidance` alone knows about noise levels and solver orders, and therefore stands outermost.
+`GatedGuidance` alone knows about noise levels and solver orders, and therefore stands outermost. Only `Rejection`,
+which draws whole images, may stand around it.
 """
 
 from __future__ import annotations
@@ -22,8 +23,10 @@ __all__ = [
     "ClassifierFreeGuidance",
     "Denoiser",
     "DiscriminatorGuidance",
+    "Evidence",
     "GatedGuidance",
     "at_step",
+    "fitting",
     "gated_discriminator",
 ]
 
@@ -33,13 +36,18 @@ Denoiser = Callable[..., torch.Tensor]
 class Guidance:
     """The facts that a denoiser states about itself, taken from the denoiser `net` that is guided.
 
-    TypeError: `net` or one of the `others` inside it is gated; it would not hear of the solver's orders.
+    TypeError: `net` or one of the `others` inside it must stand outermost.
     """
+
+    outermost = False  # whether it needs to know more than a denoiser's arguments
 
     def __init__(self, net: Denoiser, *others: Denoiser):
         for inner in (net, *others):
-            if isinstance(inner, GatedGuidance):
-                raise TypeError("a gated guidance must be outermost: guide its denoisers instead")
+            if getattr(inner, "outermost", False):
+                raise TypeError("gated guidance and rejection must be outermost: guide their denoisers instead")
+        self._state_facts(net)
+
+    def _state_facts(self, net: Denoiser) -> None:
         self.net = net
         self.img_resolution, self.img_channels, self.label_dim = net.img_resolution, net.img_channels, net.label_dim
         self.sigma_min, self.sigma_max = net.sigma_min, net.sigma_max
@@ -96,17 +104,52 @@ class ClassifierFreeGuidance(Guidance):
         return unconditional + self.scale * (conditional - unconditional)
 
 
+class Evidence:
+    """The probability that a label is wrong, from a discriminator's logit f (docs/methods/sbdc.md, section 3).
+
+    P(y wrong | x) = sigmoid(logit eta_y - e / temp(sigma)) with the evidence e = f - logit R_y.
+
+    noise_rates   eta [C], P(label wrong | observed label)
+    right_shares  R [C], the share of right pairs with each label that f was trained on
+    temperature   divides e at each noise level, as held-out pairs say; None: by 1
+    """
+
+    def __init__(
+        self,
+        noise_rates: torch.Tensor,
+        right_shares: torch.Tensor,
+        temperature: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ):
+        self.noise_odds, self.temperature = noise_rates.logit(), temperature
+        # A label that is never wrong, or never right, stays so for any R.
+        self.right_odds = torch.where(self.noise_odds.isfinite(), right_shares.logit(), 0)
+
+    def wrong(self, logits: torch.Tensor, sigma: torch.Tensor, class_labels: torch.Tensor) -> torch.Tensor:
+        """Return P(y wrong | x) [N] for logits [N], sigma [1 or N] and one-hot labels [N,C]."""
+        return torch.sigmoid(self._odds(logits, sigma, class_labels))
+
+    def right(self, logits: torch.Tensor, sigma: torch.Tensor, class_labels: torch.Tensor) -> torch.Tensor:
+        """Return P(y right | x) [N], in all its digits where it is small."""
+        return torch.sigmoid(-self._odds(logits, sigma, class_labels))
+
+    def _odds(self, logits: torch.Tensor, sigma: torch.Tensor, class_labels: torch.Tensor) -> torch.Tensor:
+        labels, temp = class_labels.argmax(dim=1), self.temp_at(sigma).to(logits)
+        noise_odds, right_odds = (odds.to(logits)[labels] for odds in (self.noise_odds, self.right_odds))
+        return noise_odds + right_odds / temp - logits / temp
+
+    def temp_at(self, sigma: torch.Tensor) -> torch.Tensor:
+        """Return what divides the evidence at noise levels of any shape, [1 or N]."""
+        return torch.ones_like(sigma.reshape(-1)) if self.temperature is None else self.temperature(sigma.reshape(-1))
+
+
 class DiscriminatorGuidance(Guidance):
     """D' = D + w sigma^2 grad_x f(x, sigma, y): the score plus w grad f, where f is the logit of "y is right".
 
     Nguyen Cong et al., ICCV 2025; docs/methods/sbdc.md, section 3.
 
     weight        w; 0 leaves D alone and never calls f
-    noise_rates   eta [C], P(label wrong | observed label): w is multiplied by the posterior probability that y is wrong
-                  for this x, sigmoid(logit eta_y - e) with the evidence e = f - logit R_y, which makes weight 1 exact
-                  for the optimal f. None: w is constant, as in the paper
-    right_shares  R [C], the share of right pairs with each label that f was trained on
-    temperature   divides e and its gradient at each noise level, as held-out pairs say; needs noise rates. None: by 1
+    evidence      w is multiplied by the probability that y is wrong for this x, and grad f divided by the temperature,
+                  which makes weight 1 exact for the optimal f. None: w is constant, as in the paper
     stopwatch     runs while the correction is computed
 
     f is called with exactly the (x, sigma, y) that D gets. UserError: f has another resolution, channels or classes.
@@ -118,19 +161,11 @@ class DiscriminatorGuidance(Guidance):
         discriminator: Callable[..., torch.Tensor],
         *,
         weight: float = 1,
-        noise_rates: torch.Tensor | None = None,
-        right_shares: torch.Tensor | None = None,
-        temperature: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        evidence: Evidence | None = None,
         stopwatch: AbstractContextManager | None = None,
     ):
         super().__init__(net)
-        if not net.label_dim or _format(discriminator) != _format(net):
-            raise dnnlib.UserError(f"trained on {_format(discriminator)}; the network makes {_format(net)}")
-        self.discriminator, self.weight, self.temperature = discriminator, weight, temperature
-        self.noise_odds = None if noise_rates is None else noise_rates.logit()
-        if noise_rates is not None:
-            # A label that is never wrong, or never right, stays so for any R.
-            self.right_odds = torch.where(self.noise_odds.isfinite(), right_shares.logit(), 0)
+        self.discriminator, self.weight, self.evidence = fitting(discriminator, net), weight, evidence
         self.stopwatch = stopwatch or nullcontext()
 
     def __call__(self, x: torch.Tensor, sigma: torch.Tensor, class_labels: torch.Tensor | None = None) -> torch.Tensor:
@@ -143,7 +178,7 @@ class DiscriminatorGuidance(Guidance):
             return denoised + factor * self.correction(x, sigma, class_labels)
 
     def correction(self, x: torch.Tensor, sigma: torch.Tensor, class_labels: torch.Tensor) -> torch.Tensor:
-        """Return grad_x f [N,C,H,W]; with noise rates, multiplied by the probability that the label is wrong."""
+        """Return grad_x f [N,C,H,W]; with evidence, multiplied by the probability that the label is wrong."""
         with torch.enable_grad(), full_float32(x.device):
             x = x.detach().requires_grad_(True)
             logits = self.discriminator(x, sigma, class_labels)
@@ -151,18 +186,12 @@ class DiscriminatorGuidance(Guidance):
             gradient = torch.autograd.grad(logits.sum(), x, allow_unused=True)[0] if logits.requires_grad else None
         if gradient is None:
             return torch.zeros_like(x, requires_grad=False)
-        if self.noise_odds is None:
+        if self.evidence is None:
             return gradient
-        labels, temp = class_labels.argmax(dim=1), self.temp_at(sigma).to(logits)
-        noise_odds, right_odds = (odds.to(logits)[labels] for odds in (self.noise_odds, self.right_odds))
-        wrong = torch.sigmoid(noise_odds + right_odds / temp - logits.detach() / temp)
-        factor = (wrong / temp).reshape(-1, 1, 1, 1)
+        wrong = self.evidence.wrong(logits.detach(), sigma, class_labels)
+        factor = (wrong / self.evidence.temp_at(sigma).to(logits)).reshape(-1, 1, 1, 1)
         # Where the label is certainly right, an optimal logit is infinite and its gradient is not a number.
         return torch.where(factor > 0, gradient * factor, 0)
-
-    def temp_at(self, sigma: torch.Tensor) -> torch.Tensor:
-        """Return what divides the evidence at noise levels of any shape, [1 or N]."""
-        return torch.ones_like(sigma.reshape(-1)) if self.temperature is None else self.temperature(sigma.reshape(-1))
 
 
 class AsPublished:
@@ -189,6 +218,8 @@ class GatedGuidance(Guidance):
     guided  the denoisers inside it: for the first and for the second evaluation of a step
     gate    lowest and highest noise level that are inside
     """
+
+    outermost = True  # it hears of the solver's orders
 
     def __init__(self, net: Denoiser, guided: Sequence[Denoiser], gate: Sequence[float] = (0, math.inf)):
         super().__init__(net, *guided)
@@ -236,6 +267,13 @@ def gated_discriminator(
     """
     guided = [DiscriminatorGuidance(net, discriminator, weight=weight, **kwargs) for weight in weights]
     return GatedGuidance(net, guided, gate)
+
+
+def fitting(discriminator: Callable[..., torch.Tensor], net: Denoiser) -> Callable[..., torch.Tensor]:
+    """Return the discriminator. UserError: it has another resolution, channels or classes than the denoiser."""
+    if not net.label_dim or _format(discriminator) != _format(net):
+        raise dnnlib.UserError(f"trained on {_format(discriminator)}; the network makes {_format(net)}")
+    return discriminator
 
 
 def _format(net) -> str:

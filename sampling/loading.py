@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,8 @@ import torch
 
 import dnnlib
 from sampling.evaluations import Stopwatch
-from sampling.guidance import AsPublished, GatedGuidance, gated_discriminator
+from sampling.guidance import AsPublished, Evidence, GatedGuidance, gated_discriminator
+from sampling.rejection import Rejection
 from torch_utils import checkpoint, persistence
 from torch_utils.distributed import print0
 from torch_utils.precision import tf32
@@ -26,6 +28,8 @@ from training.temperature import Temperature
 
 __all__ = [
     "DEFAULT_WEIGHTS",
+    "EVERYWHERE",
+    "MODES",
     "PRECISIONS",
     "TrainedDiscriminator",
     "guide",
@@ -35,6 +39,8 @@ __all__ = [
 ]
 
 DEFAULT_WEIGHTS = {"constant": (2.0, 0.0), "calibrated": (1.0, 1.0)}  # of a step's first and second evaluation
+EVERYWHERE = (0.0, math.inf)  # the noise levels at which a discriminator corrects
+MODES = (*DEFAULT_WEIGHTS, "rejection")
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 LOWER = {"bf16": torch.bfloat16, "fp16": torch.float16}
 BRANCH = ("conv0", "conv1", "qkv", "proj")  # the layers of the residual branches: nearly all of a U-Net's arithmetic
@@ -140,12 +146,18 @@ class TrainedDiscriminator:
     temperature: Temperature | None = None  # of its evidence, fitted to held-out pairs; None: was not calibrated
     held_out: int = 0  # images that these pairs are made of
     label_path: str | None = None  # label file that it was trained with
+    sigma: float = 0.05  # noise level that hides little, and at which it was trained
 
 
 def load_discriminator(path: str, device: torch.device, *, trust_pickle: bool = False) -> TrainedDiscriminator:
     """Return the discriminator of a snapshot. UserError: the file is missing, damaged or of another kind."""
     snapshot = _load(path, trust_pickle, ("discriminator",))
     info = snapshot.get("info") or {}
+    options = info.get("options") or {}
+    levels = options.get("noise_levels") or {}
+    sigma = TrainedDiscriminator.sigma
+    if levels.get("P_mean") is not None and levels.get("P_std") is not None:
+        sigma = math.exp(levels["P_mean"] - 2 * levels["P_std"])  # ln sigma is normally distributed in training
     return TrainedDiscriminator(
         path,
         snapshot["ema"].to(device),
@@ -153,7 +165,8 @@ def load_discriminator(path: str, device: torch.device, *, trust_pickle: bool = 
         info.get("right_shares"),
         Temperature.read(info.get("temperature"), path),
         int(info.get("held_out") or 0),
-        ((info.get("options") or {}).get("discriminator") or {}).get("label_path"),
+        (options.get("discriminator") or {}).get("label_path"),
+        sigma,
     )
 
 
@@ -164,59 +177,59 @@ def guide(
     *,
     mode: str | None = None,
     weights: Sequence[float | None] = (None, None),
-    gate: Sequence[float],
+    gate: Sequence[float] = EVERYWHERE,
     noise_rate: float | None = None,
     published: bool = False,
     stopwatch: Stopwatch | None = None,
-) -> GatedGuidance:
-    """Return the denoiser `net` corrected by a discriminator (docs/methods/sbdc.md, section 3), and print its settings.
+) -> GatedGuidance | Rejection:
+    """Return the denoiser `net` corrected by a discriminator (docs/methods/sbdc.md), and print how.
 
-    mode        'constant' or 'calibrated'; None: calibrated if the discriminator is, else constant
-    weights     of a step's first and second evaluation; None: DEFAULT_WEIGHTS of the mode
-    gate        lowest and highest noise level that is corrected
-    noise_rate  share of wrong labels in every class, for the mode 'calibrated'; None: those of the snapshot
+    mode        'constant', 'calibrated' or 'rejection'; None: constant if the discriminator is not calibrated, else
+                calibrated if there are weights or a gate, else rejection
+    weights     of a step's first and second evaluation; None: DEFAULT_WEIGHTS of the mode. Not for rejection
+    gate        lowest and highest noise level that is corrected. Not for rejection
+    noise_rate  share of wrong labels in every class, not for the mode 'constant'; None: those of the snapshot
     published   ask the discriminator as SBDC's published sampling does (`AsPublished`), with a constant weight
 
-    UserError: the networks do not fit each other, the mode is 'calibrated' and the snapshot does not say enough, or
+    UserError: the networks do not fit each other, the mode is not 'constant' and the snapshot does not say enough, or
     there is a noise rate, but the discriminator is not calibrated and no mode was asked for.
     """
-    fitted, rates, shares = discriminator.temperature is not None, None, None
-    if published:
-        mode = "constant"
-    if mode is None and not fitted and noise_rate is not None:
+    fitted = discriminator.temperature is not None
+    if mode is None and not published and not fitted and noise_rate is not None:
         raise dnnlib.UserError(
             f"{discriminator.path}: is not calibrated, so the weights are constant and the noise rate {noise_rate:g} "
             "would change nothing; leave it out, or ask for calibrated weights"
         )
     why = f"fitted to {discriminator.held_out:,} held-out images" if fitted else "not fitted to held-out images"
-    if mode == "constant":
-        why = "asked as in SBDC's published sampling" if published else "as asked"
-    mode = mode or ("calibrated" if fitted else "constant")
-    if mode == "calibrated":
-        if discriminator.noise_rates is None or discriminator.right_shares is None:
-            raise dnnlib.UserError(
-                f"{discriminator.path}: does not say what it was trained on, as a calibrated weight needs; "
-                "generate.py --dg_mode=constant works without"
-            )
-        rates, shares = (
-            torch.tensor(x, dtype=torch.float32, device=device)
-            for x in (discriminator.noise_rates, discriminator.right_shares)
-        )
-        if noise_rate is not None:
-            rates = torch.full_like(rates, noise_rate)
+    if mode == "constant" or published:
+        mode, why = "constant", "asked as in SBDC's published sampling" if published else "as asked"
+    if mode is None:
+        shaped = any(w is not None for w in weights) or tuple(gate) != EVERYWHERE
+        mode = "constant" if not fitted else "calibrated" if shaped else "rejection"
+    evidence = None if mode == "constant" else _evidence(discriminator, noise_rate, device)
+    if mode == "rejection":
+        print0(f"Rejection: images are drawn until the discriminator takes them for right, {why}")
+        judged = dict(evidence=evidence, sigma=discriminator.sigma, stopwatch=stopwatch)
+        return Rejection(net, discriminator.net, **judged)
     weights = [default if w is None else w for w, default in zip(weights, DEFAULT_WEIGHTS[mode], strict=True)]
-    guided = gated_discriminator(
-        net,
-        AsPublished(discriminator.net) if published else discriminator.net,
-        weights=weights,
-        gate=gate,
-        noise_rates=rates,
-        right_shares=shares,
-        temperature=None if rates is None else discriminator.temperature,
-        stopwatch=stopwatch,
-    )
+    asked = AsPublished(discriminator.net) if published else discriminator.net
+    guided = gated_discriminator(net, asked, weights=weights, gate=gate, evidence=evidence, stopwatch=stopwatch)
     print0(
         f"Guidance: {mode} ({why}), weights {weights[0]:g} and {weights[1]:g}, "
         f"where {gate[0]:g} <= sigma <= {gate[1]:g}"
     )
     return guided
+
+
+def _evidence(discriminator: TrainedDiscriminator, noise_rate: float | None, device: torch.device) -> Evidence:
+    if discriminator.noise_rates is None or discriminator.right_shares is None:
+        raise dnnlib.UserError(
+            f"{discriminator.path}: does not say what it was trained on, as a probability needs; "
+            "generate.py --dg_mode=constant works without"
+        )
+    rates, shares = (
+        torch.tensor(x, dtype=torch.float32, device=device)
+        for x in (discriminator.noise_rates, discriminator.right_shares)
+    )
+    rates = rates if noise_rate is None else torch.full_like(rates, noise_rate)
+    return Evidence(rates, shares, discriminator.temperature)

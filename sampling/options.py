@@ -30,7 +30,7 @@ from dnnlib.cli import (
     parse_int_list,
 )
 from sampling.ddgan import is_generator
-from sampling.loading import DEFAULT_WEIGHTS, PRECISIONS
+from sampling.loading import DEFAULT_WEIGHTS, MODES, PRECISIONS
 from sampling.samplers import SOLVERS
 from sampling.schedules import DISCRETIZATIONS, SCALINGS, SCHEDULES
 from training.published_ddgan import SETTINGS
@@ -64,15 +64,8 @@ SAMPLER_SETTINGS = [
     "schedule",
     "scaling",
 ]
-GUIDANCE_SETTINGS = [
-    "dg_published",
-    "dg_mode",
-    "dg_weight_1st_order",
-    "dg_weight_2nd_order",
-    "S_clip_min",
-    "S_clip_max",
-    "noise_rate",
-]
+SHAPES = ["dg_weight_1st_order", "dg_weight_2nd_order", "S_clip_min", "S_clip_max"]  # of a gradient
+GUIDANCE_SETTINGS = ["dg_published", "dg_mode", *SHAPES, "noise_rate"]
 PUBLISHED_SETTINGS = list(SETTINGS)  # options that state what a published generator does not record
 # What generate.py can be asked when the network is a generator; everything else shapes the path of a denoiser.
 GENERATOR_OPTIONS = {
@@ -154,7 +147,7 @@ guidance_options = add_options([
     click.option("--affine_weight", metavar="W", type=FloatRange(), help="Affine guidance: D' = (1+W) D - W D_2  [default: no guidance]"),
     click.option("--cfg", metavar="S", type=FloatRange(), help="Classifier-free guidance: D' = D_0 + S (D_y - D_0)  [default: no guidance]"),
     discriminator_option(),
-    click.option("--dg_mode", type=click.Choice(list(DEFAULT_WEIGHTS)), help="Weight of the discriminator's gradient: constant, or multiplied by the probability that the label is wrong for this image  [default: calibrated if the discriminator is, else constant]"),
+    click.option("--dg_mode", type=click.Choice(MODES), help="How it corrects: by its gradient with a constant weight, or with one that is calibrated by the probability that the label is wrong for this image, or by rejection, which draws an image until the label is right for it  [default: rejection if the discriminator is calibrated, calibrated with a weight or a noise level below, else constant]"),
     click.option("--dg_weight_1st_order", metavar="W", type=FloatRange(), help="Weight at the first evaluation of each step  [default: constant 2, calibrated 1]"),
     click.option("--dg_weight_2nd_order", metavar="W", type=FloatRange(), help="Weight at the second evaluation of each step of --solver=heun  [default: constant 0, calibrated 1]"),
     click.option("--dg_published", metavar="BOOL", type=BOOL, help="Ask the discriminator as SBDC's published sampling does, for comparison: with the time of the VP process for the noise level, and constant weights  [default: 0]"),
@@ -237,12 +230,15 @@ def check_usage(o: dnnlib.EasyDict) -> None:
     for name in GUIDANCE_SETTINGS:
         if o[name] is not None and o.discriminator is None:
             raise click.UsageError(f"--{name}={o[name]}: needs --discriminator")
-    if o.dg_published and (o.dg_mode == "calibrated" or o.noise_rate is not None):
+    if o.dg_published and (o.dg_mode not in (None, "constant") or o.noise_rate is not None):
         raise click.UsageError(
-            "--dg_published=1: has constant weights; leave out --dg_mode=calibrated and --noise_rate"
+            f"--dg_published=1: has constant weights; leave out --dg_mode={o.dg_mode or 'calibrated'} and --noise_rate"
         )
     if o.noise_rate is not None and o.dg_mode == "constant":
-        raise click.UsageError(f"--noise_rate={o.noise_rate:g}: only --dg_mode=calibrated uses it")
+        raise click.UsageError(f"--noise_rate={o.noise_rate:g}: --dg_mode=constant does not use it")
+    for name in SHAPES if o.dg_mode == "rejection" else ():
+        if o[name] is not None:
+            raise click.UsageError(f"--{name}={o[name]:g}: --dg_mode=rejection has no gradient; leave it out")
     low, high = gate(o)
     if low > high:
         raise click.UsageError(f"--S_clip_min={low:g}: must not exceed --S_clip_max={high:g}")

@@ -784,7 +784,8 @@ class iDDPMPrecond(Precond):
         self.register_buffer("u", u)
 
     def _nearest(self, sigma: torch.Tensor) -> torch.Tensor:
-        return (self.u - sigma.to(self.u)[..., None]).abs().argmin(dim=-1)
+        # type_as() also moves to the device of u, and does not name it in a traced graph.
+        return (self.u - sigma.type_as(self.u)[..., None]).abs().argmin(dim=-1)
 
     def round_sigma(self, sigma: torch.Tensor | float) -> torch.Tensor:
         """Return the nearest u_j, in the shape and dtype and on the device of sigma."""

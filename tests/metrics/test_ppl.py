@@ -10,7 +10,7 @@ import dnnlib
 from metrics.detectors import PixelDetector
 from metrics.network_detectors import FidelityDetector, TorchScriptDetector
 from metrics.ppl import image_distance, path_distances, path_length, slerp
-from sampling.generation import StackedRandomGenerator
+from sampling.seeds import StackedRandomGenerator
 from training.networks_ddgan import DDGANGenerator
 
 CPU = torch.device("cpu")

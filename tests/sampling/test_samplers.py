@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dnnlib
-from sampling.generation import StackedRandomGenerator
 from sampling.guidance import AffineGuidance, ClassifierFreeGuidance
 from sampling.samplers import ablation_sampler, heun_sampler
 from sampling.schedules import DISCRETIZATIONS, SCALINGS, SCHEDULES
+from sampling.seeds import StackedRandomGenerator
 from tests.support.paths import FIXTURES
 
 SEEDS = np.load(FIXTURES / "sampler_seeds.npz")

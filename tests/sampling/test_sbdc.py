@@ -1,99 +1,31 @@
 """SBDC in closed form: guidance by the optimal discriminator, what it is called with, how it composes."""
 
 import functools
-import math
 
 import numpy as np
 import pytest
 import torch
 
 import dnnlib
-from archives.label_noise import transition_matrix
 from sampling.generation import generate_images
 from sampling.guidance import (
     AffineGuidance,
     ClassifierFreeGuidance,
     DiscriminatorGuidance,
+    Evidence,
     GatedGuidance,
     gated_discriminator,
 )
 from sampling.samplers import ablation_sampler, heun_sampler
 from tests.support.denoisers import Recorder, denoise, linear
+from tests.support.gaussians import ASYM, LABELS, MEANS, STD, WORLDS, Gaussians, shuffle_for, world
 from tests.support.objectives import CPU
-from training.objectives.discriminator import Shuffle
-
-PRIORS = np.array([0.5, 0.3, 0.2])
-MEANS = torch.tensor([[-2.0, 0.0], [2.0, 1.0], [0.5, -2.5]], dtype=torch.float64)
-STD = 0.3
-ASYM = np.array([[0.6, 0.4, 0.0], [0.0, 1.0, 0.0], [0.1, 0.3, 0.6]])
-LABELS = torch.eye(3)
-
-
-class Gaussians:
-    """The exact denoiser of classes N(MEANS, STD^2), images [2,1,1]; `weights` [C,C]: class c's share under label o."""
-
-    img_resolution, img_channels, label_dim, sigma_min, sigma_max = 1, 2, 3, 0, math.inf
-    round_sigma = staticmethod(torch.as_tensor)
-
-    def __init__(self, weights):
-        self.weights = torch.as_tensor(weights, dtype=torch.float64)
-
-    @staticmethod
-    def log_p(x, sigma):
-        var = STD**2 + sigma**2
-        return -(x.flatten(1)[:, None] - MEANS).square().sum(dim=2) / (2 * var) - var.log()
-
-    def __call__(self, x, sigma, class_labels):
-        shares = self.weights.T[class_labels.argmax(dim=1)]
-        posterior = (self.log_p(x, sigma) + shares.log()).softmax(dim=1)
-        flat = x.flatten(1)[:, None]
-        means = MEANS + (flat - MEANS) * STD**2 / (STD**2 + sigma**2)
-        return (posterior[:, :, None] * means).sum(dim=1)[:, :, None, None]
-
-
-class Optimal(Gaussians):
-    """The optimal discriminator's logit, when `right` [C] and `wrong` [C,C] are the masses of pairs it trains on."""
-
-    def __init__(self, right, wrong):
-        self.right, self.wrong = torch.as_tensor(right), torch.as_tensor(wrong)
-
-    def __call__(self, x, sigma, class_labels):
-        o, log_p = class_labels.argmax(dim=1), self.log_p(x, sigma)
-        log_right = log_p.gather(1, o[:, None])[:, 0] + self.right[o].log()
-        return log_right - torch.logsumexp(log_p + self.wrong.T[o].log(), dim=1)
-
-
-def world(T, shuffle):
-    """Noisy denoiser, clean denoiser, optimal discriminator, eta, R for a transition and a shuffle."""
-    joint = PRIORS[:, None] * T
-    stays = np.diagonal(joint)
-    off = joint * (1 - np.eye(3))
-    right = stays * (1 - shuffle.flip)
-    wrong = off + (stays * shuffle.flip)[:, None] * shuffle.rows
-    eta = torch.tensor(off.sum(axis=0) / joint.sum(axis=0))
-    share = torch.tensor(right / (right + wrong.sum(axis=0)))
-    return Gaussians(joint), Gaussians(np.eye(3)), Optimal(right, wrong), eta, share
-
-
-def shuffle_for(T, known):
-    """The shuffle of 1,000 images with these priors and this noise."""
-    counts = np.round(1000 * PRIORS[:, None] * T).astype(int)
-    labels = np.repeat(np.tile(np.arange(3), 3), counts.ravel())
-    return Shuffle(labels, np.repeat(np.eye(3, dtype=bool).ravel(), counts.ravel()), 3, known)
-
-
-SYM = transition_matrix("sym", 0.4, 3)
-WORLDS = {
-    "sym, uniform": world(SYM, shuffle_for(SYM, None)),
-    "sym, transition": world(SYM, shuffle_for(SYM, SYM)),
-    "asym, transition": world(ASYM, shuffle_for(ASYM, ASYM)),
-}
 
 
 @pytest.mark.parametrize("name", WORLDS)
 def test_calibrated_guidance_makes_the_clean_score_of_the_noisy_one(name):
     noisy, clean, optimal, eta, share = WORLDS[name]
-    guided = DiscriminatorGuidance(noisy, optimal, noise_rates=eta, right_shares=share)
+    guided = DiscriminatorGuidance(noisy, optimal, evidence=Evidence(eta, share))
     generator = torch.Generator().manual_seed(0)
     for sigma in torch.tensor([0.002, 0.05, 0.3, 1, 4, 20, 80], dtype=torch.float64):
         labels, where = LABELS.repeat(40, 1), MEANS.repeat_interleave(40, dim=0)  # also where the label is wrong
@@ -122,12 +54,11 @@ def factor(sigma):
 @pytest.mark.parametrize("name", WORLDS)
 def test_the_right_temperature_undoes_what_multiplied_the_evidence(name):
     noisy, clean, optimal, eta, share = WORLDS[name]
-    kwargs = dict(noise_rates=eta, right_shares=share)
     loud = Overconfident(optimal, share, factor)
     nets = (
         clean,
-        DiscriminatorGuidance(noisy, loud, temperature=factor, **kwargs),
-        DiscriminatorGuidance(noisy, loud, **kwargs),
+        DiscriminatorGuidance(noisy, loud, evidence=Evidence(eta, share, factor)),
+        DiscriminatorGuidance(noisy, loud, evidence=Evidence(eta, share)),
     )
     generator = torch.Generator().manual_seed(0)
     for sigma in torch.tensor([0.05, 0.3, 1, 4, 8], dtype=torch.float64):
@@ -139,8 +70,8 @@ def test_the_right_temperature_undoes_what_multiplied_the_evidence(name):
 
 
 def test_every_image_has_the_temperature_of_its_noise_level():
-    rates = dict(noise_rates=torch.full([3], 0.4), right_shares=torch.tensor([0.2, 0.5, 0.7]))
-    guided = DiscriminatorGuidance(Recorder(denoise), Recorder(linear), temperature=lambda s: 1 + s, **rates)
+    evidence = Evidence(torch.full([3], 0.4), torch.tensor([0.2, 0.5, 0.7]), lambda s: 1 + s)
+    guided = DiscriminatorGuidance(Recorder(denoise), Recorder(linear), evidence=evidence)
     x, sigma, labels = torch.randn([3, 1, 2, 2]) / 9, torch.tensor([0.5, 2.0, 7.0]), torch.eye(3)
     found = guided.correction(x, sigma, labels)
     for i in range(3):
@@ -149,7 +80,7 @@ def test_every_image_has_the_temperature_of_its_noise_level():
 
 def test_uniform_shuffle_is_not_exact_for_asymmetric_noise():
     noisy, clean, optimal, eta, share = world(ASYM, shuffle_for(ASYM, None))
-    guided = DiscriminatorGuidance(noisy, optimal, noise_rates=eta, right_shares=share)
+    guided = DiscriminatorGuidance(noisy, optimal, evidence=Evidence(eta, share))
     x = torch.randn([300, 2, 1, 1], generator=torch.Generator().manual_seed(0)).double()
     labels, sigma = LABELS.repeat(100, 1), torch.tensor(1.0, dtype=torch.float64)
     assert (guided(x, sigma, labels) - clean(x, sigma, labels)).abs().max() > 0.01
@@ -160,7 +91,7 @@ def test_sampling_with_calibrated_guidance_is_as_right_as_the_clean_model(name):
     noisy, clean, optimal, eta, share = WORLDS[name]
     labels = LABELS.repeat(200, 1)
     latents = torch.randn([600, 2, 1, 1], generator=torch.Generator().manual_seed(1))
-    guided = DiscriminatorGuidance(noisy, optimal, noise_rates=eta, right_shares=share)
+    guided = DiscriminatorGuidance(noisy, optimal, evidence=Evidence(eta, share))
 
     def accuracy(net):
         samples = heun_sampler(net, latents, labels, num_steps=40)
@@ -213,9 +144,9 @@ def test_correction_is_weight_times_variance_times_gradient():
 @pytest.mark.parametrize("calibrated", [False, True])
 def test_constant_discriminator_changes_nothing(sampler, calibrated):
     plain = sample(Recorder(denoise), sampler)
-    rates = dict(noise_rates=torch.full([3], 0.4), right_shares=torch.full([3], 0.5)) if calibrated else {}
+    evidence = Evidence(torch.full([3], 0.4), torch.full([3], 0.5)) if calibrated else None
     for constant in (lambda x, sigma, labels: torch.full([len(x)], 1.7), lambda x, sigma, labels: 0 * x.sum((1, 2, 3))):
-        guided = DiscriminatorGuidance(Recorder(denoise), Recorder(constant), **rates)
+        guided = DiscriminatorGuidance(Recorder(denoise), Recorder(constant), evidence=evidence)
         assert np.array_equal(sample(guided, sampler), plain)
 
 
@@ -296,8 +227,7 @@ def test_images_do_not_depend_on_the_batch():
         return DiscriminatorGuidance(
             Recorder(denoise),
             Recorder(nonlinear),
-            noise_rates=torch.tensor([0.1, 0.4, 0.3]),
-            right_shares=torch.tensor([0.5, 0.5, 0.4]),
+            evidence=Evidence(torch.tensor([0.1, 0.4, 0.3]), torch.tensor([0.5, 0.5, 0.4])),
         )
 
     whole = sample(net(), heun_sampler, seeds=range(7), batch=7)
@@ -308,7 +238,7 @@ def test_images_do_not_depend_on_the_batch():
 def test_extreme_logits_and_rates_stay_finite(size):
     rates, shares = torch.tensor([0.0, 0.4, 1.0]), torch.tensor([1.0, 0.5, 0.5])
     guided = DiscriminatorGuidance(
-        Recorder(denoise), Recorder(lambda x, s, y: size * x.sum((1, 2, 3))), noise_rates=rates, right_shares=shares
+        Recorder(denoise), Recorder(lambda x, s, y: size * x.sum((1, 2, 3))), evidence=Evidence(rates, shares)
     )
     x = torch.ones([3, 1, 2, 2])
     change = guided(x, torch.tensor(1.0), torch.eye(3)) - denoise(x, torch.tensor(1.0), None)
@@ -320,7 +250,7 @@ def test_extreme_logits_and_rates_stay_finite(size):
 def test_where_every_label_is_wrong_the_weight_is_one(share):
     """The posterior probability that the label is wrong is 1, whatever pairs the discriminator has seen."""
     rates, shares = torch.tensor([1.0, 0.0, 0.4]), torch.tensor([share, 1 - share, 0.5])
-    guided = DiscriminatorGuidance(Recorder(denoise), Recorder(linear), noise_rates=rates, right_shares=shares)
+    guided = DiscriminatorGuidance(Recorder(denoise), Recorder(linear), evidence=Evidence(rates, shares))
     x = torch.ones([3, 1, 2, 2])
     constant = DiscriminatorGuidance(Recorder(denoise), Recorder(linear)).correction(x, torch.tensor(1.0), torch.eye(3))
     found = guided.correction(x, torch.tensor(1.0), torch.eye(3))

@@ -112,7 +112,7 @@ def test_two_processes_and_one_seed(pkl, tmp_path, monkeypatch):
     """Rank 0 has no image then; the other process tells it what the image took."""
 
     def gather(mine):
-        return [mine, (5, 0.0, 0.0)] if isinstance(mine, tuple) else [mine]
+        return [mine, (5, 0.0, 0.0, 0, 0)] if isinstance(mine, tuple) else [mine]
 
     monkeypatch.setattr(generate, "share_of", lambda seeds, rank, processes: [])
     monkeypatch.setattr(generate.distributed, "all_gather_object", gather)

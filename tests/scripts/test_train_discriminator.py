@@ -239,7 +239,7 @@ def test_generate_with_guidance(world, trained, tmp_path):
     assert np.array_equal(images(tmp_path / "closed"), images(tmp_path / "plain"))
 
 
-def test_default_is_calibrated_where_the_discriminator_is(world, trained, tmp_path):
+def test_default_follows_from_what_the_discriminator_records(world, trained, tmp_path):
     old = persistence.load_snapshot(persistence.find_snapshot(str(trained)))
     del old["info"]["temperature"]  # as version 0.1 wrote it
     persistence.save_snapshot(tmp_path / "old.pkl", old)
@@ -247,17 +247,21 @@ def test_default_is_calibrated_where_the_discriminator_is(world, trained, tmp_pa
     with_old, said = [f"--discriminator={tmp_path / 'old.pkl'}", f"--outdir={tmp_path / 'none'}"], {}
     for name, disc, args in (
         ("new", trained, []),
+        ("weight", trained, ["--dg_weight_1st_order=1"]),
+        ("gate", trained, ["--S_clip_max=9"]),
         ("asked", trained, ["--dg_mode=constant"]),
         ("old", tmp_path / "old.pkl", []),
         ("old-calibrated", tmp_path / "old.pkl", ["--dg_mode=calibrated"]),
     ):
         out = succeed(generate, *base, f"--discriminator={disc}", f"--outdir={tmp_path / name}", *args)
-        said[name] = re.search("Guidance: (.*), where", out)[1]
+        said[name] = re.search("Guidance: (.*), where|(Rejection: .*)", out)[0]
     assert said == {
-        "new": "calibrated (fitted to 16 held-out images), weights 1 and 1",
-        "asked": "constant (as asked), weights 2 and 0",
-        "old": "constant (not fitted to held-out images), weights 2 and 0",
-        "old-calibrated": "calibrated (not fitted to held-out images), weights 1 and 1",
+        "new": "Rejection: images are drawn until the discriminator takes them for right, fitted to 16 held-out images",
+        "weight": "Guidance: calibrated (fitted to 16 held-out images), weights 1 and 1, where",
+        "gate": "Guidance: calibrated (fitted to 16 held-out images), weights 1 and 1, where",
+        "asked": "Guidance: constant (as asked), weights 2 and 0, where",
+        "old": "Guidance: constant (not fitted to held-out images), weights 2 and 0, where",
+        "old-calibrated": "Guidance: calibrated (not fitted to held-out images), weights 1 and 1, where",
     }
     match = "--discriminator: .*old.pkl: is not calibrated, so the weights are constant and the noise rate 0.2"
     fail(
@@ -285,17 +289,11 @@ def test_without_calibration_every_image_is_trained_on(world, tmp_path):
 
 
 def test_noise_rate_replaces_the_label_files(world, trained, tmp_path):
-    base = [
-        f"--network={world / 'net.pkl'}",
-        f"--discriminator={trained}",
-        "--seeds=0-3",
-        "--steps=4",
-        "--device=cpu",
-        "--dg_mode=calibrated",
-    ]
+    fast = ["--seeds=0-3", "--steps=4", "--device=cpu"]
+    base = [f"--network={world / 'net.pkl'}", f"--discriminator={trained}", *fast, "--dg_mode=calibrated"]
     for name, args in {"own": [], "zero": ["--noise_rate=0"], "all": ["--noise_rate=1"]}.items():
         succeed(generate, *base, *args, "--dg_weight_1st_order=30", f"--outdir={tmp_path / name}")
-    succeed(generate, base[0], *base[2:5], f"--outdir={tmp_path / 'plain'}")
+    succeed(generate, base[0], *fast, f"--outdir={tmp_path / 'plain'}")
     assert np.array_equal(images(tmp_path / "zero"), images(tmp_path / "plain"))
     assert (images(tmp_path / "own") != images(tmp_path / "all")).any()
 
@@ -306,9 +304,14 @@ def test_noise_rate_replaces_the_label_files(world, trained, tmp_path):
         ("--dg_mode=calibrated: needs --discriminator", ["--dg_mode=calibrated"]),
         ("--S_clip_min=1.5: needs --discriminator", ["--S_clip_min=1.5"]),
         (
-            "--noise_rate=0.4: only --dg_mode=calibrated",
+            "--noise_rate=0.4: --dg_mode=constant does not use it",
             ["--noise_rate=0.4", "--dg_mode=constant", "--discriminator={trained}"],
         ),
+        (
+            "--S_clip_max=9: --dg_mode=rejection has no gradient",
+            ["--S_clip_max=9", "--dg_mode=rejection", "--discriminator={trained}"],
+        ),
+        ("--trajectory: rejection draws an image several times", ["--trajectory=x.npz", "--discriminator={trained}"]),
         (
             "--S_clip_min=3: must not exceed --S_clip_max=2",
             ["--S_clip_min=3", "--S_clip_max=2", "--discriminator={trained}"],

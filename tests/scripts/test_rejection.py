@@ -1,0 +1,56 @@
+"""generate.py by rejection, through its command line."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+
+from tests.support.generated import make, random_network, read
+from torch_utils import persistence
+from training.networks_resnet import Discriminator
+
+
+@pytest.fixture(scope="module")
+def guide(tmp_path_factory):
+    """The options that name a network and a calibrated discriminator, which is unsure of most images."""
+    folder = tmp_path_factory.mktemp("networks")
+    persistence.save_snapshot(folder / "net.pkl", dict(ema=random_network(), info={}))
+    torch.manual_seed(1)
+    judge = Discriminator(img_resolution=8, img_channels=1, label_dim=3, depth="small", model_channels=8)
+    temperature = dict(coefficients=[0.0, 0.0, 0.0], sigma_min=0.002, sigma_max=80.0)
+    info = dict(noise_rates=[0.5, 0.4, 0.3], right_shares=[0.5, 0.5, 0.5], temperature=temperature, held_out=9)
+    persistence.save_snapshot(folder / "judge.pkl", dict(ema=judge.eval(), info=info))
+    return [f"--network={folder / 'net.pkl'}", f"--discriminator={folder / 'judge.pkl'}", "--steps=3"]
+
+
+def drawn(out):
+    return int(re.search(r"Drew (\d+) images, of which the discriminator accepted \d+%", out)[1])
+
+
+def test_the_noise_rate_decides_how_much_is_accepted(guide, tmp_path):
+    count = {}
+    for name, args in {"0": ["--noise_rate=0"], "own": [], "0.9": ["--noise_rate=0.9"]}.items():
+        out = make(tmp_path / name, *guide, "--seeds=0-19", *args)
+        count[name] = drawn(out)
+        assert "Rejection: " in out and "times the network time" not in out
+    assert count["0"] == 20 < count["own"] < count["0.9"]
+    make(tmp_path / "plain", guide[0], guide[2], "--seeds=0-19")
+    assert np.array_equal(read(tmp_path / "0")[0], read(tmp_path / "plain")[0])
+
+
+def test_images_depend_on_neither_batch_nor_interruption(guide, tmp_path):
+    make(tmp_path / "a", *guide, "--seeds=0-19")
+    make(tmp_path / "b", *guide, "--seeds=0-19", "--batch=3")
+    wanted = read(tmp_path / "a")[0]
+    assert np.array_equal(wanted, read(tmp_path / "b")[0])
+    for seed in (3, 4):
+        next((tmp_path / "b").glob(f"**/*{seed:06d}.png")).unlink()
+    assert "18 of 20 images are there already" in make(tmp_path / "b", *guide, "--seeds=0-19", "--resume")
+    assert np.array_equal(wanted, read(tmp_path / "b")[0])
+
+
+def test_what_is_never_accepted_is_counted(guide, tmp_path):
+    out = make(tmp_path / "out", *guide, "--seeds=0-2", "--noise_rate=1")
+    assert "WARNING: 3 images were not accepted in 100 draws" in out and drawn(out) == 300
+    assert len(read(tmp_path / "out")[0]) == 3
