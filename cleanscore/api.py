@@ -31,6 +31,7 @@ from sampling.options import check_precision, find_classes
 from sampling.samplers import choose_sampler
 from torch_utils import distributed
 from torch_utils.precision import tf32
+from training.presets import presets_of
 
 __all__ = ["detect", "evaluate", "load", "sample"]
 
@@ -181,7 +182,8 @@ def _find_images(path: str | os.PathLike[str]) -> str:
 def detect(
     archive: str | os.PathLike[str],
     *,
-    method: str = "gce",
+    preset: str | None = None,
+    method: str | None = None,
     cls: str | os.PathLike[str] | None = None,
     epochs: int | None = None,
     foreign: bool = True,
@@ -192,7 +194,8 @@ def detect(
     """Return what is wrong with the labels of an archive: `noise_rate`, and for each image `is_clean`, `suggested`, ...
 
     archive  a ZIP or folder, its URL, or the directory of a run that was trained on it
-    method   gce, cores, or confident, as in detect_noise.py; it trains a classifier
+    preset   settings of `detect_noise.py --preset`, such as "digits" for few small images that are easy to tell apart
+    method   gce, cores, or confident, as in detect_noise.py; it trains a classifier. None: gce, or that of the preset
     cls      a classifier of `train_classifier.py` that decides instead: run directory, snapshot or URL
     epochs   length of the training; None: what suits the method
     foreign  look for foreign images and duplicates, too
@@ -200,17 +203,21 @@ def detect(
 
     UserError: the archive has no labels, the classifier does not fit it, or the arguments contradict each other.
     """
-    if method not in METHODS:
-        raise dnnlib.UserError(f"method {method!r} is unknown; there are {', '.join(METHODS)}")
+    for name, value, known in (("method", method, METHODS), ("preset", preset, presets_of("detect_noise.py"))):
+        if value is not None and value not in known:
+            raise dnnlib.UserError(f"{name} {value!r} is unknown; there are {', '.join(known)}")
     if epochs is not None and epochs < 1:
         raise dnnlib.UserError(f"epochs is {epochs}, expected 1 or more")
-    if cls is not None and (method != "gce" or epochs is not None):
-        raise dnnlib.UserError(f"cls: {os.fspath(cls)} decides, and nothing trains; leave out method and epochs")
+    if cls is not None and (preset, method, epochs) != (None, None, None):
+        raise dnnlib.UserError(
+            f"cls: {os.fspath(cls)} decides, and nothing trains; leave out preset, method and epochs"
+        )
     if dest is not None and not os.fspath(dest).lower().endswith(".npz"):
         raise dnnlib.UserError(f"dest: {os.fspath(dest)}: the name of a label file ends in .npz")
     path = find_archive(archive)
-    o = dnnlib.EasyDict(_detection.make_context("detect", ["--data", path]).params)
-    o.update(method=method, cls=cls and os.fspath(cls), epochs=epochs, seed=seed)
+    settings = _detection.make_context("detect", ["--data", path, *(["--preset", preset] if preset else [])]).params
+    given = {name: value for name, value in dict(method=method, epochs=epochs).items() if value is not None}
+    o = dnnlib.EasyDict(settings | given | dict(cls=cls and os.fspath(cls), seed=seed))
     with tf32(False):
         device, dataset = _device(device), ImageDataset(path)
         check_labels(dataset)

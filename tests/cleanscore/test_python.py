@@ -213,7 +213,11 @@ def test_a_generator_and_a_network_without_classes(tmp_path):
         (lambda home, net: cleanscore.detect(pets(home), method="dowsing"), "gce, cores"),
         (lambda home, net: cleanscore.detect(pets(home), epochs=0), "epochs is 0"),
         (lambda home, net: cleanscore.detect(pets(home), dest=home / "labels.csv"), "labels.csv: the name of a label"),
-        (lambda home, net: cleanscore.detect(pets(home), cls="a.pkl", epochs=3), "leave out method and epochs"),
+        (lambda home, net: cleanscore.detect(pets(home), cls="a.pkl", epochs=3), "leave out preset, method and"),
+        (
+            lambda home, net: cleanscore.detect(pets(home), preset="fingers"),
+            "preset 'fingers' is unknown; there are digits",
+        ),
         (lambda home, net: cleanscore.detect(pets(home), cls=home / "training-runs" / "00000-pets"), "classifier"),
     ],
 )
@@ -278,6 +282,16 @@ def test_detect_finds_what_detect_noise_finds(home, tmp_path):
     for name in a:
         np.testing.assert_array_equal(a[name], b[name])
     assert found.names == b["names"].tolist() and found.noise_rate == b["noise_rate"]
+
+
+def test_detect_takes_the_settings_of_a_preset(home, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(cleanscore.api, "find_wrong_labels", lambda o, *rest: asked.append(o) or 1 / 0)
+    for arguments in ({}, dict(preset="digits"), dict(preset="digits", epochs=3)):
+        with pytest.raises(ZeroDivisionError):
+            cleanscore.detect(pets(home), **arguments)
+    found = [(o.method, o.arch, o.epochs) for o in asked]
+    assert found == [("gce", None, None), ("cores", "ddpmpp_tiny", 60), ("cores", "ddpmpp_tiny", 3)]
 
 
 # Installation
