@@ -160,10 +160,10 @@ def advise(dataset: ImageDataset, found: LabelFile, data: str, labels: str) -> t
         ),
         Advice(
             "SBDC",
-            "Leaves the model as it is, and corrects its sampling by a discriminator.",
+            "Leaves the model as it is. A discriminator has its images drawn anew until the label is right.",
             "A model is trained already, and training again is too expensive. Leave out the first command then.",
             f"{c.passes('train_discriminator.py'):,} training passes of the discriminator, besides the baseline's "
-            f"{model:,}; sampling takes longer",
+            f"{model:,}; sampling takes 1 / (1 - noise rate) times as long",
             c.sbdc(),
         ),
         Advice(

@@ -26,7 +26,7 @@ MODES = {
 NOISES = {"sym": "symmetric", "asym": "asymmetric", "instance": "instance-dependent"}
 
 # Of SBDC's calibrated guidance on the digits. 1 is right for an optimal discriminator; where noise decides the class,
-# the gradient of this one is half as long as the exact one in its direction.
+# the gradient of this one is half as long as the exact one in its direction. Rejection needs no weight.
 WEIGHT = 2
 SHORT = 0.25  # a shorter detection than this share may find no class probable, and then no image would have a label
 SWEEP = 500  # images for each weight that the sweep tries
