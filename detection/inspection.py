@@ -43,8 +43,8 @@ def look_for_foreign(
     groups, contradictions = count_groups(found.labels, found.duplicate_of)
     lines.append(f"Foreign:     {foreign} of {n:,} images{note}")
     lines.append(
-        f"Duplicates:  {groups:,} groups of equal or nearly equal images, {contradictions:,} of them with different "
-        f"labels (foreign images and duplicates took {time.monotonic() - start:.1f} s)"
+        f"Duplicates:  {groups:,} group{'s' * (groups != 1)} of equal or nearly equal images, {contradictions:,} "
+        f"of them with different labels (foreign images and duplicates took {time.monotonic() - start:.1f} s)"
     )
     return lines
 
