@@ -59,8 +59,8 @@ def what_differs(there: dict[str, Any], here: dict[str, Any]) -> str | None:
     Only parts that both know are compared.
     """
     other = [key for key in there if key in here and there[key] != here[key]]
-    counts = [f"{here[key]:,} {key} instead of {there[key]:,}" for key in COUNTS if key in other]
-    if counts:
-        return " and ".join(counts)
+    counts = [key for key in COUNTS if key in other]
+    if counts and all(isinstance(there[key], int) for key in counts):
+        return " and ".join(f"{here[key]:,} {key} instead of {there[key]:,}" for key in counts)
     found = dict.fromkeys(words for key, words in PARTS.items() if key in other)
-    return f"other {' and '.join(found)}" if found else None
+    return f"other {' and '.join([*found] or counts)}" if found or counts else None

@@ -251,13 +251,14 @@ def differences(old: dict[str, Any], new: dict[str, Any], besides: Collection[st
     by contents, or by path where one side does not know the contents. `besides` names further fields that may differ.
     """
     old, new = (json.loads(json.dumps(config)) for config in (old, new))
-    there, here = (config.pop("contents", None) or {} for config in (old, new))
+    there, here = (config.pop("contents", None) for config in (old, new))
+    there, here = (known if isinstance(known, dict) else {} for known in (there, here))
     old, new = flatten(old), flatten(new)
     ignored = {*_changeable_fields(), *besides}
     found = []
     for key in sorted(old | new):
         a, b = old.get(key), new.get(key)
-        if key in there and key in here:
+        if isinstance(there.get(key), dict) and key in here:
             other = what_differs(there[key], here[key])
             if other is not None:
                 found.append(f"{key}: {b} holds {other}" + ("" if a == b else f" (it was {a})"))

@@ -28,6 +28,18 @@ def test_sections_and_keys_of_other_versions():
     assert differences(config, later) == ["discriminator.shift: None there, 0.5 here"]
 
 
+def test_contents_that_a_damaged_state_records():
+    config, known = to_dict(make_config()), dict(images=9, labels="a")
+
+    def resumed(contents):
+        return differences(config | dict(contents=contents), config | dict(contents={"dataset.path": known}))
+
+    assert resumed({"dataset.path": dict(images=8)}) == ["dataset.path: toy holds 9 images instead of 8"]
+    assert resumed({"dataset.path": dict(images="x")}) == ["dataset.path: toy holds other images"]
+    for nothing in (None, True, 7, [1], {"dataset.path": 3}):  # then paths are compared
+        assert resumed(nothing) == []
+
+
 def test_settled_fields_are_those_of_the_run_that_continues():
     """A run that began before there was calibration goes on without it, unless somebody asks for another run."""
 
