@@ -97,9 +97,9 @@ def read_members(data: bytes, path: str, ahead: int = 0) -> Members:
         names, entries, records = [names[i] for i in order], entries[order], records[order]
         sizes = [values[order] for values in sizes]
     _check(names, records, sizes[1], entries["offset"], path)
-    files = [i for i, name in enumerate(names) if not name.endswith(b"/")]
     folders = []
-    if len(files) < len(names):
+    if b"/\0" in b"\0".join([*names, b""]):  # no name has this sign, see `_names`
+        files = [i for i, name in enumerate(names) if not name.endswith(b"/")]
         folders = [name.rstrip(b"/") for name in names if name.endswith(b"/")]
         names, entries = [names[i] for i in files], entries[files]
     return Members(names, entries, folders)
