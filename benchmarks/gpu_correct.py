@@ -29,7 +29,6 @@ from metrics.prdc import prdc
 from metrics.reference import RunningStatistics
 from sampling.guidance import AffineGuidance, ClassifierFreeGuidance, Evidence, GatedGuidance, gated_discriminator
 from sampling.loading import prepare
-from sampling.rejection import Rejection
 from sampling.samplers import choose_sampler
 from torch_utils.persistence import load_snapshot
 from torch_utils.precision import tf32
@@ -236,7 +235,6 @@ def _guided(kind: str, nets: dict[str, torch.nn.Module], device: torch.device) -
         "in an interval": lambda: GatedGuidance(net, [ClassifierFreeGuidance(net, 1.5)] * 2, (0.1, 10)),
         "discriminator, constant": lambda: gated_discriminator(net, judge, weights=(2.0, 0.0), gate=(0, 10)),
         "discriminator, calibrated": lambda: gated_discriminator(net, judge, weights=(1.0, 1.0), evidence=evidence),
-        "discriminator, rejection": lambda: Rejection(net, judge, evidence=evidence, sigma=0.1),
         "discriminator over classifier-free": lambda: gated_discriminator(
             ClassifierFreeGuidance(net, 1.5), judge, weights=(1.0, 1.0)
         ),
@@ -249,7 +247,6 @@ GUIDANCES = (
     "in an interval",
     "discriminator, constant",
     "discriminator, calibrated",
-    "discriminator, rejection",
     "discriminator over classifier-free",
 )
 
