@@ -28,6 +28,7 @@ from sampling.generation import generate_images
 from sampling.guidance import ClassifierFreeGuidance
 from sampling.loading import PRECISIONS, TrainedDiscriminator, guide, load_denoiser, load_discriminator
 from sampling.options import check_precision, find_classes
+from sampling.rejection import Rejection, warn_of_given_up
 from sampling.samplers import choose_sampler
 from torch_utils import distributed
 from torch_utils.precision import tf32
@@ -111,6 +112,8 @@ def sample(
     seeds = list(range(seed, seed + n))
     class_idx = wanted and [wanted[s % len(wanted)] for s in seeds]
     parts = list(generate_images(net, seeds, device=device, class_idx=class_idx, batch=batch, sampler=sampler))
+    if isinstance(net, Rejection):
+        warn_of_given_up(net.given_up)
     _, images, labels = zip(*parts, strict=True)
     return Samples(np.concatenate(images), None if labels[0] is None else np.concatenate(labels), seeds, names)
 

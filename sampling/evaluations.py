@@ -8,7 +8,7 @@ import torch
 
 import dnnlib
 from sampling.guidance import Denoiser, at_step
-from sampling.rejection import TRIES, Rejection
+from sampling.rejection import Rejection, warn_of_given_up
 from sampling.schedules import Function
 from torch_utils import distributed, misc
 from torch_utils.distributed import print0
@@ -112,8 +112,4 @@ def report(images: int, seconds: float, meter: EvaluationMeter, correcting: Stop
         print0(f"Guided sampling took {1 + extra / plain:.2f} times the network time of unguided sampling")
     if drawn:
         print0(f"Drew {drawn} images, of which the discriminator accepted {(images - given_up) / drawn:.0%}")
-    if given_up:
-        print0(
-            f"WARNING: {given_up} images were not accepted in {TRIES} draws; the most probable one of each was taken. "
-            "The network or the discriminator may know nothing of their classes"
-        )
+    warn_of_given_up(given_up)

@@ -36,8 +36,8 @@ def generate_images(
     sampler     called as sampler(net, latents, class_labels, randn_like=...), returns images in [-1,1]
     same_shape  the network sees batches of one size (`batch_size`), which a compiled network needs
 
-    A GPU receives the next batch before this function waits for the last one. UserError: the images hold values that
-    are not finite, or a batch needs more memory than the device has.
+    A GPU receives the next batch before this function waits for the last one, except with `Rejection`. UserError: the
+    images hold values that are not finite, or a batch needs more memory than the device has.
     """
     seeds = list(seeds)
     wanted = None

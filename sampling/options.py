@@ -110,7 +110,7 @@ def discriminator_option(required: bool = False) -> Callable:
 
 network_option = click.option("--network", metavar="PKL|DIR|URL", required=True, help="Snapshot to sample, its run directory, or a published generator of RDUOT or DDGAN, netG_1200.pth")
 steps_option = click.option("--steps", "num_steps", metavar="INT", type=COUNT, default=18, help="Number of sampling steps; not for RDUOT and DDGAN, whose steps are fixed")
-noise_rate_option = click.option("--noise_rate", metavar="R", type=RATE, help="Share of wrong labels, for calibrated weights  [default: that of each class in the label file]")
+noise_rate_option = click.option("--noise_rate", metavar="R", type=RATE, help="Share of wrong labels, for all but constant weights  [default: that of each class in the label file]")
 device_option = click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto", help="Where to run")
 trust_option = click.option("--trust_pickle", is_flag=True, help="Run code that a snapshot contains; only for files that you trust")
 clip_options = add_options([
@@ -147,7 +147,7 @@ guidance_options = add_options([
     click.option("--affine_weight", metavar="W", type=FloatRange(), help="Affine guidance: D' = (1+W) D - W D_2  [default: no guidance]"),
     click.option("--cfg", metavar="S", type=FloatRange(), help="Classifier-free guidance: D' = D_0 + S (D_y - D_0)  [default: no guidance]"),
     discriminator_option(),
-    click.option("--dg_mode", type=click.Choice(MODES), help="How it corrects: by its gradient with a constant weight, or with one that is calibrated by the probability that the label is wrong for this image, or by rejection, which draws an image until the label is right for it  [default: rejection if the discriminator is calibrated, calibrated with a weight or a noise level below, else constant]"),
+    click.option("--dg_mode", type=click.Choice(MODES), help="How it corrects: by its gradient with a constant weight, or with one that is calibrated by the probability that the label is wrong for this image, or by rejection, which draws an image until the label is right for it  [default: constant if the discriminator is not calibrated; else calibrated if a weight or --S_clip_min or --S_clip_max is given, and rejection if not]"),
     click.option("--dg_weight_1st_order", metavar="W", type=FloatRange(), help="Weight at the first evaluation of each step  [default: constant 2, calibrated 1]"),
     click.option("--dg_weight_2nd_order", metavar="W", type=FloatRange(), help="Weight at the second evaluation of each step of --solver=heun  [default: constant 0, calibrated 1]"),
     click.option("--dg_published", metavar="BOOL", type=BOOL, help="Ask the discriminator as SBDC's published sampling does, for comparison: with the time of the VP process for the noise level, and constant weights  [default: 0]"),

@@ -9,9 +9,10 @@ import torch
 
 from sampling.guidance import Denoiser, Evidence, Guidance, fitting
 from sampling.seeds import StackedRandomGenerator
+from torch_utils.distributed import print0
 from torch_utils.precision import full_float32
 
-__all__ = ["TRIES", "Rejection"]
+__all__ = ["TRIES", "Rejection", "warn_of_given_up"]
 
 TRIES = 100  # draws of an image, of which the most probable one counts in the end
 
@@ -96,3 +97,12 @@ class Rejection(Guidance):
             sigma = torch.full([1], self.sigma, device=x.device)
             logits = self.discriminator(x + self.sigma * rnd.randn_like(x), sigma, labels)
             return self.evidence.right(logits, sigma, labels)
+
+
+def warn_of_given_up(images: int) -> None:
+    """Warn of images that were taken although none of their draws was accepted; print nothing for 0 of them."""
+    if images:
+        print0(
+            f"WARNING: {images} images were not accepted in {TRIES} draws; the most probable one of each was taken. "
+            "The network or the discriminator may know nothing of their classes"
+        )

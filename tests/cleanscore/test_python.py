@@ -20,6 +20,8 @@ import dnnlib
 import fid
 from archives.dataset import ImageDataset
 from dnnlib import downloads
+from sampling.guidance import Evidence
+from sampling.rejection import Rejection
 from tests.support.commands import callers
 from tests.support.generated import make, random_network, read
 from tests.support.paths import FIXTURES, ROOT
@@ -157,6 +159,13 @@ def test_saved_samples_are_what_generate_writes(home, net, tmp_path):
     assert (tmp_path / "a.zip").read_bytes() == (tmp_path / "b.zip").read_bytes()
     with pytest.raises(dnnlib.UserError, match="exists already"):
         cleanscore.sample(net, 1, steps=1).save(tmp_path / "a.zip")
+
+
+def test_images_that_no_draw_was_accepted_for_are_counted(net, capsys):
+    judge = Discriminator(img_resolution=8, img_channels=1, label_dim=3, depth="small", model_channels=8).eval()
+    never = Evidence(torch.ones(3), torch.full([3], 0.5))
+    cleanscore.sample(Rejection(net, judge, evidence=never, sigma=0.1), 2, steps=1)
+    assert "WARNING: 2 images were not accepted in 100 draws" in capsys.readouterr().out
 
 
 def test_samples_show_themselves(net, tmp_path):
