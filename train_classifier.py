@@ -1,8 +1,9 @@
 """Train the time-dependent classifier of TDSM on noisy labels.
 
 Without --noise_type it learns the noisy posterior. With a transition that is known (sym, asym, pair, matrix), estimated
-(auto) or learned (learn) it learns the clean posterior. A held-out share of the labels chooses the best snapshot, which
-alone is kept, and the temperature that makes it honest.
+(auto) or learned (learn) it learns the clean posterior. It learns that best from what detect_noise.py has found out
+about each image (auto with --label-path). A held-out share of the images chooses the best snapshot, which alone is
+kept, and the temperature that makes it honest.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 import dnnlib
 import dnnlib.cli
 from archives.dataset import ImageDataset
+from archives.posterior import TopPosterior
 from detection import gce
 from detection.classifier import check_labels
 from detection.options import load_labels
@@ -45,8 +47,8 @@ SHARE = FloatRange(min=0, max=0.5)
 @options.encoder_options()
 @options.noise_options("clean", "sym", "asym", "pair", "matrix", "auto", "learn")
 @click.option("--label-path", metavar="NPZ|CSV",
-              help="Label file of detect_noise.py whose T --noise_type=auto takes, or learn starts from  "
-                   "[default: T is estimated first]")
+              help="Label file of detect_noise.py: --noise_type=auto takes its T and learns its posterior of each "
+                   "image; learn starts from its T  [default: T is estimated first]")
 @click.option("--optimizer", type=click.Choice(["adam", "adamw", "sgd"]), default="adam", help="Optimizer")
 @click.option("--val", metavar="SHARE", type=SHARE, default=0.05,
               help="Share of the noisy labels held out to choose the best snapshot and its temperature")
@@ -60,13 +62,23 @@ def main(**opts) -> None:
 
     def make(config, dataset, device):
         transition = options.stated_transition(noise_type, opts["noise_rate"], opts["noise_matrix"], dataset)
-        estimate = None
+        estimate = targets = None
         if noise_type == "auto" or (noise_type == "learn" and config.classifier.warm_start):
             with blame("--data"):
                 check_labels(dataset)
-            estimate = choose_estimate(opts, config, dataset, device)
+            estimate, targets = choose_estimate(opts, config, dataset, device)
+        if noise_type == "learn":
+            targets = None
+        elif targets is not None:
+            print0("Targets: the label file's posterior of each image.")
         return ClassifierObjective(
-            config, dataset, device, transition=transition, learn=noise_type == "learn", estimate=estimate
+            config,
+            dataset,
+            device,
+            transition=transition,
+            learn=noise_type == "learn",
+            estimate=estimate,
+            targets=targets,
         )
 
     section = ClassifierConfig(
@@ -80,17 +92,17 @@ def main(**opts) -> None:
 
 def choose_estimate(
     opts: dict[str, Any], config: RunConfig, dataset: ImageDataset, device: torch.device
-) -> Callable[[], np.ndarray]:
-    """Return what finds T: the label file, or a classifier trained beforehand."""
+) -> tuple[Callable[[], np.ndarray], TopPosterior | None]:
+    """Return what finds T, the label file or a classifier trained beforehand, and what is known of each image."""
     if opts["label_path"]:
         with blame("--label-path"):
-            found = load_labels(opts["label_path"], dataset).transition
-            if found is None:
+            found = load_labels(opts["label_path"], dataset)
+            if found.transition is None:
                 raise dnnlib.UserError(
                     f"{opts['label_path']}: says neither what T is nor which classes the images have; "
                     "without a label file, T is estimated"
                 )
-        return lambda: found
+        return lambda: found.transition, found.posterior
 
     def estimate() -> np.ndarray:
         print0("Estimating how the labels were corrupted, as detect_noise.py does.")
@@ -101,7 +113,7 @@ def choose_estimate(
         found, _ = gce.detect(plain, device, Settings(arch=CONV, epochs=epochs, seed=config.seed))
         return found.transition
 
-    return estimate
+    return estimate, None
 
 
 if __name__ == "__main__":

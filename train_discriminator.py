@@ -24,7 +24,7 @@ from training import options, run
 from training.config import DiscriminatorConfig
 from training.objective import split_items
 from training.objectives.classifier import check_classifier
-from training.objectives.discriminator import DiscriminatorObjective
+from training.objectives.discriminator import DiscriminatorObjective, believed
 from training.objectives.simix import EMBEDDINGS, nearest_partners
 
 EXAMPLES = """
@@ -46,6 +46,9 @@ Examples:
 @click.option("--shuffle", type=click.Choice(["uniform", "transition"]),
               help="Which label a right pair gets when it is made wrong: any other, or one that the label noise "
                    "draws  [default: transition where --noise_type or the label file says what T is, else uniform]")
+@click.option("--suggested", type=BOOL,
+              help="Where a label is believed wrong, take the label file's suggestion for a right pair; 0: only take "
+                   "that label for a wrong pair, as published  [default: 1; a run of version 0.1 continues with 0]")
 @click.option("--simix", type=BOOL, default=True, help="Mix half of each batch with similar images; 0: with any images")
 @click.option("--embed", type=click.Choice(EMBEDDINGS),
               help="Features that decide what is similar, for --simix=1  [default: classifier if any, else pixels]")
@@ -67,13 +70,15 @@ def main(**opts) -> None:
             known = load_labels_or_table(opts["label_path"], dataset)
         stated = options.stated_transition(**options.noise_settings(opts), dataset=dataset)
         transition = choose_transition(opts["shuffle"], stated, known, opts["label_path"])
+        labels, right, doubt = believed(known, config.discriminator.suggested)
         share = config.discriminator.calibrate
         split = split_items(dataset, share, config.seed) if share else None
         partners = None
         if opts["simix"]:
             partners = find_partners(dataset, device, embed, path, opts["trust_pickle"], split and split[0])
         print0(
-            f"Labels believed right: {known.is_clean.mean():.1%}. "
+            f"Labels believed right: {known.is_clean.mean():.1%}; "
+            f"replaced by suggestions: {np.mean(right & ~known.is_clean):.1%}. "
             f"Shuffle: {'uniform' if transition is None else 'transition'}. "
             f"Mixed up with: {f'similar images, by {embed}' if opts['simix'] else 'any image'}. "
             f"Held out: {f'{len(split[0]):,} images, to calibrate' if split else 'none'}."
@@ -82,14 +87,16 @@ def main(**opts) -> None:
             config,
             dataset,
             device,
-            is_clean=known.is_clean,
+            labels=labels,
+            right=right,
+            doubt=doubt,
             transition=transition,
             noise_rates=known.per_class_noise_rate,
             partners=partners,
             split=split,
         )
 
-    own = {name: opts[name] for name in ("label_path", "shuffle", "simix", "shift", "calibrate")}
+    own = {name: opts[name] for name in ("label_path", "shuffle", "suggested", "simix", "shift", "calibrate")}
     section = DiscriminatorConfig(embed=embed, cls=path, **own, **options.noise_settings(opts))
     method = DiscriminatorObjective.method
     run.start(opts, method, make, options.resnet, require_labels=True, discriminator=section)

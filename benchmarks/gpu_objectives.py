@@ -118,7 +118,7 @@ def make(
         own = dict(transition=transition)
     elif name == "discriminator":
         is_clean = np.random.RandomState(2).rand(len(data)) < 0.6
-        own = dict(is_clean=is_clean, noise_rates=np.full(classes, 0.4), transition=transition)
+        own = dict(right=is_clean, noise_rates=np.full(classes, 0.4), transition=transition)
     else:
         own = {}
     methods = dict(

@@ -10,6 +10,9 @@ honest, because L is largest in expectation where P(o | x, sigma) is the true on
 temperature, softer answers would explain the wrong labels, and T would approach the identity.
 
 Without T, the softmax itself is the distribution of the targets, which may then be soft: o_i drawn from shares t_io.
+Targets of two classes may be doubtful: with probability d_i, target i is the class that it should not be. Then the
+likelihood is that of (1 - d_i) P(t_i | x_i, sigma_i) + d_i (1 - P(t_i | x_i, sigma_i)), and a network is not asked to
+share the doubts of whoever made the targets.
 """
 
 from __future__ import annotations
@@ -35,12 +38,16 @@ TAILS = 0.01  # share of the noise levels at either end to which the polynomial 
 
 
 def mean_log_likelihood(
-    logits: torch.Tensor, targets: torch.Tensor, T: torch.Tensor | None = None, temp: torch.Tensor | float = 1.0
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    T: torch.Tensor | None = None,
+    temp: torch.Tensor | float = 1.0,
+    doubt: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return the mean of ln P(o | x) at the temperatures `temp` [N]; the other arguments as in `fit_temperature`."""
     logits, targets, columns = _as_classes(logits, targets, T)
     temp = torch.as_tensor(temp, dtype=logits.dtype, device=logits.device)
-    return _log_likelihoods(logits, targets, columns, temp.reshape(-1, 1)).mean()
+    return _log_likelihoods(logits, targets, columns, temp.reshape(-1, 1), doubt).mean()
 
 
 def fit_temperature(
@@ -50,6 +57,7 @@ def fit_temperature(
     T: torch.Tensor | None = None,
     images: int | None = None,
     certain: bool = False,
+    doubt: torch.Tensor | None = None,
 ) -> Temperature:
     """Return the temperature at which held-out targets are most likely.
 
@@ -62,6 +70,7 @@ def fit_temperature(
     classes [N,C]. `T` [C,C]: what turns the classes of the logits into those of `targets` int64 [N]. A network of two
     classes may have one logit: `logits` [N], `targets` [N] from 0 to 1. `images`: how many different images these are
     (None: N); the same image at further noise levels is not further evidence against temp 1, where the prior is.
+    `doubt` [N]: the probability that a target of two classes is the wrong one of them.
     """
     logits, targets, columns = _as_classes(logits.detach(), targets, T)
     x = sigma.detach().to(logits).log()
@@ -73,7 +82,9 @@ def fit_temperature(
 
     def likelihood(a: torch.Tensor) -> torch.Tensor:
         temp = (powers @ a.to(powers)).clamp(-2 * LIMIT, 2 * LIMIT).exp()
-        return evidence * _log_likelihoods(logits, targets, columns, temp[:, None]).sum().to("cpu", torch.float64)
+        return evidence * _log_likelihoods(logits, targets, columns, temp[:, None], doubt).sum().to(
+            "cpu", torch.float64
+        )
 
     def negative(a: np.ndarray) -> tuple[float, np.ndarray]:
         a = torch.tensor(a, dtype=torch.float64, requires_grad=True)
@@ -111,10 +122,17 @@ def _as_classes(
 
 
 def _log_likelihoods(
-    logits: torch.Tensor, targets: torch.Tensor, columns: torch.Tensor | None, temp: torch.Tensor
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    columns: torch.Tensor | None,
+    temp: torch.Tensor,
+    doubt: torch.Tensor | None = None,
 ) -> torch.Tensor:
     # columns: ln T[:,o] of each image [N,C]
     log_p = torch.log_softmax(logits / temp, dim=1)
+    if doubt is not None:
+        doubt = doubt.to(log_p)[:, None]
+        log_p = torch.logaddexp(log_p + (1 - doubt).log(), log_p.flip(1) + doubt.log())
     if columns is not None:
         return torch.logsumexp(log_p + columns, dim=1)
     if targets.is_floating_point():

@@ -144,6 +144,7 @@ class DiscriminatorConfig:
 
     label_path: str = named_file("")  # label file: which labels are believed right
     shuffle: str | None = None  # new labels of right pairs: uniform, transition, None: transition where T is known
+    suggested: bool | None = settled(fresh=True, before=False)  # suggested classes are right pairs
     simix: bool = True  # mix half of each batch with similar images, instead of any images
     embed: str | None = None  # features that define "similar"
     cls: str | None = named_file()  # snapshot of the classifier that gives those features

@@ -59,7 +59,7 @@ def classifier(dataset, transition=T, learn=False, **changes):
 
 def discriminator(dataset, partners=None, transition=T, **changes):
     config = resnet_config("discriminator", discriminator=dict(), **changes)
-    known = dict(is_clean=np.arange(len(dataset)) % 4 > 0, noise_rates=np.full(CLASSES, 0.25))
+    known = dict(right=np.arange(len(dataset)) % 4 > 0, noise_rates=np.full(CLASSES, 0.25))
     return DiscriminatorObjective(config, dataset, CUDA, transition=transition, partners=partners, **known)
 
 

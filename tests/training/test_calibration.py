@@ -64,6 +64,23 @@ def test_one_logit_with_soft_targets_is_a_network_of_two_classes():
     assert fit_temperature(pairs[0], sigma, pairs[1]).coefficients == pytest.approx(one.coefficients, abs=1e-3)
 
 
+def test_doubtful_targets_do_not_make_a_network_less_certain():
+    g = torch.Generator().manual_seed(0)
+    logits = 4 * torch.randn(40_000, generator=g, dtype=torch.float64)
+    u = torch.rand(2, 40_000, generator=g, dtype=torch.float64)
+    doubt = 0.4 * (torch.arange(40_000) % 2)
+    targets = ((u[0] < torch.sigmoid(logits)) ^ (u[1] < doubt)).double()
+    sigma = torch.rand(40_000, generator=g) + 0.1
+    level = torch.tensor([0.3])
+    assert float(fit_temperature(logits, sigma, targets, doubt=doubt)(level)) == pytest.approx(1, rel=0.05)
+    assert float(fit_temperature(logits, sigma, targets)(level)) > 2
+    assert float(fit_temperature(logits, sigma, targets, doubt=0 * doubt)(level)) > 2
+    right, p = targets[0] > 0.5, float(torch.sigmoid(logits[0] / 3))
+    expected = np.log(0.7 * (p if right else 1 - p) + 0.3 * (1 - p if right else p))
+    one = mean_log_likelihood(logits[:1], targets[:1], temp=3.0, doubt=torch.tensor([0.3]))
+    assert one == pytest.approx(expected)
+
+
 def test_likelihood_is_that_of_the_observed_label():
     logits, _, clean = mixture(7)
     T, observed = observe(clean, "sym", 0.4)

@@ -7,11 +7,14 @@ import pytest
 import torch
 
 from archives.label_noise import transition_matrix
+from archives.posterior import compress
 from dnnlib import UserError
 from tests.support.objectives import CPU, Data, FixedClassifier, make_config, ready
 from torch_utils import persistence
+from torch_utils.training_stats import Stats
 from training.learned_transition import LearnedTransition
 from training.objectives.classifier import REACH, ClassifierObjective
+from training.objectives.posterior_labels import PosteriorLabels
 from training.objectives.tdsm import TDSM
 from training.temperature import Temperature
 
@@ -104,6 +107,30 @@ def test_snapshot_records_the_temperature_that_held_out_labels_ask_for(transitio
     persistence.save_snapshot(path, dict(ema=net, info=dict(info, validation_loss=loss)))
     line = objective.results(path)[0]
     assert line == (f"Temperature: {found}; held-out loss {loss:.4f} without it, {info['calibrated_loss']:.4f} with it")
+
+
+def test_posterior_of_each_image_takes_the_place_of_its_label():
+    """The loss is the cross-entropy of P(y | x_0, o), in training and validation, and so is the temperature's."""
+    dataset = data(n=400)
+    shares = np.random.default_rng(0).dirichlet(np.full(4, 0.5), 400)
+    shares = compress(shares, dataset.labels)
+    objective = make(dataset, transition=T, targets=shares)
+    exact = PosteriorLabels(shares, "sample", CPU).expand(torch.arange(400)).float()
+    items = torch.tensor([5, 0, 399])
+    logits = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+    objective.trained["net"].forward = lambda x, sigma, augment_labels=None: logits
+    draws = objective.draw(dataset.pixels[items], torch.Generator().manual_seed(0)) | dict(items=items)
+    found = objective.loss(dataset.pixels[items], dataset.onehot(items), draws, Stats(CPU))
+    torch.testing.assert_close(found, torch.nn.functional.cross_entropy(logits, exact[items], reduction="none"))
+
+    # A network that knows the posterior of each image, but is too sure by a factor of two.
+    order = iter(objective.val_indices.repeat(-(-4096 // len(objective.val_indices))).split(256))
+    objective.trained["net"].ema = lambda x, sigma: 2 * exact[next(order)].clamp_min(1e-4).log()
+    loss, info = objective.validate(), objective.info()
+    entropy = -(exact * exact.clamp_min(1e-4).log()).sum(dim=1)[objective.val_indices].mean()
+    assert info["posterior"] == "clean" and np.allclose(info["transition"], T)
+    assert loss > float(entropy) + 0.05
+    assert float(Temperature.read(info["temperature"], "x")(torch.tensor(1.0))) > 1.3
 
 
 def tdsm(temp, temperature=None):

@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 import torch
 
+from archives.label_file import LabelFile
 from archives.label_noise import transition_matrix
 from tests.support.objectives import CPU, Data, make_config, ready
 from torch_utils import misc
 from training.objective import split_items
-from training.objectives.discriminator import DiscriminatorObjective, Shuffle, right_shares
+from training.objectives.discriminator import DiscriminatorObjective, Shuffle, believed, right_shares
 from training.objectives.simix import nearest_partners
 
 
@@ -93,7 +94,7 @@ def make_objective(data, is_clean, transition=None, **kwargs):
         config,
         data,
         CPU,
-        is_clean=is_clean,
+        right=is_clean,
         noise_rates=np.full(data.label_dim, 0.4),
         transition=transition,
         **kwargs,
@@ -137,6 +138,46 @@ def test_shuffle_keeps_some_pairs_right():
     for known in (None, T):  # fewer right pairs than wrong ones: nothing to flip
         assert Shuffle(labels, np.arange(10) < 4, 3, known).flip.max() == 0
     assert right_shares(np.array([0, 0, 1]), np.array([True, False, True]), shuffle)[2] == 0.5  # never seen
+
+
+@pytest.mark.parametrize("replaced", [0.0, 0.5, 1.0])
+def test_wrong_pairs_are_those_of_the_noise_whoever_are_the_right_ones(replaced):
+    T = np.array([[0.6, 0.3, 0.1], [0.0, 0.9, 0.1], [0.2, 0.2, 0.6]])
+    size = np.array([10_000, 20_000, 30_000])  # of the classes; of wrong labels, a share is replaced by the right ones
+    right = size * (np.diagonal(T) + replaced * (1 - np.diagonal(T)))
+    labels = np.repeat([0, 1, 2, 0], [*right.astype(int), int((size - right).sum())])
+    shuffle = Shuffle(labels, np.arange(len(labels)) < int(right.sum()), 3, T, replaced)
+    made = (right * shuffle.flip)[:, None] * shuffle.rows
+    of_noise = size[:, None] * T * (1 - np.eye(3))
+    np.testing.assert_allclose(made / made.sum(), of_noise / of_noise.sum(), atol=1e-3)
+
+
+def test_suggestions_that_are_probable_become_right_pairs():
+    found = LabelFile(
+        list("abcd"),
+        labels=np.array([0, 1, 2, 3]),
+        is_clean=np.array([True, False, False, False]),
+        score=np.array([0.9, 0.2, 0.3, 0.0], dtype=np.float32),
+        suggested=np.array([0, 3, 0, 3]),  # the last one: nothing else is suggested
+        noise_rate=0.5,
+        per_class_noise_rate=np.full(4, 0.5, dtype=np.float32),
+        suggested_score=np.array([0.9, 0.7, 0.4, 0.0], dtype=np.float32),
+    )
+    labels, right, doubt = believed(found, suggested=True)
+    assert labels.tolist() == [0, 3, 2, 3] and right.tolist() == [True, True, False, False]
+    np.testing.assert_allclose(doubt, [0.1, 0.3, 0.3, 0.0], atol=1e-6)
+    labels, right, doubt = believed(found, suggested=False)  # as published
+    assert labels.tolist() == found.labels.tolist() and right.tolist() == found.is_clean.tolist()
+    np.testing.assert_allclose(doubt, [0.1, 0.2, 0.3, 0.0], atol=1e-6)
+    found.suggested_score = None  # a table of cleanlab: no probabilities
+    labels, right, doubt = believed(found, suggested=True)
+    assert labels.tolist() == [0, 3, 0, 3] and right.tolist() == [True, True, True, False] and doubt is None
+    # What the objective draws: the suggested class is a right pair, and may be made wrong like any other.
+    data = Data(n=4)
+    data.labels = found.labels
+    objective = make_objective(data, right, labels=labels)
+    onehot, targets = objective.pairs(torch.arange(4), torch.tensor([[0.999, 0.5]] * 4))
+    assert onehot.argmax(dim=1).tolist() == labels.tolist() and targets.tolist() == [1, 1, 1, 0]
 
 
 def test_second_half_of_a_batch_is_mixed_with_partners():

@@ -142,7 +142,7 @@ def classifier(config, data):
 
 def discriminator(config, data):
     known = torch.arange(len(data)).numpy() % 3 > 0
-    return ready(DiscriminatorObjective, config, data, CPU, is_clean=known, noise_rates=known[:4] * 0.3)
+    return ready(DiscriminatorObjective, config, data, CPU, right=known, noise_rates=known[:4] * 0.3)
 
 
 def config_of(precision, **changes):

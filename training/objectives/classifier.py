@@ -2,13 +2,16 @@
 
     -ln (T^T p)_o    with p = softmax h(x_t, sigma)
 
-x_t: image at noise level sigma; o: its observed label; T[y, o] = P(observed = o | clean = y). With T, stated or
-learned, p becomes the clean posterior P(clean | x_t). Without T the loss is -ln p_o, and p becomes the noisy posterior
-P(o | x_t). A learned T adds the volume penalty lambda ln det T (VolMinNet: Li et al., ICML 2021).
+x_0: image; x_t: the same at noise level sigma; o: its observed label; T[y, o] = P(observed = o | clean = y). With T,
+stated or learned, p becomes the clean posterior P(clean | x_t). Without T the loss is -ln p_o, and p becomes the noisy
+posterior P(o | x_t). A learned T adds the volume penalty lambda ln det T (VolMinNet: Li et al., ICML 2021).
 
-The held-out noisy labels choose the best snapshot, and a temperature for its logits at each noise level, which the
-snapshot records (training/calibration.py). TDSM multiplies doubt by T's large diagonal, so the temperature is the most
-certain one that these labels do not contradict.
+Where a detector has seen the image itself, the loss is -sum_y P(y | x_0, o) ln p_y. Its expectation is smallest where p
+is P(clean | x_t), as that of the loss above, but the targets are far less noisy than the labels.
+
+The held-out noisy labels, or targets, choose the best snapshot, and a temperature for its logits at each noise level,
+which the snapshot records (training/calibration.py). TDSM multiplies doubt by T's large diagonal, so the temperature is
+the most certain one that these labels do not contradict.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ import torch
 import dnnlib
 from archives.dataset import ImageDataset, to_float
 from archives.label_noise import check_matrix, check_observed
+from archives.posterior import TopPosterior
 from torch_utils import distributed, misc, persistence
 from torch_utils.distributed import print0
 from torch_utils.precision import widest
@@ -34,6 +38,7 @@ from training.learned_transition import LearnedTransition
 from training.networks_conv import ConvClassifier
 from training.networks_resnet import Classifier
 from training.objective import Objective, split_items
+from training.objectives.posterior_labels import PosteriorLabels
 from training.temperature import Temperature
 from training.trained_network import TrainedNetwork
 from training.transition_estimate import describe_transition
@@ -75,8 +80,11 @@ class ClassifierObjective(Objective):
         x = y + sigma.reshape(-1, 1, 1, 1) * draws["noise"]
         logits = self.trained["net"].forward(x, sigma, augment_labels=augment_labels)
         transition = self.trained["transition"].forward() if self.learn else self.fixed
-        log_q = self.noisy_log_probs(torch.log_softmax(logits.to(torch.float32), dim=1), transition)
+        log_p = torch.log_softmax(logits.to(torch.float32), dim=1)
+        log_q = self.noisy_log_probs(log_p, transition)
         stats.add("Classifier/accuracy_on_noisy_labels", (log_q.argmax(dim=1) == labels.argmax(dim=1)).float())
+        if self.targets is not None:
+            return -(log_p * self.targets.expand(draws["items"]).to(log_p)).sum(dim=1)
         loss = -(log_q * labels).sum(dim=1)
         if self.learn:
             loss = loss + VOLUME_WEIGHT * transition.slogdet().logabsdet
@@ -91,13 +99,16 @@ class ClassifierObjective(Objective):
         transition: np.ndarray | None,
         learn: bool = False,
         estimate: Callable[[], np.ndarray] | None = None,
+        targets: TopPosterior | None = None,
     ):
         """Take T [C,C], or None, or `estimate`, which finds T when a fresh run begins, on all processes at once.
 
-        With `learn`, T starts at the estimate and learns with the classifier.
+        With `learn`, T starts at the estimate and learns with the classifier. `targets`: the P(y | x_0, o) of all
+        images, which it learns in place of the labels.
         """
         super().__init__(config, dataset, device)
         self.learn, self.estimate = learn, estimate
+        self.targets = None if targets is None else PosteriorLabels(targets, "sample", device)
         if transition is not None and dataset.labels is not None:
             check_observed(transition, dataset.labels)
         self.fixed: torch.Tensor | None = None
@@ -170,7 +181,7 @@ class ClassifierObjective(Objective):
 
     @torch.no_grad()
     def validate(self) -> float | None:
-        """Return the mean loss of the EMA on the held-out noisy labels, always at the same noise."""
+        """Return the mean loss of the EMA on the held-out noisy labels or targets, always at the same noise."""
         n = len(self.val_indices)
         if n == 0:
             return None
@@ -187,9 +198,14 @@ class ClassifierObjective(Objective):
             sigma = self.noise_levels.sample(len(part), generator, self.device)
             x = y + sigma.reshape(-1, 1, 1, 1) * torch.randn(y.shape, generator=generator, device=self.device)
             logits = torch.cat([*map(self.trained["net"].ema, x.split(size), sigma.split(size))])
-            total -= (self.noisy_log_probs(torch.log_softmax(logits, dim=1), transition) * labels).sum()
+            log_p = torch.log_softmax(logits, dim=1)
+            if self.targets is None:
+                log_p, wanted = self.noisy_log_probs(log_p, transition), labels.argmax(dim=1)
+            else:
+                labels = wanted = self.targets.expand(part.to(self.device)).to(log_p)
+            total -= (log_p * labels).sum()
             if kept < CALIBRATION_DRAWS:
-                rows.append((logits, sigma, labels.argmax(dim=1)))
+                rows.append((logits, sigma, wanted))
                 kept += len(part)
         self.held_out = tuple(map(torch.cat, zip(*rows, strict=True)))
         return float(total) / len(indices)
@@ -198,9 +214,10 @@ class ClassifierObjective(Objective):
         """Return the temperature that the last validation's labels ask for, and their mean loss with it."""
         if self.held_out is None:
             return {}
-        logits, sigma, observed = self.held_out
-        found = fit_temperature(logits, sigma, observed, transition, images=len(self.val_indices), certain=True)
-        loss = -float(mean_log_likelihood(logits, observed, transition, found(sigma)))
+        logits, sigma, wanted = self.held_out
+        T = transition if self.targets is None else None
+        found = fit_temperature(logits, sigma, wanted, T, images=len(self.val_indices), certain=True)
+        loss = -float(mean_log_likelihood(logits, wanted, T, found(sigma)))
         return dict(temperature=found.plain(), calibrated_loss=loss)
 
     def info(self) -> dict[str, Any]:

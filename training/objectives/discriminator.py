@@ -2,13 +2,15 @@
 
     binary cross-entropy of f(x_t, sigma, o) on "o is the right label of this image"
 
-x_t: image at noise level sigma; o: a label. Training needs pairs of both kinds: the labels that a label file believes
-wrong are wrong pairs, and some of the right pairs get another label (`Shuffle`). Half of each batch is mixed up with
-similar images (SiMix).
+x_t: image at noise level sigma; o: a label. Training needs pairs of both kinds. Right pairs are the labels that a label
+file believes right, and in place of the others the classes that it suggests (`believed`); in the paper, the others are
+wrong pairs. Some of the right pairs get another label, which makes them wrong (`Shuffle`). Half of each batch is mixed
+up with similar images (SiMix).
 
 Guidance needs the evidence e = f - logit R_o, R_o the share of right pairs with label o: for the best f it is
 ln (p_right / p_wrong). Some images are held out to find how far f may be trusted at each noise level: e / temp(sigma)
-is the logit under which held-out pairs are most likely, right and wrong ones of each label weighing the same.
+is the logit under which held-out pairs are most likely, right and wrong ones of each label weighing the same, and pairs
+that the label file doubts weighing less.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from archives.dataset import ImageDataset, to_float
+from archives.label_file import LabelFile
 from torch_utils import distributed, misc
 from torch_utils.distributed import print0
 from torch_utils.training_stats import Stats
@@ -32,7 +35,7 @@ from training.objective import Objective
 from training.temperature import Temperature
 from training.trained_network import TrainedNetwork
 
-__all__ = ["DiscriminatorObjective", "Shuffle", "right_shares"]
+__all__ = ["DiscriminatorObjective", "Shuffle", "believed", "right_shares"]
 
 MIXUP_ALPHA = 0.2  # lambda ~ Beta(alpha, alpha)
 MAX_FLIP = 0.9  # largest share of a class's right pairs that become wrong, so that some stay right
@@ -43,18 +46,44 @@ CALIBRATION_DRAWS = 8192  # held-out pairs to aim for, from several noise levels
 DRAWS_PER_IMAGE = 32  # at most: more of them say little more
 
 
+def believed(found: LabelFile, suggested: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Return the label that each image teaches with, int64 [N], whether it is right, bool [N], and the doubt of that.
+
+    That is the observed label, or the suggested class in place of a wrong one, if `suggested` and at least as probable
+    as all other classes together. Doubt, float32 [N]: the probability that what is said of the label is not so; None
+    for a file that knows no probabilities.
+    """
+    labels, right = found.labels.copy(), found.is_clean.copy()
+    if suggested:
+        resolved = ~right & (found.suggested != labels)
+        if found.suggested_score is not None:
+            resolved &= found.suggested_score >= 0.5
+        labels[resolved], right[resolved] = found.suggested[resolved], True
+    if found.suggested_score is None:
+        return labels, right, None
+    probability = np.where(labels == found.labels, found.score, found.suggested_score)
+    return labels, right, np.clip(np.where(right, 1 - probability, probability), 0, 0.5)
+
+
 class Shuffle:
     """Decide which pairs believed right become wrong, and which label they get: `flip` [C], `rows` [C,C], float64.
 
     `flip[c]`: the probability that a right pair of class c becomes wrong; `rows[c]`: the distribution of its new label.
     Without T all classes have the same `flip`, and the new label is uniform over the other classes. With T the wrong
     pairs are distributed as T makes them: flip = kappa (1 - T[c,c]) / T[c,c], and the label comes from row c of T
-    without c. Right and wrong pairs are then equally frequent, unless fewer than half of the labels are believed right
-    or, with T, the noise is so low that kappa reaches its limit of 1.
+    without c. If the share `replaced` of the wrong labels has become right pairs, these are a larger share of class c,
+    and flip = kappa (1 - T[c,c]) / (T[c,c] + replaced (1 - T[c,c])). Right and wrong pairs are equally frequent, unless
+    fewer than half of the labels are believed right or, with T, there is so little noise that kappa reaches its limit
+    of 1.
     """
 
     def __init__(
-        self, labels: np.ndarray, is_clean: np.ndarray, num_classes: int, transition: np.ndarray | None = None
+        self,
+        labels: np.ndarray,
+        is_clean: np.ndarray,
+        num_classes: int,
+        transition: np.ndarray | None = None,
+        replaced: float = 0.0,
     ):
         others = 1 - np.eye(num_classes)
         self.rows = others / max(num_classes - 1, 1)
@@ -63,7 +92,7 @@ class Shuffle:
             self.flip = np.full(num_classes, surplus / max(is_clean.mean(), 1e-9))
             return
         stays = np.diagonal(transition)
-        odds = (1 - stays) / np.maximum(stays, 1e-9)
+        odds = (1 - stays) / np.maximum(stays + replaced * (1 - stays), 1e-9)
         share = np.bincount(labels[is_clean], minlength=num_classes) / len(labels)
         # The distributions do not depend on kappa. It balances the pairs, but never takes all pairs of a class.
         kappa = min(surplus / max(share @ odds, 1e-9), 1.0, MAX_FLIP / max(odds.max(), 1e-9))
@@ -89,14 +118,14 @@ class DiscriminatorObjective(Objective):
 
     def pairs(self, items: torch.Tensor, uniform: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return one-hot labels [n,C] and targets [n] (1: right) after the shuffle by `uniform` [n,2] in [0,1)."""
-        observed, clean = self.observed[items], self.is_clean[items]
-        flipped = clean & (uniform[:, 0] < self.flip[observed])
-        rows = self.cumulative[observed]
+        taught, right = self.labels[items], self.right[items]
+        flipped = right & (uniform[:, 0] < self.flip[taught])
+        rows = self.cumulative[taught]
         # Scale to the row's own end: rounding must not let a label through whose probability is zero.
         other = torch.searchsorted(rows, (uniform[:, 1:] * rows[:, -1:]).contiguous(), right=True)[:, 0]
-        label = torch.where(flipped, other.clamp(max=rows.shape[1] - 1), observed)
+        label = torch.where(flipped, other.clamp(max=rows.shape[1] - 1), taught)
         onehot = torch.nn.functional.one_hot(label, rows.shape[1]).to(torch.float32)
-        return onehot, (clean & ~flipped).to(torch.float32)
+        return onehot, (right & ~flipped).to(torch.float32)
 
     def partners_of(self, items: torch.Tensor, choice: torch.Tensor) -> torch.Tensor:
         """Return the item that each of `items` [n] would be mixed up with, int64 [n], by the drawn `choice` [n]."""
@@ -152,13 +181,17 @@ class DiscriminatorObjective(Objective):
         dataset: ImageDataset,
         device: torch.device,
         *,
-        is_clean: np.ndarray,
+        right: np.ndarray,
         noise_rates: np.ndarray,
+        labels: np.ndarray | None = None,
+        doubt: np.ndarray | None = None,
         transition: np.ndarray | None = None,
         partners: np.ndarray | None = None,
         split: tuple[torch.Tensor, torch.Tensor] | None = None,
     ):
-        """Take `is_clean` bool [N] and `noise_rates` [C] of a label file, and T [C,C] for the shuffle (None: uniform).
+        """Take what a label file says: the `labels` to teach with int64 [N] (None: the observed ones), whether they are
+        `right` bool [N] and the `doubt` of that (see `believed`), and the `noise_rates` [C]. `transition`: T [C,C] for
+        the shuffle (None: uniform).
 
         `partners` int64 [N,k]: the images that an image of the second half of a batch may be mixed up with (None: any).
         `split`: the images held out for calibration, and the items to train on (None: all items, no calibration).
@@ -169,12 +202,15 @@ class DiscriminatorObjective(Objective):
         self.temperature: Temperature | None = None
         self.transition = transition
         used = slice(None) if split is None else self.train_indices.numpy()
-        labels, right = dataset.labels[used], is_clean[used]
-        self.shuffle = Shuffle(labels, right, dataset.label_dim, transition)
+        labels = dataset.labels if labels is None else labels
+        replaced, wrong = np.sum(labels != dataset.labels), np.sum(~right)
+        share = replaced / max(replaced + wrong, 1)
+        self.shuffle = Shuffle(labels[used], right[used], dataset.label_dim, transition, share)
         self.noise_rates = noise_rates
-        self.right_shares = right_shares(labels, right, self.shuffle)
-        self.observed = torch.as_tensor(dataset.labels, device=device)
-        self.is_clean = torch.as_tensor(is_clean, device=device)
+        self.right_shares = right_shares(labels[used], right[used], self.shuffle)
+        self.labels = torch.as_tensor(labels, device=device)
+        self.right = torch.as_tensor(right, device=device)
+        self.doubt = None if doubt is None else torch.as_tensor(doubt, device=device)
         self.flip = torch.as_tensor(self.shuffle.flip, dtype=torch.float32, device=device)
         self.cumulative = torch.as_tensor(self.shuffle.rows, dtype=torch.float32).cumsum(dim=1).to(device)
         self.partners = None if partners is None else torch.as_tensor(partners, device=device)
@@ -210,17 +246,18 @@ class DiscriminatorObjective(Objective):
         """
         if not len(self.held_out):
             return None
-        evidence, sigma, weights = self.held_out_evidence()
-        self.temperature = fit_temperature(evidence, sigma, weights, images=len(self.held_out))
+        evidence, sigma, weights, doubt = self.held_out_evidence()
+        self.temperature = fit_temperature(evidence, sigma, weights, images=len(self.held_out), doubt=doubt)
         plain, calibrated = (
-            -float(mean_log_likelihood(evidence, weights, temp=temp)) for temp in (1.0, self.temperature(sigma))
+            -float(mean_log_likelihood(evidence, weights, temp=temp, doubt=doubt))
+            for temp in (1.0, self.temperature(sigma))
         )
         print0(f"Held-out pairs: cross-entropy {calibrated:.4f}, before calibration {plain:.4f}")
         return calibrated
 
     @torch.no_grad()
-    def held_out_evidence(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return 0 and the evidence [M,2] of held-out pairs by the EMA, their noise levels [M], and weights [M,2].
+    def held_out_evidence(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Return 0 and the evidence [M,2] of held-out pairs by the EMA, noise levels [M], weights [M,2] and doubt [M].
 
         The weights say which of the two a pair speaks for: (1, 0) wrong, (0, 1) right, before each label's right and
         wrong pairs get the same expected weight.
@@ -249,9 +286,10 @@ class DiscriminatorObjective(Objective):
             right, counts = share[label], both[label]
             weights = counts[:, None] / 2 * torch.stack([(1 - targets) / (1 - right), targets / right], dim=1)
             evidence = logits - right.logit()
-            rows.append((torch.stack([torch.zeros_like(evidence), evidence], dim=1), sigma, weights))
-        evidence, sigma, weights = (torch.cat(values) for values in zip(*rows, strict=True))
-        return evidence, sigma, weights
+            doubt = torch.zeros_like(sigma) if self.doubt is None else self.doubt[part]
+            rows.append((torch.stack([torch.zeros_like(evidence), evidence], dim=1), sigma, weights, doubt))
+        evidence, sigma, weights, doubt = (torch.cat(values) for values in zip(*rows, strict=True))
+        return evidence, sigma, weights, None if self.doubt is None else doubt
 
     def info(self) -> dict[str, Any]:
         """Record what calibrated guidance needs (docs/methods/sbdc.md, section 3)."""
