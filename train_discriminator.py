@@ -70,15 +70,14 @@ def main(**opts) -> None:
             known = load_labels_or_table(opts["label_path"], dataset)
         stated = options.stated_transition(**options.noise_settings(opts), dataset=dataset)
         transition = choose_transition(opts["shuffle"], stated, known, opts["label_path"])
-        labels, right, doubt = believed(known, config.discriminator.suggested)
-        share = config.discriminator.calibrate
-        split = split_items(dataset, share, config.seed) if share else None
+        belief = believed(known, config.discriminator.suggested)
+        split = split_items(dataset, share, config.seed) if (share := config.discriminator.calibrate) else None
         partners = None
         if opts["simix"]:
             partners = find_partners(dataset, device, embed, path, opts["trust_pickle"], split and split[0])
         print0(
             f"Labels believed right: {known.is_clean.mean():.1%}; "
-            f"replaced by suggestions: {np.mean(right & ~known.is_clean):.1%}. "
+            f"replaced by suggestions: {np.mean(belief['right'] & ~known.is_clean):.1%}. "
             f"Shuffle: {'uniform' if transition is None else 'transition'}. "
             f"Mixed up with: {f'similar images, by {embed}' if opts['simix'] else 'any image'}. "
             f"Held out: {f'{len(split[0]):,} images, to calibrate' if split else 'none'}."
@@ -87,19 +86,16 @@ def main(**opts) -> None:
             config,
             dataset,
             device,
-            labels=labels,
-            right=right,
-            doubt=doubt,
             transition=transition,
             noise_rates=known.per_class_noise_rate,
             partners=partners,
             split=split,
+            **belief,
         )
 
     own = {name: opts[name] for name in ("label_path", "shuffle", "suggested", "simix", "shift", "calibrate")}
     section = DiscriminatorConfig(embed=embed, cls=path, **own, **options.noise_settings(opts))
-    method = DiscriminatorObjective.method
-    run.start(opts, method, make, options.resnet, require_labels=True, discriminator=section)
+    run.start(opts, DiscriminatorObjective.method, make, options.resnet, require_labels=True, discriminator=section)
 
 
 def choose_embedding(

@@ -85,7 +85,7 @@ class _Commands:
         return shlex.join(["python", script, *own, f"--data={data or self.data}", *length, *rest])
 
     def tdsm(self, known: bool) -> str:
-        noise = ["--noise_type=matrix", f"--noise_matrix={self.labels}"] if known else ["--noise_type=auto"]
+        noise = ["--noise_type=auto", *([f"--label-path={self.labels}"] if known else [])]
         model = self.train("train_noise.py", "tdsm", f"--cls={self.run('classifier')}")
         return f"{self.train('train_classifier.py', 'classifier', *noise)}\n{model}"
 
@@ -155,7 +155,7 @@ def advise(dataset: ImageDataset, found: LabelFile, data: str, labels: str) -> t
             "Trains on all images, and learns the clean labels' model by the transition matrix.",
             "The labels should stay as they are, and the noise depends on the class.",
             f"{c.passes('train_classifier.py'):,} training passes of the classifier, {c.passes('train_noise.py'):,} of "
-            "the model, whose steps take up to 2.3 times as long as the baseline's",
+            "the model, whose steps take up to 1.5 times as long as the baseline's",
             c.tdsm(found.transition is not None),
         ),
         Advice(

@@ -47,7 +47,7 @@ def rows(outdir: str, only: Sequence[str]) -> list[Row]:
         ]
     if "tdsm" in only:
         text = "learn the clean labels' model from all images, by the transition matrix"
-        found.append(Row("tdsm", "TDSM", ["classifier", "tdsm"], f"--network={outdir}/tdsm", text=text))
+        found.append(Row("tdsm", "TDSM", ["detect", "classifier", "tdsm"], f"--network={outdir}/tdsm", text=text))
     if "sbdc" in only:
         trained = ["baseline", "detect", "discriminator"]
         text = "correct the baseline's sampling by a discriminator, with"
@@ -79,7 +79,7 @@ def rows(outdir: str, only: Sequence[str]) -> list[Row]:
             Row(
                 "tdsm-sbdc",
                 "TDSM + SBDC",
-                ["classifier", "tdsm", "detect", "discriminator"],
+                ["detect", "classifier", "tdsm", "discriminator"],
                 f"--network={outdir}/tdsm {guide} {AFTER_ANOTHER}",
                 text="SBDC on top of TDSM with weight 1, for 10% wrong labels that TDSM has left",
             )
@@ -112,17 +112,15 @@ def plan(outdir: str, seed: int, scale: float, only: Sequence[str], noise: str, 
         Step("oracle", "train on clean labels", 75, training("train.py", "oracle", data=clean)),
         Step("baseline", "train the baseline", 75, training("train.py", "baseline")),
     ]
+    epochs = max(round(presets_of("detect_noise.py")["digits"].options["epochs"] * scale), 1)
+    command = f"detect_noise.py --preset=digits --data={noisy} --dest={labels} --epochs={epochs} --seed={seed}"
+    steps.append(Step("detect", "find the wrong labels", 50, command))
     if "tdsm" in only:
-        known = f" --noise_type={noise} --noise_rate=0.4" if noise != "instance" else " --noise_type=auto"
-        cls = f" --cls={outdir}/classifier"
+        known, cls = f" --noise_type=auto --label-path={labels}", f" --cls={outdir}/classifier"
         steps += [
             Step("classifier", "train TDSM's classifier", 35, training("train_classifier.py", "classifier", known)),
-            Step("tdsm", "train TDSM", 270, training("train_noise.py", "tdsm", cls)),
+            Step("tdsm", "train TDSM", 180, training("train_noise.py", "tdsm", cls)),
         ]
-    if {"posterior", "sbdc"} & set(only):
-        epochs = max(round(presets_of("detect_noise.py")["digits"].options["epochs"] * scale), 1)
-        command = f"detect_noise.py --preset=digits --data={noisy} --dest={labels} --epochs={epochs} --seed={seed}"
-        steps.append(Step("detect", "find the wrong labels", 50, command))
     if "posterior" in only:
         for name, (mode, text) in MODES.items():
             path = f" --posterior={labels} --posterior_mode={mode}"
@@ -158,12 +156,11 @@ def report(outdir: str, seed: int, only: Sequence[str], seconds: Mapping[str, fl
         "FD: Frechet distance of pixels in [-1,1] to the whole clean archive; class-wise: the mean over classes.",
     ]
     pictures = []
-    if {"posterior", "sbdc"} & set(only):
-        with open(f"{outdir}/logs/detect.txt") as f:
-            notes += [line.strip() for line in f if line.startswith(("Noise rate:", "Detection:"))][-2:]
-        if os.path.exists(f"{outdir}/detect/labels.png"):
-            text = "Label in the archive > label that detect_noise.py suggests."
-            pictures.append(Picture(f"{outdir}/detect/labels.png", "The most suspicious labels", text))
+    with open(f"{outdir}/logs/detect.txt") as f:
+        notes += [line.strip() for line in f if line.startswith(("Noise rate:", "Detection:"))][-2:]
+    if os.path.exists(f"{outdir}/detect/labels.png"):
+        text = "Label in the archive > label that detect_noise.py suggests."
+        pictures.append(Picture(f"{outdir}/detect/labels.png", "The most suspicious labels", text))
     if "sbdc" in only:
         path, verdict = draw_tradeoff(f"{outdir}/sweep/sweep.json", f"{outdir}/pictures/sweep.png", methods[0])
         text = f"SBDC's weights at all noise levels, {min(num, SWEEP)} images each. {verdict}"

@@ -80,8 +80,8 @@ def _posterior(mode: str, images: float = 1.0) -> Run:
     return Run(f"train on labels: {mode}", "train.py", options, ("noisy", "detect"), images=images)
 
 
-def _tdsm(title: str, options: str, cost: float) -> Run:
-    return Run(title, "train_noise.py", f"--cls={{classifier}} {options}", ("noisy", "classifier"), cost)
+def _tdsm(title: str, options: str, cost: float, classifier: str) -> Run:
+    return Run(title, "train_noise.py", f"--cls={{{classifier}}} {options}", ("noisy", classifier), cost)
 
 
 # At noise levels that hide nothing; fid.py asks the classifier at the lowest one.
@@ -95,9 +95,16 @@ RUNS = {
     "drop": _posterior("drop"),
     "relabel": _posterior("relabel"),
     "null": _posterior("null"),
-    "classifier": Run("train TDSM's classifier", "train_classifier.py", "{transition}", cost=0.4),
-    "tdsm": _tdsm("train TDSM", "--temp=auto --others=sample", 1.45),
-    "tdsm-paper": _tdsm("train TDSM as published", "--temp=1 --others=all", 2.3),
+    "teacher": Run(
+        "train TDSM's classifier on the posterior",
+        "train_classifier.py",
+        "--noise_type=auto --label-path={detect}",
+        ("noisy", "detect"),
+        0.4,
+    ),
+    "tdsm": _tdsm("train TDSM", "--temp=auto --others=sample", 1.45, "teacher"),
+    "classifier": Run("train TDSM's classifier as published", "train_classifier.py", "{transition}", cost=0.4),
+    "tdsm-paper": _tdsm("train TDSM as published", "--temp=1 --others=all", 2.3, "classifier"),
     "discriminator": Run(
         "train SBDC's discriminator", "train_discriminator.py", "--label-path={detect}", ("noisy", "detect"), 0.4
     ),
@@ -264,12 +271,12 @@ class _Commands:
         labels = self.labels("detect", setting)
         transition = f"--noise_type={kind.noise} --noise_rate={kind.rate}"
         if not kind.known:
-            transition = f"--noise_type=auto --label-path={labels}"
-        classifier = f"{self.outdir}/{place('classifier', setting)}"
+            transition = f"--noise_type=matrix --noise_matrix={labels}"
+        made = {name: f"{self.outdir}/{place(name, setting)}" for name in ("classifier", "teacher")}
         options = [
             size.denoiser if run.script in ("train.py", "train_noise.py") else size.other,
             f"--outdir={self.outdir}/{place(name, setting)} --nosubdir --data={self.archive(run.after[0], setting)}",
-            run.options.format(detect=labels, classifier=classifier, transition=transition),
+            run.options.format(detect=labels, transition=transition, **made),
             f"--duration={kimg / 1000:.6f} --tick={kimg / 20:.4f} --dump=2 --seed={seed} --resume=latest",
         ]
         return run.title, size.seconds * kimg * run.cost, " ".join([run.script, *filter(None, options)])

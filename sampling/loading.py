@@ -157,7 +157,7 @@ def load_discriminator(path: str, device: torch.device, *, trust_pickle: bool = 
     levels = options.get("noise_levels") or {}
     sigma = TrainedDiscriminator.sigma
     if levels.get("P_mean") is not None and levels.get("P_std") is not None:
-        sigma = math.exp(levels["P_mean"] - 2 * levels["P_std"])  # ln sigma is normally distributed in training
+        sigma = math.exp(levels["P_mean"] - 3 * levels["P_std"])  # ln sigma is normally distributed in training
     return TrainedDiscriminator(
         path,
         snapshot["ema"].to(device),

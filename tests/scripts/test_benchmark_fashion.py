@@ -85,11 +85,16 @@ def test_only_the_oracle_and_the_judge_see_clean_labels():
 
 
 def test_instance_noise_has_no_matrix_to_be_told():
-    steps = {step.name: options(step)[2] for step in fashion.plan("out", ["asym40", "instance40"], ["tdsm"])}
+    steps = {step.name: options(step)[2] for step in fashion.plan("out", ["asym40", "instance40"], ["tdsm-paper"])}
     told, estimated = steps["asym40-classifier"], steps["instance40-classifier"]
     assert (told["noise_type"], told["noise_rate"]) == ("asym", "0.4")
-    assert estimated["noise_type"] == "auto" and estimated["label-path"] == "out/instance40-detect/labels.npz"
+    assert estimated["noise_type"] == "matrix" and estimated["noise_matrix"] == "out/instance40-detect/labels.npz"
     assert "instance40-detect" in steps and "asym40-detect" not in steps  # none is needed where T is told
+    for setting in ("asym40", "instance40"):  # our own row is told nothing
+        steps = {step.name: options(step)[2] for step in fashion.plan("out", [setting], ["tdsm"])}
+        ours = steps[f"{setting}-teacher"]
+        assert ours["noise_type"] == "auto" and ours["label-path"] == f"out/{setting}-detect/labels.npz"
+        assert f"{setting}-classifier" not in steps and steps[f"{setting}-tdsm"]["cls"] == f"out/{setting}-teacher"
 
 
 def test_the_judge_is_the_same_for_all_seeds():

@@ -63,7 +63,7 @@ def test_one_command_says_what_is_wrong_and_what_to_do(data, tmp_path):
     assert f"Foreign:     {found.is_outlier.sum()} of 400" in output and "\nRecommended: " in output
     page = html.unescape((out / "report.html").read_text())
     commands = re.findall(r"<pre[^>]*>(.*?)</pre>", page, re.DOTALL)
-    assert len(commands) == 5 and f"--noise_matrix={out}/labels.npz" in commands[2]
+    assert len(commands) == 5 and f"--label-path={out}/labels.npz" in commands[2]
     check_commands("\n".join(commands))
     assert len(json.loads(re.search(r"id='data'>(.*?)</script>", page)[1])["names"]) == 50
 

@@ -46,12 +46,12 @@ CALIBRATION_DRAWS = 8192  # held-out pairs to aim for, from several noise levels
 DRAWS_PER_IMAGE = 32  # at most: more of them say little more
 
 
-def believed(found: LabelFile, suggested: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """Return the label that each image teaches with, int64 [N], whether it is right, bool [N], and the doubt of that.
+def believed(found: LabelFile, suggested: bool) -> dict[str, np.ndarray | None]:
+    """Return `labels` int64 [N], what each image teaches with, `right` bool [N], whether that is so, and its `doubt`.
 
-    That is the observed label, or the suggested class in place of a wrong one, if `suggested` and at least as probable
-    as all other classes together. Doubt, float32 [N]: the probability that what is said of the label is not so; None
-    for a file that knows no probabilities.
+    The label is the observed one, or the suggested class in place of a wrong one, if `suggested` and at least as
+    probable as all other classes together. `doubt` float32 [N]: the probability that `right` is mistaken; None for a
+    file that knows no probabilities.
     """
     labels, right = found.labels.copy(), found.is_clean.copy()
     if suggested:
@@ -60,9 +60,9 @@ def believed(found: LabelFile, suggested: bool) -> tuple[np.ndarray, np.ndarray,
             resolved &= found.suggested_score >= 0.5
         labels[resolved], right[resolved] = found.suggested[resolved], True
     if found.suggested_score is None:
-        return labels, right, None
+        return dict(labels=labels, right=right, doubt=None)
     probability = np.where(labels == found.labels, found.score, found.suggested_score)
-    return labels, right, np.clip(np.where(right, 1 - probability, probability), 0, 0.5)
+    return dict(labels=labels, right=right, doubt=np.clip(np.where(right, 1 - probability, probability), 0, 0.5))
 
 
 class Shuffle:
@@ -259,18 +259,16 @@ class DiscriminatorObjective(Objective):
     def held_out_evidence(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Return 0 and the evidence [M,2] of held-out pairs by the EMA, noise levels [M], weights [M,2] and doubt [M].
 
-        The weights say which of the two a pair speaks for: (1, 0) wrong, (0, 1) right, before each label's right and
-        wrong pairs get the same expected weight.
+        The weights say which of the two a pair speaks for, wrong or right. Each label's right and wrong pairs have the
+        same expected weight, and labels that are nearly always right, or wrong, have little.
         """
         items = self.held_out[:CALIBRATION_DRAWS]
         repeats = min(-(-CALIBRATION_DRAWS // len(items)), DRAWS_PER_IMAGE)
         generator = misc.step_generator(self.config.seed, 0, 0, self.device, stream=4)
         draw = dict(generator=generator, device=self.device)
         low, high = np.log(CALIBRATED_SIGMAS)
-        # A label that is always right or always wrong among the pairs says nothing about evidence.
         share = torch.as_tensor(self.right_shares, dtype=torch.float32, device=self.device)
-        both = (share > 0) & (share < 1)
-        share = torch.where(both, share, 0.5)
+        prior = share.clamp(1e-6, 1 - 1e-6).logit()
         # Images at a time: without gradients, each takes about a tenth of the memory.
         size = self.config.batch_gpu or 8 * self.config.batch_size // distributed.get_world_size()
         rows = []
@@ -283,9 +281,11 @@ class DiscriminatorObjective(Objective):
             inputs = (values.split(size) for values in (x, sigma, labels))
             logits = torch.cat([*map(self.trained["net"].ema, *inputs)])
             label = labels.argmax(dim=1)
-            right, counts = share[label], both[label]
-            weights = counts[:, None] / 2 * torch.stack([(1 - targets) / (1 - right), targets / right], dim=1)
-            evidence = logits - right.logit()
+            # Dividing by the shares would even right and wrong out, too, but leave all weight to the few wrong pairs of
+            # a label that is hardly ever wrong.
+            right = share[label]
+            weights = 2 * torch.stack([(1 - targets) * right, targets * (1 - right)], dim=1)
+            evidence = logits - prior[label]
             doubt = torch.zeros_like(sigma) if self.doubt is None else self.doubt[part]
             rows.append((torch.stack([torch.zeros_like(evidence), evidence], dim=1), sigma, weights, doubt))
         evidence, sigma, weights, doubt = (torch.cat(values) for values in zip(*rows, strict=True))
