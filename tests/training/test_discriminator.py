@@ -73,6 +73,7 @@ def test_held_out_pairs_tell_the_temperature():
 
 def test_few_wrong_pairs_of_a_label_do_not_decide_the_temperature():
     data = Data(n=4000)
+    data.labels = np.arange(4000) % 4
     T = np.array([[0.6, 0.4, 0, 0], [0.4, 0.6, 0, 0], [0, 0, 1, 0], [0, 0, 0.001, 0.999]])
     objective = make_objective(data, np.ones(4000, dtype=bool), T, split=split_items(data, 0.5, seed=0))
     assert objective.right_shares[2] > 0.99
@@ -81,7 +82,7 @@ def test_few_wrong_pairs_of_a_label_do_not_decide_the_temperature():
     weights, label = objective.held_out_evidence()[2], torch.cat(seen)
     assert weights.max() <= 2
     of_labels = torch.stack([weights[label == o].sum(dim=0) for o in range(4)])
-    np.testing.assert_allclose(of_labels[:2, 0], of_labels[:2, 1], rtol=0.1)  # right and wrong pairs count the same
+    np.testing.assert_allclose(of_labels[:2, 0], of_labels[:2, 1], rtol=0.2)  # right and wrong pairs count the same
     assert of_labels[2:].sum() < 0.01 * of_labels.sum()
 
 
