@@ -70,7 +70,7 @@ def fit_temperature(
     classes [N,C]. `T` [C,C]: what turns the classes of the logits into those of `targets` int64 [N]. A network of two
     classes may have one logit: `logits` [N], `targets` [N] from 0 to 1. `images`: how many different images these are
     (None: N); the same image at further noise levels is not further evidence against temp 1, where the prior is.
-    `doubt` [N]: the probability that a target of two classes is the wrong one of them.
+    `doubt` [N]: the probability that a target of two classes is the wrong one of them; ValueError with more classes.
     """
     logits, targets, columns = _as_classes(logits.detach(), targets, T)
     x = sigma.detach().to(logits).log()
@@ -82,9 +82,8 @@ def fit_temperature(
 
     def likelihood(a: torch.Tensor) -> torch.Tensor:
         temp = (powers @ a.to(powers)).clamp(-2 * LIMIT, 2 * LIMIT).exp()
-        return evidence * _log_likelihoods(logits, targets, columns, temp[:, None], doubt).sum().to(
-            "cpu", torch.float64
-        )
+        found = _log_likelihoods(logits, targets, columns, temp[:, None], doubt)
+        return evidence * found.sum().to("cpu", torch.float64)
 
     def negative(a: np.ndarray) -> tuple[float, np.ndarray]:
         a = torch.tensor(a, dtype=torch.float64, requires_grad=True)
@@ -131,6 +130,8 @@ def _log_likelihoods(
     # columns: ln T[:,o] of each image [N,C]
     log_p = torch.log_softmax(logits / temp, dim=1)
     if doubt is not None:
+        if log_p.shape[1] != 2:
+            raise ValueError(f"doubtful targets must be of two classes, these are of {log_p.shape[1]}")
         doubt = doubt.to(log_p)[:, None]
         log_p = torch.logaddexp(log_p + (1 - doubt).log(), log_p.flip(1) + doubt.log())
     if columns is not None:

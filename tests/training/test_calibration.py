@@ -79,6 +79,8 @@ def test_doubtful_targets_do_not_make_a_network_less_certain():
     expected = np.log(0.7 * (p if right else 1 - p) + 0.3 * (1 - p if right else p))
     one = mean_log_likelihood(logits[:1], targets[:1], temp=3.0, doubt=torch.tensor([0.3]))
     assert one == pytest.approx(expected)
+    with pytest.raises(ValueError, match="two classes, these are of 4"):
+        mean_log_likelihood(torch.zeros(3, 4), torch.arange(3), doubt=torch.zeros(3))
 
 
 def test_likelihood_is_that_of_the_observed_label():
