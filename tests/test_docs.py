@@ -19,6 +19,7 @@ CODE = [
 ]
 MODULES = (
     "benchmarks",
+    "benchmarks.denoising_error",
     "benchmarks.gpu",
     "benchmarks.operators",
     "benchmarks.outlier_costs",

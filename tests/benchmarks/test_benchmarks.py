@@ -14,12 +14,13 @@ from click.testing import CliRunner
 
 import dnnlib
 from benchmarks import __main__ as cli
-from benchmarks import metrics_rows, outlier_costs, plain, roofline, steps, table
+from benchmarks import denoising_error, metrics_rows, outlier_costs, plain, roofline, steps, table
 from benchmarks.archives import write_archive
 from benchmarks.core import FormProcess, Row, compare, processes
 from benchmarks.metrics_rows import prdc_plain
 from benchmarks.roofline import Peaks, bound, count
 from metrics.prdc import prdc
+from tests.support import synth
 from training.networks import EDMPrecond
 from training.objectives.dsm import DSM
 from training.presets import network_kwargs
@@ -325,3 +326,32 @@ def test_the_costs_of_outliers_have_a_row_per_share(monkeypatch):
     assert all(float(row[6]) > 20 for row in rows)
     result = CliRunner().invoke(outlier_costs.main, ["--only=fashion+mnist"])
     assert result.exit_code == 2 and "--only=fashion+mnist: needs --fashion or --mnist" in result.output
+
+
+def test_the_denoising_error_of_two_networks_in_closed_form(monkeypatch, tmp_path):
+    class Shrink:  # answers with a share of the noisy image: E || a (x + n) - x ||^2 = (1 - a)^2 x^2 + a^2 sigma^2
+        label_dim = 3
+
+        def __init__(self, share):
+            self.share = share
+
+        def __call__(self, x, sigma, labels):
+            assert labels.shape == (len(x), 3) and labels.sum() == len(x)
+            return self.share * x
+
+    networks = {"runs/all": Shrink(1.0), "runs/half": Shrink(0.5)}
+    monkeypatch.setattr(denoising_error, "load_denoiser", lambda path, device: (networks[path], None))
+    images = synth.pictures(250)
+    data = synth.make_archive(tmp_path / "x.zip", images, (np.arange(250) % 3).tolist())
+    args = [f"--data={data}", "--sigmas=0.5,2", "--num=230", "--device=cpu"]
+    result = CliRunner().invoke(denoising_error.main, [*args, *networks])
+    assert result.exit_code == 0, result.output
+    x = float(np.square(images[:230] / 127.5 - 1).mean())
+    first, second = (line.strip("| ").split(" | ") for line in result.output.splitlines()[2:4])
+    assert [first[0], second[0]] == ["all", "half"]
+    for a, b, sigma in zip(first[1:], second[1:], (0.5, 2), strict=True):
+        assert float(a) == pytest.approx(sigma**2, rel=0.02)
+        assert float(b.rstrip("%")) / 100 == pytest.approx((x + sigma**2) / 4 / sigma**2 - 1, abs=0.02)
+    networks["runs/half"].label_dim = 4
+    result = CliRunner().invoke(denoising_error.main, [*args, *networks])
+    assert "runs/half: knows 4 classes" in result.output

@@ -145,3 +145,46 @@ def test_posterior_labels_leave_less_noise_to_correct():
     assert torch.equal(seen[0].argmax(dim=1), torch.from_numpy((data.labels + 1) % 4))
     with pytest.raises(UserError, match="label [1-3] occurs"):  # T belongs to the observed labels, not to these
         ready(TDSM, make_config(), data, CPU, transition=np.eye(4)[[0, 0, 0, 0]], **settings)
+
+
+class Table(torch.nn.Module):
+    """D(x; sigma, c) = row c: all that can be said where x says nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.rows = torch.nn.Parameter(torch.zeros(CLASSES, 64, dtype=torch.float64))
+
+    def forward(self, x, sigma, labels, augment_labels=None):
+        return (labels.double() @ self.rows).reshape(x.shape)
+
+
+class TableToy(Toy):
+    def build(self):
+        return {"net": self.trained_network(Table())}
+
+
+@pytest.mark.parametrize("eta", [0.2, 0.4, 0.6])
+def test_where_images_say_nothing_it_learns_slower_and_from_noisier_answers(eta):
+    """Symmetric noise: T_oo r times the step of clean labels, and 1 / r times their error (docs/methods/tdsm.md)."""
+    T = torch.as_tensor(transition_matrix("sym", eta, CLASSES), dtype=torch.float64)  # rows: P(clean | observed), too
+    rate = 1 - eta * CLASSES / (CLASSES - 1)
+    means, wrong = torch.randn(2, CLASSES, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    means, wrong = means - means.mean(dim=0), wrong - wrong.mean(dim=0)  # what tells the classes apart
+    observed = torch.arange(CLASSES)
+    settings = dict(classifier=FixedClassifier(), transition=T.numpy(), posterior="clean")
+    config = make_config(batch_size=CLASSES, tdsm=dict(tau=0.0, temp=1.0, others="all"))
+    objective = ready(TableToy, config, Data(n=CLASSES, classes=CLASSES), CPU, **settings)
+    draws = dict(noise=torch.zeros(CLASSES, 1, 8, 8).double(), sigma=torch.full([CLASSES], 80.0).double())
+    onehot = torch.nn.functional.one_hot(observed, CLASSES).float()
+
+    def slope(weights, images):  # of the table; the gradient is linear in the images, so their means do
+        objective.w = weights
+        loss = objective.loss(images.reshape(CLASSES, 1, 8, 8), onehot, draws, Stats(CPU))
+        return torch.autograd.grad(loss.sum(), list(objective.trained["net"].net.parameters()))[0]
+
+    clean = slope(torch.eye(CLASSES).double(), means)
+    torch.testing.assert_close(slope(T, T @ means), (1 - eta) * rate * clean)
+    with torch.no_grad():
+        objective.trained["net"].net.rows += means + wrong
+    at_rest = slope(T, T @ means + rate * wrong)  # so means that are off by rate * wrong put the table off by `wrong`
+    assert at_rest.abs().max() < 1e-9 * clean.abs().max() < slope(T, T @ means).abs().max()
