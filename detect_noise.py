@@ -79,7 +79,7 @@ def main(**opts) -> None:
         with blame("--decisions"):
             names = dataset.class_names, dataset.label_dim
             decisions = load_decisions(o.decisions, dataset.name_lists, dataset.labels, *names)
-    found, net = find_wrong_labels(o, dataset, device, o.dest, features)
+    found, snapshot = find_wrong_labels(o, dataset, device, o.dest, features)
 
     def write() -> None:
         lines = look_for_foreign(dataset, found, o.seed, features) if o.foreign else []
@@ -90,7 +90,7 @@ def main(**opts) -> None:
             lines.append(clean(source, judged, decisions, dataset.label_dim, o))
         picture = o.picture or f"{os.path.splitext(o.dest)[0]}.png"
         os.makedirs(os.path.dirname(os.path.abspath(picture)), exist_ok=True)
-        written = save_results(o.dest, dataset, judged, net)
+        written = save_results(o.dest, dataset, judged, snapshot)
         if not judged.is_clean.all():
             written.append(picture)
             save_picture(picture, dataset, judged)

@@ -48,7 +48,7 @@ def main(**opts) -> None:
     dataset, device, features = open_data(o)
     print0(f"Step 1 of 3: {'read the label file' if o.labels else 'find wrong labels'}")
     labels = os.path.join(o.outdir, "labels.npz")
-    found, net = find_wrong_labels(o, dataset, device, labels, features)
+    found, snapshot = find_wrong_labels(o, dataset, device, labels, features)
 
     def write() -> None:
         lines = []
@@ -56,7 +56,7 @@ def main(**opts) -> None:
             print(f"Step 2 of 3: find foreign images and duplicates among {len(dataset):,} images", flush=True)
             lines = look_for_foreign(dataset, found, o.seed, features)
         print("Step 3 of 3: write the page", flush=True)
-        written = save_results(labels, dataset, found, net)
+        written = save_results(labels, dataset, found, snapshot)
         advice, why = advise(dataset, found, o.data, labels)
         facts = gather_facts(dataset, found, name_confusable(dataset, found), advice, why)
         report = os.path.join(o.outdir, "report.html")

@@ -225,11 +225,11 @@ def detect(
         device, dataset = _device(device), ImageDataset(path)
         check_labels(dataset)
         dnnlib.print_notes([*dataset.notes, *dataset.class_notes()])
-        found, net = find_wrong_labels(o, dataset, device, None)
+        found, snapshot = find_wrong_labels(o, dataset, device, None)
         if foreign:
             look_for_foreign(dataset, found, seed)
     if dest is not None:
-        save_results(os.fspath(dest), dataset, found, net)
+        save_results(os.fspath(dest), dataset, found, snapshot)
     return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,10 +23,19 @@ from training.noise_levels import LOWEST_SIGMA
 from training.objectives.tdsm import clean_posterior
 from training.transition_estimate import estimate_transition
 
-__all__ = ["check_labels", "clean_sigma", "cross_entropies", "detect", "from_noisy", "log_posterior"]
+__all__ = [
+    "check_labels",
+    "clean_sigma",
+    "cross_entropies",
+    "detect",
+    "from_noisy",
+    "log_posterior",
+    "make_snapshot",
+]
 
 FLOOR = math.log(1e-8)  # of log-probabilities: without it, the loss of CORES has no lower bound
 READ = 512  # images in a batch
+SAMPLE = 8192  # images that choose a temperature
 
 
 def check_labels(dataset: ImageDataset) -> None:
@@ -101,3 +111,19 @@ def from_noisy(dataset: ImageDataset, log_probs: torch.Tensor, T: np.ndarray | N
         for rows in log_probs.split(READ):  # in place: there is no room for a second table
             rows.copy_(clean_posterior(rows, T, inverse).log())
     return label_file(dataset, judge(log_probs.numpy(), dataset.labels, T))
+
+
+def make_snapshot(
+    net: torch.nn.Module, found: LabelFile, dataset: ImageDataset, device: torch.device
+) -> dict[str, Any]:
+    """Return the snapshot of a detector's classifier, with all that judging the label of any image needs. Collective.
+
+    `temp` divides its logits: at this temperature its answers state the rate of wrong labels that T implies, as
+    `detection.bayes.judge` chooses it.
+    """
+    items = np.sort(np.random.default_rng(0).permutation(len(dataset))[:SAMPLE])
+    log_probs = distributed.rows_to_rank0(log_posterior(net, dataset, device, items), len(items))
+    temp = distributed.from_rank0(lambda: judge(log_probs.numpy(), dataset.labels[items], found.transition).temp)
+    info = dict(method="detector", posterior="clean", class_names=dataset.class_names, version=dnnlib.__version__)
+    rates = dict(transition=found.transition.tolist(), noise_rates=found.per_class_noise_rate.tolist(), temp=temp)
+    return dict(ema=net, loss_fn=None, augment_pipe=None, dataset_kwargs=dataset.kwargs(), info=info | rates)

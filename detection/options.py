@@ -118,8 +118,8 @@ def find_wrong_labels(
     device: torch.device,
     path: str | None,
     features: np.ndarray | None = None,
-) -> tuple[LabelFile, torch.nn.Module | None]:
-    """Return what the options find about the labels of a set, and the classifier where one is left. Collective.
+) -> tuple[LabelFile, dict[str, Any] | None]:
+    """Return what the options find about the labels of a set, and the classifier's snapshot, if any. Collective.
 
     `features`: of `open_data`. `path`: the label file that it will become. A training that was killed continues from
     its `training_state` beside that file, which the caller deletes when everything is written. None: no file, and a
@@ -141,7 +141,8 @@ def find_wrong_labels(
     try:
         if o.method == "confident":
             return confident.detect(dataset, device, settings), None
-        return METHODS[o.method](dataset, device, settings)
+        found, net = METHODS[o.method](dataset, device, settings)
+        return found, None if net is None else classifier.make_snapshot(net, found, dataset, device)
     except KeyboardInterrupt:
         if path:
             distributed.print0("Stopped. The same command goes on from the last epoch that it has saved.")
@@ -165,7 +166,7 @@ def detect_by_snapshot(cls: str, trust_pickle: bool, dataset: ImageDataset, devi
     return classifier.detect(snapshot["ema"], snapshot["info"].get("posterior", "noisy"), dataset, device)
 
 
-def save_results(path: str, dataset: ImageDataset, found: LabelFile, net: torch.nn.Module | None) -> list[str]:
+def save_results(path: str, dataset: ImageDataset, found: LabelFile, snapshot: dict[str, Any] | None) -> list[str]:
     """Write a label file X.npz, the same as X.csv in cleanlab's columns, and the classifier, if there is one.
 
     Return the paths of the files.
@@ -176,12 +177,7 @@ def save_results(path: str, dataset: ImageDataset, found: LabelFile, net: torch.
     found.source_names = dataset.source_names
     save_label_file(written[0], found)
     save_label_table(written[1], found, dataset.class_names)
-    if net is not None:
+    if snapshot is not None:
         written.append(f"{stem}-classifier.pkl")
-        info: dict[str, Any] = dict(method="detector", posterior="clean", class_names=dataset.class_names)
-        info["version"] = dnnlib.__version__
-        persistence.save_snapshot(
-            written[-1],
-            dict(ema=net, loss_fn=None, augment_pipe=None, dataset_kwargs=dataset.kwargs(), info=info),
-        )
+        persistence.save_snapshot(written[-1], snapshot)
     return written

@@ -12,7 +12,7 @@ import torch
 import dnnlib
 from sampling.evaluations import Stopwatch
 from sampling.guidance import AsPublished, Evidence, GatedGuidance, gated_discriminator
-from sampling.rejection import Rejection
+from sampling.rejection import LabelJudge, Rejection
 from torch_utils import checkpoint, persistence
 from torch_utils.distributed import print0
 from torch_utils.precision import tf32
@@ -23,6 +23,7 @@ from training import (  # noqa: F401  They register classes.
     networks_published,
     networks_resnet,
 )
+from training.noise_levels import LOWEST_SIGMA
 from training.published_ddgan import build_generator, is_checkpoint, load_checkpoint
 from training.temperature import Temperature
 
@@ -137,22 +138,31 @@ def _lower(layer: torch.nn.Module, dtype: torch.dtype, stays: bool) -> None:
 
 @dataclass(frozen=True)
 class TrainedDiscriminator:
-    """A discriminator on its device, and what its snapshot says of the pairs it was trained on."""
+    """A discriminator on its device, and what its snapshot says of the pairs it was trained on.
+
+    A detector's classifier serves as one for images without noise, so for rejection only (`LabelJudge`).
+    """
 
     path: str
-    net: torch.nn.Module
+    net: Callable[..., torch.Tensor]
     noise_rates: list[float] | None  # [C]: share of wrong labels among those observed, per class
     right_shares: list[float] | None  # [C]: share of right pairs among those it was trained on, per class
     temperature: Temperature | None = None  # of its evidence, fitted to held-out pairs; None: was not calibrated
     held_out: int = 0  # images that these pairs are made of
     label_path: str | None = None  # label file that it was trained with
     sigma: float = 0.05  # noise level that hides little, and at which it was trained
+    noisy_images: bool = True  # whether it knows images at all noise levels
 
 
 def load_discriminator(path: str, device: torch.device, *, trust_pickle: bool = False) -> TrainedDiscriminator:
-    """Return the discriminator of a snapshot. UserError: the file is missing, damaged or of another kind."""
-    snapshot = _load(path, trust_pickle, ("discriminator",))
+    """Return the discriminator of a snapshot, or a detector's classifier as one.
+
+    UserError: the file is missing, damaged or of another kind.
+    """
+    snapshot = _load(path, trust_pickle, ("discriminator", "classifier"))
     info = snapshot.get("info") or {}
+    if snapshot["ema"].network_kind == "classifier":
+        return _as_discriminator(path, snapshot["ema"].to(device), info)
     options = info.get("options") or {}
     levels = options.get("noise_levels") or {}
     sigma = TrainedDiscriminator.sigma
@@ -170,6 +180,18 @@ def load_discriminator(path: str, device: torch.device, *, trust_pickle: bool = 
     )
 
 
+def _as_discriminator(path: str, net: torch.nn.Module, info: Mapping[str, Any]) -> TrainedDiscriminator:
+    if info.get("temp") is None or info.get("transition") is None:
+        raise dnnlib.UserError(
+            f"{path}: is a classifier that cannot judge labels; detect_noise.py makes one that can since version 0.2, "
+            "and train_discriminator.py makes discriminators"
+        )
+    rates = info["noise_rates"]
+    # Its logit holds the odds that the label is right. So the share of right pairs is that of right labels.
+    facts = dict(noise_rates=rates, right_shares=[1 - rate for rate in rates], sigma=LOWEST_SIGMA, noisy_images=False)
+    return TrainedDiscriminator(path, LabelJudge(net, torch.tensor(info["transition"]), float(info["temp"])), **facts)
+
+
 def guide(
     net: Callable[..., torch.Tensor],
     discriminator: TrainedDiscriminator,
@@ -185,16 +207,25 @@ def guide(
     """Return the denoiser `net` corrected by a discriminator (docs/methods/sbdc.md), and print how.
 
     mode        'constant', 'calibrated' or 'rejection'; None: constant if the discriminator is not calibrated, else
-                calibrated if there are weights or a gate, else rejection
+                calibrated if there are weights or a gate, else rejection, as for a detector's classifier
     weights     of a step's first and second evaluation; None: DEFAULT_WEIGHTS of the mode. Not for rejection
     gate        lowest and highest noise level that is corrected. Not for rejection
     noise_rate  share of wrong labels in every class, not for the mode 'constant'; None: those of the snapshot
     published   ask the discriminator as SBDC's published sampling does (`AsPublished`), with a constant weight
 
-    UserError: the networks do not fit each other, the mode is not 'constant' and the snapshot does not say enough, or
-    there is a noise rate, but the discriminator is not calibrated and no mode was asked for.
+    UserError: the networks do not fit each other, the mode is not 'constant' and the snapshot does not say enough,
+    there is a noise rate, but the discriminator is not calibrated and no mode was asked for, or a detector's classifier
+    is asked for guidance.
     """
     fitted = discriminator.temperature is not None
+    shaped = any(w is not None for w in weights) or tuple(gate) != EVERYWHERE
+    if not discriminator.noisy_images:
+        if mode not in (None, "rejection") or published or shaped:
+            raise dnnlib.UserError(
+                f"{discriminator.path}: is a detector's classifier, which has seen images without noise only, so it "
+                "can reject images but not guide; train_discriminator.py makes what guides"
+            )
+        mode = "rejection"
     if mode is None and not published and not fitted and noise_rate is not None:
         raise dnnlib.UserError(
             f"{discriminator.path}: is not calibrated, so the weights are constant and the noise rate {noise_rate:g} "
@@ -204,11 +235,12 @@ def guide(
     if mode == "constant" or published:
         mode, why = "constant", "asked as in SBDC's published sampling" if published else "as asked"
     if mode is None:
-        shaped = any(w is not None for w in weights) or tuple(gate) != EVERYWHERE
         mode = "constant" if not fitted else "calibrated" if shaped else "rejection"
     evidence = None if mode == "constant" else _evidence(discriminator, noise_rate, device)
     if mode == "rejection":
-        print0(f"Rejection: images are drawn until the discriminator takes them for right, {why}")
+        who = f"the discriminator takes them for right, {why}"
+        who = who if discriminator.noisy_images else "the detector's classifier takes them for right"
+        print0(f"Rejection: images are drawn until {who}")
         judged = dict(evidence=evidence, sigma=discriminator.sigma, stopwatch=stopwatch)
         return Rejection(net, discriminator.net, **judged)
     weights = [default if w is None else w for w, default in zip(weights, DEFAULT_WEIGHTS[mode], strict=True)]

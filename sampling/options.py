@@ -105,7 +105,7 @@ def batch_option(default: int) -> Callable:
 def discriminator_option(required: bool = False) -> Callable:
     """Return the option --discriminator."""
     default = "" if required else "  [default: no guidance]"
-    return click.option("--discriminator", metavar="PKL|DIR|URL", required=required, help=f"Snapshot of train_discriminator.py, its run directory, or a published snapshot of SBDC: it corrects what the network learned from wrong labels{default}")
+    return click.option("--discriminator", metavar="PKL|DIR|URL", required=required, help=f"Snapshot of train_discriminator.py, its run directory, a published snapshot of SBDC, or the classifier that detect_noise.py writes, which only rejects: it corrects what the network learned from wrong labels{default}")
 
 
 network_option = click.option("--network", metavar="PKL|DIR|URL", required=True, help="Snapshot to sample, its run directory, or a published generator of RDUOT or DDGAN, netG_1200.pth")

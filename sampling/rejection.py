@@ -10,9 +10,9 @@ import torch
 from sampling.guidance import Denoiser, Evidence, Guidance, fitting
 from sampling.seeds import StackedRandomGenerator
 from torch_utils.distributed import print0
-from torch_utils.precision import full_float32
+from torch_utils.precision import full_float32, widest
 
-__all__ = ["TRIES", "Rejection", "warn_of_given_up"]
+__all__ = ["TRIES", "LabelJudge", "Rejection", "warn_of_given_up"]
 
 TRIES = 100  # draws of an image, of which the most probable one counts in the end
 
@@ -24,7 +24,7 @@ class Rejection(Guidance):
     whatever made the labels wrong, and an image takes 1 / (1 - eta_y) draws on average. The denoiser stays as it is.
 
     net            a denoiser, guided or not
-    discriminator  f(x, sigma, y), the logit of "y is right"
+    discriminator  f(x, sigma, y), the logit of "y is right": SBDC's, or a `LabelJudge`
     evidence       what turns f into a probability
     sigma          noise level at which images are judged
     stopwatch      runs while images are judged
@@ -97,6 +97,29 @@ class Rejection(Guidance):
             sigma = torch.full([1], self.sigma, device=x.device)
             logits = self.discriminator(x + self.sigma * rnd.randn_like(x), sigma, labels)
             return self.evidence.right(logits, sigma, labels)
+
+
+class LabelJudge:
+    """The logit of "y is right" for images without noise, by a classifier p and Bayes' rule (`detection.bayes`).
+
+    f(x, y) = ln T[y,y] p_y(x) - ln sum_{c != y} T[c,y] p_c(x)
+
+    net    returns the logits of p
+    T      transition [C,C]: T[c,y] = P(observed = y | clean = c)
+    temp   divides the logits
+    """
+
+    def __init__(self, net: torch.nn.Module, T: torch.Tensor, temp: float = 1.0):
+        self.img_resolution, self.img_channels, self.label_dim = net.img_resolution, net.img_channels, net.label_dim
+        self.net, self.log_T, self.temp = net, T.log(), temp
+
+    @torch.no_grad()
+    def __call__(self, x: torch.Tensor, sigma: torch.Tensor, class_labels: torch.Tensor) -> torch.Tensor:
+        """Return f [N]. `sigma` is the noise level that a time-dependent classifier hears of."""
+        own = class_labels.bool()
+        joint = torch.log_softmax(self.net(x, sigma.expand(len(x))).to(widest(x.device)) / self.temp, dim=1)
+        joint = joint + self.log_T.to(joint)[:, class_labels.argmax(dim=1)].T
+        return joint[own] - joint.masked_fill(own, -torch.inf).logsumexp(dim=1)
 
 
 def warn_of_given_up(images: int) -> None:

@@ -13,7 +13,7 @@ import dataset_tool
 import detect_noise
 import dnnlib
 import train_classifier
-from archives.dataset import ImageDataset
+from archives.dataset import ImageDataset, to_float
 from archives.label_file import load_label_file, save_label_file
 from archives.label_noise import load_matrix
 from archives.label_table import load_labels_or_table
@@ -25,6 +25,8 @@ from tests.support.commands import callers
 from tests.support.runs import torchrun
 from tests.support.synth import make_archive, pictures
 from torch_utils import persistence
+from training.objectives.tdsm import posterior_weights
+from training.transition_estimate import noise_rate
 
 pytestmark = pytest.mark.slow
 succeed, fail = callers(detect_noise.main)
@@ -83,7 +85,15 @@ def test_what_is_written_and_printed(data, detected):
         columns = math.ceil(math.sqrt(min(wrong, 64)))
         assert picture.width == columns * 69 + 5
     snapshot = persistence.load_snapshot(folder / "new" / "labels-classifier.pkl", kind="classifier")
-    assert snapshot["ema"].label_dim == 3 and snapshot["info"]["method"] == "detector"
+    info = snapshot["info"]
+    assert snapshot["ema"].label_dim == 3 and info["method"] == "detector"
+    # What generate.py judges images by: at this temperature, the classifier states the rate that T implies.
+    x = to_float(dataset.images(np.arange(120)))
+    log_probs = torch.log_softmax(snapshot["ema"](x) / info["temp"], dim=1)
+    right = posterior_weights(log_probs, torch.tensor(info["transition"]), torch.from_numpy(dataset.labels))
+    stated = 1 - right[range(120), dataset.labels].mean()
+    assert float(stated) == pytest.approx(noise_rate(np.array(info["transition"]), dataset.labels), abs=0.02)
+    assert 0.2 < info["temp"] < 10 and info["noise_rates"] == pytest.approx(found.per_class_noise_rate)
 
 
 def test_same_seed_same_file_other_seed_another(data, detected, tmp_path):

@@ -10,11 +10,11 @@ import dnnlib
 from sampling import rejection
 from sampling.generation import generate_images
 from sampling.guidance import ClassifierFreeGuidance, Evidence, GatedGuidance
-from sampling.rejection import Rejection
+from sampling.rejection import LabelJudge, Rejection
 from sampling.samplers import heun_sampler
 from sampling.seeds import StackedRandomGenerator
 from tests.support.denoisers import Recorder, denoise, linear
-from tests.support.gaussians import LABELS, MEANS, STD, WORLDS
+from tests.support.gaussians import LABELS, MEANS, PRIORS, STD, WORLDS, Gaussians
 from tests.support.objectives import CPU
 
 RATES, SHARES = torch.tensor([0.1, 0.4, 0.3]), torch.tensor([0.5, 0.5, 0.4])
@@ -42,10 +42,23 @@ def exactly(net, latents, labels, randn_like):
     return MEANS[made_by][:, :, None, None] + STD * randn_like(latents)
 
 
+class Classifier(Gaussians):
+    """The logits, times 2, of the exact classifier of clean images at a noise level."""
+
+    def __init__(self):
+        pass
+
+    def __call__(self, x, sigma):
+        return 2 * (self.log_p(x, sigma[:, None]) + torch.tensor(PRIORS).log())
+
+
+@pytest.mark.parametrize("by", ["discriminator", "classifier"])
 @pytest.mark.parametrize("name", WORLDS)
-def test_accepted_samples_are_those_of_the_clean_classes(name):
+def test_accepted_samples_are_those_of_the_clean_classes(name, by):
     """Whatever made the labels wrong: the mean of a class moves with every wrong image in it."""
     noisy, _, optimal, eta, share = WORLDS[name]
+    if by == "classifier":
+        optimal, share = LabelJudge(Classifier(), noisy.weights / noisy.weights.sum(dim=1, keepdim=True), 2.0), 1 - eta
     each = 1500
     labels = LABELS.repeat_interleave(each, dim=0)
     rnd = StackedRandomGenerator(CPU, range(len(labels)))

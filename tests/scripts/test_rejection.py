@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from tests.support.generated import make, random_network, read
+from archives.label_noise import transition_matrix
+from tests.support.generated import FAST, make, random_network, read, run
 from torch_utils import persistence
+from training.networks_conv import ConvClassifier
 from training.networks_resnet import Discriminator
 
 
@@ -54,3 +56,45 @@ def test_what_is_never_accepted_is_counted(guide, tmp_path):
     out = make(tmp_path / "out", *guide, "--seeds=0-2", "--noise_rate=1")
     assert "WARNING: 3 images were not accepted in 100 draws" in out and drawn(out) == 300
     assert len(read(tmp_path / "out")[0]) == 3
+
+
+def refuse(outdir, *args):
+    result = run(f"--outdir={outdir}", *FAST, *args)
+    assert result.exit_code == 1 and not outdir.exists(), result.output
+    return result.stderr
+
+
+@pytest.fixture
+def detector(tmp_path):
+    """The classifier of a detector, as detect_noise.py writes it, and its parts."""
+    torch.manual_seed(1)
+    net = ConvClassifier(img_resolution=8, img_channels=1, label_dim=3, model_channels=8).eval()
+    T = transition_matrix("sym", 0.4, 3)
+    facts = dict(method="detector", posterior="clean", transition=T.tolist(), noise_rates=[0.4] * 3, temp=0.05)
+    parts = dict(ema=net, info=facts)
+    persistence.save_snapshot(tmp_path / "labels-classifier.pkl", parts)
+    return tmp_path / "labels-classifier.pkl", parts
+
+
+def test_the_classifier_of_a_detector_rejects_too(guide, detector, tmp_path):
+    path, _ = detector
+    network, judge = [guide[0], guide[2]], f"--discriminator={path}"
+    out = make(tmp_path / "out", *network, judge, "--seeds=0-19")
+    assert "until the detector's classifier takes them for right" in out and drawn(out) > 20
+    assert drawn(make(tmp_path / "all", *network, judge, "--seeds=0-19", "--noise_rate=0")) == 20
+
+
+@pytest.mark.parametrize(
+    "args", [["--dg_mode=constant"], ["--dg_mode=calibrated"], ["--dg_published=1"], ["--dg_weight_1st_order=1"]]
+)
+def test_the_classifier_of_a_detector_does_not_guide(guide, detector, tmp_path, args):
+    out = refuse(tmp_path / "out", guide[0], f"--discriminator={detector[0]}", *args)
+    assert "--discriminator" in out and "can reject images but not guide" in out
+
+
+def test_other_classifiers_do_not_reject(guide, detector, tmp_path):
+    path, parts = detector
+    for name in ("temp", "transition"):
+        persistence.save_snapshot(path, parts | dict(info={k: v for k, v in parts["info"].items() if k != name}))
+        out = refuse(tmp_path / "out", guide[0], f"--discriminator={path}")
+        assert f"{path.name}: is a classifier that cannot judge labels" in out and "detect_noise.py" in out
