@@ -89,17 +89,20 @@ class _Commands:
         model = self.train("train_noise.py", "tdsm", f"--cls={self.run('classifier')}")
         return f"{self.train('train_classifier.py', 'classifier', *noise)}\n{model}"
 
-    def sbdc(self) -> str:
-        classes = f"--class=0-{self.dataset.label_dim - 1}"
-        guide = [f"--network={self.run('baseline')}", f"--discriminator={self.run('discriminator')}"]
-        generate = [*guide, f"--outdir={self.run('sbdc')}", "--seeds=0-99", classes]
-        return "\n".join(
-            [
-                self.train("train.py", "baseline"),
-                self.train("train_discriminator.py", "discriminator", f"--label-path={self.labels}"),
-                shlex.join(["python", "generate.py", *generate]),
-            ]
-        )
+    @property
+    def classifier(self) -> str | None:
+        """Return the classifier that the detection has left beside the label file, if any."""
+        path = f"{os.path.splitext(self.labels)[0]}-classifier.pkl"
+        return path if os.path.exists(path) else None
+
+    def correct(self) -> str:
+        """Return how to correct the sampling of a trained model."""
+        commands = [self.train("train.py", "baseline")]
+        if not self.classifier:
+            commands.append(self.train("train_discriminator.py", "discriminator", f"--label-path={self.labels}"))
+        guide = [f"--network={self.run('baseline')}", f"--discriminator={self.classifier or self.run('discriminator')}"]
+        rest = [f"--outdir={self.run('corrected')}", "--seeds=0-99", f"--class=0-{self.dataset.label_dim - 1}"]
+        return "\n".join([*commands, shlex.join(["python", "generate.py", *guide, *rest])])
 
     def rduot(self, known: bool) -> str:
         known_outliers = [f"--outlier_data={self.labels}"] if known else []
@@ -159,12 +162,13 @@ def advise(dataset: ImageDataset, found: LabelFile, data: str, labels: str) -> t
             c.tdsm(found.transition is not None),
         ),
         Advice(
-            "SBDC",
-            "Leaves the model as it is. A discriminator has its images drawn anew until the label is right.",
+            "Rejection" if c.classifier else "SBDC",
+            f"Leaves the model as it is. {'The detector' if c.classifier else 'A discriminator'} has its images drawn "
+            "anew until the label is right.",
             "A model is trained already, and training again is too expensive. Leave out the first command then.",
-            f"{c.passes('train_discriminator.py'):,} training passes of the discriminator, besides the baseline's "
-            f"{model:,}; sampling takes 1 / (1 - noise rate) times as long",
-            c.sbdc(),
+            ("No" if c.classifier else f"{c.passes('train_discriminator.py'):,}")
+            + f" training passes besides the baseline's {model:,}; sampling takes 1 / (1 - noise rate) times as long",
+            c.correct(),
         ),
         Advice(
             "RDUOT",

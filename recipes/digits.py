@@ -73,6 +73,13 @@ def rows(outdir: str, only: Sequence[str]) -> list[Row]:
                 f"{baseline} {guide} {REJECTION}",
                 text="draw the baseline's images anew until the discriminator takes them for right",
             ),
+            Row(
+                "rejection",
+                "rejection by the detector",
+                ["baseline", "detect"],
+                f"{baseline} --discriminator={outdir}/detect/labels-classifier.pkl {REJECTION}",
+                text="the same by the detector's classifier, without another training",
+            ),
         ]
     if {"tdsm", "sbdc"} <= set(only):
         found.append(

@@ -117,12 +117,13 @@ RUNS = {
 
 @dataclass(frozen=True)
 class Kind:
-    """A row of the table: images of the network that a run trained, perhaps guided by SBDC's discriminator."""
+    """A row of the table: images of the network that a run trained, perhaps corrected by SBDC's discriminator."""
 
     title: str
     run: str = ""  # "": real images
     guidance: str = ""  # options of generate.py
     role: str = ""  # reports.finding.ORACLE, BASELINE or none
+    guide: str = "discriminator"  # the step whose network `guidance` means: this run, or "detect"
 
 
 # In the order of the plan: what matters most comes first.
@@ -138,6 +139,7 @@ ROWS = {
     "sbdc-constant": Kind("SBDC constant", "baseline", CONSTANT),
     "sbdc": Kind("SBDC calibrated", "baseline", "--dg_mode=calibrated"),
     "sbdc-rejection": Kind("SBDC by rejection", "baseline", REJECTION),
+    "rejection": Kind("rejection by the detector", "baseline", REJECTION, guide="detect"),
     "tdsm-paper": Kind("TDSM as published", "tdsm-paper"),
     "null": Kind("null", "null"),
     "tdsm-sbdc": Kind("TDSM + SBDC", "tdsm", AFTER_ANOTHER),
@@ -175,8 +177,9 @@ def rows(outdir: str, setting: str, chosen: Sequence[str]) -> dict[str, Row]:
             sampling = f"--network={outdir}/{place(kind.run, setting)}"
             training = needed(kind.run, setting)
             if kind.guidance:
-                sampling += f" --discriminator={outdir}/{place('discriminator', setting)} {kind.guidance}"
-                training += needed("discriminator", setting)
+                network = "/labels-classifier.pkl" if kind.guide == "detect" else ""
+                sampling += f" --discriminator={outdir}/{place(kind.guide, setting)}{network} {kind.guidance}"
+                training += needed(kind.guide, setting)
         trained = [place(name, setting) for name in dict.fromkeys(training) if name in ("detect", *RUNS)]
         found[key] = Row(place(key, setting), kind.title, trained, sampling, kind.role)
     return found
@@ -215,7 +218,7 @@ def plan(
             kind = ROWS[key]
             names = ["clean", "test", *([] if judge else ["judge"])]
             names += needed(kind.run, setting) if kind.run else [key.removeprefix("real-")]
-            names += needed("discriminator", setting) if kind.guidance else []
+            names += needed(kind.guide, setting) if kind.guidance else []
             for name in names:
                 add(commands.step(name, setting))
             for step in commands.evaluation(key, row, setting):

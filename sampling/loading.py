@@ -41,6 +41,7 @@ __all__ = [
 
 DEFAULT_WEIGHTS = {"constant": (2.0, 0.0), "calibrated": (1.0, 1.0)}  # of a step's first and second evaluation
 EVERYWHERE = (0.0, math.inf)  # the noise levels at which a discriminator corrects
+TINY = 1e-6  # smallest share of wrong or right labels that a detector's classifier is taken to have stated
 MODES = (*DEFAULT_WEIGHTS, "rejection")
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 LOWER = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -186,8 +187,9 @@ def _as_discriminator(path: str, net: torch.nn.Module, info: Mapping[str, Any]) 
             f"{path}: is a classifier that cannot judge labels; detect_noise.py makes one that can since version 0.2, "
             "and train_discriminator.py makes discriminators"
         )
-    rates = info["noise_rates"]
-    # Its logit holds the odds that the label is right. So the share of right pairs is that of right labels.
+    # Its logit holds the odds that the label is right, so the share of right pairs is that of right labels. They cancel
+    # out unless a rate is stated, and must not be infinite for it.
+    rates = [min(max(rate, TINY), 1 - TINY) for rate in info["noise_rates"]]
     facts = dict(noise_rates=rates, right_shares=[1 - rate for rate in rates], sigma=LOWEST_SIGMA, noisy_images=False)
     return TrainedDiscriminator(path, LabelJudge(net, torch.tensor(info["transition"]), float(info["temp"])), **facts)
 

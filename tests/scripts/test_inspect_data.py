@@ -128,7 +128,16 @@ def test_what_is_recommended(tmp_path, n, rate, foreign, resolution, best, words
     found.suggested_score = np.where(np.arange(n) % 7, 0.95, 0.6)
     shape = dict(resolution=resolution, num_channels=3, label_dim=CLASSES, class_names=None)
     path = str(make_archive(tmp_path / "it's mine.zip", pictures(1)))
-    rows, why = advise(SizedDataset(n, shape), found, path, "check/labels.npz")
+    labels = tmp_path / "labels.npz"
+    trained = tmp_path / "labels-classifier.pkl"
+    trained.touch()
+    corrected = advise(SizedDataset(n, shape), found, path, str(labels))[0][3]
+    assert corrected.method == "Rejection" and "train_discriminator" not in corrected.command
+    assert f"--discriminator={trained}" in corrected.command
+    check_commands(corrected.command)
+    trained.unlink()
+    rows, why = advise(SizedDataset(n, shape), found, path, str(labels))
+    assert rows[3].method == "SBDC" and "train_discriminator.py" in rows[3].command
     chosen = [row for row in rows if row.recommended]
     assert len(chosen) == 1 and chosen[0].method.startswith(best) and words in why
     assert f"About {found.noise_rate:.1%} of the labels are wrong" in why

@@ -24,7 +24,7 @@ def demo(tmp_path_factory):
 
 def test_report_is_complete(demo):
     outdir, output = demo
-    assert re.search(r"\[1/35\].* left", output) and "Report: " in output
+    assert re.search(r"\[1/37\].* left", output) and "Report: " in output
     html, markdown = (outdir / "report.html").read_text(), (outdir / "report.md").read_text()
     (finding,) = re.findall("<p class=.finding.>(.*?)</p>", html)
     assert re.search("oracle|No method helped", finding) and markdown.splitlines()[2] in output
@@ -38,6 +38,7 @@ def test_report_is_complete(demo):
         "SBDC constant",
         "SBDC calibrated",
         "SBDC by rejection",
+        "rejection by the detector",
         "TDSM + SBDC",
     ]
     assert all("n/a" not in row for row in rows) and "\n".join(table) in output
@@ -63,7 +64,7 @@ def test_second_call_goes_on_where_the_first_stopped(demo):
     del journal["seconds"]["tdsm-table"]
     (outdir / "quickstart.json").write_text(json.dumps(journal))
     result = CliRunner().invoke(quickstart.main, [f"--outdir={outdir}", "--minutes=0.01", "--seed=1", "--num=20"])
-    assert result.exit_code == 0 and re.findall(r"\[(\d+)/35\]", result.output) == ["26"]
+    assert result.exit_code == 0 and re.findall(r"\[(\d+)/37\]", result.output) == ["26"]
     assert (outdir / "report.html").exists()
 
 
