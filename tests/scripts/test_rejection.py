@@ -70,7 +70,7 @@ def detector(tmp_path):
     torch.manual_seed(1)
     net = ConvClassifier(img_resolution=8, img_channels=1, label_dim=3, model_channels=8).eval()
     T = transition_matrix("sym", 0.4, 3)
-    facts = dict(method="detector", posterior="clean", transition=T.tolist(), noise_rates=[0.4, 1e-12, 1.0], temp=0.05)
+    facts = dict(method="detector", posterior="clean", transition=T.tolist(), noise_rates=[0.4, 1e-12, 1.0], temp=0.5)
     parts = dict(ema=net, info=facts)
     persistence.save_snapshot(tmp_path / "labels-classifier.pkl", parts)
     return tmp_path / "labels-classifier.pkl", parts
