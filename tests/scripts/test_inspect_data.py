@@ -115,8 +115,8 @@ def noisy(n, rate, seed=0):
 
 @pytest.mark.parametrize("n, rate, foreign, resolution, best, words", [
     (2000, 0.02, 0.0, 16, "Leave", "2."),
-    (20000, 0.4, 0.0, 16, "Clean", "0.91"),
-    (2000, 0.4, 0.0, 8, "Clean", "1.08"),
+    (20000, 0.4, 0.0, 16, "Clean", "2.21"),
+    (2000, 0.4, 0.0, 8, "Clean", "1.07"),
     (2000, 0.02, 0.05, 16, "Clean", "loses little"),
     (2000, 0.0, 0.2, 8, "RDUOT", "4.3%"),
     (2000, 0.0, 0.2, 32, "Clean", "loses little"),
