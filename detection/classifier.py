@@ -21,6 +21,7 @@ from torch_utils import distributed
 from training.augment import shift_images
 from training.noise_levels import LOWEST_SIGMA
 from training.objectives.tdsm import clean_posterior
+from training.temperature import Temperature
 from training.transition_estimate import estimate_transition
 
 __all__ = [
@@ -118,12 +119,13 @@ def make_snapshot(
 ) -> dict[str, Any]:
     """Return the snapshot of a detector's classifier, with all that judging the label of any image needs. Collective.
 
-    `temp` divides its logits: at this temperature its answers state the rate of wrong labels that T implies, as
+    Its temperature is the one at which its answers state the rate of wrong labels that T implies, as
     `detection.bayes.judge` chooses it.
     """
     items = np.sort(np.random.default_rng(0).permutation(len(dataset))[:SAMPLE])
     log_probs = distributed.rows_to_rank0(log_posterior(net, dataset, device, items), len(items))
     temp = distributed.from_rank0(lambda: judge(log_probs.numpy(), dataset.labels[items], found.transition).temp)
     info = dict(method="detector", posterior="clean", class_names=dataset.class_names, version=dnnlib.__version__)
-    rates = dict(transition=found.transition.tolist(), noise_rates=found.per_class_noise_rate.tolist(), temp=temp)
-    return dict(ema=net, loss_fn=None, augment_pipe=None, dataset_kwargs=dataset.kwargs(), info=info | rates)
+    info |= dict(transition=found.transition.tolist(), noise_rates=found.per_class_noise_rate.tolist())
+    info |= dict(temperature=Temperature((math.log(temp),), LOWEST_SIGMA, LOWEST_SIGMA).plain())
+    return dict(ema=net, loss_fn=None, augment_pipe=None, dataset_kwargs=dataset.kwargs(), info=info)

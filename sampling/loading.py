@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 import dnnlib
+from archives.label_noise import check_matrix
 from sampling.evaluations import Stopwatch
 from sampling.guidance import AsPublished, Evidence, GatedGuidance, gated_discriminator
 from sampling.rejection import LabelJudge, Rejection
@@ -182,16 +183,19 @@ def load_discriminator(path: str, device: torch.device, *, trust_pickle: bool = 
 
 
 def _as_discriminator(path: str, net: torch.nn.Module, info: Mapping[str, Any]) -> TrainedDiscriminator:
-    if info.get("temp") is None or info.get("transition") is None:
+    rates, T, temperature = (info.get(name) for name in ("noise_rates", "transition", "temperature"))
+    if info.get("method") != "detector" or rates is None or T is None or temperature is None:
         raise dnnlib.UserError(
             f"{path}: is a classifier that cannot judge labels; detect_noise.py makes one that can since version 0.2, "
             "and train_discriminator.py makes discriminators"
         )
+    T = check_matrix(T, net.label_dim, f"{path}: its transition matrix")
+    temp = float(Temperature.read(temperature, path)(torch.tensor(LOWEST_SIGMA)))
     # Its logit holds the odds that the label is right, so the share of right pairs is that of right labels. They cancel
     # out unless a rate is stated, and must not be infinite for it.
-    rates = [min(max(rate, TINY), 1 - TINY) for rate in info["noise_rates"]]
+    rates = [min(max(float(rate), TINY), 1 - TINY) for rate in rates]
     facts = dict(noise_rates=rates, right_shares=[1 - rate for rate in rates], sigma=LOWEST_SIGMA, noisy_images=False)
-    return TrainedDiscriminator(path, LabelJudge(net, torch.tensor(info["transition"]), float(info["temp"])), **facts)
+    return TrainedDiscriminator(path, LabelJudge(net, torch.from_numpy(T), temp), **facts)
 
 
 def guide(

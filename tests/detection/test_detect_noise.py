@@ -89,11 +89,12 @@ def test_what_is_written_and_printed(data, detected):
     assert snapshot["ema"].label_dim == 3 and info["method"] == "detector"
     # What generate.py judges images by: at this temperature, the classifier states the rate that T implies.
     x = to_float(dataset.images(np.arange(120)))
-    log_probs = torch.log_softmax(snapshot["ema"](x) / info["temp"], dim=1)
+    temp = math.exp(info["temperature"]["coefficients"][0])
+    log_probs = torch.log_softmax(snapshot["ema"](x) / temp, dim=1)
     right = posterior_weights(log_probs, torch.tensor(info["transition"]), torch.from_numpy(dataset.labels))
     stated = 1 - right[range(120), dataset.labels].mean()
     assert float(stated) == pytest.approx(noise_rate(np.array(info["transition"]), dataset.labels), abs=0.02)
-    assert 0.2 < info["temp"] < 10 and info["noise_rates"] == pytest.approx(found.per_class_noise_rate)
+    assert 0.2 < temp < 10 and info["noise_rates"] == pytest.approx(found.per_class_noise_rate)
 
 
 def test_same_seed_same_file_other_seed_another(data, detected, tmp_path):

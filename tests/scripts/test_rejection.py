@@ -70,7 +70,8 @@ def detector(tmp_path):
     torch.manual_seed(1)
     net = ConvClassifier(img_resolution=8, img_channels=1, label_dim=3, model_channels=8).eval()
     T = transition_matrix("sym", 0.4, 3)
-    facts = dict(method="detector", posterior="clean", transition=T.tolist(), noise_rates=[0.4, 1e-12, 1.0], temp=0.5)
+    temperature = dict(coefficients=[-0.7], sigma_min=0.002, sigma_max=0.002)
+    facts = dict(method="detector", transition=T.tolist(), noise_rates=[0.4, 1e-12, 1.0], temperature=temperature)
     parts = dict(ema=net, info=facts)
     persistence.save_snapshot(tmp_path / "labels-classifier.pkl", parts)
     return tmp_path / "labels-classifier.pkl", parts
@@ -95,7 +96,11 @@ def test_the_classifier_of_a_detector_does_not_guide(guide, detector, tmp_path, 
 
 def test_other_classifiers_do_not_reject(guide, detector, tmp_path):
     path, parts = detector
-    for name in ("temp", "transition"):
+    for name in ("temperature", "transition", "noise_rates", "method"):
         persistence.save_snapshot(path, parts | dict(info={k: v for k, v in parts["info"].items() if k != name}))
         out = refuse(tmp_path / "out", guide[0], f"--discriminator={path}")
         assert f"{path.name}: is a classifier that cannot judge labels" in out and "detect_noise.py" in out
+    for name, value in (("temperature", 0.5), ("transition", [[0.5, 0.5]] * 2)):
+        persistence.save_snapshot(path, parts | dict(info=parts["info"] | {name: value}))
+        out = refuse(tmp_path / "out", guide[0], f"--discriminator={path}")
+        assert path.name in out and name in out
