@@ -29,8 +29,8 @@ TELL = 10  # pairs of classes that are named
 SOURCE = "The rules come from measurements on Fashion-MNIST and digits; your images may behave differently."
 MEASUREMENTS = (
     "With 40% of the labels wrong, class-wise FD on 60,000 images of Fashion-MNIST (16x16) was 2.20 after relabeling, "
-    "2.21 after dropping the images, 3.49 with TDSM, 5.45 with SBDC at its best, 21.6 without a cure and 2.42 with clean "
-    "labels; on 1,797 digits 1.03, 1.07, 1.21, 1.33, 5.7 and 0.99."
+    "2.21 after dropping the images, 3.49 with TDSM, 5.45 with SBDC at its best, 21.6 without a cure and 2.42 with "
+    "clean labels; on 1,797 digits 1.03, 1.07, 1.21, 1.33, 5.7 and 0.99."
 )
 
 
