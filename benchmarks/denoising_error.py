@@ -1,7 +1,8 @@
 """Measure how well networks denoise images whose class they are told, and print a table by noise level.
 
-For each network the mean of || D(x + n; sigma, class) - x ||^2 over images x that it has not seen, with their clean
-labels and the same noise n for all networks. It prints the first network's error, and by how much the others exceed it.
+For each network the mean of || D(x + n; sigma, class) - x ||^2 over images x that it has not seen, with the same noise
+n for all networks. The classes are the clean ones, also where an archive has wrong labels and records the clean ones.
+It prints the first network's error, and by how much the others exceed it.
 Where class-wise FD says that two models differ, this says at which noise levels.
 
 \b
@@ -16,6 +17,7 @@ import os
 
 import click
 import torch
+from torch.nn.functional import one_hot
 from tqdm import tqdm
 
 import dnnlib
@@ -58,16 +60,24 @@ def denoising_errors(
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto", help="Where to compute")
 def main(networks: tuple[str, ...], data: str, sigmas: list[float], num: int, seed: int, device: str) -> None:
     dataset, where = ImageDataset(data), distributed.init(device)
+    classes = dataset.labels if dataset.clean_labels is None else dataset.clean_labels
+    if classes is None:
+        raise dnnlib.UserError(f"{data}: has no class labels, one per image")
     items = torch.arange(min(num, len(dataset)))
     images = to_float(dataset.images(items)).to(where)
-    labels = dataset.onehot(items).to(where)
+    labels = one_hot(torch.as_tensor(classes)[items], dataset.label_dim).float().to(where)
     levels = " | ".join(f"sigma {sigma:g}" for sigma in sigmas)
     click.echo(f"| network | {levels} |\n" + "|---" * (len(sigmas) + 1) + "|")
     first = None
     for path in networks:
         net = load_denoiser(path, where)[0]
-        if net.label_dim != dataset.label_dim:
-            raise dnnlib.UserError(f"{path}: knows {net.label_dim} classes, {data} has {dataset.label_dim}")
+        for what, made, given in (
+            ("classes", net.label_dim, dataset.label_dim),
+            ("resolution", net.img_resolution, dataset.resolution),
+            ("channels", net.img_channels, dataset.num_channels),
+        ):
+            if made != given:
+                raise dnnlib.UserError(f"{path}: {what} {made}, but {data} has {given}")
         errors = denoising_errors(net, images, labels, sigmas, seed)
         first = first or errors
         cells = [f"{e:.5f}" if first is errors else f"{e / f - 1:+.1%}" for e, f in zip(errors, first, strict=True)]

@@ -16,7 +16,7 @@ from sampling.guidance import AsPublished, Evidence, GatedGuidance, gated_discri
 from sampling.rejection import LabelJudge, Rejection
 from torch_utils import checkpoint, persistence
 from torch_utils.distributed import print0
-from torch_utils.precision import tf32
+from torch_utils.precision import tf32, widest
 from training import (  # noqa: F401  They register classes.
     networks,
     networks_conv,
@@ -163,8 +163,8 @@ def load_discriminator(path: str, device: torch.device, *, trust_pickle: bool = 
     """
     snapshot = _load(path, trust_pickle, ("discriminator", "classifier"))
     info = snapshot.get("info") or {}
-    if snapshot["ema"].network_kind == "classifier":
-        return _as_discriminator(path, snapshot["ema"].to(device), info)
+    if getattr(snapshot["ema"], "network_kind", None) == "classifier":
+        return _as_discriminator(path, snapshot["ema"].to(device), info, device)
     options = info.get("options") or {}
     levels = options.get("noise_levels") or {}
     sigma = TrainedDiscriminator.sigma
@@ -182,20 +182,24 @@ def load_discriminator(path: str, device: torch.device, *, trust_pickle: bool = 
     )
 
 
-def _as_discriminator(path: str, net: torch.nn.Module, info: Mapping[str, Any]) -> TrainedDiscriminator:
+def _as_discriminator(
+    path: str, net: torch.nn.Module, info: Mapping[str, Any], device: torch.device
+) -> TrainedDiscriminator:
     rates, T, temperature = (info.get(name) for name in ("noise_rates", "transition", "temperature"))
     if info.get("method") != "detector" or rates is None or T is None or temperature is None:
         raise dnnlib.UserError(
             f"{path}: is a classifier that cannot judge labels; detect_noise.py makes one that can since version 0.2, "
             "and train_discriminator.py makes discriminators"
         )
-    T = check_matrix(T, net.label_dim, f"{path}: its transition matrix")
+    T = torch.from_numpy(check_matrix(T, net.label_dim, f"{path}: its transition matrix"))
+    if len(rates) != net.label_dim:
+        raise dnnlib.UserError(f"{path}: records {len(rates)} noise rates for {net.label_dim} classes")
     temp = float(Temperature.read(temperature, path)(torch.tensor(LOWEST_SIGMA)))
     # Its logit holds the odds that the label is right, so the share of right pairs is that of right labels. They cancel
     # out unless a rate is stated, and must not be infinite for it.
     rates = [min(max(float(rate), TINY), 1 - TINY) for rate in rates]
     facts = dict(noise_rates=rates, right_shares=[1 - rate for rate in rates], sigma=LOWEST_SIGMA, noisy_images=False)
-    return TrainedDiscriminator(path, LabelJudge(net, torch.from_numpy(T), temp), **facts)
+    return TrainedDiscriminator(path, LabelJudge(net, T.to(device, widest(device)), temp), **facts)
 
 
 def guide(

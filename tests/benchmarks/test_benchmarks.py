@@ -330,19 +330,22 @@ def test_the_costs_of_outliers_have_a_row_per_share(monkeypatch):
 
 def test_the_denoising_error_of_two_networks_in_closed_form(monkeypatch, tmp_path):
     class Shrink:  # answers with a share of the noisy image: E || a (x + n) - x ||^2 = (1 - a)^2 x^2 + a^2 sigma^2
-        label_dim = 3
+        label_dim, img_resolution, img_channels = 3, 8, 3
 
         def __init__(self, share):
-            self.share = share
+            self.share, self.classes = share, []
 
         def __call__(self, x, sigma, labels):
-            assert labels.shape == (len(x), 3) and labels.sum() == len(x)
+            self.classes += labels.argmax(dim=1).tolist()
             return self.share * x
 
     networks = {"runs/all": Shrink(1.0), "runs/half": Shrink(0.5)}
     monkeypatch.setattr(denoising_error, "load_denoiser", lambda path, device: (networks[path], None))
     images = synth.pictures(250)
-    data = synth.make_archive(tmp_path / "x.zip", images, (np.arange(250) % 3).tolist())
+    clean = (np.arange(250) % 3).tolist()
+    data = synth.make_archive(
+        tmp_path / "x.zip", images, [0] * 250, clean_labels=[[f"00000/img{i:08d}.png", c] for i, c in enumerate(clean)]
+    )
     args = [f"--data={data}", "--sigmas=0.5,2", "--num=230", "--device=cpu"]
     result = CliRunner().invoke(denoising_error.main, [*args, *networks])
     assert result.exit_code == 0, result.output
@@ -352,6 +355,11 @@ def test_the_denoising_error_of_two_networks_in_closed_form(monkeypatch, tmp_pat
     for a, b, sigma in zip(first[1:], second[1:], (0.5, 2), strict=True):
         assert float(a) == pytest.approx(sigma**2, rel=0.02)
         assert float(b.rstrip("%")) / 100 == pytest.approx((x + sigma**2) / 4 / sigma**2 - 1, abs=0.02)
-    networks["runs/half"].label_dim = 4
-    result = CliRunner().invoke(denoising_error.main, [*args, *networks])
-    assert "runs/half: knows 4 classes" in result.output
+    assert networks["runs/all"].classes == 2 * clean[:230]  # not the wrong labels
+    for name, words in (("label_dim", "classes"), ("img_resolution", "resolution"), ("img_channels", "channels")):
+        setattr(networks["runs/half"], name, 4)
+        result = CliRunner().invoke(denoising_error.main, [*args, *networks])
+        assert f"runs/half: {words} 4, but" in result.output
+        delattr(networks["runs/half"], name)
+    unlabeled = synth.make_archive(tmp_path / "u.zip", images)
+    assert "has no class labels" in CliRunner().invoke(denoising_error.main, [f"--data={unlabeled}", "x"]).output

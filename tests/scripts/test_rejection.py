@@ -100,7 +100,7 @@ def test_other_classifiers_do_not_reject(guide, detector, tmp_path):
         persistence.save_snapshot(path, parts | dict(info={k: v for k, v in parts["info"].items() if k != name}))
         out = refuse(tmp_path / "out", guide[0], f"--discriminator={path}")
         assert f"{path.name}: is a classifier that cannot judge labels" in out and "detect_noise.py" in out
-    for name, value in (("temperature", 0.5), ("transition", [[0.5, 0.5]] * 2)):
-        persistence.save_snapshot(path, parts | dict(info=parts["info"] | {name: value}))
+    for name, value in (("temperature", 0.5), ("transition", [[0.5, 0.5]] * 2), ("noise rates", [0.1])):
+        persistence.save_snapshot(path, parts | dict(info=parts["info"] | {name.replace(" ", "_"): value}))
         out = refuse(tmp_path / "out", guide[0], f"--discriminator={path}")
         assert path.name in out and name in out
