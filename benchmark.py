@@ -1,8 +1,8 @@
 """Compare all methods for wrong labels on Fashion-MNIST, by the commands that a user would run.
 
 It trains a judge, finds the wrong labels, trains with each method, makes images and measures them against the test
-images, what matters most first. The same command given again continues where the last one stopped. With --merge it
-runs nothing, and writes one page from several finished runs.
+images, what matters most first. The same command given again continues where the last one stopped. With other --rows
+or another --setting it adds to what is there. With --merge it runs nothing, and writes one page from several runs.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import dnnlib.cli
 from dnnlib.cli import FloatRange, NameList
 from quickstart import SCRIPTS
 from recipes import fashion, fashion_tables
-from recipes.steps import run_plan
+from recipes.steps import read_journal, run_plan
 from torch_utils import persistence
 
 EXAMPLES = """
@@ -67,7 +67,8 @@ def main(outdir: str, setting: list[str], rows: list[str], resolution: str, merg
     steps = fashion.plan(outdir, setting, rows, **options)
     made = {name: options[name] for name in ("resolution", "seed", "scale", "num")}
     run_plan(steps, SCRIPTS, outdir, options["scale"], dict(settings=setting, rows=rows) | made)
-    page = fashion_tables.write(outdir, fashion_tables.load(outdir), [f"python {step.command}" for step in steps])
+    commands = [f"python {step['command']}" for step in read_journal(outdir)["steps"]]
+    page = fashion_tables.write(outdir, fashion_tables.load(outdir), commands)
     click.echo(f"Tables: {page}")
 
 

@@ -45,7 +45,7 @@ PHI = click.Choice(list(CONJUGATES))
 @click.option("--tau", metavar="FLOAT", type=FloatRange(min=0), help="Weight of the transport cost; compare "
               "Potential/tau_cost with Potential/size in stats.jsonl  [default: 0.001; with --cost=robust 10]")
 @click.option("--cost", type=click.Choice(COSTS), default="pixels",
-              help="What the transport cost compares; robust finds outliers at any size")
+              help="What the transport cost compares; robust finds outliers at any size, and weighs training images")
 @click.option("--outlier_data", metavar="NPZ|CSV",
               help="Label file that says which images are foreign, in place of the archive's record")
 @click.option("--r1_gamma", metavar="FLOAT", type=FloatRange(min=0), default=0.02, help="Weight of the penalty R1")

@@ -154,7 +154,10 @@ def run_step(step: Step, scripts: Mapping[str, Any], log: str) -> None:
 
 
 class Journal:
-    """Records on disk which steps are done and how long each took, so that a second call continues."""
+    """Records on disk which steps are done and how long each took, so that a second call continues.
+
+    The plan may have grown since, or have fewer steps: those that are known by their names must have the same commands.
+    """
 
     def __init__(self, outdir: str, steps: list[dict], about: dict[str, Any] | None = None):
         self.path, self.steps, self.seconds, self.before = os.path.join(outdir, JOURNAL), steps, {}, {}
@@ -162,9 +165,13 @@ class Journal:
         if os.path.exists(self.path):
             known = safe_files.load_json(dnnlib.read_bytes(self.path), self.path)
             # The folder may have moved since, and its name be spelled otherwise.
-            if not isinstance(known, dict) or _placed(known, outdir) != steps:
+            before = _placed(known, outdir) if isinstance(known, dict) else {}
+            if not before or any(before.get(step["name"], step)["command"] != step["command"] for step in steps):
                 raise dnnlib.UserError(f"{outdir} holds a run with other options; choose another folder")
+            planned = {step["name"] for step in steps}
+            self.steps = [*(step for name, step in before.items() if name not in planned), *steps]
             self.seconds, self.before = known["seconds"], known.get("interrupted", {})
+            self.about = _united(known.get("about"), about)
         elif os.path.isdir(outdir) and os.listdir(outdir):
             raise dnnlib.UserError(f"{outdir} holds files that are not of a quickstart; choose another folder")
 
@@ -191,11 +198,21 @@ class Journal:
             json.dump(dict(outdir=self.outdir, steps=self.steps, seconds=self.seconds) | before | about, f, indent=1)
 
 
-def _placed(journal: dict, outdir: str) -> list[dict]:
-    """Return the steps of a journal as they would be in `outdir`, an empty list for what is no journal."""
+def _placed(journal: dict, outdir: str) -> dict[str, dict]:
+    """Return the steps of a journal by name as they would be in `outdir`, none for what is no journal."""
     try:
         there = journal.get("outdir", outdir)
         before, here = (f"={shlex.quote(folder)}/" for folder in (there, outdir))
-        return [step | dict(command=step["command"].replace(before, here)) for step in journal["steps"]]
+        return {s["name"]: s | dict(command=s["command"].replace(before, here)) for s in journal["steps"]}
     except (AttributeError, LookupError, TypeError):
-        return []
+        return {}
+
+
+def _united(before: dict[str, Any] | None, about: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Return `about`, with what its lists held before."""
+    if not before or not about:
+        return about
+    return {
+        name: [*dict.fromkeys([*before.get(name, []), *value])] if isinstance(value, list) else value
+        for name, value in about.items()
+    }

@@ -1,4 +1,4 @@
-"""What unbalanced transport is expected to leave out, from the costs of the training images alone.
+"""What unbalanced transport leaves out, from the costs of the training images alone.
 
 At the optimum (docs/methods/rduot.md, "What is left out") the potential is k + tau c on images that are made, and an
 image of cost c is made w(c) times as often as it is in the data:
@@ -14,26 +14,36 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
-__all__ = ["Group", "describe_costs", "expected_weights", "expensive_group"]
+__all__ = ["Group", "Selection", "describe_costs", "expensive_group"]
 
 LEAST = 20  # images of a group; fewer may be an accident
 VALLEY = 0.5  # a valley is at most this high, relative to the lower one of the tops beside it
 GRID, BINS, WIDTH = 512, 12, 40  # points of the density; bins of the histogram, and the length of its longest bar
 MUCH = 0.3  # a share to warn about
 
-Slope = Callable[[np.ndarray], np.ndarray]
+Slope = Callable[[torch.Tensor], torch.Tensor]
 
 
-def expected_weights(tau_cost: np.ndarray, slope1: Slope, slope2: Slope) -> np.ndarray:
-    """Return w [N] for the values tau c [N] of the training images; `slope1`, `slope2`: derivatives of Psi1*, Psi2*."""
-    low, high = -50.0 - float(tau_cost.max()), 50.0
-    for _ in range(100):  # the mean of w falls as k rises
-        k = (low + high) / 2
-        with np.errstate(over="ignore"):
-            w = slope2(-k - tau_cost) / np.maximum(slope1(np.array(k)), 1e-300)
-        low, high = (k, high) if w.mean() > 1 else (low, k)
-    return w / w.mean()
+class Selection:
+    """w(c) of images of cost c, once it has seen the costs of training images.
+
+    `slope1`, `slope2`: the derivatives of Psi1*, Psi2*.
+    """
+
+    def __init__(self, costs: np.ndarray, tau: float, slope1: Slope, slope2: Slope):
+        self.tau, self.slope1, self.slope2 = tau, slope1, slope2
+        costs = torch.from_numpy(np.ascontiguousarray(costs, dtype=np.float64))
+        low, high = -50.0 - tau * float(costs.max()), 50.0
+        for _ in range(100):  # the mean of w falls as k rises
+            self.k = (low + high) / 2
+            low, high = (self.k, high) if self(costs).mean() > 1 else (low, self.k)
+
+    def __call__(self, costs: torch.Tensor) -> torch.Tensor:
+        """Return w [n] of images of cost c [n]."""
+        one = torch.full_like(costs, self.k)
+        return self.slope2(-one - self.tau * costs) / self.slope1(one).clamp(min=1e-30)
 
 
 @dataclass
@@ -73,7 +83,7 @@ def expensive_group(values: np.ndarray) -> Group | None:
 def describe_costs(costs: np.ndarray, weights: np.ndarray, values: np.ndarray) -> tuple[list[str], dict[str, float]]:
     """Return lines about the costs [N] of training images, and the same as numbers by name.
 
-    `weights` [N]: of `expected_weights`; `values` [N]: what the costs come from, before a limit below which nothing
+    `weights` [N]: of a `Selection`; `values` [N]: what the costs come from, before a limit below which nothing
     costs. The lines are a histogram of the values, whether they form two groups, and the share expected to be left out.
     """
     edges = np.unique(np.linspace(*np.quantile(values, [0.005, 0.995]), BINS - 1))

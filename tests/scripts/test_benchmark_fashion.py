@@ -226,5 +226,8 @@ def test_a_tiny_run_is_complete_and_goes_on(tmp_path):
     del journal["seconds"]["sym40-baseline-table"]
     (tmp_path / "out/quickstart.json").write_text(json.dumps(journal))
     assert len(re.findall(r"^\[", succeed(*command), re.MULTILINE)) == 1
-    with pytest.raises(UserError, match="other options"):
-        benchmark.run_plan(fashion.plan(f"{tmp_path}/out", ["sym80"]), SCRIPTS, f"{tmp_path}/out", 1)
+    with pytest.raises(UserError, match="other options"):  # 5,000 images in place of 20
+        benchmark.run_plan(fashion.plan(f"{tmp_path}/out", ["sym40"]), SCRIPTS, f"{tmp_path}/out", 1)
+    assert "real images, clean labels" not in rows
+    succeed(*command[:-1], "--rows=real-clean")
+    assert {"real images, clean labels", *rows} <= set(read_rows(tmp_path / "out/report.md"))

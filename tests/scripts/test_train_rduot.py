@@ -130,6 +130,7 @@ def test_published_flags(data, tmp_path):
         phi2="softplus",
         cost="pixels",
         distance="features",
+        selects=False,
         tau=1e-3,
         r1_gamma=0.02,
         lazy_reg=15,
@@ -181,6 +182,7 @@ def test_other_methods_and_settings(data, tmp_path):
         )
         log = next((tmp_path / cost).iterdir()) / "log.txt"
         assert f"Transport cost ({cost})" in log.read_text() and f'"tau": {tau}' in log.read_text()
+        assert ("The cost leaves out" in log.read_text()) == (cost == "robust")
     snapshot = persistence.find_snapshot(str(run_dir))
     other = [f"--data={data}", f"--outdir={tmp_path}/b", "--duration=0.000008", *TINY, f"--transfer={snapshot}"]
     assert re.search(r"Transferred \d+ tensors", succeed(train_rduot, *other))

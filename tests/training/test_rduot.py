@@ -376,6 +376,31 @@ def test_the_first_step_logs_the_costs():
     assert not any(name.startswith("Cost/") for name in stats.reduce())
 
 
+def test_the_robust_cost_selects_among_the_training_images():
+    """An image that is left out teaches nothing, and generated images are not punished for being unusual."""
+    data = contrasts(0.2, 0.8)
+    selecting, plain = (make(data, cost="robust", selects=True, tau=tau) for tau in (10.0, 0.0))
+    images, labels, _, draws = batch(selecting)
+    stats, w = Stats(CPU), selecting.selection(selecting.cost(selecting.prepare(images, draws)[0], None, None))
+    for phase in ("loss", "potential_loss"):
+        first = () if phase == "loss" else (False,)
+        torch.testing.assert_close(
+            getattr(selecting, phase)(*first, images, labels, draws, stats),
+            getattr(plain, phase)(*first, images, labels, draws, stats) * w,
+        )
+    assert stats.reduce()["Selection/weight"]["mean"] == pytest.approx(float(w.mean()), rel=1e-5)
+    (line,) = selecting.finish("")
+    assert "The cost leaves out 29.7% of 64" in line and "6.2% of the clean images, 100.0% of the outliers" in line
+
+
+def test_a_run_that_punished_generated_images_goes_on_so():
+    objective = make(contrasts(0.2, 0.8), cost="robust", tau=10.0, selects=False)
+    assert objective.losses.tau == 10 and objective.losses.cost.kind == "robust"
+    images, labels, _, draws = batch(objective)
+    objective.loss(images, labels, draws, stats := Stats(CPU))
+    assert "Selection/weight" not in stats.reduce()
+
+
 def test_in_the_end_the_log_says_what_the_potential_prices_out(tmp_path):
     objective = make(contrasts(0.2, 0.8))
     drawn = []

@@ -5,6 +5,9 @@
 
 x_t, x_{t+1}: a training image after t and t + 1 steps of noise; x'_t: a sample of q(x_t | x'_0, x_{t+1}); c: the cost
 of transport; Psi*: the conjugates of what unbalanced transport pays for leaving images out (docs/methods/rduot.md).
+With a cost of x_0 alone it is known what they leave out. Then w(c(x_0)) of the training image weighs both losses of its
+pairs, and tau is 0 in them (`training.left_out`).
+
 Dao et al., ECCV 2024. The GAN of a few steps: Xiao et al., ICLR 2022; the objective: Choi et al., NeurIPS 2023.
 """
 
@@ -22,16 +25,17 @@ import torch
 from torch.nn.functional import logsigmoid, softplus
 
 from archives.dataset import ImageDataset, to_float
+from torch_utils import distributed
 from torch_utils.training_stats import Stats
 from training.config import RunConfig
-from training.left_out import describe_costs, expected_weights
+from training.left_out import Selection, describe_costs
 from training.networks_ddgan import GROUP, DDGANGenerator, Potential
 from training.noise_levels import DiffusionSteps
 from training.objective import Objective, Phase
 from training.objectives.dsm import without
 from training.objectives.posterior_labels import PosteriorLabels
 from training.trained_network import TrainedNetwork, cosine_decay, linear_rampup
-from training.transport_cost import TransportCost, spread
+from training.transport_cost import TransportCost, spread, squared_distance
 
 __all__ = ["CONJUGATES", "DDGAN", "GROUP", "RDUOT", "TransportLosses", "ema_halflife", "gradient_penalty"]
 
@@ -50,12 +54,13 @@ def chi_conjugate(x: torch.Tensor) -> torch.Tensor:
 CONJUGATES = {"linear": lambda x: x, "kl": torch.exp, "chi": chi_conjugate, "softplus": softplus}
 
 
-def slope(psi: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[np.ndarray], np.ndarray]:
+def slope(psi: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
     """Return the derivative of a conjugate."""
 
-    def derivative(x: np.ndarray) -> np.ndarray:
-        x = torch.from_numpy(np.asarray(x, dtype=np.float64)).requires_grad_()
-        return torch.autograd.grad(psi(x).sum(), x)[0].numpy()
+    @torch.enable_grad()
+    def derivative(x: torch.Tensor) -> torch.Tensor:
+        x = x.detach().requires_grad_()
+        return torch.autograd.grad(psi(x).sum(), x)[0]
 
     return derivative
 
@@ -107,7 +112,7 @@ class TransportLosses:
             tau_cost = self.tau * self.cost(fake_0, x_next, t)
         fake = potential(fake_t, t, x_next)
         loss = CONJUGATES[self.phi2](-real) + CONJUGATES[self.phi1](fake - tau_cost)
-        report = {"real": real, "fake": fake, "size": fake.abs(), "tau_cost": tau_cost}
+        report = {"real": real, "fake": fake, "size": fake.abs()} | ({"tau_cost": tau_cost} if self.tau else {})
         if penalize:
             report["r1"] = gradient_penalty(real, x_t)
             loss = loss + 0.5 * self.r1_gamma * report["r1"]
@@ -146,9 +151,14 @@ class RDUOT(Objective):
         self.train_indices = None if posterior_labels is None else posterior_labels.train_indices
         c = config.rduot
         self.steps = DiffusionSteps(c.num_timesteps, c.beta_min, c.beta_max, device, bool(c.geometric))
-        cost = TransportCost(c.cost, dataset, self.steps, device, by_pixels=c.distance == "pixels")
+        self.cost = TransportCost(c.cost, dataset, self.steps, device, by_pixels=c.distance == "pixels")
         self.cost_statistics: dict[str, float] = {}  # about the costs of the training images, not logged yet
-        self.losses = TransportLosses(self.steps, cost, c.tau, c.phi1, c.phi2, c.r1_gamma, self.log_sigmoid)
+        self.costs = distributed.from_rank0(self.cost.of_training) if c.tau > 0 else None
+        self.selection = None
+        if c.tau > 0:
+            self.selection = Selection(self.costs, c.tau, *(slope(CONJUGATES[phi]) for phi in (c.phi1, c.phi2)))
+        in_losses = (squared_distance, 0.0) if c.selects else (self.cost, c.tau)
+        self.losses = TransportLosses(self.steps, *in_losses, c.phi1, c.phi2, c.r1_gamma, self.log_sigmoid)
 
     def build(self) -> dict[str, TrainedNetwork]:
         """Create generator and potential."""
@@ -203,6 +213,15 @@ class RDUOT(Objective):
         self.cost_statistics = {}
         super().step(images, labels, nimg, stats, *args)
 
+    def weights(self, x_0: torch.Tensor, stats: Stats) -> torch.Tensor | float:
+        """Return what the losses of the pairs of training images [n,C,H,W] weigh, [n]; 1 where nothing is selected."""
+        if self.selection is None or not self.config.rduot.selects:
+            return 1.0
+        with torch.no_grad():
+            w = self.selection(self.cost(x_0, x_0, None))  # looks at x_0 alone
+        stats.add("Selection/weight", w)
+        return w
+
     def choose_labels(self, labels: torch.Tensor, draws: dict, stats: Stats) -> torch.Tensor:
         """Return the labels of a step [n,C], the same in both losses; zeros where a posterior leaves no label.
 
@@ -228,13 +247,14 @@ class RDUOT(Objective):
         loss, report = self.losses.potential(*nets, x_0, draws["potential"], penalize)
         for name, value in report.items():
             stats.add(f"Potential/{name}", value)
-        return loss
+        return loss * self.weights(x_0, stats)
 
     def loss(self, images: torch.Tensor, labels: torch.Tensor, draws: dict, stats: Stats) -> torch.Tensor:
         """Compute the loss [n] of the generator."""
         x_0, _ = self.prepare(images, draws)
         labels = self.choose_labels(labels, draws, stats)
-        return self.losses.generator(*self._with_labels(labels, "net"), x_0, draws["generator"])
+        loss = self.losses.generator(*self._with_labels(labels, "net"), x_0, draws["generator"])
+        return loss * self.weights(x_0, stats)
 
     def notes(self) -> list[str]:
         """Say what the training images cost, what is expected to be left out, and what becomes of the labels.
@@ -242,10 +262,9 @@ class RDUOT(Objective):
         When the archive records its outliers: also what these cost.
         """
         lines = [] if self.posterior_labels is None else self.posterior_labels.notes()
-        cost, tau = self.losses.cost, self.losses.tau
-        if tau > 0:
-            costs = cost.of_training()
-            w = expected_weights(tau * costs, *(slope(CONJUGATES[phi]) for phi in (self.losses.phi1, self.losses.phi2)))
+        cost, costs = self.cost, self.costs
+        if self.selection is not None:
+            w = self.selection(torch.from_numpy(costs)).numpy()
             found, self.cost_statistics = describe_costs(costs, w, cost.before_limit(costs))
             lines += [f"Transport cost ({cost.kind}) of {len(costs):,} training images:", *found]
         known = self.dataset.outliers
@@ -256,7 +275,7 @@ class RDUOT(Objective):
             cost.of_training(spread(mask.nonzero().flatten(), LOOK_AT)).mean() for mask in (~flags, flags)
         )
         lines.append(f"Transport cost ({cost.kind}), mean: {clean:.4g} for clean images, {outliers:.4g} for outliers")
-        if outliers <= clean and tau > 0:
+        if outliers <= clean and self.selection is not None:
             lines.append(
                 "Warning: the outliers cost less than the clean images, so unbalanced transport prefers them; "
                 "try another cost"
@@ -265,31 +284,23 @@ class RDUOT(Objective):
 
     @torch.no_grad()
     def finish(self, run_dir: str) -> list[str]:
-        """Say which training images the potential prices out, and draw the most expensive ones: `expensive.png`.
+        """Say which training images are left out, and draw the 64 most expensive ones: `expensive.png`.
 
-        The potential weighs a training image by Psi2*'(-D). One whose weight is less than half of the median is priced
-        out: hardly any image like it is made.
+        Where the cost selects, an image is left out if its weight is less than half of the largest one. Else the
+        potential prices it out, if Psi2*'(-D) is less than half of the median: hardly any image like it is made.
         """
         items = spread(torch.arange(len(self.dataset)), LOOK_AT)
-        # In random order, as in training: the potential sees how much the images of a group differ.
-        items = items[torch.randperm(len(items), generator=torch.Generator().manual_seed(0))]
-        generator = torch.Generator(self.device).manual_seed(0)
-        net, values = self.trained["potential"].net, []
-        for part in items.split(LOOK_AT // 8):
-            x_0 = to_float(self.dataset.images(part).to(self.device))
-            t = torch.zeros(len(x_0), dtype=torch.int64, device=self.device)
-            noise = [torch.randn(x_0.shape, generator=generator, device=self.device) for _ in range(2)]
-            x_t, x_next = self.steps.pair(x_0, t, *noise)
-            draws = dict(
-                items=part.to(self.device), label=torch.rand(len(part), generator=generator, device=self.device)
-            )
-            labels = self.choose_labels(self.dataset.onehot(part).to(self.device), draws, Stats(self.device))
-            values.append(net(x_t, t, x_next, labels).double().cpu())
-        price = torch.cat(values).numpy()
-        with torch.enable_grad():
-            weight = slope(CONJUGATES[self.losses.phi2])(-price)
-        out = weight < np.median(weight) / 2
-        line = f"The potential prices out {out.mean():.1%} of {len(items):,} training images"
+        if self.config.rduot.selects and self.selection is not None:
+            price = self.cost.of_training(items)
+            weight = self.selection(torch.from_numpy(price)).numpy()
+            out, line = weight < weight.max() / 2, "The cost leaves out"
+        else:
+            # In random order, as in training: the potential sees how much the images of a group differ.
+            items = items[torch.randperm(len(items), generator=torch.Generator().manual_seed(0))]
+            price = self.prices(items)
+            weight = slope(CONJUGATES[self.losses.phi2])(-torch.from_numpy(price)).numpy()
+            out, line = weight < np.median(weight) / 2, "The potential prices out"
+        line += f" {out.mean():.1%} of {len(items):,} training images"
         if self.dataset.outliers is not None:
             outlier = self.dataset.outliers[items.numpy()]
             shares = [
@@ -304,6 +315,22 @@ class RDUOT(Objective):
         path = os.path.join(run_dir, "expensive.png")
         self.draw_sheet(self.dataset.images(dearest).permute(0, 2, 3, 1).numpy(), path)
         return [f"{line}. The {len(dearest)} most expensive ones: {path}"]
+
+    def prices(self, items: torch.Tensor) -> np.ndarray:
+        """Return the potential of training images after no step of the diffusion, float64 [n]."""
+        generator = torch.Generator(self.device).manual_seed(0)
+        net, values = self.trained["potential"].net, []
+        for part in items.split(LOOK_AT // 8):
+            x_0 = to_float(self.dataset.images(part).to(self.device))
+            t = torch.zeros(len(x_0), dtype=torch.int64, device=self.device)
+            noise = [torch.randn(x_0.shape, generator=generator, device=self.device) for _ in range(2)]
+            x_t, x_next = self.steps.pair(x_0, t, *noise)
+            draws = dict(
+                items=part.to(self.device), label=torch.rand(len(part), generator=generator, device=self.device)
+            )
+            labels = self.choose_labels(self.dataset.onehot(part).to(self.device), draws, Stats(self.device))
+            values.append(net(x_t, t, x_next, labels).double().cpu())
+        return torch.cat(values).numpy()
 
     def loss_settings(self) -> dict[str, Any]:
         """Return the method's own settings."""
