@@ -40,12 +40,13 @@ PHI = click.Choice(list(CONJUGATES))
 @click.command(cls=dnnlib.cli.Command, help=__doc__, epilog=EXAMPLES + options.preset_help("train_rduot.py"))
 @options.run_options("train_rduot.py", duration=90.0, batch=256, dropout=0.0)
 @click.option("--method", type=click.Choice(list(METHODS)), default="rduot", help="The method, or its baseline")
-@click.option("--phi1", type=PHI, default="softplus", help="Conjugate on generated images; linear keeps all images")
-@click.option("--phi2", type=PHI, default="softplus", help="Conjugate on real images; linear keeps all images")
-@click.option("--tau", metavar="FLOAT", type=FloatRange(min=0), help="Weight of the transport cost; compare "
-              "Potential/tau_cost with Potential/size in stats.jsonl  [default: 0.001; with --cost=robust 10]")
+@click.option("--phi1", type=PHI, default="softplus", help="Conjugate on generated images")
+@click.option("--phi2", type=PHI, default="softplus", help="Conjugate on real images; linear leaves none out")
+@click.option("--tau", metavar="FLOAT", type=FloatRange(min=0), help="Weight of the transport cost. Compare "
+              "Potential/tau_cost with Potential/size in stats.jsonl; with --cost=robust, the run says before it "
+              "starts what is left out  [default: 0.001; with --cost=robust 10]")
 @click.option("--cost", type=click.Choice(COSTS), default="pixels",
-              help="What the transport cost compares; robust finds outliers at any size, and weighs training images")
+              help="What the transport cost compares; robust finds outliers at any size, and leaves them out at once")
 @click.option("--outlier_data", metavar="NPZ|CSV",
               help="Label file that says which images are foreign, in place of the archive's record")
 @click.option("--r1_gamma", metavar="FLOAT", type=FloatRange(min=0), default=0.02, help="Weight of the penalty R1")

@@ -53,7 +53,7 @@ def image_features(images: torch.Tensor) -> torch.Tensor:
             energy = block_means(fine.square(), band) - block_means(fine, band).square()
             parts.append(_log_contrast(block_means(energy, 4)))
     if x.shape[1] == 3:
-        color = x[:, [0, 2]] - x[:, [1]]
+        color = x[:, 0::2] - x[:, 1:2]
         parts += [block_means(color, 2), _log_contrast(block_means(color.square(), 2))]
     parts += [texture(block_means(gray, size)) for size in TEXTURES if size <= min(gray.shape[2:])]
     return torch.cat([part.flatten(1) for part in parts], dim=1)

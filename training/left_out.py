@@ -1,7 +1,7 @@
 """What unbalanced transport leaves out, from the costs of the training images alone.
 
-At the optimum (docs/methods/rduot.md, "What is left out") the potential is k + tau c on images that are made, and an
-image of cost c is made w(c) times as often as it is in the data:
+Where x_{t+1} says nothing about x_0, the potential is k + tau c on images that are made at the optimum, and an image of
+cost c is made w(c) times as often as it is in the data (docs/methods/rduot.md, "What is left out"):
 
     w(c) = Psi2*'(-k - tau c) / Psi1*'(k),    k such that the mean of w over the data is 1
 
@@ -44,6 +44,11 @@ class Selection:
         """Return w [n] of images of cost c [n]."""
         one = torch.full_like(costs, self.k)
         return self.slope2(-one - self.tau * costs) / self.slope1(one).clamp(min=1e-30)
+
+    def draw(self, costs: np.ndarray, seed: int) -> np.ndarray:
+        """Return which images of these costs [N] stay, bool [N]: each one with probability w / max w."""
+        w = self(torch.from_numpy(costs)).numpy()
+        return np.random.default_rng(seed % 2**32).random(len(w)) * w.max() < w
 
 
 @dataclass
@@ -92,7 +97,7 @@ def describe_costs(costs: np.ndarray, weights: np.ndarray, values: np.ndarray) -
     bars = ["#" * round(WIDTH * share) or ("." if share else "") for share in shares]
     lines = [f"  {name:>14s} {share:7.2%} {bar}" for name, share, bar in zip(names, shares, bars, strict=True)]
     group = expensive_group(values)
-    left_out = 1 - float(weights.mean() / weights.max())
+    left_out = 1 - float(weights.mean() / max(weights.max(), 1e-30))
     lines.append("  They form one group.")
     if group is not None:
         apart = f"{group.share:.1%} of the images, above {group.above:.3g}, are apart from the others"

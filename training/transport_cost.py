@@ -105,7 +105,10 @@ class TransportCost:
         items = self.sample if items is None else items
         generator = torch.Generator(self._device).manual_seed(0)
         costs = []
-        for _, x_0 in training_images(self._dataset, items, self._device):
+        chunks = training_images(self._dataset, items, self._device)
+        for _, x_0 in distributed.progress_bar(
+            iterable=chunks, total=-(-len(items) // CHUNK), desc="Costs", unit="chunk"
+        ):
             t = torch.randint(self._steps.num_timesteps, [len(x_0)], generator=generator, device=self._device)
             noise = [torch.randn(x_0.shape, generator=generator, device=self._device) for _ in range(2)]
             costs.append(self(x_0, self._steps.pair(x_0, t, *noise)[1], t).double().cpu())

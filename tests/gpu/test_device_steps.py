@@ -63,8 +63,10 @@ def discriminator(dataset, partners=None, transition=T, **changes):
     return DiscriminatorObjective(config, dataset, CUDA, transition=transition, partners=partners, **known)
 
 
-def rduot(dataset, cls=RDUOT, cost="pixels", **changes):
-    settings = dict(num_timesteps=4, beta_min=0.1, beta_max=20.0, phi1="softplus", phi2="softplus", cost=cost)
+def rduot(dataset, cls=RDUOT, cost="pixels", selects=False, **changes):
+    settings = dict(
+        num_timesteps=4, beta_min=0.1, beta_max=20.0, phi1="softplus", phi2="softplus", cost=cost, selects=selects
+    )
     settings |= dict(tau=0.01, r1_gamma=0.5, lazy_reg=2, schedule_nimg=None)
     config = make_config(
         method=cls.method,
@@ -104,6 +106,7 @@ OBJECTIVES = {
     "rduot, features": lambda d: rduot(d, cost="features"),
     "ddgan, standardized, in parts": lambda d: rduot(d, DDGAN, cost="standardized", batch_gpu=4),
     "rduot, robust": lambda d: rduot(d, cost="robust"),
+    "rduot, robust, selected": lambda d: rduot(d, cost="robust", selects=True),
 }
 
 

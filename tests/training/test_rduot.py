@@ -17,9 +17,11 @@ from tests.support.objectives import CPU
 from tests.support.paths import FIXTURES, ROOT
 from tests.support.rduot import Images, batch, make, step
 from torch_utils.training_stats import Stats
+from training.config import settle, to_dict
+from training.left_out import Selection
 from training.noise_levels import DiffusionSteps
 from training.objectives.posterior_labels import PosteriorLabels
-from training.objectives.rduot import CONJUGATES, ema_halflife, gradient_penalty
+from training.objectives.rduot import CONJUGATES, RDUOT, ema_halflife, gradient_penalty, slope
 from training.trained_network import cosine_decay
 from training.transport_cost import TransportCost, squared_distance
 
@@ -376,29 +378,50 @@ def test_the_first_step_logs_the_costs():
     assert not any(name.startswith("Cost/") for name in stats.reduce())
 
 
-def test_the_robust_cost_selects_among_the_training_images():
-    """An image that is left out teaches nothing, and generated images are not punished for being unusual."""
+def test_the_robust_cost_selects_among_the_training_images(tmp_path):
     data = contrasts(0.2, 0.8)
-    selecting, plain = (make(data, cost="robust", selects=True, tau=tau) for tau in (10.0, 0.0))
-    images, labels, _, draws = batch(selecting)
-    stats, w = Stats(CPU), selecting.selection(selecting.cost(selecting.prepare(images, draws)[0], None, None))
-    for phase in ("loss", "potential_loss"):
-        first = () if phase == "loss" else (False,)
-        torch.testing.assert_close(
-            getattr(selecting, phase)(*first, images, labels, draws, stats),
-            getattr(plain, phase)(*first, images, labels, draws, stats) * w,
-        )
-    assert stats.reduce()["Selection/weight"]["mean"] == pytest.approx(float(w.mean()), rel=1e-5)
-    (line,) = selecting.finish("")
-    assert "The cost leaves out 29.7% of 64" in line and "6.2% of the clean images, 100.0% of the outliers" in line
+    objective = make(data, cost="robust", selects=True, tau=10.0)
+    assert not set(objective.train_indices.tolist()) & set(np.flatnonzero(data.outliers))
+    assert objective.losses.tau == 0 and 40 < len(objective.train_indices) < 48
+    (line,) = (line for line in objective.notes() if line.startswith("The cost leaves out"))
+    assert "100.0% of the outliers" in line
+    drawn = []
+    objective.draw_sheet = lambda images, path: drawn.append(images)
+    assert "expensive" in objective.finish(str(tmp_path))[0]
+    order = drawn[0].astype(float).std(axis=(1, 2, 3))
+    assert order[:16].min() > order[16:].max()
+
+
+def test_images_that_cost_something_stay_in_proportion_to_their_weights():
+    selection = Selection(np.repeat([0.0, 0.1], [9000, 1000]), 10.0, *2 * [slope(CONJUGATES["softplus"])])
+    w = selection(torch.tensor([0.0, 0.1]))
+    kept = selection.draw(np.repeat([0.0, 0.1], [100, 100_000]), seed=0)
+    assert kept[:100].all() and kept[100:].mean() == pytest.approx(float(w[1] / w[0]), abs=0.01)
+    assert 0.2 < w[1] / w[0] < 0.6
+    assert (selection.draw(np.full(999, 0.1), 1) == selection.draw(np.full(999, 0.1), 1)).all()
+
+
+def test_with_posterior_labels_what_both_leave_is_learned():
+    data = contrasts(0.2, 0.8)
+    wrong = np.arange(64) % 2 == 0
+    classes = np.where(wrong, (data.labels + 1) % 4, data.labels)
+    labels = PosteriorLabels(compress(np.eye(4)[classes], data.labels), "drop", CPU)
+    config = make(data, cost="robust", selects=True, tau=10.0).config
+    both, alone = RDUOT(config, data, CPU, posterior_labels=labels), RDUOT(config, data, CPU)
+    assert set(both.train_indices.tolist()) == set(alone.train_indices.tolist()) - set(np.flatnonzero(wrong))
 
 
 def test_a_run_that_punished_generated_images_goes_on_so():
-    objective = make(contrasts(0.2, 0.8), cost="robust", tau=10.0, selects=False)
-    assert objective.losses.tau == 10 and objective.losses.cost.kind == "robust"
-    images, labels, _, draws = batch(objective)
-    objective.loss(images, labels, draws, stats := Stats(CPU))
-    assert "Selection/weight" not in stats.reduce()
+    config = make(contrasts(0.2, 0.8), cost="robust", tau=10.0, selects=False, distance="features").config
+    old = to_dict(config)
+    del old["rduot"]["selects"]
+    config.rduot.selects = None
+    settle(config, old)
+    objective = RDUOT(config, contrasts(0.2, 0.8), CPU)
+    assert objective.losses.tau == 10 and objective.losses.cost.kind == "robust" and objective.train_indices is None
+    config.rduot.selects = None
+    settle(config, None)
+    assert config.rduot.selects
 
 
 def test_in_the_end_the_log_says_what_the_potential_prices_out(tmp_path):
@@ -406,10 +429,10 @@ def test_in_the_end_the_log_says_what_the_potential_prices_out(tmp_path):
     drawn = []
     objective.draw_sheet = lambda images, path: drawn.append((images, path))
     objective.trained["potential"].net.forward = lambda x_t, t, x_next, labels: 20 * x_t.std(dim=(1, 2, 3)) - 8
-    (line,) = objective.finish(str(tmp_path))
+    line, picture = objective.finish(str(tmp_path))
     assert "prices out 25.0% of 64" in line and "0.0% of the clean images, 100.0% of the outliers" in line
     images, path = drawn[0]
-    assert images.shape == (64, 8, 8, 1) and path == str(tmp_path / "expensive.png") and path in line
+    assert images.shape == (64, 8, 8, 1) and path == str(tmp_path / "expensive.png") and path in picture
     order = images.astype(float).std(axis=(1, 2, 3))
     assert order[:16].min() > order[16:].max()
 

@@ -5,8 +5,8 @@
 
 x_t, x_{t+1}: a training image after t and t + 1 steps of noise; x'_t: a sample of q(x_t | x'_0, x_{t+1}); c: the cost
 of transport; Psi*: the conjugates of what unbalanced transport pays for leaving images out (docs/methods/rduot.md).
-With a cost of x_0 alone it is known what they leave out. Then w(c(x_0)) of the training image weighs both losses of its
-pairs, and tau is 0 in them (`training.left_out`).
+A cost of x_0 alone can act before training: images are left out at random so that each one stays with a probability in
+proportion to w(c(x_0)) (`training.left_out`), and tau is 0 in the losses.
 
 Dao et al., ECCV 2024. The GAN of a few steps: Xiao et al., ICLR 2022; the objective: Choi et al., NeurIPS 2023.
 """
@@ -34,6 +34,7 @@ from training.noise_levels import DiffusionSteps
 from training.objective import Objective, Phase
 from training.objectives.dsm import without
 from training.objectives.posterior_labels import PosteriorLabels
+from training.outlier_rule import common_items
 from training.trained_network import TrainedNetwork, cosine_decay, linear_rampup
 from training.transport_cost import TransportCost, spread, squared_distance
 
@@ -148,15 +149,20 @@ class RDUOT(Objective):
         """
         super().__init__(config, dataset, device)
         self.posterior_labels, self.draw_sheet = posterior_labels, draw_sheet
-        self.train_indices = None if posterior_labels is None else posterior_labels.train_indices
         c = config.rduot
         self.steps = DiffusionSteps(c.num_timesteps, c.beta_min, c.beta_max, device, bool(c.geometric))
         self.cost = TransportCost(c.cost, dataset, self.steps, device, by_pixels=c.distance == "pixels")
         self.cost_statistics: dict[str, float] = {}  # about the costs of the training images, not logged yet
-        self.costs = distributed.from_rank0(self.cost.of_training) if c.tau > 0 else None
-        self.selection = None
+        self.selection = self.selected = None
         if c.tau > 0:
-            self.selection = Selection(self.costs, c.tau, *(slope(CONJUGATES[phi]) for phi in (c.phi1, c.phi2)))
+            # By item; where nothing is selected, of the images that the log describes.
+            items = torch.arange(len(dataset)) if c.selects else self.cost.sample
+            self.costs = distributed.from_rank0(lambda: self.cost.of_training(items))
+            sample = self.costs[self.cost.sample] if c.selects else self.costs
+            self.selection = Selection(sample, c.tau, *(slope(CONJUGATES[phi]) for phi in (c.phi1, c.phi2)))
+            self.selected = self.selection.draw(self.costs, config.seed) if c.selects else None
+        chosen = None if self.selected is None else torch.from_numpy(np.flatnonzero(self.selected))
+        self.train_indices = common_items(chosen, None if posterior_labels is None else posterior_labels.train_indices)
         in_losses = (squared_distance, 0.0) if c.selects else (self.cost, c.tau)
         self.losses = TransportLosses(self.steps, *in_losses, c.phi1, c.phi2, c.r1_gamma, self.log_sigmoid)
 
@@ -213,15 +219,6 @@ class RDUOT(Objective):
         self.cost_statistics = {}
         super().step(images, labels, nimg, stats, *args)
 
-    def weights(self, x_0: torch.Tensor, stats: Stats) -> torch.Tensor | float:
-        """Return what the losses of the pairs of training images [n,C,H,W] weigh, [n]; 1 where nothing is selected."""
-        if self.selection is None or not self.config.rduot.selects:
-            return 1.0
-        with torch.no_grad():
-            w = self.selection(self.cost(x_0, x_0, None))  # looks at x_0 alone
-        stats.add("Selection/weight", w)
-        return w
-
     def choose_labels(self, labels: torch.Tensor, draws: dict, stats: Stats) -> torch.Tensor:
         """Return the labels of a step [n,C], the same in both losses; zeros where a posterior leaves no label.
 
@@ -247,14 +244,13 @@ class RDUOT(Objective):
         loss, report = self.losses.potential(*nets, x_0, draws["potential"], penalize)
         for name, value in report.items():
             stats.add(f"Potential/{name}", value)
-        return loss * self.weights(x_0, stats)
+        return loss
 
     def loss(self, images: torch.Tensor, labels: torch.Tensor, draws: dict, stats: Stats) -> torch.Tensor:
         """Compute the loss [n] of the generator."""
         x_0, _ = self.prepare(images, draws)
         labels = self.choose_labels(labels, draws, stats)
-        loss = self.losses.generator(*self._with_labels(labels, "net"), x_0, draws["generator"])
-        return loss * self.weights(x_0, stats)
+        return self.losses.generator(*self._with_labels(labels, "net"), x_0, draws["generator"])
 
     def notes(self) -> list[str]:
         """Say what the training images cost, what is expected to be left out, and what becomes of the labels.
@@ -262,11 +258,14 @@ class RDUOT(Objective):
         When the archive records its outliers: also what these cost.
         """
         lines = [] if self.posterior_labels is None else self.posterior_labels.notes()
-        cost, costs = self.cost, self.costs
+        cost = self.cost
         if self.selection is not None:
+            costs = self.costs if self.selected is None else self.costs[cost.sample]
             w = self.selection(torch.from_numpy(costs)).numpy()
             found, self.cost_statistics = describe_costs(costs, w, cost.before_limit(costs))
             lines += [f"Transport cost ({cost.kind}) of {len(costs):,} training images:", *found]
+        if self.selected is not None:
+            lines.append(f"The cost leaves out {self._shares(~self.selected, torch.arange(len(self.dataset)))}.")
         known = self.dataset.outliers
         if known is None or known.all() or not known.any():
             return lines
@@ -284,37 +283,39 @@ class RDUOT(Objective):
 
     @torch.no_grad()
     def finish(self, run_dir: str) -> list[str]:
-        """Say which training images are left out, and draw the 64 most expensive ones: `expensive.png`.
+        """Draw the 64 most expensive training images: `expensive.png`. Say which ones the potential prices out.
 
-        Where the cost selects, an image is left out if its weight is less than half of the largest one. Else the
-        potential prices it out, if Psi2*'(-D) is less than half of the median: hardly any image like it is made.
+        It prices an image out if Psi2*'(-D) is less than half of the median: hardly any image like it is made. Where
+        the cost has selected, the log has said before training which images are left out.
         """
         items = spread(torch.arange(len(self.dataset)), LOOK_AT)
-        if self.config.rduot.selects and self.selection is not None:
-            price = self.cost.of_training(items)
-            weight = self.selection(torch.from_numpy(price)).numpy()
-            out, line = weight < weight.max() / 2, "The cost leaves out"
+        if self.selected is not None:
+            price, lines = self.costs[items], []
         else:
             # In random order, as in training: the potential sees how much the images of a group differ.
             items = items[torch.randperm(len(items), generator=torch.Generator().manual_seed(0))]
             price = self.prices(items)
             weight = slope(CONJUGATES[self.losses.phi2])(-torch.from_numpy(price)).numpy()
-            out, line = weight < np.median(weight) / 2, "The potential prices out"
-        line += f" {out.mean():.1%} of {len(items):,} training images"
-        if self.dataset.outliers is not None:
-            outlier = self.dataset.outliers[items.numpy()]
-            shares = [
-                f"{out[mask].mean():.1%} of the {name}"
-                for name, mask in (("clean images", ~outlier), ("outliers", outlier))
-                if mask.any()
-            ]
-            line += f": {', '.join(shares)}"
+            lines = [f"The potential prices out {self._shares(weight < np.median(weight) / 2, items)}."]
         if self.draw_sheet is None:
-            return [f"{line}."]
+            return lines
         dearest = items[torch.from_numpy(np.argsort(-price)[:SHEET].copy())]
         path = os.path.join(run_dir, "expensive.png")
         self.draw_sheet(self.dataset.images(dearest).permute(0, 2, 3, 1).numpy(), path)
-        return [f"{line}. The {len(dearest)} most expensive ones: {path}"]
+        return [*lines, f"The {len(dearest)} most expensive training images: {path}"]
+
+    def _shares(self, out: np.ndarray, items: torch.Tensor) -> str:
+        """Return which share of training images is out (bool [n]), and of clean images and outliers, as text."""
+        text = f"{out.mean():.1%} of {len(items):,} training images"
+        if self.dataset.outliers is None:
+            return text
+        outlier = self.dataset.outliers[items.numpy()]
+        shares = [
+            f"{out[mask].mean():.1%} of the {name}"
+            for name, mask in (("clean images", ~outlier), ("outliers", outlier))
+            if mask.any()
+        ]
+        return f"{text}: {', '.join(shares)}"
 
     def prices(self, items: torch.Tensor) -> np.ndarray:
         """Return the potential of training images after no step of the diffusion, float64 [n]."""
