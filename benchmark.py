@@ -65,9 +65,9 @@ def main(outdir: str, setting: list[str], rows: list[str], resolution: str, merg
         with dnnlib.cli.blame("--judge"):
             check_judge(options["judge"], options["resolution"])  # before the work
     steps = fashion.plan(outdir, setting, rows, **options)
-    made = {name: options[name] for name in ("resolution", "seed", "scale", "num")}
-    run_plan(steps, SCRIPTS, outdir, options["scale"], dict(settings=setting, rows=rows) | made)
-    commands = [f"python {step['command']}" for step in read_journal(outdir)["steps"]]
+    run_plan(steps, SCRIPTS, outdir, options["scale"], dict(settings=setting, rows=rows) | options)
+    journal = read_journal(outdir)
+    commands = [f"python {step['command']}" for step in journal["steps"] if step["name"] in journal["seconds"]]
     page = fashion_tables.write(outdir, fashion_tables.load(outdir), commands)
     click.echo(f"Tables: {page}")
 

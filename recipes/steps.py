@@ -156,7 +156,8 @@ def run_step(step: Step, scripts: Mapping[str, Any], log: str) -> None:
 class Journal:
     """Records on disk which steps are done and how long each took, so that a second call continues.
 
-    The plan may have grown since, or have fewer steps: those that are known by their names must have the same commands.
+    With `about`, the plan may have grown since, or have fewer steps. The lists in `about` say what was asked for; all
+    else in it must be the same, and steps of the same name must have the same command.
     """
 
     def __init__(self, outdir: str, steps: list[dict], about: dict[str, Any] | None = None):
@@ -165,13 +166,12 @@ class Journal:
         if os.path.exists(self.path):
             known = safe_files.load_json(dnnlib.read_bytes(self.path), self.path)
             # The folder may have moved since, and its name be spelled otherwise.
-            before = _placed(known, outdir) if isinstance(known, dict) else {}
-            if not before or any(before.get(step["name"], step)["command"] != step["command"] for step in steps):
+            before = _placed(known, outdir)
+            if about:
+                self.steps, self.about = _joined(before, steps), _united(known, about)
+            if not (self.about and all(s in self.steps for s in steps) if about else before == steps):
                 raise dnnlib.UserError(f"{outdir} holds a run with other options; choose another folder")
-            planned = {step["name"] for step in steps}
-            self.steps = [*(step for name, step in before.items() if name not in planned), *steps]
             self.seconds, self.before = known["seconds"], known.get("interrupted", {})
-            self.about = _united(known.get("about"), about)
         elif os.path.isdir(outdir) and os.listdir(outdir):
             raise dnnlib.UserError(f"{outdir} holds files that are not of a quickstart; choose another folder")
 
@@ -198,21 +198,31 @@ class Journal:
             json.dump(dict(outdir=self.outdir, steps=self.steps, seconds=self.seconds) | before | about, f, indent=1)
 
 
-def _placed(journal: dict, outdir: str) -> dict[str, dict]:
-    """Return the steps of a journal by name as they would be in `outdir`, none for what is no journal."""
+def _placed(journal: Any, outdir: str) -> list[dict]:
+    """Return the steps of a journal as they would be in `outdir`, an empty list for what is no journal."""
     try:
         there = journal.get("outdir", outdir)
         before, here = (f"={shlex.quote(folder)}/" for folder in (there, outdir))
-        return {s["name"]: s | dict(command=s["command"].replace(before, here)) for s in journal["steps"]}
+        return [step | dict(command=step["command"].replace(before, here)) for step in journal["steps"]]
     except (AttributeError, LookupError, TypeError):
-        return {}
+        return []
 
 
-def _united(before: dict[str, Any] | None, about: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Return `about`, with what its lists held before."""
-    if not before or not about:
-        return about
-    return {
-        name: [*dict.fromkeys([*before.get(name, []), *value])] if isinstance(value, list) else value
-        for name, value in about.items()
-    }
+def _joined(before: list[dict], steps: list[dict]) -> list[dict]:
+    """Return the steps `before`, with those of `steps` that are new after them."""
+    names = {step["name"] for step in before}
+    return [*before, *(step for step in steps if step["name"] not in names)]
+
+
+def _united(journal: Any, about: dict[str, Any]) -> dict[str, Any] | None:
+    """Return `about`, its lists after those of a journal; None where anything else in it differs from the journal."""
+    known = journal.get("about") if isinstance(journal, dict) else None
+    if not isinstance(known, dict):
+        return None
+    found = {}
+    for name, value in about.items():
+        before = known.get(name, value)  # older journals know less
+        if type(before) is not type(value) or not isinstance(value, list) and before != value:
+            return None
+        found[name] = [*dict.fromkeys([*before, *value])] if isinstance(value, list) else value
+    return found

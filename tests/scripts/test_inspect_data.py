@@ -120,7 +120,7 @@ def noisy(n, rate, seed=0):
     (2000, 0.02, 0.05, 16, "Clean", "loses little"),
     (2000, 0.0, 0.2, 8, "RDUOT", "4.3%"),
     (2000, 0.0, 0.2, 32, "Clean", "loses little"),
-    (2000, 0.6, 0.0, 32, "Clean", "above 40%"),
+    (2000, 0.6, 0.0, 32, "Clean", "With 80% wrong"),
 ])  # fmt: skip
 def test_what_is_recommended(tmp_path, n, rate, foreign, resolution, best, words):
     clean, labels = noisy(n, rate)

@@ -125,21 +125,27 @@ def test_a_plan_may_grow(tmp_path):
     ran, out = [], str(tmp_path / "demo")
 
     class Script:
-        main = staticmethod(lambda args, standalone_mode: ran.append(args))
+        main = staticmethod(lambda args, standalone_mode: ran.append(args[0]))
 
-    def run(*names, rows):
-        plan = [steps.Step(name, name, 60, f"a.py {name}") for name in names]
-        steps.run_plan(plan, {"a.py": Script}, out, 1, dict(rows=rows, seed=0))
+    def run(*names, option="", **about):
+        plan = [steps.Step(name, name, 60, f"a.py {name}{option}") for name in names]
+        steps.run_plan(plan, {"a.py": Script}, out, 1, about)
 
-    run("train", "table", rows=["b"])
-    run("train", "other", rows=["a", "b"])
-    run("other", rows=["a"])
-    assert ran == [["train"], ["table"], ["other"]]
+    run("data", "train", "table", rows=["b"], seed=0)
+    run("data", "other", "train", rows=["a", "b"], seed=0)
+    run("other", rows=["a"], seed=0)
+    assert ran == ["data", "train", "table", "other"]
     journal = steps.read_journal(out)
     assert journal["about"] == dict(rows=["b", "a"], seed=0)
-    assert (
-        sorted(step["name"] for step in journal["steps"]) == sorted(journal["seconds"]) == ["other", "table", "train"]
-    )
+    assert [step["name"] for step in journal["steps"]] == ["data", "train", "table", "other"] == [*journal["seconds"]]
+    for name, changes in (("new", dict(seed=1)), ("new", dict(rows=3)), ("train", dict(option=" --x=2")), ("new", {})):
+        with pytest.raises(UserError, match="other options"):
+            run(name, **(dict(rows=["a"], seed=0) | changes) if changes else {})
+    path = tmp_path / "demo/quickstart.json"
+    for damaged in ('{"steps": 3}', '{"steps": [], "seconds": {}, "about": 3}', "[]"):
+        path.write_text(damaged)
+        with pytest.raises(UserError, match="other options"):
+            run("data", rows=["a"], seed=0)
 
 
 def test_a_quickstart_killed_in_its_first_step_goes_on(tmp_path):
