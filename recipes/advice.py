@@ -21,7 +21,7 @@ __all__ = ["advise", "name_confusable"]
 
 FEW_WRONG = 0.05  # share of wrong labels up to which labels stay as they are
 FEW_FOREIGN, MANY_FOREIGN = 0.01, 0.10  # shares of foreign images; above the second one `find_outliers` misses some
-MEASURED = 0.45  # shares of wrong labels up to here were found where 40% were wrong; above, 80% were measured
+MEASURED = 0.45  # the detector states up to so much where 40% are wrong; above, what was measured at 80% is said, too
 MEASURED_FOR = 15_000  # images; for more of them, the small presets' lengths grow in proportion
 SMALL = 16  # pixels; up to this side the presets for small images, which were measured on a CPU
 TELL = 10  # pairs of classes that are named

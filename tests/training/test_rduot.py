@@ -385,6 +385,8 @@ def test_the_robust_cost_selects_among_the_training_images(tmp_path):
     assert objective.losses.tau == 0 and 40 < len(objective.train_indices) < 48
     (line,) = (line for line in objective.notes() if line.startswith("The cost leaves out"))
     assert "100.0% of the outliers" in line
+    mean = objective.cost.of_training(torch.from_numpy(np.flatnonzero(data.outliers))).mean()
+    assert f"{mean:.4g} for outliers" in objective.notes()[-1]
     drawn = []
     objective.draw_sheet = lambda images, path: drawn.append(images)
     assert "expensive" in objective.finish(str(tmp_path))[0]

@@ -269,10 +269,11 @@ class RDUOT(Objective):
         known = self.dataset.outliers
         if known is None or known.all() or not known.any():
             return lines
-        flags = torch.from_numpy(known)
-        clean, outliers = (
-            cost.of_training(spread(mask.nonzero().flatten(), LOOK_AT)).mean() for mask in (~flags, flags)
-        )
+        if self.selected is not None:
+            clean, outliers = self.costs[~known].mean(), self.costs[known].mean()
+        else:
+            items = (spread(torch.from_numpy(mask).nonzero().flatten(), LOOK_AT) for mask in (~known, known))
+            clean, outliers = (cost.of_training(some).mean() for some in items)
         lines.append(f"Transport cost ({cost.kind}), mean: {clean:.4g} for clean images, {outliers:.4g} for outliers")
         if outliers <= clean and self.selection is not None:
             lines.append(
