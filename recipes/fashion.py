@@ -9,7 +9,20 @@ from dataclasses import dataclass, replace
 from recipes.steps import AFTER_ANOTHER, CONSTANT, REJECTION, Row, Step, evaluation, measurement
 from reports.finding import BASELINE, ORACLE
 
-__all__ = ["LONG_ROWS", "ROWS", "RUNS", "SETTINGS", "SHARED", "SIZES", "SOURCE", "place", "plan", "rows"]
+__all__ = [
+    "JUDGE",
+    "JUDGE_SEED",
+    "LONG_ROWS",
+    "ROWS",
+    "RUNS",
+    "SETTINGS",
+    "SHARED",
+    "SIZES",
+    "SOURCE",
+    "place",
+    "plan",
+    "rows",
+]
 
 SOURCE = "/usr/share/datasets/fashion-mnist"  # of Debian's package dataset-fashion-mnist
 JUDGE_SEED = 1000  # the judge is the same whatever the seed of the run, so that distances compare
@@ -85,10 +98,10 @@ def _tdsm(title: str, options: str, cost: float, classifier: str) -> Run:
 
 
 # At noise levels that hide nothing; fid.py asks the classifier at the lowest one.
-_JUDGE = "--P_mean=-5 --P_std=1 --dropout=0.3 --batch=128 --ema=0.05"
+JUDGE = "--P_mean=-5 --P_std=1 --dropout=0.3 --batch=128 --ema=0.05"
 
 RUNS = {
-    "judge": Run("train the judge on clean labels", "train_classifier.py", _JUDGE, ("clean",), 0.4, images=4.5),
+    "judge": Run("train the judge on clean labels", "train_classifier.py", JUDGE, ("clean",), 0.4, images=4.5),
     "oracle": Run("train on clean labels", "train.py", after=("clean",)),
     "baseline": Run("train the baseline", "train.py"),
     "posterior": _posterior("sample"),

@@ -8,9 +8,12 @@ neighbors (a random walk with restart: Page et al., 1999; Tong et al., ICDM 2006
     r = RESTART u + (1 - RESTART) P^T r,    u: uniform on the core; P[i,j] = 1/k for the k nearest neighbors j of i
 
 Those with N r > REACHED are the next core, until it stays as it is. Groups that the walk reaches faintly join it if
-they are not far from it, as rare kinds are not. Two more steps keep a fifth of foreign images that are all alike from
-being the center themselves: the search for the center thins dense places out, and groups that hardly anything connects
-with the rest are left out (the cut of least conductance: Shi and Malik, TPAMI 2000).
+they are not far from it, as rare kinds are not. A group of more than GROUP of the points that the walk does not reach
+gets a center of its own, from which the core grows as well.
+
+Two more steps keep a fifth of foreign images that are all alike from being the center themselves: the search for the
+center thins dense places out, and groups that hardly anything connects with the rest are left out (the cut of least
+conductance: Shi and Malik, TPAMI 2000).
 """
 
 from __future__ import annotations
@@ -46,16 +49,12 @@ def connected_core(x: np.ndarray, seed: int = 0) -> np.ndarray:
     rows = rows[:, :NEIGHBORS]
     edges = neighbor_graph(rows)
     apart = separate_groups(x, edges)
-    center = kept & ~apart
-    found = find_core(x[center], CENTER, starts=1, seed=seed)
-    distance = found.distance(x)
-    core = (distance <= np.quantile(distance[center], CENTER)) & ~apart
-    for _ in range(ROUNDS):
-        grown = (reached(rows, core) > REACHED) & ~apart
-        if not grown.any():
-            break
-        core, before = grown, core
-        if (core != before).sum() <= n / 1000:
+    core, left = np.zeros(n, dtype=bool), ~apart
+    while left.mean() > GROUP:  # larger groups are no outliers: each gets a center of its own
+        before = core
+        core = _grown(rows, core | _center(x, left, kept, seed), apart)
+        left = _largest_group(edges, ~core & ~apart)
+        if not (core & ~before).any():
             break
     for _ in range(JOINS):
         faint = (reached(rows, core) > FAINT) & ~apart & ~core
@@ -64,6 +63,34 @@ def connected_core(x: np.ndarray, seed: int = 0) -> np.ndarray:
             break
         core = core | joined
     return core
+
+
+def _center(x: np.ndarray, group: np.ndarray, kept: np.ndarray, seed: int) -> np.ndarray:
+    """Return which points of a group (bool [N]) are around its center, found among those that are `kept`, bool [N]."""
+    few = group & kept
+    distance = find_core(x[few], CENTER, starts=1, seed=seed).distance(x)
+    return group & (distance <= np.quantile(distance[few], CENTER))
+
+
+def _grown(rows: np.ndarray, core: np.ndarray, apart: np.ndarray) -> np.ndarray:
+    """Return the core, bool [N], once it reaches no more points that are not `apart`."""
+    for _ in range(ROUNDS):
+        grown = (reached(rows, core) > REACHED) & ~apart
+        if not grown.any():
+            break
+        core, before = grown, core
+        if (core != before).sum() <= len(core) / 1000:
+            break
+    return core
+
+
+def _largest_group(edges: csr_array, points: np.ndarray) -> np.ndarray:
+    """Return the largest connected group of `points`, bool [N]."""
+    largest, items = np.zeros_like(points), np.flatnonzero(points)
+    if len(items):
+        group = connected_components(edges[items][:, items], directed=False)[1]
+        largest[items[group == np.bincount(group).argmax()]] = True
+    return largest
 
 
 def neighbor_graph(rows: np.ndarray) -> csr_array:

@@ -82,6 +82,13 @@ def test_the_core_has_many_kinds_but_not_the_foreign_ones(share):
     assert connected_core(np.ones([100, 3])).any() and connected_core(rng.normal(size=[20, 3])).all()
 
 
+def test_a_large_group_that_nothing_connects_has_a_center_of_its_own():
+    """Two kinds far apart, and foreign points farther yet: the smaller kind is no outlier, since it is a third."""
+    x = np.concatenate([cloud(500, 0, 0), cloud(300, 9, 1), cloud(100, -9, 2, wide=0.5)])
+    core = connected_core(x)
+    assert min(core[:500].mean(), core[500:800].mean()) > 0.8 and core[800:].mean() <= 0.01
+
+
 def images(n, size, seed=0):
     coarse = torch.rand([n, 1, 8, 8], generator=torch.Generator().manual_seed(seed))
     return 2 * coarse.repeat_interleave(size // 8, 2).repeat_interleave(size // 8, 3) - 1
