@@ -52,16 +52,10 @@ def connected_core(x: np.ndarray, seed: int = 0) -> np.ndarray:
     core, left = np.zeros(n, dtype=bool), ~apart
     while left.mean() > GROUP:  # larger groups are no outliers: each gets a center of its own
         before = core
-        core = _grown(rows, core | _center(x, left, kept, seed), apart)
+        core = _joined(x, rows, edges, _grown(rows, core | _center(x, left, kept, seed), apart), apart)
         left = _largest_group(edges, ~core & ~apart)
         if not (core & ~before).any():
             break
-    for _ in range(JOINS):
-        faint = (reached(rows, core) > FAINT) & ~apart & ~core
-        joined = _near_groups(x, edges, core, faint)
-        if not joined.any():
-            break
-        core = core | joined
     return core
 
 
@@ -81,6 +75,17 @@ def _grown(rows: np.ndarray, core: np.ndarray, apart: np.ndarray) -> np.ndarray:
         core, before = grown, core
         if (core != before).sum() <= len(core) / 1000:
             break
+    return core
+
+
+def _joined(x: np.ndarray, rows: np.ndarray, edges: csr_array, core: np.ndarray, apart: np.ndarray) -> np.ndarray:
+    """Return the core, bool [N], with the groups that the walk reaches faintly and that are not far from it."""
+    for _ in range(JOINS):
+        faint = (reached(rows, core) > FAINT) & ~apart & ~core
+        joined = _near_groups(x, edges, core, faint)
+        if not joined.any():
+            break
+        core = core | joined
     return core
 
 
