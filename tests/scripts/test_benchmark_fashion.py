@@ -2,55 +2,31 @@
 
 import json
 import re
-import shlex
 
-import click
 import pytest
 
 import benchmark
 from dnnlib import UserError
-from quickstart import SCRIPTS
 from recipes import fashion, fashion_tables
 from recipes.fashion import LONG, LONG_ROWS, ROWS, SETTINGS
 from tests.support.commands import callers
+from tests.support.plans import check_order, options, parse
 from tests.support.published import make_idx
 from torch_utils.persistence import save_snapshot
 from training.networks_resnet import Classifier
 
 succeed, fail = callers(benchmark.main)
-READ = ("data", "network", "cls", "posterior", "label-path", "discriminator", "images", "detector", "judge", "test")
-WRITTEN = ("dest", "outdir", "out", "features")
-
-
-def options(step):
-    script, *words = shlex.split(step.command)
-    return script, [word for word in words if not word.startswith("--")], dict(
-        word[2:].partition("=")[::2] for word in words if word.startswith("--")
-    )  # fmt: skip
 
 
 @pytest.mark.parametrize("resolution", fashion.SIZES)
 def test_every_command_parses(tmp_path, resolution):
     outdir = f"{tmp_path}/a folder"
-    for step in fashion.plan(outdir, ["asym40", "instance40"], source=f"{tmp_path}/a source", resolution=resolution):
-        script, *words = shlex.split(step.command)
-        command = SCRIPTS[script].main
-        if isinstance(command, click.Group):
-            command, words = command.commands[words[0]], words[1:]
-        command.make_context(script, words)  # reads the options, runs nothing
+    parse(fashion.plan(outdir, ["asym40", "instance40"], source=f"{tmp_path}/a source", resolution=resolution))
 
 
 @pytest.mark.parametrize("judge", [None, "given/judge"])
 def test_a_step_reads_only_what_an_earlier_one_has_made(judge):
-    made = {"given/judge"}
-    for step in fashion.plan("out", [*SETTINGS], judge=judge):
-        _, _, given = options(step)
-        for name in READ:
-            if name in given:
-                assert given[name] in made, f"{step.name} reads {given[name]}"
-        made |= {given[name] for name in WRITTEN if name in given}
-        if step.command.startswith("detect_noise.py"):
-            made.add(given["dest"].replace(".npz", "-classifier.pkl"))
+    check_order(fashion.plan("out", [*SETTINGS], judge=judge), ["given/judge"])
 
 
 def test_no_row_is_left_out_and_the_most_important_ones_come_first():
@@ -227,7 +203,7 @@ def test_a_tiny_run_is_complete_and_goes_on(tmp_path):
     (tmp_path / "out/quickstart.json").write_text(json.dumps(journal))
     assert len(re.findall(r"^\[", succeed(*command), re.MULTILINE)) == 1
     with pytest.raises(UserError, match="other options"):  # 5,000 images in place of 20
-        benchmark.run_plan(fashion.plan(f"{tmp_path}/out", ["sym40"]), SCRIPTS, f"{tmp_path}/out", 1)
+        benchmark.run_plan(fashion.plan(f"{tmp_path}/out", ["sym40"]), benchmark.SCRIPTS, f"{tmp_path}/out", 1)
     assert "real images, clean labels" not in rows
     succeed(*command[:-1], "--rows=real-clean")
     assert {"real images, clean labels", *rows} <= set(read_rows(tmp_path / "out/report.md"))

@@ -1,0 +1,42 @@
+"""Test `python -m benchmarks.outlier_trainings`: its commands, and the archive of its judge."""
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from archives.dataset import ImageDataset
+from benchmarks.outlier_trainings import METHODS, SETS, Plan, number_outliers
+from dataset_tool import main as dataset_tool
+from tests.support.plans import check_order, parse
+
+
+def plan_of(outdir, judge):
+    plan = Plan(outdir, "a source", "mnist.npz", judge, seed=3)
+    if judge is None:
+        plan.train_judge()
+    for part in SETS:
+        for method in METHODS[part]:
+            plan.row(part, method)
+    return [*plan.steps.values()]
+
+
+@pytest.mark.parametrize("judge", [None, "other/judge"])
+def test_commands_parse_and_read_what_is_there(tmp_path, judge):
+    steps = plan_of(f"{tmp_path}/some where", judge)
+    kinds = [step for step in steps if step.name == "kinds"]
+    made = [step.command.split("'")[-2] for step in kinds]
+    assert len(made) == (judge is None)
+    others = [step for step in steps if step.name != "kinds"]
+    parse(others)
+    check_order(others, ["other/judge", "pixels", *made])
+
+
+def test_the_judges_archive_has_its_outliers_as_a_class(tmp_path):
+    data, dest = f"{tmp_path}/data.zip", f"{tmp_path}/kinds.npz"
+    args = ["--source=digits", "--outliers=photos", "--perturb_percent=20", f"--dest={data}", "--max-images=50"]
+    for command, words in ((dataset_tool, args), (number_outliers, [data, dest])):
+        assert CliRunner().invoke(command, words).exit_code == 0
+    source, arrays = ImageDataset(data), np.load(dest)
+    assert (arrays["labels"] == 10).tolist() == source.outliers.tolist() and source.outliers.sum() == 10
+    assert (arrays["labels"] == source.labels)[~source.outliers].all()
+    np.testing.assert_array_equal(arrays["images"], source.images(np.arange(50)))
