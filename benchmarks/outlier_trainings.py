@@ -6,8 +6,8 @@
   photos    photographs at 16x16, 10% of them replaced by digits
   labels    Fashion-MNIST with 5% digits of MNIST and 40% wrong labels: TDSM, with and without its outliers
 
-The table appears in docs/methods/rduot.md and docs/methods/tdsm.md. Runs take hours; the same command goes on where the
-last one stopped.
+The tables are in docs/methods/rduot.md. All sets take four hours on a core; the same command goes on where the last one
+stopped.
 
 \b
   python -m benchmarks.outlier_trainings --outdir=benchmark-outliers --mnist=downloads/mnist.npz
@@ -162,6 +162,8 @@ def main(
     tables = {
         f"{part} {method}": plan.row(part, method) for part in only for method in METHODS[part] if method in methods
     }
+    if not tables:
+        raise click.UsageError(f"--methods={','.join(methods)}: none of them is for --only={','.join(only)}")
     about = dict(sets=only, methods=methods, fashion=fashion, mnist=mnist or "", judge=judge or "", seed=seed)
     run_plan([*plan.steps.values()], SCRIPTS | {"kinds": SimpleNamespace(main=number_outliers)}, outdir, 1.0, about)
     click.echo("| trained on, by | " + " | ".join(METRICS) + " |\n" + "|---" * (len(METRICS) + 1) + "|")

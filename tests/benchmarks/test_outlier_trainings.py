@@ -5,7 +5,7 @@ import pytest
 from click.testing import CliRunner
 
 from archives.dataset import ImageDataset
-from benchmarks.outlier_trainings import METHODS, SETS, Plan, number_outliers
+from benchmarks.outlier_trainings import METHODS, SETS, Plan, main, number_outliers
 from dataset_tool import main as dataset_tool
 from tests.support.plans import check_order, parse
 
@@ -29,6 +29,12 @@ def test_commands_parse_and_read_what_is_there(tmp_path, judge):
     others = [step for step in steps if step.name != "kinds"]
     parse(others)
     check_order(others, ["other/judge", "pixels", *made])
+
+
+@pytest.mark.parametrize("words, message", [(["--methods=tdsm"], "--methods"), (["--only=clean"], "--mnist")])
+def test_a_choice_without_any_row_or_its_files_is_refused(tmp_path, words, message):
+    result = CliRunner().invoke(main, [f"--outdir={tmp_path}/out", "--only=photos", *words])
+    assert result.exit_code == 2 and message in result.output and not (tmp_path / "out").exists()
 
 
 def test_the_judges_archive_has_its_outliers_as_a_class(tmp_path):
