@@ -1,7 +1,8 @@
 """Train a diffusion model of a few steps by RDUOT, which leaves outlier images out, or its baseline DDGAN.
 
-Unbalanced optimal transport leaves out the images that are expensive to make from noise. When the archive records its
-outliers, or a label file names them, the run says before it starts whether they are the expensive ones.
+Unbalanced optimal transport leaves out the images that are expensive to make from noise; --cost=robust leaves out,
+before training, those that are far from what is usual in the set. When the archive records its outliers, or a label
+file names them, the run says before it starts whether they are the expensive ones.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ PHI = click.Choice(list(CONJUGATES))
 @click.option("--cost", type=click.Choice(COSTS), default="pixels",
               help="What the transport cost compares; robust finds outliers at any size, and leaves them out at once")
 @click.option("--outlier_data", metavar="NPZ|CSV",
-              help="Label file that says which images are foreign, in place of the archive's record")
+              help="Label file that says which images are foreign, in place of the archive's record. The run says what "
+              "they cost; nothing is left out by it")
 @click.option("--r1_gamma", metavar="FLOAT", type=FloatRange(min=0), default=0.02, help="Weight of the penalty R1")
 @click.option("--lazy_reg", metavar="STEPS", type=COUNT, default=15, help="Apply R1 every so many steps")
 @options.few_step_options()
@@ -56,6 +58,9 @@ PHI = click.Choice(list(CONJUGATES))
 # fmt: on
 def main(**opts) -> None:
     check_usage(opts)
+    preset = click.get_current_context().default_map or {}
+    if "--tau" not in dnnlib.cli.given_options() and opts["cost"] != preset.get("cost", opts["cost"]):
+        opts["tau"] = None  # the preset's is for its own cost
     if opts["method"] == "ddgan":
         opts |= BASELINE
 
@@ -64,9 +69,7 @@ def main(**opts) -> None:
             with blame("--outlier_data"):
                 dataset.outliers = load_outliers(opts["outlier_data"], dataset)
         labels = options.posterior_labels(config, dataset, device)
-        with blame(f"--cost={opts['cost']}"):
-            cls = METHODS[opts["method"]]
-            return cls(config, dataset, device, posterior_labels=labels, draw_sheet=save_grid)
+        return METHODS[opts["method"]](config, dataset, device, posterior_labels=labels, draw_sheet=save_grid)
 
     sizes = "--ngf, --t_emb_dim, --num_channels_dae, --ch_mult"
     sections = dict(posterior=options.posterior_settings(opts, "sample"))

@@ -164,7 +164,7 @@ def main(
     }
     if not tables:
         raise click.UsageError(f"--methods={','.join(methods)}: none of them is for --only={','.join(only)}")
-    about = dict(sets=only, methods=methods, fashion=fashion, mnist=mnist or "", judge=judge or "", seed=seed)
+    about = dict(sets=only, methods=methods, seed=seed)
     run_plan([*plan.steps.values()], SCRIPTS | {"kinds": SimpleNamespace(main=number_outliers)}, outdir, 1.0, about)
     click.echo("| trained on, by | " + " | ".join(METRICS) + " |\n" + "|---" * (len(METRICS) + 1) + "|")
     for name, path in tables.items():

@@ -10,17 +10,16 @@ Notation: anchors are up to ANCHORS images that stand for the set. z is a sign i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from scipy.special import ndtr
 
-from archives.dataset import ImageDataset, to_float
+from archives.dataset import ImageDataset
 from training.connected_core import nearest
-from training.core_distance import CoreDistance
-from training.image_features import image_features
+from training.core_distance import CoreDistance, features_in_chunks, read_features, robust_spread
 
 __all__ = ["FALSE_ALARMS", "Outliers", "find_outliers"]
 
@@ -34,7 +33,6 @@ NEAREST = 5  # distance to the core: that to this nearest anchor of the core
 CORE = 2.0  # anchors with a larger z are not in the core
 SPREAD = 0.4  # smallest deviation of the logarithm of what labels tell: less is accident
 KNOWN = 5.0  # labels count where they usually tell so many times the deviation of what shuffled ones seem to tell
-CHUNK = 1024  # images that are read and compared at a time
 
 
 @dataclass
@@ -56,7 +54,8 @@ def find_outliers(
     """Return which images of a data set are foreign. Mirrored copies are as foreign as their originals.
 
     features      further features of the images, [N,d] or [num_raw,d], such as a classifier's before its last layer;
-                  they count as much as those of `image_features`
+                  where labels tell something, they count as much as those of `image_features` together, else each
+                  one counts as much as one of these
     false_alarms  share of a set without foreign images that may at most be flagged
     seed          chooses the anchors
 
@@ -85,31 +84,32 @@ def find_outliers(
 def _scores_by_labels(
     dataset: ImageDataset, extra: np.ndarray, anchors: np.ndarray, rng: np.random.Generator
 ) -> np.ndarray | None:
-    space = Space(np.concatenate(list(_features(dataset, anchors))), extra[anchors], dataset.labels[anchors])
+    features = np.concatenate([*features_in_chunks(dataset, anchors)])
+    space = Space(features, extra[anchors], dataset.labels[anchors])
     points = np.concatenate([space.project(*rows) for rows in _all_features(dataset, extra)])
     return foreign_scores(points, anchors, dataset.labels, rng)
 
 
 def _scores_by_distance(dataset: ImageDataset, extra: np.ndarray, anchors: np.ndarray) -> np.ndarray:
-    known = np.concatenate([np.concatenate(list(_features(dataset, anchors))), extra[anchors]], axis=1)
-    found = CoreDistance(known.astype(np.float64))
-    joined = (torch.from_numpy(np.concatenate(rows, axis=1)) for rows in _all_features(dataset, extra))
-    distance = torch.cat([found.of_features(rows) for rows in joined]).double().numpy()
+    blocks = [read_features(dataset, anchors), *([extra[anchors].astype(np.float64)] if extra.shape[1] else [])]
+    scales = [robust_spread(block - np.median(block, axis=0)) for block in blocks]
+
+    def joined(rows: Sequence[np.ndarray]) -> np.ndarray:
+        return np.concatenate([block / scale for block, scale in zip(rows, scales, strict=False)], axis=1)
+
+    found = CoreDistance(joined(blocks))
+    parts = (torch.from_numpy(joined(rows)).float() for rows in _all_features(dataset, extra))
+    distance = torch.cat([found.of_features(rows) for rows in parts]).double().numpy()
     distance[anchors] = found.training  # an image is not its own neighbor
     return _deviations(np.log(np.maximum(distance, 1e-9))).astype(np.float32)
 
 
 def _all_features(dataset: ImageDataset, extra: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield the features of all images and the further ones, CHUNK images at a time."""
+    """Yield the features of all images and the further ones, a chunk of images at a time."""
     start = 0
-    for part in _features(dataset, np.arange(dataset.num_raw)):
+    for part in features_in_chunks(dataset, np.arange(dataset.num_raw)):
         yield part, extra[start : start + len(part)]
         start += len(part)
-
-
-def _features(dataset: ImageDataset, items: np.ndarray) -> Iterator[np.ndarray]:
-    for start in range(0, len(items), CHUNK):
-        yield image_features(to_float(dataset.images(items[start : start + CHUNK]))).numpy()
 
 
 class Space:
@@ -143,8 +143,7 @@ def _robust_scale(x: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.nda
     members = np.zeros([len(x), labels.max() + 1], np.float32)
     members[np.arange(len(x)), labels] = 1
     means = (members.T @ x) / np.maximum(members.sum(axis=0), 1)[:, None]
-    spread = 1.4826 * np.median(np.abs(x - means[labels]), axis=0)
-    return np.median(x, axis=0), np.maximum(spread, max(0.2 * float(spread.mean()), 1e-6))
+    return np.median(x, axis=0), robust_spread(x - means[labels])
 
 
 def foreign_scores(

@@ -165,8 +165,6 @@ class RDUOTConfig:
     geometric: bool | None = None  # noise schedule: the variance rises geometrically from beta_min to beta_max
     cost: str = "pixels"  # what the transport cost compares
     distance: str | None = settled(fresh="features", before="pixels")  # what the robust cost measures distances of
-    # A cost of x_0 alone leaves out training images, in place of punishing generated ones.
-    selects: bool | None = settled(fresh=lambda section: section.cost == "robust", before=False)
     tau: float | None = settled(fresh=lambda section: TAU.get(section.cost, 1e-3), before=1e-3)  # weight of the cost
     phi1: str = "softplus"  # conjugate on generated images
     phi2: str = "softplus"  # conjugate on real images

@@ -7,9 +7,9 @@ neighbors (a random walk with restart: Page et al., 1999; Tong et al., ICDM 2006
 
     r = RESTART u + (1 - RESTART) P^T r,    u: uniform on the core; P[i,j] = 1/k for the k nearest neighbors j of i
 
-Those with N r > REACHED are the next core, until it stays as it is. Groups that the walk reaches faintly join it if
-they are not far from it, as rare kinds are not. A group of more than GROUP of the points that the walk does not reach
-gets a center of its own, from which the core grows as well.
+Those with N r > REACHED are the next core, and so on until it no longer changes. Groups that the walk reaches faintly
+join it if they are not far from it, as rare kinds are not. A group of more than GROUP of the points that the walk does
+not reach gets a center of its own, from which the core grows as well.
 
 Two more steps keep a fifth of foreign images that are all alike from being the center themselves: the search for the
 center thins dense places out, and groups that hardly anything connects with the rest are left out (the cut of least
@@ -17,6 +17,8 @@ conductance: Shi and Malik, TPAMI 2000).
 """
 
 from __future__ import annotations
+
+import math
 
 import numpy as np
 import torch
@@ -26,7 +28,7 @@ from scipy.sparse.linalg import ArpackNoConvergence, eigsh
 
 from training.robust_core import find_core, whitened
 
-__all__ = ["connected_core", "nearest", "neighbor_graph", "reached", "separate_groups", "thinned"]
+__all__ = ["FEW", "connected_core", "nearest", "neighbor_graph", "reached", "separate_groups", "thinned"]
 
 NEIGHBORS, NEARBY = 10, 20  # neighbors of the walk, and of the search for dense places
 CENTER = 0.5  # share of the thinned points that the search for the center takes for the core
@@ -50,18 +52,17 @@ def connected_core(x: np.ndarray, seed: int = 0) -> np.ndarray:
     edges = neighbor_graph(rows)
     apart = separate_groups(x, edges)
     core, left = np.zeros(n, dtype=bool), ~apart
-    while left.mean() > GROUP:  # larger groups are no outliers: each gets a center of its own
-        before = core
+    for _ in range(math.ceil(1 / GROUP)):
         core = _joined(x, rows, edges, _grown(rows, core | _center(x, left, kept, seed), apart), apart)
         left = _largest_group(edges, ~core & ~apart)
-        if not (core & ~before).any():
+        if left.mean() <= GROUP:  # larger groups are no outliers: each gets a center of its own
             break
     return core
 
 
 def _center(x: np.ndarray, group: np.ndarray, kept: np.ndarray, seed: int) -> np.ndarray:
     """Return which points of a group (bool [N]) are around its center, found among those that are `kept`, bool [N]."""
-    few = group & kept
+    few = group & kept if (group & kept).any() else group
     distance = find_core(x[few], CENTER, starts=1, seed=seed).distance(x)
     return group & (distance <= np.quantile(distance[few], CENTER))
 

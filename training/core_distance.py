@@ -9,6 +9,8 @@ among themselves. So d = 1 is the limit of what is usual, whatever the images an
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 
@@ -18,9 +20,10 @@ from training.connected_core import USUAL, connected_core, nearest
 from training.image_features import image_features
 from training.robust_core import whitened
 
-__all__ = ["CoreDistance", "read_features"]
+__all__ = ["CoreDistance", "features_in_chunks", "read_features", "robust_spread"]
 
 LIMIT = 4.0  # features count up to so many deviations, so that no single one decides
+COPY = 0.01  # a distance of at most this share of the largest one is that of a copy
 CHUNK = 512  # images that are processed at a time
 
 
@@ -33,8 +36,7 @@ class CoreDistance:
 
     def __init__(self, features: np.ndarray, seed: int = 0):
         center = np.median(features, axis=0)
-        spread = 1.4826 * np.median(np.abs(features - center), axis=0)
-        spread = np.maximum(spread, max(0.2 * float(spread.mean()), 1e-6))
+        spread = robust_spread(features - center)
         z = np.clip((features - center) / spread, -LIMIT, LIMIT)
         self.core = connected_core(z, seed)
         points, mean, axes = whitened(z, self.core)
@@ -44,7 +46,8 @@ class CoreDistance:
         if not self.core.all():
             self.training[~self.core] = nearest(points[~self.core], members, 1)[1][:, 0]
         among = self.training[self.core]
-        among = among[(among > 0) & np.isfinite(among)]  # copies of an image say nothing about what is usual
+        among = among[np.isfinite(among)]
+        among = among[among > COPY * among.max(initial=0.0)]  # copies of an image say nothing about what is usual
         usual = float(np.quantile(among, USUAL)) if len(among) else 1.0
         self.training = np.square(self.training / usual)
 
@@ -70,7 +73,21 @@ class CoreDistance:
         return (points - anchors[closest]).square().sum(dim=1)
 
 
+def robust_spread(deviations: np.ndarray) -> np.ndarray:
+    """Return the robust standard deviation [d] of features, given their deviations [N,d] from what is usual.
+
+    Of features that hardly vary it is 0.2 times the mean of all.
+    """
+    spread = 1.4826 * np.median(np.abs(deviations), axis=0)
+    return np.maximum(spread, max(0.2 * float(spread.mean()), 1e-6))
+
+
+def features_in_chunks(dataset: ImageDataset, items: np.ndarray) -> Iterator[np.ndarray]:
+    """Yield the features of some images of a data set, float32 [n,d], CHUNK images at a time."""
+    for start in range(0, len(items), CHUNK):
+        yield image_features(to_float(dataset.images(items[start : start + CHUNK]))).numpy()
+
+
 def read_features(dataset: ImageDataset, items: np.ndarray) -> np.ndarray:
     """Return the features of some images of a data set, float64 [n,d]."""
-    parts = [items[start : start + CHUNK] for start in range(0, len(items), CHUNK)]
-    return np.concatenate([image_features(to_float(dataset.images(part))).numpy() for part in parts]).astype(np.float64)
+    return np.concatenate([*features_in_chunks(dataset, items)]).astype(np.float64)

@@ -17,6 +17,7 @@ COSTS = ("pixels", "standardized", "features", "robust")
 SAMPLE = 4096  # Statistics come from at most this many training images.
 CHUNK = 512  # images that are processed at a time
 CORE, CORE_ROUNDS, FREE = 0.75, 10, 4  # of version 0.1: share of the core, rounds at most, distance that costs nothing
+LEAST = 0.05  # d^2 that the log tells apart; copies of an image have none
 FLOOR = 0.3  # smallest deviation, relative to the mean deviation: where images are all alike, it says too little
 
 
@@ -43,6 +44,9 @@ class TransportCost:
         self.kind, self.net, self.distance, self.axes = kind, None, None, None
         self._dataset, self._steps, self._device = dataset, steps, device
         self.sample = spread(torch.arange(len(dataset)), SAMPLE)
+        if kind == "robust" and not by_pixels:  # at random, since sets may repeat their classes at regular distances
+            chosen = np.random.default_rng(0).permutation(len(dataset))[:SAMPLE]
+            self.sample = torch.from_numpy(np.sort(chosen))
         if kind == "features":
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)  # the same network in every run
@@ -111,7 +115,7 @@ class TransportCost:
         ):
             t = torch.randint(self._steps.num_timesteps, [len(x_0)], generator=generator, device=self._device)
             noise = [torch.randn(x_0.shape, generator=generator, device=self._device) for _ in range(2)]
-            costs.append(self(x_0, self._steps.pair(x_0, t, *noise)[1], t).double().cpu())
+            costs.append(self(x_0, self._steps.pair(x_0, t, *noise)[1], t).cpu().double())
         costs = torch.cat(costs).numpy()
         if self.distance is not None:
             place = np.searchsorted(self.sample, items).clip(max=len(self.sample) - 1)
@@ -121,7 +125,7 @@ class TransportCost:
 
     def before_limit(self, costs: np.ndarray) -> np.ndarray:
         """Return ln d^2 of the images of `sample` for `robust`, whose cost is 0 below 0; the costs themselves else."""
-        return costs if self.distance is None else np.log(np.maximum(self.distance.training, 1e-6))
+        return costs if self.distance is None else np.log(np.maximum(self.distance.training, LEAST))
 
 
 def pixel_core(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

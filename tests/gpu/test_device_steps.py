@@ -63,10 +63,8 @@ def discriminator(dataset, partners=None, transition=T, **changes):
     return DiscriminatorObjective(config, dataset, CUDA, transition=transition, partners=partners, **known)
 
 
-def rduot(dataset, cls=RDUOT, cost="pixels", selects=False, **changes):
-    settings = dict(
-        num_timesteps=4, beta_min=0.1, beta_max=20.0, phi1="softplus", phi2="softplus", cost=cost, selects=selects
-    )
+def rduot(dataset, cls=RDUOT, cost="pixels", **changes):
+    settings = dict(num_timesteps=4, beta_min=0.1, beta_max=20.0, phi1="softplus", phi2="softplus", cost=cost)
     settings |= dict(tau=0.01, r1_gamma=0.5, lazy_reg=2, schedule_nimg=None)
     config = make_config(
         method=cls.method,
@@ -106,13 +104,11 @@ OBJECTIVES = {
     "rduot, features": lambda d: rduot(d, cost="features"),
     "ddgan, standardized, in parts": lambda d: rduot(d, DDGAN, cost="standardized", batch_gpu=4),
     "rduot, robust": lambda d: rduot(d, cost="robust"),
-    "rduot, robust, selected": lambda d: rduot(d, cost="robust", selects=True),
 }
 
 
 # What the others cover in parts runs in make test-long.
 REPEATED = ("dsm", "dsm, bf16", "dsm, vp", "dsm, ve", "tdsm", "classifier, no T, fp16", "discriminator", "rduot, bf16")
-REPEATED += ("rduot, robust",)
 
 
 @pytest.mark.parametrize(

@@ -69,8 +69,10 @@ def test_presets_reach_the_configuration(preset, data):
     assert config["total_nimg"] == round(preset.options["duration"] * 1e6)
     compared = 0
     for name, place in PLACES.items():
-        if name in preset.options and not (name == "tau" and preset.script == "train_rduot.py"):
+        if name in preset.options:
             value = config
+            if preset.script == "train_rduot.py" and name == "tau":
+                place = ("rduot", "tau")
             for key in place:
                 value = value[key]
             assert value == preset.options[name], name
@@ -86,6 +88,13 @@ def test_options_override_presets(data):
     # A preset's length gives way to a number of epochs, its cost to the baseline.
     config = configuration("train_rduot.py", data, "--preset=photos", "--num_epoch=3", "--method=ddgan")
     assert config["total_nimg"] == 96 and config["rduot"]["cost"] == "pixels" and config["rduot"]["tau"] == 0
+
+
+def test_a_presets_weight_of_the_cost_goes_with_its_own_cost(data):
+    cases = [([], 0.001), (["--cost=robust"], 10), (["--cost=robust", "--tau=3"], 3), (["--cost=standardized"], 0.001)]
+    for args, tau in cases:
+        assert configuration("train_rduot.py", data, "--preset=cifar10", *args)["rduot"]["tau"] == tau
+    assert configuration("train_rduot.py", data, "--preset=celeba64", "--cost=features")["rduot"]["tau"] == 0.001
 
 
 def test_help_shows_presets_with_their_results():

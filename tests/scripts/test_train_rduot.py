@@ -130,7 +130,6 @@ def test_published_flags(data, tmp_path):
         phi2="softplus",
         cost="pixels",
         distance="features",
-        selects=False,
         tau=1e-3,
         r1_gamma=0.02,
         lazy_reg=15,

@@ -17,7 +17,6 @@ from tests.support.objectives import CPU
 from tests.support.paths import FIXTURES, ROOT
 from tests.support.rduot import Images, batch, make, step
 from torch_utils.training_stats import Stats
-from training.config import settle, to_dict
 from training.left_out import Selection
 from training.noise_levels import DiffusionSteps
 from training.objectives.posterior_labels import PosteriorLabels
@@ -380,7 +379,7 @@ def test_the_first_step_logs_the_costs():
 
 def test_the_robust_cost_selects_among_the_training_images(tmp_path):
     data = contrasts(0.2, 0.8)
-    objective = make(data, cost="robust", selects=True, tau=10.0)
+    objective = make(data, cost="robust", tau=10.0)
     assert not set(objective.train_indices.tolist()) & set(np.flatnonzero(data.outliers))
     assert objective.losses.tau == 0 and 40 < len(objective.train_indices) < 48
     (line,) = (line for line in objective.notes() if line.startswith("The cost leaves out"))
@@ -408,22 +407,21 @@ def test_with_posterior_labels_what_both_leave_is_learned():
     wrong = np.arange(64) % 2 == 0
     classes = np.where(wrong, (data.labels + 1) % 4, data.labels)
     labels = PosteriorLabels(compress(np.eye(4)[classes], data.labels), "drop", CPU)
-    config = make(data, cost="robust", selects=True, tau=10.0).config
+    config = make(data, cost="robust", tau=10.0).config
     both, alone = RDUOT(config, data, CPU, posterior_labels=labels), RDUOT(config, data, CPU)
     assert set(both.train_indices.tolist()) == set(alone.train_indices.tolist()) - set(np.flatnonzero(wrong))
 
 
-def test_a_run_that_punished_generated_images_goes_on_so():
-    config = make(contrasts(0.2, 0.8), cost="robust", tau=10.0, selects=False, distance="features").config
-    old = to_dict(config)
-    del old["rduot"]["selects"]
-    config.rduot.selects = None
-    settle(config, old)
-    objective = RDUOT(config, contrasts(0.2, 0.8), CPU)
-    assert objective.losses.tau == 10 and objective.losses.cost.kind == "robust" and objective.train_indices is None
-    config.rduot.selects = None
-    settle(config, None)
-    assert config.rduot.selects
+def test_a_state_keeps_the_selection_and_a_class_that_loses_most_of_its_images_is_named():
+    data = contrasts(0.2, 0.8)
+    one, other = make(data, cost="robust", tau=10.0), make(data, cost="robust", tau=10.0)
+    one._choose_items(data.labels != 2)  # as another version might select
+    assert not torch.equal(one.train_indices, other.train_indices)
+    other.load_state_dict(one.state_dict())
+    assert torch.equal(one.train_indices, other.train_indices)
+    line = next(line for line in other.notes() if line.startswith("Warning: most images of these classes"))
+    assert line.count("%") == 1 and " 2 (100%)." in line
+    assert not any(line.startswith("Warning: most") for line in make(data, cost="robust", tau=10.0).notes())
 
 
 def test_in_the_end_the_log_says_what_the_potential_prices_out(tmp_path):

@@ -28,6 +28,7 @@ from archives.dataset import ImageDataset, to_float
 from torch_utils import distributed
 from torch_utils.training_stats import Stats
 from training.config import RunConfig
+from training.connected_core import FEW
 from training.left_out import Selection, describe_costs
 from training.networks_ddgan import GROUP, DDGANGenerator, Potential
 from training.noise_levels import DiffusionSteps
@@ -41,6 +42,7 @@ from training.transport_cost import TransportCost, spread, squared_distance
 __all__ = ["CONJUGATES", "DDGAN", "GROUP", "RDUOT", "TransportLosses", "ema_halflife", "gradient_penalty"]
 
 LOOK_AT, SHEET = 2048, 64  # training images that the log looks at, at most; images of the picture
+MOST, LISTED = 0.5, 10  # a class loses most of its images; so many of such classes are named
 FINAL_LR = 1e-5  # the learning rates decay to this
 EMA_RAMPUP = 0.25  # longest half-life of the EMA as a share of the images seen: a GAN's weights circle
 
@@ -150,21 +152,47 @@ class RDUOT(Objective):
         super().__init__(config, dataset, device)
         self.posterior_labels, self.draw_sheet = posterior_labels, draw_sheet
         c = config.rduot
+        selects = c.cost == "robust" and c.distance != "pixels" and c.tau > 0
         self.steps = DiffusionSteps(c.num_timesteps, c.beta_min, c.beta_max, device, bool(c.geometric))
         self.cost = TransportCost(c.cost, dataset, self.steps, device, by_pixels=c.distance == "pixels")
         self.cost_statistics: dict[str, float] = {}  # about the costs of the training images, not logged yet
-        self.selection = self.selected = None
+        self.selection = None
         if c.tau > 0:
             # By item; where nothing is selected, of the images that the log describes.
-            items = torch.arange(len(dataset)) if c.selects else self.cost.sample
-            self.costs = distributed.from_rank0(lambda: self.cost.of_training(items))
-            sample = self.costs[self.cost.sample] if c.selects else self.costs
+            self.costs = self.costs_of(torch.arange(len(dataset)) if selects else self.cost.sample)
+            sample = self.costs[self.cost.sample] if selects else self.costs
             self.selection = Selection(sample, c.tau, *(slope(CONJUGATES[phi]) for phi in (c.phi1, c.phi2)))
-            self.selected = self.selection.draw(self.costs, config.seed) if c.selects else None
-        chosen = None if self.selected is None else torch.from_numpy(np.flatnonzero(self.selected))
-        self.train_indices = common_items(chosen, None if posterior_labels is None else posterior_labels.train_indices)
-        in_losses = (squared_distance, 0.0) if c.selects else (self.cost, c.tau)
+        self._choose_items(self.selection.draw(self.costs, config.seed) if selects else None)
+        in_losses = (squared_distance, 0.0) if selects else (self.cost, c.tau)
         self.losses = TransportLosses(self.steps, *in_losses, c.phi1, c.phi2, c.r1_gamma, self.log_sigmoid)
+
+    def _choose_items(self, selected: np.ndarray | None) -> None:
+        """Train on the images that the cost has selected (bool [N]; None: on all), where the posterior keeps them."""
+        self.selected = selected
+        items = None if selected is None else torch.from_numpy(np.flatnonzero(selected))
+        others = None if self.posterior_labels is None else self.posterior_labels.train_indices
+        self.train_indices = common_items(items, others)
+
+    def costs_of(self, items: torch.Tensor) -> np.ndarray:
+        """Return the costs of training images, float64 [n]; each process looks at its share. Collective."""
+        mine = items[list(distributed.share(len(items)))]
+        found = distributed.together(lambda: self.cost.of_training(mine))
+        return np.concatenate(distributed.all_gather_object(found))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a training state holds, with the images that the cost has selected.
+
+        Another version or another machine might select others, and a continued run would not be the same run.
+        """
+        kept = {} if self.selected is None else dict(selected=torch.from_numpy(np.packbits(self.selected)))
+        return super().state_dict() | kept
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from what `state_dict` returned."""
+        super().load_state_dict(state)
+        if self.selected is not None and "selected" in state:
+            bits = np.unpackbits(state["selected"].numpy(), count=len(self.selected))
+            self._choose_items(bits.astype(bool))
 
     def build(self) -> dict[str, TrainedNetwork]:
         """Create generator and potential."""
@@ -263,9 +291,11 @@ class RDUOT(Objective):
             costs = self.costs if self.selected is None else self.costs[cost.sample]
             w = self.selection(torch.from_numpy(costs)).numpy()
             found, self.cost_statistics = describe_costs(costs, w, cost.before_limit(costs))
-            lines += [f"Transport cost ({cost.kind}) of {len(costs):,} training images:", *found]
+            name = cost.kind if cost.distance is None else f"{cost.kind}: ln d^2; what is below 0 costs nothing"
+            lines += [f"Transport cost ({name}) of {len(costs):,} training images:", *found]
         if self.selected is not None:
             lines.append(f"The cost leaves out {self._shares(~self.selected, torch.arange(len(self.dataset)))}.")
+            lines += self._warnings()
         known = self.dataset.outliers
         if known is None or known.all() or not known.any():
             return lines
@@ -282,6 +312,24 @@ class RDUOT(Objective):
             )
         return lines
 
+    def _warnings(self) -> list[str]:
+        """Say what a selection cannot know, or of which classes it leaves little."""
+        if len(self.dataset) < FEW:
+            return [f"Warning: of fewer than {FEW} images none can be told from the others, so all stay"]
+        labels, names = self.dataset.labels, self.dataset.class_names
+        if labels is None:
+            return []
+        number = np.bincount(labels)
+        out = np.bincount(labels, ~self.selected, minlength=len(number)) / np.maximum(number, 1)
+        few = [f"{names[k] if names else k} ({out[k]:.0%})" for k in np.flatnonzero(out > MOST)]
+        if not few:
+            return []
+        others = f" and {len(few) - LISTED} others" if len(few) > LISTED else ""
+        return [
+            f"Warning: most images of these classes are left out: {', '.join(few[:LISTED])}{others}. "
+            "Are they foreign? expensive.png will show the most expensive ones"
+        ]
+
     @torch.no_grad()
     def finish(self, run_dir: str) -> list[str]:
         """Draw the 64 most expensive training images: `expensive.png`. Say which ones the potential prices out.
@@ -289,10 +337,10 @@ class RDUOT(Objective):
         It prices an image out if Psi2*'(-D) is less than half of the median: hardly any image like it is made. Where
         the cost has selected, the log has said before training which images are left out.
         """
-        items = spread(torch.arange(len(self.dataset)), LOOK_AT)
         if self.selected is not None:
-            price, lines = self.costs[items], []
+            items, price, lines = torch.arange(len(self.dataset)), self.costs, []
         else:
+            items = spread(torch.arange(len(self.dataset)), LOOK_AT)
             # In random order, as in training: the potential sees how much the images of a group differ.
             items = items[torch.randperm(len(items), generator=torch.Generator().manual_seed(0))]
             price = self.prices(items)
@@ -300,10 +348,10 @@ class RDUOT(Objective):
             lines = [f"The potential prices out {self._shares(weight < np.median(weight) / 2, items)}."]
         if self.draw_sheet is None:
             return lines
-        dearest = items[torch.from_numpy(np.argsort(-price)[:SHEET].copy())]
+        shown = items[torch.from_numpy(np.argsort(-price)[:SHEET].copy())]
         path = os.path.join(run_dir, "expensive.png")
-        self.draw_sheet(self.dataset.images(dearest).permute(0, 2, 3, 1).numpy(), path)
-        return [*lines, f"The {len(dearest)} most expensive training images: {path}"]
+        self.draw_sheet(self.dataset.images(shown).permute(0, 2, 3, 1).numpy(), path)
+        return [*lines, f"The {len(shown)} most expensive of {len(items):,} training images: {path}"]
 
     def _shares(self, out: np.ndarray, items: torch.Tensor) -> str:
         """Return which share of training images is out (bool [n]), and of clean images and outliers, as text."""
@@ -331,7 +379,7 @@ class RDUOT(Objective):
                 items=part.to(self.device), label=torch.rand(len(part), generator=generator, device=self.device)
             )
             labels = self.choose_labels(self.dataset.onehot(part).to(self.device), draws, Stats(self.device))
-            values.append(net(x_t, t, x_next, labels).double().cpu())
+            values.append(net(x_t, t, x_next, labels).cpu().double())
         return torch.cat(values).numpy()
 
     def loss_settings(self) -> dict[str, Any]:
