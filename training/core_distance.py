@@ -23,7 +23,7 @@ from training.robust_core import whitened
 __all__ = ["CoreDistance", "features_in_chunks", "read_features", "robust_spread"]
 
 LIMIT = 4.0  # features count up to so many deviations, so that no single one decides
-COPY = 0.01  # a distance of at most this share of the largest one is that of a copy
+COPY = 0.01  # images at a distance of so few deviations are copies
 CHUNK = 512  # images that are processed at a time
 
 
@@ -42,12 +42,12 @@ class CoreDistance:
         points, mean, axes = whitened(z, self.core)
         self.training = np.empty(len(z))
         members = points[self.core]
-        self.training[self.core] = nearest(members, members, 1, own=np.arange(len(members)))[1][:, 0]
+        two = nearest(members, members, 2, own=np.arange(len(members)))[1]
+        self.training[self.core] = two[:, 0]
         if not self.core.all():
             self.training[~self.core] = nearest(points[~self.core], members, 1)[1][:, 0]
-        among = self.training[self.core]
-        among = among[np.isfinite(among)]
-        among = among[among > COPY * among.max(initial=0.0)]  # copies of an image say nothing about what is usual
+        among = np.where(two[:, 0] > COPY, two[:, 0], two[:, -1])  # a copy says nothing about what is usual
+        among = among[(among > COPY) & np.isfinite(among)]
         usual = float(np.quantile(among, USUAL)) if len(among) else 1.0
         self.training = np.square(self.training / usual)
 

@@ -26,7 +26,7 @@ def test_every_command_parses(tmp_path, resolution):
 
 @pytest.mark.parametrize("judge", [None, "given/judge"])
 def test_a_step_reads_only_what_an_earlier_one_has_made(judge):
-    check_order(fashion.plan("out", [*SETTINGS], judge=judge), ["given/judge"])
+    check_order(fashion.plan("out", [*SETTINGS], judge=judge), ["given/judge", fashion.SOURCE])
 
 
 def test_no_row_is_left_out_and_the_most_important_ones_come_first():

@@ -79,7 +79,15 @@ def test_the_core_has_many_kinds_but_not_the_foreign_ones(share):
     core = connected_core(np.concatenate([clean, foreign]))
     assert core[1000:].mean() <= 0.01
     assert min(core[:1000][kind == k].mean() for k in range(6)) > 0.5
-    assert connected_core(np.ones([100, 3])).any() and connected_core(rng.normal(size=[20, 3])).all()
+    assert connected_core(rng.normal(size=[20, 3])).all()
+
+
+def test_equal_images_and_copies_are_usual():
+    assert CoreDistance(np.ones([100, 3])).training.max() <= 1
+    x = np.concatenate(2 * [cloud(300, 0, 0, d=40)])  # each point twice: the others still say what is usual
+    alone, twice = CoreDistance(x[:300]), CoreDistance(x)
+    far = torch.from_numpy(cloud(50, 9, 1, d=40)).float()
+    assert float(twice.of_features(far).median() / alone.of_features(far).median()) == pytest.approx(1, abs=0.5)
 
 
 def test_a_large_group_that_nothing_connects_has_a_center_of_its_own():

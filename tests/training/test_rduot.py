@@ -255,7 +255,7 @@ import sys
 import torch
 
 import dnnlib
-from tests.support.rduot import batch, make, step
+from tests.support.rduot import Images, batch, make, step
 from torch_utils import distributed
 
 distributed.init("cpu")
@@ -265,6 +265,7 @@ half = slice(4 * rank, 4 * rank + 4)
 whole = batch(make())[3]
 objective.draw = lambda images, generator: {k: {n: v[half] for n, v in d.items()} for k, d in whole.items()}
 torch.save(step(objective, half), sys.argv[1] + str(rank))
+torch.save(make(Images(n=65), cost="robust", tau=10.0).train_indices, sys.argv[1] + f"{rank}-items")
 objective.close()
 distributed.shutdown()
 """
@@ -276,6 +277,8 @@ def test_two_processes_average_to_one(tmp_path):
     draws = batch(objective)[3]
     objective.draw = lambda *_: draws
     want = step(objective)
+    items = make(Images(n=65), cost="robust", tau=10.0).train_indices
+    assert 0 < len(items) < 65
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -297,6 +300,7 @@ def test_two_processes_average_to_one(tmp_path):
     assert [process.wait(timeout=120) for process in processes] == [0, 0]
     for rank in range(2):
         assert_same_gradients(torch.load(tmp_path / f"rank{rank}"), want)
+        assert torch.equal(torch.load(tmp_path / f"rank{rank}-items"), items)
 
 
 # What it costs.
