@@ -23,6 +23,7 @@ MODULES = (
     "benchmarks.gpu",
     "benchmarks.operators",
     "benchmarks.outlier_costs",
+    "benchmarks.outlier_trainings",
     "benchmarks.precision",
     "benchmarks.scaling",
     "examples.toy2d",

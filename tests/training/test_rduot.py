@@ -351,16 +351,16 @@ def test_the_costs_of_training_images_are_means_over_the_steps():
     np.testing.assert_allclose([costs[~data.outliers].mean(), costs[data.outliers].mean()], want, rtol=0.05)
 
 
-@pytest.mark.parametrize("clean, outlier, dearer", [(0.2, 0.8, True), (0.8, 0.2, False)])
-def test_the_log_says_which_images_are_dear(clean, outlier, dearer):
+@pytest.mark.parametrize("clean, outlier, more", [(0.2, 0.8, True), (0.8, 0.2, False)])
+def test_the_log_says_which_images_cost_more(clean, outlier, more):
     objective = make(contrasts(clean, outlier))
     flags = torch.from_numpy(objective.dataset.outliers)
     a, b = (objective.losses.cost.of_training(mask.nonzero()[:, 0]).mean() for mask in (~flags, flags))
-    assert (b > a) == dearer
+    assert (b > a) == more
     notes = objective.notes()
     line = next(line for line in notes if "mean:" in line)
     assert f"{a:.4g} for clean" in line and f"{b:.4g} for outliers" in line
-    assert ("Warning: the outliers cost less" in notes[-1]) != dearer
+    assert ("Warning: the outliers cost less" in notes[-1]) != more
     assert "of 64 training images" in notes[0] and "Expected to be left out" in "".join(notes)
     for known in (np.zeros(64, dtype=bool), None):
         objective.dataset.outliers = known
