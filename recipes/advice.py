@@ -175,7 +175,7 @@ def advise(dataset: ImageDataset, found: LabelFile, data: str, labels: str) -> t
         ),
         Advice(
             "RDUOT",
-            "Trains a GAN of a few steps, without classes. Before that, it leaves out images that are far from what is usual.",
+            "Leaves out images that are far from what is usual, and trains a GAN of a few steps without classes.",
             "Many images are foreign, and leaving out those that were found is not enough. Good results at 8x8 only.",
             f"{c.passes('train_rduot.py'):,} training passes of two networks",
             c.rduot(found.is_outlier is not None),
