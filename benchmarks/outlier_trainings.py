@@ -126,7 +126,7 @@ class Plan:
         if part == "photos":
             measure += " --detector=pixels"
         else:
-            measure += f" --detector={self.judge} --features={self.outdir}/features.npz"
+            measure += f" --detector={self.judge} --features={self.outdir}/features.npz --num_reference=10000"
             if part == "clean":
                 measure += f" --outlier_data={self.archive('fashion')}"
         self.add(f"{name}-table", "measure them", 60, measure)
