@@ -4,7 +4,7 @@
 Examples:
   python fid.py evaluate --images=out --data=datasets/digits.zip --detector=pixels --out=out.json
   python fid.py compare --images=a --images=b --data=datasets/digits.zip --detector=pixels --chart=ab.png
-  python fid.py sweep --network=training-runs/00000 --data=datasets/digits.zip --detector=pixels --num=1000
+  python fid.py sweep --network='training-runs/00000-*' --data=datasets/digits.zip --detector=pixels --num=1000
   python fid.py ppl --network=generator.pkl --detector=vgg16.pkl
   python fid.py ref --data=datasets/digits.zip --dest=fid-refs/digits.npz --detector=pixels
   python fid.py calc --images=out --ref=fid-refs/digits.npz --num=1000 --detector=pixels

@@ -33,8 +33,8 @@ from torch_utils.precision import tf32
 
 EXAMPLES = """
 Examples:
-  python sweep.py --network=training-runs/00000 --discriminator=discriminator-runs/00000 --data=datasets/digits.zip \\
-      --detector=pixels --outdir=sweep
+  python sweep.py --network='training-runs/00000-*' --discriminator='discriminator-runs/00000-*' \\
+      --data=datasets/digits.zip --detector=pixels --outdir=sweep
   torchrun --standalone --nproc_per_node=8 sweep.py --network=network.pkl --discriminator=discriminator.pkl \\
       --data=datasets/cifar10-32x32.zip --detector=classifier.pkl --seeds=0-9999 --weights=0.5,1,2,3 --outdir=sweep
 """

@@ -59,7 +59,7 @@ Examples:
               help="Random whole-pixel shifts up to this share of the image size")
 @click.option("--calibrate", metavar="SHARE", type=FloatRange(min=0, max=0.5),
               help="Hold out this share of the images to calibrate the logits at each noise level, which generate.py "
-                   "--dg_mode=calibrated needs; 0: train on all images, as published  "
+                   "--dg_mode=rejection needs; 0: train on all images, as published  "
                    "[default: 0.1; a run of version 0.1 continues with 0]")
 # fmt: on
 def main(**opts) -> None:

@@ -191,8 +191,8 @@ def _choose(wrong: float, foreign: float, resolution: int) -> tuple[str, str]:
     if wrong <= FEW_WRONG and foreign <= FEW_FOREIGN:
         return (
             "Leave the set as it is",
-            f"Up to {FEW_WRONG:.0%} and {FEW_FOREIGN:.0%} a cure may do more harm than good: the detector is about so "
-            "often wrong itself.",
+            f"Up to {FEW_WRONG:.0%} and {FEW_FOREIGN:.0%} a cure may do more harm than good: the detector itself is "
+            "wrong about as often.",
         )
     if wrong <= FEW_WRONG and foreign > MANY_FOREIGN and resolution <= 8:
         return (

@@ -123,7 +123,7 @@ def encoder_options() -> Callable:
     """Return a decorator for the options of classifiers and discriminators: `noise_level_options` and the depth."""
     return add_options([
         noise_level_options(ema=0.05),
-        click.option("--encoder", type=click.Choice(DEPTHS), help="Depth of the residual network  [default: by --arch and the data: small for small or gray images, resnet34 from 64 pixels or with more than 50 classes, else resnet18]"),
+        click.option("--encoder", type=click.Choice(DEPTHS), help="Depth of the residual network  [default: by --arch and the data: small for ddpmpp_tiny, ddpmpp_mnist or gray images, resnet34 from 64 pixels or with more than 50 classes, else resnet18]"),
     ])
 
 
