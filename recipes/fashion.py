@@ -105,6 +105,7 @@ RUNS = {
     "oracle": Run("train on clean labels", "train.py", after=("clean",)),
     "baseline": Run("train the baseline", "train.py"),
     "posterior": _posterior("sample"),
+    "cleaned": Run("train on the cleaned archive", "train.py", after=("cleaned-archive",)),
     "drop": _posterior("drop"),
     "relabel": _posterior("relabel"),
     "null": _posterior("null"),
@@ -146,6 +147,7 @@ ROWS = {
     "oracle": Kind("oracle", "oracle", role=ORACLE),
     "baseline": Kind("baseline", "baseline", role=BASELINE),
     "posterior": Kind("posterior", "posterior"),
+    "cleaned": Kind("cleaned archive", "cleaned"),
     "drop": Kind("drop", "drop"),
     "relabel": Kind("relabel", "relabel"),
     "tdsm": Kind("TDSM", "tdsm"),
@@ -162,6 +164,7 @@ ROWS = {
     "posterior-long": Kind("posterior, longer", "posterior-long"),
     "dmis": Kind("DMIS", "dmis"),
 }
+PREPARED = {"detect": ("noisy",), "cleaned-archive": ("detect",)}  # steps without a training -> what they need
 LONG_ROWS = ("oracle-long", "posterior-long")  # as expensive as TDSM
 SHARED = ("clean", "test", "judge", "real-clean", "oracle", "oracle-long")  # steps and rows that the noise leaves alone
 
@@ -173,7 +176,7 @@ def place(name: str, setting: str) -> str:
 
 def needed(name: str, setting: str) -> list[str]:
     """Return the steps that a step needs, in order and without repetition, and the step itself."""
-    after = RUNS[name].after if name in RUNS else ("noisy",) if name == "detect" else ()
+    after = RUNS[name].after if name in RUNS else PREPARED.get(name, ())
     if name == "classifier" and not SETTINGS[setting].known:
         after = (*after, "detect")
     return [*dict.fromkeys(step for other in after for step in needed(other, setting)), name]
@@ -272,10 +275,12 @@ class _Commands:
         noise = f"--noise_type={kind.noise} --noise_rate={kind.rate} --seed={self.seed}"
         detect = f"detect_noise.py --data={self.archive('noisy', setting)} --dest={self.labels(name, setting)}"
         short = f" --epochs={max(round(EPOCHS * self.scale), 1)}" if self.scale < 1 else ""
+        clean = f"--labels={self.labels('detect', setting)} --foreign=0 --cleaned={self.archive(name, setting)}"
         return {
             "clean": ("archive of the training images", 10, archive),
             "test": ("archive of the test images", 3, f"{archive} --eval"),
             "noisy": (f"label noise: {kind.title}", 10, f"{archive} {noise}"),
+            "cleaned-archive": ("archive with corrected labels", 10, f"{detect} {clean}"),
             "detect": ("find the wrong labels", 300 * min(self.scale, 1), f"{detect} --seed={self.seed}{short}"),
         }[name]
 

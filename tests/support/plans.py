@@ -8,9 +8,9 @@ from quickstart import SCRIPTS
 
 READ = (
     "data", "network", "cls", "posterior", "label-path", "discriminator", "images", "detector", "judge", "test",
-    "outlier_data", "source", "outliers", "noise_matrix",
+    "outlier_data", "source", "outliers", "noise_matrix", "labels",
 )  # fmt: skip
-WRITTEN = ("dest", "outdir", "out", "features")
+WRITTEN = ("dest", "outdir", "out", "features", "cleaned")
 
 
 def options(step):
