@@ -9,7 +9,8 @@ neighbors (a random walk with restart: Page et al., 1999; Tong et al., ICDM 2006
 
 Those with N r > REACHED are the next core, and so on until it no longer changes. Groups that the walk reaches faintly
 join it if they are not far from it, as rare kinds are not. A group of more than GROUP of the points that the walk does
-not reach gets a center of its own, from which the core grows as well.
+not reach gets a center of its own, from which the core grows as well. Whether the walk reaches a kind that is barely
+connected can hang on the center. So there are several starts, and the core is what more than one of them reach.
 
 Two more steps keep a fifth of foreign images that are all alike from being the center themselves: the search for the
 center thins dense places out, and groups that hardly anything connects with the rest are left out (the cut of least
@@ -31,12 +32,14 @@ from training.robust_core import find_core, whitened
 __all__ = ["FEW", "connected_core", "nearest", "neighbor_graph", "reached", "separate_groups", "thinned"]
 
 NEIGHBORS, NEARBY = 10, 20  # neighbors of the walk, and of the search for dense places
+STARTS, VOTES = 7, 2  # starts, with other points thinned out; so many reach what belongs to the core
 CENTER = 0.5  # share of the thinned points that the search for the center takes for the core
 RESTART, REACHED, FAINT = 0.05, 0.12, 0.03
 STEPS, ROUNDS, JOINS = 100, 20, 8  # of the walk, of the growth at most, and of groups that join
 CONDUCTANCE, GROUP = 0.012, 0.25  # a separate group: largest conductance of its cut, largest share of the points
-GAP, NEAR = 1.3, 1.5  # squared distances: a separate group is farther than GAP, a faint one joins up to NEAR
+GAP, NEAR = 1.15, 1.5  # squared distances: a separate group is farther than GAP, a faint one joins up to NEAR
 USUAL = 0.99  # quantile of the core's distances from each other that counts as usual
+FEWER = 4  # where groups join, one point in so many says what is usual
 FEW = 50  # so few points are all core
 CHUNK = 1024
 
@@ -47,23 +50,30 @@ def connected_core(x: np.ndarray, seed: int = 0) -> np.ndarray:
     if n < FEW:
         return np.ones(n, dtype=bool)
     rows, distances = nearest(x, x, NEARBY, own=np.arange(n))
-    kept = thinned(rows, distances, seed)
-    rows = rows[:, :NEIGHBORS]
-    edges = neighbor_graph(rows)
+    edges = neighbor_graph(rows[:, :NEIGHBORS])
     apart = separate_groups(x, edges)
-    core, left = np.zeros(n, dtype=bool), ~apart
+    votes = np.zeros(n, dtype=np.int64)
+    for start in range(STARTS):
+        kept = thinned(rows, distances, [seed, start])
+        votes += _core(x, rows[:, :NEIGHBORS], edges, apart, kept)
+    return votes >= VOTES
+
+
+def _core(x: np.ndarray, rows: np.ndarray, edges: csr_array, apart: np.ndarray, kept: np.ndarray) -> np.ndarray:
+    """Return the core, bool [N], that grows from the center of the points that are `kept`."""
+    core, left = np.zeros_like(apart), ~apart
     for _ in range(math.ceil(1 / GROUP)):
-        core = _joined(x, rows, edges, _grown(rows, core | _center(x, left, kept, seed), apart), apart)
+        core = _joined(x, rows, edges, _grown(rows, core | _center(x, left, kept), apart), apart)
         left = _largest_group(edges, ~core & ~apart)
         if left.mean() <= GROUP:  # larger groups are no outliers: each gets a center of its own
             break
     return core
 
 
-def _center(x: np.ndarray, group: np.ndarray, kept: np.ndarray, seed: int) -> np.ndarray:
+def _center(x: np.ndarray, group: np.ndarray, kept: np.ndarray) -> np.ndarray:
     """Return which points of a group (bool [N]) are around its center, found among those that are `kept`, bool [N]."""
     few = group & kept if (group & kept).any() else group
-    distance = find_core(x[few], CENTER, starts=1, seed=seed).distance(x)
+    distance = find_core(x[few], CENTER, starts=0).distance(x)
     return group & (distance <= np.quantile(distance[few], CENTER))
 
 
@@ -110,7 +120,7 @@ def _near_groups(x: np.ndarray, edges: csr_array, core: np.ndarray, candidates: 
     """Return which candidates belong to connected groups of them that are not far from the core, bool [N]."""
     near, items = np.zeros_like(core), np.flatnonzero(candidates)
     if len(items):
-        relative = _distance(x, candidates, core)
+        relative = _distance(x, candidates, core, FEWER)
         group = connected_components(edges[items][:, items], directed=False)[1]
         for members in np.split(np.argsort(group, kind="stable"), np.bincount(group).cumsum()[:-1]):
             near[items[members]] = np.median(relative[members]) <= NEAR
@@ -120,8 +130,8 @@ def _near_groups(x: np.ndarray, edges: csr_array, core: np.ndarray, candidates: 
 def nearest(x: np.ndarray, anchors: np.ndarray, k: int, own: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Return rows int64 and distances float32 [N,k] of the anchors [A,d] nearest to each point x [N,d], ascending.
 
-    `own` int [A]: which point each anchor is, where the anchors are among the points. A point is not its own neighbor.
-    k becomes smaller where there are fewer anchors.
+    `own` int [A]: which point each anchor is, -1 where it is none. A point is not its own neighbor. k becomes smaller
+    where there are fewer anchors.
     """
     k = min(k, max(len(anchors) - (own is not None), 1))
     points, anchors = (torch.from_numpy(np.asarray(a, dtype=np.float32)) for a in (x, anchors))
@@ -137,7 +147,7 @@ def nearest(x: np.ndarray, anchors: np.ndarray, k: int, own: np.ndarray | None =
     return torch.cat(rows).numpy(), torch.cat(distances).numpy()
 
 
-def thinned(rows: np.ndarray, distances: np.ndarray, seed: int) -> np.ndarray:
+def thinned(rows: np.ndarray, distances: np.ndarray, seed: int | list[int]) -> np.ndarray:
     """Return which points stay, bool [N], if of neighbors closer than usual only one stays.
 
     `rows`, `distances` [N,k]: their neighbors. Usual is the median distance to the fifth one.
@@ -210,11 +220,14 @@ def _cuts(edges: csr_array) -> list[np.ndarray]:
     return found
 
 
-def _distance(x: np.ndarray, group: np.ndarray, rest: np.ndarray) -> np.ndarray:
+def _distance(x: np.ndarray, group: np.ndarray, rest: np.ndarray, fewer: int = 1) -> np.ndarray:
     """Return the squared distances of the points `group` (bool [N]) to the nearest one of `rest`.
 
-    Their unit is what is usual among `rest`.
+    Their unit is what is usual among `rest`, by one in `fewer` of its points.
     """
     y, _, _ = whitened(x, rest)
-    usual = np.quantile(nearest(y[rest], y[rest], 1, own=np.arange(rest.sum()))[1], USUAL)
-    return np.square(nearest(y[group], y[rest], 1)[1][:, 0] / max(float(usual), 1e-9))
+    members = y[rest]
+    own = np.full(len(members), -1)
+    own[::fewer] = np.arange(len(own[::fewer]))
+    usual = np.quantile(nearest(members[::fewer], members, 1, own=own)[1], USUAL)
+    return np.square(nearest(y[group], members, 1)[1][:, 0] / max(float(usual), 1e-9))
