@@ -10,7 +10,7 @@ neighbors (a random walk with restart: Page et al., 1999; Tong et al., ICDM 2006
 Those with N r > REACHED are the next core, and so on until it no longer changes. Groups that the walk reaches faintly
 join it if they are not far from it, as rare kinds are not. A group of more than GROUP of the points that the walk does
 not reach gets a center of its own, from which the core grows as well. Whether the walk reaches a kind that is barely
-connected can hang on the center. So there are several starts, and the core is what more than one of them reach.
+connected can hang on the center. So there are several starts, and the core is what most of them reach.
 
 Two more steps keep a fifth of foreign images that are all alike from being the center themselves: the search for the
 center thins dense places out, and groups that hardly anything connects with the rest are left out (the cut of least
@@ -32,7 +32,7 @@ from training.robust_core import find_core, whitened
 __all__ = ["FEW", "connected_core", "nearest", "neighbor_graph", "reached", "separate_groups", "thinned"]
 
 NEIGHBORS, NEARBY = 10, 20  # neighbors of the walk, and of the search for dense places
-STARTS, VOTES = 7, 2  # starts, with other points thinned out; so many reach what belongs to the core
+STARTS, VOTES = 7, 4  # starts, with other points thinned out; the core is what most of them reach
 CENTER = 0.5  # share of the thinned points that the search for the center takes for the core
 RESTART, REACHED, FAINT = 0.05, 0.12, 0.03
 STEPS, ROUNDS, JOINS = 100, 20, 8  # of the walk, of the growth at most, and of groups that join
