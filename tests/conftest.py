@@ -8,9 +8,12 @@ import sys
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-# Under nohup a hangup is ignored, and the programs in test would inherit that. A handler is not inherited.
+# Under nohup a hangup is ignored, and in the background of a shell script an interrupt; the programs in test would
+# inherit that. A handler is not inherited.
 if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
     signal.signal(signal.SIGHUP, lambda _number, _frame: None)
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 # Whole scripts take longest. They come first, so that no process is left with one of them at the end.
