@@ -32,10 +32,10 @@ from torch_utils import distributed
 from training.options import preset_help
 
 EPILOG = """
---method=gce trains a classifier with a loss that wrong labels hardly move (Zhang & Sabuncu 2018), and
-stops when held-out labels become no more likely. --method=cores is a sample sieve (Cheng et al. 2021).
---method=confident is confident learning by the package cleanlab, on out-of-fold probabilities. All end in Bayes' rule:
-the label counts as evidence.
+--method=gce trains a classifier with a loss that wrong labels hardly move (Zhang & Sabuncu 2018), and stops when
+held-out labels become no more likely. --method=cores is a sample sieve (Cheng et al. 2021). --method=confident is
+confident learning by the package cleanlab, on out-of-fold probabilities. All end in Bayes' rule: the label counts as
+evidence.
 
 Examples:
   python detect_noise.py --data=datasets/digits_sym_40-8x8.zip --dest=digits-labels.npz

@@ -108,7 +108,7 @@ class TransportCost:
         """
         items = self.sample if items is None else items
         generator = torch.Generator(self._device).manual_seed(0)
-        costs = []
+        costs = [torch.empty(0, dtype=torch.float64)]  # a process may have no items
         chunks = training_images(self._dataset, items, self._device)
         for _, x_0 in distributed.progress_bar(
             iterable=chunks, total=-(-len(items) // CHUNK), desc="Costs", unit="chunk"

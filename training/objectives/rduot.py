@@ -175,8 +175,8 @@ class RDUOT(Objective):
 
     def costs_of(self, items: torch.Tensor) -> np.ndarray:
         """Return the costs of training images, float64 [n]; each process looks at its share. Collective."""
-        mine = items[list(distributed.share(len(items)))]
-        found = distributed.together(lambda: self.cost.of_training(mine))
+        part = distributed.share(len(items))
+        found = distributed.together(lambda: self.cost.of_training(items[part.start : part.stop]))
         return np.concatenate(distributed.all_gather_object(found))
 
     def state_dict(self) -> dict[str, Any]:
