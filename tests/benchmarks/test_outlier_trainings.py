@@ -13,7 +13,7 @@ from tests.support.plans import check_order, options, parse
 
 
 def plan_of(outdir, judge):
-    plan = Plan(outdir, "a source", "mnist.npz", judge, seed=3)
+    plan = Plan(outdir, "a source", "mnist.npz", judge, seed=3, duration=0.01)
     if judge is None:
         plan.train_judge()
     for part in SETS:

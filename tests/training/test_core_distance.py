@@ -5,7 +5,7 @@ import pytest
 import torch
 from sklearn.covariance import MinCovDet
 
-from training.connected_core import connected_core, nearest, neighbor_graph, reached, separate_groups, thinned
+from training.connected_core import connected_core, far_groups, nearest, neighbor_graph, outer_groups, reached, thinned
 from training.core_distance import CoreDistance
 from training.image_features import image_features
 from training.robust_core import find_core
@@ -61,10 +61,24 @@ def test_dense_places_are_thinned_out():
 
 
 @pytest.mark.parametrize("far, count, found", [(9, 200, True), (1.5, 200, False), (9, 400, False)])
-def test_a_separate_group_is_small_and_far(far, count, found):
+def test_a_far_group_is_small_and_far(far, count, found):
     x = np.concatenate([cloud(800, 0, 0), cloud(count, far, 1, wide=0.5)])
     rows, _ = nearest(x, x, 10, np.arange(len(x)))
-    apart = separate_groups(x, neighbor_graph(rows))
+    apart = far_groups(x, neighbor_graph(rows))
+    assert apart[800:].mean() == found and not apart[:800].any()
+
+
+@pytest.mark.parametrize(
+    "count, bridges, central, found",
+    [(200, 0.02, 0, True), (200, 0.02, 0.2, False), (200, 0.06, 0, False), (300, 0.02, 0, False)],
+)
+def test_an_outer_group_is_small_and_never_at_the_center(count, bridges, central, found):
+    """Two groups in which everybody has 10 neighbors at random; the share `bridges` of the second one's are usual."""
+    rng, n = np.random.default_rng(0), 800 + count
+    rows = np.concatenate([rng.integers(800, size=[800, 10]), 800 + rng.integers(count, size=[count, 10])])
+    usual = np.flatnonzero(rng.random([count, 10]) < 2 * bridges)  # the others point to it
+    rows[800:].reshape(-1)[usual] = rng.integers(800, size=len(usual))
+    apart = outer_groups(neighbor_graph(rows), np.where(np.arange(n) < 800, 0.6, central), np.zeros(n, dtype=bool))
     assert apart[800:].mean() == found and not apart[:800].any()
 
 
