@@ -12,6 +12,8 @@ core; the same command goes on where the last one stopped.
 \b
   python -m benchmarks.outlier_trainings --outdir=benchmark-outliers --mnist=downloads/mnist.npz
   python -m benchmarks.outlier_trainings --outdir=benchmark-photos --only=photos --seed=1
+  python -m benchmarks.outlier_trainings --outdir=benchmark-long --mnist=downloads/mnist.npz --only=fashion \\
+      --duration=0.18
 """
 
 from __future__ import annotations
@@ -115,7 +117,8 @@ class Plan:
             command = f"train_noise.py {DENOISER} --cls={teacher} {options}{found} {common}"
         else:
             command = f"{GAN} --duration={self.duration:g} {options} {common}"
-        self.add(name, f"train {name}", 600, " ".join(command.split()))
+        seconds = 400 if part == "labels" else 12_000 * self.duration
+        self.add(name, f"train {name}", seconds, " ".join(command.split()))
         images, table = f"{self.outdir}/images/{name}.zip", f"{self.outdir}/tables/{name}.json"
         drawn = "--class=0-9 " if part == "labels" else ""
         num = 2000 if part == "labels" else NUM

@@ -70,7 +70,7 @@ def test_a_far_group_is_small_and_far(far, count, found):
 
 @pytest.mark.parametrize(
     "count, bridges, central, found",
-    [(200, 0.02, 0, True), (200, 0.02, 0.2, False), (200, 0.06, 0, False), (300, 0.02, 0, False)],
+    [(200, 0.02, 0, True), (200, 0.02, 0.2, False), (200, 0.1, 0, False), (300, 0.02, 0, False)],
 )
 def test_an_outer_group_is_small_and_never_at_the_center(count, bridges, central, found):
     """Two groups in which everybody has 10 neighbors at random; the share `bridges` of the second one's are usual."""
