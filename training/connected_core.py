@@ -22,11 +22,11 @@ search for it thins dense places out.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
-from scipy.sparse import csr_array, diags_array
+from scipy.sparse import coo_array, csr_array, diags_array
 from scipy.sparse.csgraph import connected_components
 from scipy.sparse.linalg import ArpackNoConvergence, eigsh
 
@@ -38,10 +38,11 @@ NEIGHBORS, NEARBY = 10, 20  # neighbors of the walk, and of the search for dense
 STARTS, VOTES = 7, 4  # starts, with other points thinned out; the core is what most of them reach
 CENTER, AROUND = 0.5, 0.7  # shares of the thinned points: the center from which the core grows, and a wider one
 RESTART, REACHED, FAINT = 0.05, 0.12, 0.02
+SMOOTH = 0.02  # restart of the walk that tells how central the neighbors are
 STEPS, ROUNDS, JOINS = 100, 20, 8  # of the walk, of the growth at most, and of groups that join
 GROUP = 0.25  # largest share of the points that are left out as groups
 FAR_CUT, OUTER_CUT = 0.012, 0.06  # largest conductance of the cut of a group far from the rest, and outside the center
-CENTRAL = 0.15  # share of a group at the wider center from which on it is usual: foreign ones have 0.06, usual ones 0.3
+CENTRAL = 0.2  # share of a group at the wider center from which on it is usual: foreign ones have 0.1, usual ones 0.4
 GAP, NEAR = 1.15, 2.5  # squared distances: a far group is farther than GAP, a faint one joins up to NEAR
 USUAL = 0.99  # quantile of the core's distances from each other that counts as usual
 FEWER = 4  # where groups join, one point in so many says what is usual
@@ -190,19 +191,31 @@ def far_groups(x: np.ndarray, edges: csr_array) -> np.ndarray:
 def outer_groups(edges: csr_array, central: np.ndarray, apart: np.ndarray) -> np.ndarray:
     """Return the points that are `apart`, bool [N], and groups of the graph that are next to never at the center.
 
-    `central` [N]: how often each point is there. The cut of such a group has a conductance of at most OUTER_CUT.
+    `central` [N]: how often each point is there. The cut of such a group has a conductance of at most OUTER_CUT. Among
+    the cuts is the one by how central the neighbors of each point are, and theirs (Andersen, Chung, and Lang 2006).
     """
-    return _cut_off(edges, apart, OUTER_CUT, lambda group, rest: central[group].mean() < CENTRAL)
+    away = diags_array(1 / np.asarray(edges.sum(axis=1)).ravel()) @ edges
+    smooth = central
+    for _ in range(STEPS):
+        smooth = SMOOTH * central + (1 - SMOOTH) * (away @ smooth)
+    return _cut_off(edges, apart, OUTER_CUT, lambda group, rest: central[group].mean() < CENTRAL, smooth)
 
 
 def _cut_off(
-    edges: csr_array, apart: np.ndarray, conductance: float, foreign: Callable[[np.ndarray, np.ndarray], bool]
+    edges: csr_array,
+    apart: np.ndarray,
+    conductance: float,
+    foreign: Callable[[np.ndarray, np.ndarray], bool],
+    order: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Return the points that are `apart`, bool [N], and groups that are `foreign` to the rest, GROUP of all at most."""
+    """Return the points that are `apart`, bool [N], and groups that are `foreign` to the rest, GROUP of all at most.
+
+    `order` [N]: values along which to look for cuts, besides the eigenvectors.
+    """
     n, found = len(apart), True
     while found and (~apart).sum() >= FEW:
         left, found = np.flatnonzero(~apart), False
-        for cut in _cuts(edges[left][:, left], conductance):
+        for cut in _cuts(edges[left][:, left], conductance, None if order is None else order[left]):
             group = np.zeros(n, dtype=bool)
             group[left[cut]] = True
             if (apart | group).mean() <= GROUP and foreign(group, ~apart & ~group):
@@ -211,30 +224,41 @@ def _cut_off(
     return apart
 
 
-def _cuts(edges: csr_array, most: float) -> list[np.ndarray]:
-    """Return the smaller sides of cuts of conductance `most` at most, bool [n]: up to one per eigenvector."""
+def _cuts(edges: csr_array, most: float, order: np.ndarray | None) -> Iterator[np.ndarray]:
+    """Yield groups with cuts of conductance `most` at most, bool [n]: up to one per eigenvector, and by `order` [n]."""
     n, degree = edges.shape[0], np.asarray(edges.sum(axis=1)).ravel()
     half = diags_array(1 / np.sqrt(np.maximum(degree, 1e-12)))
     try:
         values, vectors = eigsh(half @ edges @ half, k=8, which="LA", tol=1e-3, v0=np.ones(n), maxiter=300)
     except ArpackNoConvergence as e:
         values, vectors = e.eigenvalues, e.eigenvectors
-    found, graph = [], edges.tocoo()
+    graph = edges.tocoo()
     for vector in (half @ vectors).T[np.argsort(-values)]:
-        order = np.argsort(vector)
-        place = np.empty(n, dtype=np.int64)
-        place[order] = np.arange(n)
-        a, b = place[graph.row], place[graph.col]
-        ends = np.bincount(np.minimum(a, b), graph.data / 2, n) - np.bincount(np.maximum(a, b), graph.data / 2, n)
-        volume = degree[order].cumsum()
-        smaller = np.minimum(volume, volume[-1] - volume)
-        conductance = np.where(smaller > 0, ends.cumsum() / np.maximum(smaller, 1e-12), np.inf)
-        conductance[smaller < volume[-1] / 200] = np.inf
-        best = int(conductance.argmin())
-        if conductance[best] <= most:
-            first = place <= best
-            found.append(first if volume[best] <= volume[-1] / 2 else ~first)
-    return found
+        cuts = [_best_cut(graph, degree, end, 0.5) for end in (vector, -vector)]
+        conductance, group = min(cuts, key=lambda cut: cut[0])
+        if conductance <= most:
+            yield group
+    if order is not None:
+        conductance, group = _best_cut(graph, degree, order, GROUP)
+        if conductance <= most:
+            yield group
+
+
+def _best_cut(graph: coo_array, degree: np.ndarray, order: np.ndarray, most: float) -> tuple[float, np.ndarray]:
+    """Return conductance and group, bool [n], of the best cut of points with small `order` [n] from the others.
+
+    The group has at least 1/200 and at most the share `most` of the edges.
+    """
+    items = np.argsort(order)
+    place = np.empty(len(items), dtype=np.int64)
+    place[items] = np.arange(len(items))
+    a, b = place[graph.row], place[graph.col]
+    first, last = (np.bincount(ends, graph.data / 2, len(items)) for ends in (np.minimum(a, b), np.maximum(a, b)))
+    volume = degree[items].cumsum()
+    conductance = (first - last).cumsum() / np.maximum(volume, 1e-12)
+    conductance[(volume < volume[-1] / 200) | (volume > volume[-1] * most)] = np.inf
+    best = int(conductance.argmin())
+    return float(conductance[best]), place <= best
 
 
 def _distance(x: np.ndarray, group: np.ndarray, rest: np.ndarray, fewer: int = 1) -> np.ndarray:

@@ -82,6 +82,19 @@ def test_an_outer_group_is_small_and_never_at_the_center(count, bridges, central
     assert apart[800:].mean() == found and not apart[:800].any()
 
 
+def test_an_outer_group_is_found_among_kinds_that_are_connected_less():
+    """A ring of 16 kinds that touch only their neighbors, and a group that all touch: no eigenvector shows it."""
+    rng, kinds, size = np.random.default_rng(0), 16, 100
+    rows = np.repeat(np.arange(kinds + 1), size)[:, None] * size + rng.integers(size, size=[(kinds + 1) * size, 10])
+    ring, group = np.arange(len(rows)) < kinds * size, np.arange(len(rows)) // size
+    next_to = (group[:, None] + rng.choice([-1, 1], size=rows.shape)) % kinds
+    other = np.where(ring[:, None], next_to, rng.integers(kinds, size=rows.shape))
+    strays = rng.random(rows.shape) < np.where(ring, 0.02, 0.1)[:, None]
+    rows[strays] = (other * size + rng.integers(size, size=rows.shape))[strays]
+    apart = outer_groups(neighbor_graph(rows), np.where(ring, 0.6, 0.05), np.zeros(len(rows), dtype=bool))
+    assert (apart == ~ring).all()
+
+
 @pytest.mark.parametrize("share", [0.02, 0.1, 0.2])
 def test_the_core_has_many_kinds_but_not_the_foreign_ones(share):
     """Six kinds in a row that touch each other, one rare; foreign points are as near to the mean as the ends."""
