@@ -13,10 +13,11 @@ not reach gets a center of its own, from which the core grows as well. Whether t
 connected can hang on the center. So there are several starts, and the core is what most of them reach.
 
 A walk that enters a closed group stays there, so it reaches foreign images by a few bridges, if they are many and of
-several kinds. So groups that hardly anything connects with the rest (the cut of least conductance: Shi and Malik, TPAMI
-2000) are left out before the growth if they are far from the rest, or if hardly any of them is at the center, where
-many of every usual kind are. Foreign images that are all alike lie so densely that they could be the center. So the
-search for it thins dense places out.
+several kinds. So groups that hardly anything connects with the rest (their conductance, the share of their edges that
+leave them, is small: Shi and Malik, TPAMI 2000) are left out before the growth if they are far from the rest, or if
+hardly any of them is near the center. There most usual images are, and in all sets tried many of every kind.
+Foreign images that are all alike lie so densely that they could be the center. So the search for it thins dense places
+out.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ SMOOTH = 0.02  # restart of the walk that tells how central the neighbors are
 STEPS, ROUNDS, JOINS = 100, 20, 8  # of the walk, of the growth at most, and of groups that join
 GROUP = 0.25  # largest share of the points that are left out as groups
 FAR_CUT, OUTER_CUT = 0.012, 0.06  # largest conductance of the cut of a group far from the rest, and outside the center
-CENTRAL = 0.2  # share of a group at the wider center from which on it is usual: foreign ones have 0.1, usual ones 0.4
+CENTRAL = 0.2  # share of a group at the wider center from which on it is usual; digits among clothes have 0.1
 GAP, NEAR = 1.15, 2.5  # squared distances: a far group is farther than GAP, a faint one joins up to NEAR
 USUAL = 0.99  # quantile of the core's distances from each other that counts as usual
 FEWER = 4  # where groups join, one point in so many says what is usual
@@ -51,7 +52,7 @@ CHUNK = 1024
 
 
 def connected_core(x: np.ndarray, seed: int = 0) -> np.ndarray:
-    """Return which of the points x [N,d] form the core, bool [N]. It takes memory for N x NEARBY numbers."""
+    """Return which of the points x [N,d] form the core, bool [N]. It takes memory for a few times N x (d + CHUNK)."""
     n = len(x)
     if n < FEW:
         return np.ones(n, dtype=bool)
@@ -62,7 +63,7 @@ def connected_core(x: np.ndarray, seed: int = 0) -> np.ndarray:
     central = np.mean([_center(x, ~apart, kept, AROUND) for kept in starts], axis=0)
     apart = outer_groups(edges, central, apart)
     votes = np.sum([_core(x, rows[:, :NEIGHBORS], edges, apart, kept) for kept in starts], axis=0)
-    return votes >= min(VOTES, votes.max())  # never empty
+    return votes >= min(VOTES, votes.max())  # never empty, even if no point has so many votes
 
 
 def _core(x: np.ndarray, rows: np.ndarray, edges: csr_array, apart: np.ndarray, kept: np.ndarray) -> np.ndarray:
@@ -116,7 +117,7 @@ def _largest_group(edges: csr_array, points: np.ndarray) -> np.ndarray:
 
 
 def neighbor_graph(rows: np.ndarray) -> csr_array:
-    """Return the graph of neighbors `rows` [N,k] in both directions, [N,N]."""
+    """Return the graph of neighbors `rows` [N,k] in both directions, [N,N]; mutual neighbors count twice."""
     n, k = rows.shape
     edges = csr_array((np.ones(n * k), (np.repeat(np.arange(n), k), rows.ravel())), shape=(n, n))
     return (edges + edges.T).tocsr()
@@ -181,8 +182,8 @@ def reached(rows: np.ndarray, core: np.ndarray) -> np.ndarray:
 def far_groups(x: np.ndarray, edges: csr_array) -> np.ndarray:
     """Return which of the points x [N,d] belong to groups that are far from the rest, bool [N].
 
-    `edges`: the graph of neighbors. The cut of such a group has a conductance of at most FAR_CUT, and its distance from
-    the rest is GAP.
+    `edges`: the graph of neighbors. The cut of such a group has a conductance of at most FAR_CUT, and the median of its
+    squared distances from the rest is more than GAP.
     """
     apart = np.zeros(len(x), dtype=bool)
     return _cut_off(edges, apart, FAR_CUT, lambda group, rest: np.median(_distance(x, group, rest)) > GAP)
@@ -192,12 +193,15 @@ def outer_groups(edges: csr_array, central: np.ndarray, apart: np.ndarray) -> np
     """Return the points that are `apart`, bool [N], and groups of the graph that are next to never at the center.
 
     `central` [N]: how often each point is there. The cut of such a group has a conductance of at most OUTER_CUT. Among
-    the cuts is the one by how central the neighbors of each point are, and theirs (Andersen, Chung, and Lang 2006).
+    the cuts is the one by how central the neighbors of each point are, and theirs (Andersen, Chung, and Lang 2006). A
+    connected group of more than GROUP that is never at the center is another usual kind.
     """
     away = diags_array(1 / np.asarray(edges.sum(axis=1)).ravel()) @ edges
     smooth = central
     for _ in range(STEPS):
         smooth = SMOOTH * central + (1 - SMOOTH) * (away @ smooth)
+    while (kind := _largest_group(edges, (smooth < CENTRAL) & ~apart)).mean() > GROUP:
+        central, smooth = np.where(kind, 1, central), np.where(kind, 1, smooth)
     return _cut_off(edges, apart, OUTER_CUT, lambda group, rest: central[group].mean() < CENTRAL, smooth)
 
 

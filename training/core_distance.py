@@ -38,7 +38,9 @@ class CoreDistance:
         center = np.median(features, axis=0)
         spread = robust_spread(features - center)
         z = np.clip((features - center) / spread, -LIMIT, LIMIT)
-        self.core = connected_core(z, seed)
+        _, first, place = np.unique(np.round(z / COPY), axis=0, return_index=True, return_inverse=True)
+        distinct = np.sort(first)  # an image among copies of itself has no other neighbors
+        self.core = connected_core(z[distinct], seed)[np.searchsorted(distinct, first[place.ravel()])]
         points, mean, axes = whitened(z, self.core)
         self.training = np.empty(len(z))
         members = points[self.core]

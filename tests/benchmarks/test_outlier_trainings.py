@@ -27,6 +27,7 @@ def test_commands_parse_and_read_what_is_there(tmp_path, judge):
     steps = plan_of(f"{tmp_path}/some where", judge)
     known = ["other/judge", "a source", "mnist.npz", "photos", "digits", "pixels"]
     parse(step for step in steps if step.name != "kinds")
+    assert all(options(step)[2]["duration"] == "0.01" for step in steps if step.command.startswith("train_rduot.py"))
     names = [step.name for step in steps]
     if judge is None:
         i = names.index("kinds")

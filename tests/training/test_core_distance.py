@@ -109,6 +109,19 @@ def test_the_core_has_many_kinds_but_not_the_foreign_ones(share):
     assert connected_core(rng.normal(size=[20, 3])).all()
 
 
+@pytest.mark.parametrize("seed", [0, 2])
+def test_each_of_three_kinds_far_apart_is_usual(seed):
+    rng = np.random.default_rng(seed)
+    x = np.concatenate([50 * rng.normal(size=6) + rng.normal(size=[300, 6]) for _ in range(3)])
+    assert CoreDistance(x, seed).core.reshape(3, 300).mean(axis=1).min() > 0.7
+
+
+def test_copies_are_as_usual_as_one_of_them():
+    x = cloud(300, 0, 0)
+    once, often = CoreDistance(x), CoreDistance(np.tile(x, [15, 1]))
+    assert (often.core.reshape(15, 300) == once.core).all() and once.core.mean() > 0.7
+
+
 def test_equal_images_and_copies_are_usual():
     assert CoreDistance(np.ones([100, 3])).training.max() <= 1
     x = np.concatenate(2 * [cloud(24, 0, 0, d=10)])  # all core, and each point twice: the others say what is usual
