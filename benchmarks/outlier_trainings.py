@@ -13,7 +13,7 @@ core; the same command goes on where the last one stopped.
   python -m benchmarks.outlier_trainings --outdir=benchmark-outliers --mnist=downloads/mnist.npz
   python -m benchmarks.outlier_trainings --outdir=benchmark-photos --only=photos --seed=1
   python -m benchmarks.outlier_trainings --outdir=benchmark-long --mnist=downloads/mnist.npz --only=fashion \\
-      --duration=0.18
+      --methods=ddgan,robust --duration=0.18 --judge=benchmark-outliers/judge
 """
 
 from __future__ import annotations
