@@ -109,6 +109,29 @@ def test_the_core_has_many_kinds_but_not_the_foreign_ones(share):
     assert connected_core(rng.normal(size=[20, 3])).all()
 
 
+def five_kinds(rng):
+    """Return five usual kinds in a row, 180 points each."""
+    x = rng.normal(size=[900, 6])
+    x[:, 0] += 3 * np.repeat(np.arange(5), 180) - 6
+    return x
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_several_foreign_kinds_are_not_in_the_core_though_a_few_bridges_lead_to_them(seed):
+    rng = np.random.default_rng(seed)
+    usual, foreign = five_kinds(rng), rng.normal(size=[120, 6])
+    foreign += np.eye(6)[1] * 5.5 + np.outer(rng.choice([-3, 0, 3], size=120), np.eye(6)[0])
+    core = connected_core(np.concatenate([usual, foreign]))
+    assert core[900:].mean() <= 0.03 and core[:900].mean() > 0.9
+
+
+def test_a_fifth_of_the_points_all_alike_is_not_the_core():
+    rng = np.random.default_rng(1)
+    usual, foreign = five_kinds(rng), 0.3 * rng.normal(size=[225, 6]) + np.eye(6)[1] * 4.5
+    core = connected_core(np.concatenate([usual, foreign]))
+    assert core[900:].mean() <= 0.01 and core[:900].mean() > 0.9
+
+
 @pytest.mark.parametrize("seed", [0, 2])
 def test_each_of_three_kinds_far_apart_is_usual(seed):
     rng = np.random.default_rng(seed)
