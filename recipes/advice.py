@@ -198,7 +198,8 @@ def _choose(wrong: float, foreign: float, resolution: int) -> tuple[str, str]:
         return (
             "RDUOT",
             f"Where more than {MANY_FOREIGN:.0%} are foreign, the search misses some of them. Trained on photographs "
-            "with 10% digits among them, RDUOT made none at 8x8 and 16x16, a model without defense 12.5% and 5.9%.",
+            "with 10% digits among them, RDUOT made next to none at 8x8 and 16x16, a model without defense 12.5% "
+            "and 5.9%.",
         )
     if wrong <= FEW_WRONG:
         return "Clean", "Leaving out only the foreign images loses little."

@@ -42,6 +42,7 @@ RESTART, REACHED, FAINT = 0.05, 0.12, 0.02
 SMOOTH = 0.02  # restart of the walk that tells how central the neighbors are
 STEPS, ROUNDS, JOINS = 100, 20, 8  # of the walk, of the growth at most, and of groups that join
 GROUP = 0.25  # largest share of the points that are left out as groups
+VECTORS, LEAST = 8, 0.005  # eigenvectors along which groups are sought; smallest share of the edges in a group
 FAR_CUT, OUTER_CUT = 0.012, 0.06  # largest conductance of the cut of a group far from the rest, and outside the center
 CENTRAL = 0.2  # share of a group at the wider center from which on it is usual; digits among clothes have 0.1
 GAP, NEAR = 1.15, 2.5  # squared distances: a far group is farther than GAP, a faint one joins up to NEAR
@@ -212,7 +213,7 @@ def _cut_off(
     foreign: Callable[[np.ndarray, np.ndarray], bool],
     order: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Return the points that are `apart`, bool [N], and groups that are `foreign` to the rest, GROUP of all at most.
+    """Return the points that are `apart`, bool [N], and groups that are `foreign` to the rest, GROUP in all at most.
 
     `order` [N]: values along which to look for cuts, besides the eigenvectors.
     """
@@ -233,7 +234,7 @@ def _cuts(edges: csr_array, most: float, order: np.ndarray | None) -> Iterator[n
     n, degree = edges.shape[0], np.asarray(edges.sum(axis=1)).ravel()
     half = diags_array(1 / np.sqrt(np.maximum(degree, 1e-12)))
     try:
-        values, vectors = eigsh(half @ edges @ half, k=8, which="LA", tol=1e-3, v0=np.ones(n), maxiter=300)
+        values, vectors = eigsh(half @ edges @ half, k=VECTORS, which="LA", tol=1e-3, v0=np.ones(n), maxiter=300)
     except ArpackNoConvergence as e:
         values, vectors = e.eigenvalues, e.eigenvectors
     graph = edges.tocoo()
@@ -251,7 +252,7 @@ def _cuts(edges: csr_array, most: float, order: np.ndarray | None) -> Iterator[n
 def _best_cut(graph: coo_array, degree: np.ndarray, order: np.ndarray, most: float) -> tuple[float, np.ndarray]:
     """Return conductance and group, bool [n], of the best cut of points with small `order` [n] from the others.
 
-    The group has at least 1/200 and at most the share `most` of the edges.
+    The group has at least the share LEAST and at most the share `most` of the edges.
     """
     items = np.argsort(order)
     place = np.empty(len(items), dtype=np.int64)
@@ -260,7 +261,7 @@ def _best_cut(graph: coo_array, degree: np.ndarray, order: np.ndarray, most: flo
     first, last = (np.bincount(ends, graph.data / 2, len(items)) for ends in (np.minimum(a, b), np.maximum(a, b)))
     volume = degree[items].cumsum()
     conductance = (first - last).cumsum() / np.maximum(volume, 1e-12)
-    conductance[(volume < volume[-1] / 200) | (volume > volume[-1] * most)] = np.inf
+    conductance[(volume < volume[-1] * LEAST) | (volume > volume[-1] * most)] = np.inf
     best = int(conductance.argmin())
     return float(conductance[best]), place <= best
 
