@@ -41,14 +41,14 @@ Examples:
               help="Side of the images: 16 for a CPU, 32 for a GPU")
 @click.option("--seed", metavar="INT", type=click.IntRange(min=0), default=0,
               help="Seed of the label noise and all training")
-@click.option("--num", metavar="INT", type=click.IntRange(min=20), default=5000, help="Images per row")
+@click.option("--num", metavar="INT", type=click.IntRange(min=20), default=2000, help="Images per row")
 @click.option("--scale", metavar="FLOAT", type=FloatRange(min=0, min_open=True, max=1000), default=1.0,
               help="Multiplies all training lengths")
 @click.option("--judge", metavar="PKL|DIR",
               help="Classifier that judges and gives the features  [default: one is trained on the clean labels]")
 @click.option("--merge", metavar="LIST",
-              help="Folders of runs, separated by commas: write one page from them into --outdir, run nothing. If two "
-              "have the same row and seed, the first one counts")
+              help="Folders of runs, or the results.json in them, separated by commas: write one page from them into "
+              "--outdir, run nothing. If two have the same row and seed, the first one counts")
 # fmt: on
 def main(outdir: str, setting: list[str], rows: list[str], resolution: str, merge: str | None, **options) -> None:
     if merge is not None:

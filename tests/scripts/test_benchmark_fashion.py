@@ -8,7 +8,7 @@ import pytest
 import benchmark
 from dnnlib import UserError
 from recipes import fashion, fashion_tables
-from recipes.fashion import LONG, LONG_ROWS, ROWS, SETTINGS
+from recipes.fashion import LONG_ROWS, ROWS, SETTINGS, SIZES
 from tests.support.commands import callers
 from tests.support.plans import check_order, options, parse
 from tests.support.published import make_idx
@@ -49,8 +49,9 @@ def test_rows_train_on_equally_many_images_and_the_long_ones_on_more():
         script, _, given = options(step)
         if script in ("train.py", "train_noise.py"):
             lengths[step.name.removeprefix("sym40-")] = float(given["duration"])
-    assert {lengths.pop(key) for key in LONG_ROWS} == {0.075 * LONG}
-    assert set(lengths.values()) == {0.075}
+    usual = 0.5 * 0.0375
+    assert {lengths.pop(key) for key in LONG_ROWS} == {usual * SIZES[16].long}
+    assert set(lengths.values()) == {usual}
     assert set(lengths) == {kind.run for kind in ROWS.values()} - {"", *LONG_ROWS}
 
 
@@ -121,9 +122,9 @@ def test_tables_state_value_interval_and_cost(tmp_path):
     succeed(f"--outdir={tmp_path}/page", f"--merge={tmp_path}/a")
     page = tmp_path / "page/report.md"
     rows = read_rows(page)
-    assert rows["oracle"][0] == "0.670 ± 0.100" and rows["oracle"][8:10] == ["150,000", "1.00"]
+    assert rows["oracle"][0] == "0.670 ± 0.100" and rows["oracle"][8:10] == ["37,500", "1.00"]
     assert rows["TDSM as published"][9] == "2.00"  # 1, and a third for each of three passes without gradients
-    assert rows["DMIS"][9] == "7.67" and rows["oracle, longer"][8] == f"{150_000 * LONG:,.0f}"
+    assert rows["DMIS"][9] == "7.67" and rows["oracle, longer"][8] == f"{37_500 * SIZES[16].long:,.0f}"
     assert rows["real images, clean labels"][0] == "0.300 ± 0.100" and rows["real images, clean labels"][8] == ""
     assert rows["posterior"][10] == "2m 00s"  # with the detection
     text = page.read_text()
@@ -149,6 +150,21 @@ def test_seeds_become_one_row_and_the_oracle_serves_all_settings(tmp_path):
     first, second = re.split("# Fashion-MNIST, symmetric 80%", text)
     assert "| oracle (2 seeds) | 0.700 (0.600 to 0.800) |" in first and "| drop | 1.000 ± 0.100 |" in first
     assert "| oracle (2 seeds) | 0.700 (0.600 to 0.800) |" in second and "| drop | 5.000 ± 0.100 |" in second
+
+
+def test_results_travel_as_one_file(tmp_path):
+    write_run(tmp_path / "a", {"real-clean": 0.3, "oracle": 0.6, "tdsm-paper": 1.5})
+    write_run(tmp_path / "b", {"oracle": 0.8, "drop": 1.0}, seed=1)
+    succeed(f"--outdir={tmp_path}/page", f"--merge={tmp_path}/a,{tmp_path}/b")
+    saved = tmp_path / "page/results.json"
+    assert str(tmp_path) not in saved.read_text()
+    succeed(f"--outdir={tmp_path}/again", f"--merge={saved}")
+    for name in ("report.md", "results.json"):
+        assert (tmp_path / "again" / name).read_text() == (tmp_path / "page" / name).read_text()
+    for text in ("[]", "{}", "[{}]", "[1]", saved.read_text().replace("sym40", "sym41"), "nothing"):
+        saved.write_text(text)
+        fail(1, f"--outdir={tmp_path}/none", f"--merge={saved}", "--merge|no row is finished" if text in ("[]", "{}")
+             else "--merge|results.json")  # fmt: skip
 
 
 def test_runs_with_different_judges_are_marked(tmp_path):
@@ -196,7 +212,7 @@ def test_a_tiny_run_is_complete_and_goes_on(tmp_path):
     assert "[1/" in succeed(*command)
     rows = read_rows(tmp_path / "out/report.md")
     assert {"real images, noisy labels", "baseline"} <= set(rows)
-    assert rows["baseline"][8] == "75" and 0 <= float(rows["baseline"][7]) <= 1
+    assert rows["baseline"][8] == "19" and 0 <= float(rows["baseline"][7]) <= 1
     assert (tmp_path / "out/pictures/sym40-baseline.png").exists()
     journal = json.loads((tmp_path / "out/quickstart.json").read_text())
     del journal["seconds"]["sym40-baseline-table"]
