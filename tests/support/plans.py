@@ -32,7 +32,7 @@ def parse(steps):
 
 
 def check_order(steps, given):
-    """Assert that each step reads only what is `given`, or what an earlier one has made."""
+    """Assert that each step reads only what is `given`, or what an earlier one has made. Return all of that."""
     made = {*given}
     for step in steps:
         _, _, found = options(step)
@@ -42,3 +42,4 @@ def check_order(steps, given):
         made |= {found[name] for name in WRITTEN if name in found}
         if step.command.startswith("detect_noise.py"):
             made.add(found["dest"].replace(".npz", "-classifier.pkl"))
+    return made
