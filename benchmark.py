@@ -65,7 +65,8 @@ def main(outdir: str, setting: list[str], rows: list[str], resolution: str, merg
         with dnnlib.cli.blame("--judge"):
             check_judge(options["judge"], options["resolution"])  # before the work
     steps = fashion.plan(outdir, setting, rows, **options)
-    run_plan(steps, SCRIPTS, outdir, options["scale"], dict(settings=setting, rows=rows) | options)
+    about = dict(settings=setting, rows=rows, recipe=fashion.recipe(options["resolution"])) | options
+    run_plan(steps, SCRIPTS, outdir, options["scale"], about)
     journal = read_journal(outdir)
     commands = [f"python {step['command']}" for step in journal["steps"] if step["name"] in journal["seconds"]]
     page = fashion_tables.write(outdir, fashion_tables.load(outdir), commands)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 from recipes.steps import AFTER_ANOTHER, CONSTANT, REJECTION, Row, Step, evaluation, measurement
 from reports.finding import BASELINE, ORACLE
@@ -22,12 +22,14 @@ __all__ = [
     "kimg",
     "place",
     "plan",
+    "recipe",
     "rows",
 ]
 
 SOURCE = "/usr/share/datasets/fashion-mnist"  # of Debian's package dataset-fashion-mnist
 JUDGE_SEED = 1000  # the judge is the same whatever the seed of the run, so that distances compare
 CAS_EPOCHS = 20
+WEIGHT_2 = "--dg_weight_1st_order=2 --dg_weight_2nd_order=2"
 EPOCHS = 12  # of a detection that `scale` shortens
 
 
@@ -121,6 +123,7 @@ RUNS = {
         0.4,
     ),
     "tdsm": _tdsm("train TDSM", "--temp=auto --others=sample", 1.45, "teacher"),
+    "relabel-tdsm": _tdsm("train TDSM on the noise that relabeling leaves", "--posterior={detect}", 1.1, "teacher"),
     "classifier": Run("train TDSM's classifier as published", "train_classifier.py", "{transition}", cost=0.4),
     "tdsm-paper": _tdsm("train TDSM as published", "--temp=1 --others=all", 2.3, "classifier"),
     "discriminator": Run(
@@ -157,12 +160,14 @@ ROWS = {
     "tdsm": Kind("TDSM", "tdsm"),
     "sbdc-constant": Kind("SBDC constant", "baseline", CONSTANT),
     "sbdc": Kind("SBDC calibrated", "baseline", "--dg_mode=calibrated"),
+    "sbdc-2": Kind("SBDC calibrated, weight 2", "baseline", f"--dg_mode=calibrated {WEIGHT_2}"),
     "sbdc-rejection": Kind("SBDC by rejection", "baseline", REJECTION),
     "rejection": Kind("rejection by the detector", "baseline", REJECTION, guide="detect"),
     "tdsm-paper": Kind("TDSM as published", "tdsm-paper"),
     "null": Kind("null", "null"),
     "tdsm-sbdc": Kind("TDSM + SBDC", "tdsm", AFTER_ANOTHER),
     "posterior-sbdc": Kind("posterior + SBDC", "posterior", AFTER_ANOTHER),
+    "relabel-tdsm": Kind("relabel + TDSM", "relabel-tdsm"),
     "cep": Kind("CEP", "cep"),
     "oracle-long": Kind("oracle, longer", "oracle-long", role=ORACLE),
     "posterior-long": Kind("posterior, longer", "posterior-long"),
@@ -183,6 +188,13 @@ def kimg(name: str, resolution: int, scale: float) -> float:
     size = SIZES[resolution]
     length = size.judge if name == "judge" else size.kimg[RUNS[name].script]
     return length * scale * (size.long if name in LONG_ROWS else 1)
+
+
+def recipe(resolution: int) -> dict[str, object]:
+    """Return options and lengths of the trainings. Where two runs differ in them, their results do not compare."""
+    size = asdict(SIZES[resolution])
+    del size["seconds"]
+    return size
 
 
 def needed(name: str, setting: str) -> list[str]:

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 import dnnlib
-from recipes.fashion import LONG_ROWS, ROWS, RUNS, SETTINGS, SHARED, kimg, place, rows
+from recipes.fashion import LONG_ROWS, ROWS, RUNS, SETTINGS, SHARED, kimg, place, recipe, rows
 from recipes.steps import finished, read_journal
 from reports.comparison import Method, accuracy_by_class, chart_distances, show_samples, with_interval
-from reports.finding import Score, say_finding
+from reports.finding import ORACLE, Score, say_finding
 from reports.page import Report, Section
 from torch_utils import safe_files
 from training.objectives.dmis import LEVELS
@@ -33,8 +33,10 @@ METRICS = {
     "cas": "CAS",
 }
 RANKING = "cw_fid"
+EQUAL_IMAGES = tuple(key for key in ROWS if key not in LONG_ROWS)
+TABLES = {"equal images": EQUAL_IMAGES, "equal compute": (*LONG_ROWS, "tdsm", "tdsm-paper")}
 FORWARD = 1 / 3  # of a training step: its backward pass takes as long as two forward passes
-COMMON = ("resolution", "scale", "num")  # what runs on one page have in common
+COMMON = ("resolution", "recipe", "scale", "num")  # what runs on one page have in common
 FILE = "results.json"  # what `write` leaves for other pages, without the path of anything
 
 
@@ -45,7 +47,7 @@ class Result:
     setting: str  # key of SETTINGS
     row: str  # key of ROWS
     about: dict[str, Any]  # the run: seed, and COMMON
-    table: dict[str, Any]  # metrics, intervals and judge, as `fid.py evaluate` wrote them
+    table: dict[str, Any]  # metrics, intervals, classes and judge, as `fid.py evaluate` wrote them
     training_seconds: float
     sampling_seconds: float
     images: float | None = None  # that trained the denoiser; None: nothing was trained
@@ -60,9 +62,10 @@ def load(path: str) -> list[Result]:
     """
     if path.endswith(".json"):
         return _read(path)
-    journal = read_journal(path)
-    about = {name: journal["about"][name] for name in ("seed", *COMMON)}
-    found = []
+    journal, found = read_journal(path), []
+    about = {name: journal["about"].get(name) for name in ("seed", *COMMON)}
+    if about["recipe"] != recipe(about["resolution"]):
+        raise dnnlib.UserError(f"{path}: another version made it, with trainings of other lengths or options")
     for setting in journal["about"]["settings"]:
         for key, row in rows(path, setting, journal["about"]["rows"]).items():
             if f"{row.name}-table" not in journal["seconds"]:
@@ -83,9 +86,16 @@ def load(path: str) -> list[Result]:
 
 def _shorten(table: dict[str, Any]) -> dict[str, Any]:
     """Return what the tables here need of one of `fid.py evaluate`."""
-    parts = ("metrics", "intervals")
-    short = {part: {name: table[part][name] for name in METRICS if name in table[part]} for part in parts}
-    return short | dict(judge={name: table["judge"][name] for name in ("accuracy", "num")})
+
+    def some(values: dict[str, Any], *names: str) -> dict[str, Any]:
+        return {name: values[name] for name in names if name in values}
+
+    return {
+        "metrics": some(table["metrics"], *METRICS),
+        "intervals": some(table["intervals"], *METRICS),
+        "classes": {c: some(values, "name", "label_accuracy") for c, values in table["classes"].items()},
+        "judge": some(table["judge"], "accuracy", "num", "on", "classes"),
+    }
 
 
 def _read(path: str) -> list[Result]:
@@ -94,7 +104,7 @@ def _read(path: str) -> list[Result]:
         results = [Result(**row) for row in saved]
         for result in results:  # what the tables read
             SETTINGS[result.setting], ROWS[result.row], [result.about[name] for name in ("seed", *COMMON)]
-            [result.table["metrics"][name] for name in METRICS], result.table["judge"]["accuracy"]
+            _shorten(result.table)["metrics"][RANKING]
     except (KeyError, TypeError):
         raise dnnlib.UserError(f"{path}: not written by this recipe") from None
     return results
@@ -121,18 +131,26 @@ def sections(results: Sequence[Result]) -> list[Section]:
     if any(result.about[name] != results[0].about[name] for result in results for name in COMMON):
         raise dnnlib.UserError("these runs differ in the resolution, the lengths or the number of images")
     found = []
-    for setting in SETTINGS:
-        if not any(result.setting == setting for result in results):
-            continue
-        same = [result for result in results if result.setting == setting or result.row in SHARED]
-        for title, keys in (
-            ("equal images", [key for key in ROWS if key not in LONG_ROWS]),
-            ("equal compute", [*LONG_ROWS, "tdsm"]),
-        ):
-            runs = {key: _seeds(key, same) for key in keys}
-            runs = {key: of_seeds for key, of_seeds in runs.items() if of_seeds}
-            if runs and (keys[0] not in LONG_ROWS or set(runs) & set(LONG_ROWS)):
+    for setting in _settings(results):
+        for title, keys in TABLES.items():
+            runs = _runs(results, setting, keys)
+            if runs and (keys is EQUAL_IMAGES or set(runs) & set(LONG_ROWS)):
                 found.append(_section(_title(setting, title), runs))
+    return found
+
+
+def _settings(results: Sequence[Result]) -> list[str]:
+    return [setting for setting in SETTINGS if any(result.setting == setting for result in results)]
+
+
+def _runs(results: Sequence[Result], setting: str, keys: Sequence[str]) -> dict[str, list[Result]]:
+    """Return the rows of a table that there are: key -> results, one for each seed, in the order of the seeds."""
+    found = {}
+    for key in keys:
+        same = [r for r in results if r.row == key and (r.setting == setting or key in SHARED)]
+        first = {result.about["seed"]: result for result in reversed(same)}
+        if first:
+            found[key] = [first[seed] for seed in sorted(first)]
     return found
 
 
@@ -140,21 +158,17 @@ def _title(setting: str, title: str) -> str:
     return f"Fashion-MNIST, {SETTINGS[setting].title}, {title}"
 
 
-def _seeds(key: str, results: Sequence[Result]) -> list[Result]:
-    """Return the results of a row, one for each seed, in the order of the seeds."""
-    first = {result.about["seed"]: result for result in reversed(results) if result.row == key}
-    return [first[seed] for seed in sorted(first)]
-
-
 def _section(title: str, runs: dict[str, list[Result]]) -> Section:
-    header = ["row", *METRICS.values(), "images", "passes per image", "training", "sampling"]
-    scores, body = [], []
+    oracle = next((results for key, results in runs.items() if ROWS[key].role == ORACLE), [])
+    header, body, scores = ["row"], [], []
+    for name, metric in METRICS.items():
+        header += [metric, "/ oracle's"] if oracle and name == RANKING else [metric]
     for key, results in runs.items():
-        values = [result.table["metrics"][RANKING] for result in results]
-        low_high = results[0].table["intervals"].get(RANKING) if len(results) == 1 else None
-        if ROWS[key].run and None not in values:
-            scores.append(Score(ROWS[key].title, float(np.mean(values)), low_high, ROWS[key].role))
-        body.append(_row(key, results))
+        value, low_high = _mean(results)["metrics"][RANKING], _mean(results)["intervals"].get(RANKING)
+        if ROWS[key].run and value is not None:
+            scores.append(Score(ROWS[key].title, value, low_high if len(results) == 1 else None, ROWS[key].role))
+        body.append(_row(key, results, oracle))
+    header += ["images", "passes per image", "training", "sampling"]
     everything = [result for results in runs.values() for result in results]
     about, side = everything[0].about, everything[0].about["resolution"]
     judges = {result.table["judge"]["accuracy"]: result.table["judge"] for result in everything}
@@ -182,9 +196,10 @@ def _section(title: str, runs: dict[str, list[Result]]) -> Section:
     )
 
 
-def _row(key: str, results: Sequence[Result]) -> list[str]:
+def _row(key: str, results: Sequence[Result], oracle: Sequence[Result]) -> list[str]:
     cells = [ROWS[key].title + ("" if len(results) == 1 else f" ({len(results)} seeds)")]
-    cells += [_cell(results, name) for name in METRICS]
+    for name in METRICS:
+        cells += [_cell(results, name), *([_relative(results, oracle)] if oracle and name == RANKING else [])]
     if results[0].images is None:
         return [*cells, "", "", "", ""]
     passes = np.mean([result.passes for result in results])
@@ -196,19 +211,44 @@ def _row(key: str, results: Sequence[Result]) -> list[str]:
 
 def _cell(results: Sequence[Result], metric: str) -> str:
     """Return a value and its interval; of several seeds the mean, the lowest and the highest value."""
-    values = [result.table["metrics"][metric] for result in results]
-    if len(values) == 1:
-        return with_interval(results[0].table, metric)
-    if None in values:
-        return "n/a"
-    return f"{np.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})"
+    mean = _mean(results)
+    if len(results) == 1 or mean["metrics"][metric] is None:
+        return with_interval(mean, metric)
+    low, high = mean["intervals"][metric]
+    return f"{mean['metrics'][metric]:.3f} ({low:.3f} to {high:.3f})"
+
+
+def _relative(results: Sequence[Result], oracle: Sequence[Result]) -> str:
+    """Return the mean ratio of a row to the oracle, over the seeds that both have."""
+    best = {result.about["seed"]: result.table["metrics"][RANKING] for result in oracle}
+    pairs = [(result.table["metrics"][RANKING], best.get(result.about["seed"])) for result in results]
+    ratios = [value / reached for value, reached in pairs if value is not None and reached]
+    return f"{np.mean(ratios):.2f}" if ratios else "n/a"
+
+
+def _mean(results: Sequence[Result]) -> dict[str, Any]:
+    """Return the table of one seed, or the mean of several with the lowest and the highest values as intervals."""
+    tables = [result.table for result in results]
+    if len(tables) == 1:
+        return tables[0]
+    metrics, intervals = {}, {}
+    for name in METRICS:
+        values = [table["metrics"][name] for table in tables]
+        metrics[name] = None if None in values else float(np.mean(values))
+        if None not in values:
+            intervals[name] = min(values), max(values)
+    classes = {}
+    for c, first in tables[0]["classes"].items():
+        right = [table["classes"][c].get("label_accuracy") for table in tables]
+        classes[c] = dict(name=first["name"], label_accuracy=None if None in right else float(np.mean(right)))
+    return dict(metrics=metrics, intervals=intervals, classes=classes, judge=tables[0]["judge"])
 
 
 def write(outdir: str, results: Sequence[Result], commands: Sequence[str] = ()) -> str:
     """Write the tables as report.html and report.md into a folder, and return the path of the latter.
 
-    Where all results come from one run, its samples and a chart follow the table of each setting. The folder also gets
-    the results themselves, for `load`.
+    A chart and the accuracy by class follow the table of each setting; where all results come from one run, its samples
+    do as well. The folder also gets the results themselves, for `load`.
     """
     found = sections(results)
     os.makedirs(outdir, exist_ok=True)
@@ -216,20 +256,20 @@ def write(outdir: str, results: Sequence[Result], commands: Sequence[str] = ()) 
     for row in saved:
         del row["outdir"]
     with dnnlib.atomic_open(os.path.join(outdir, FILE), "w") as f:
-        json.dump(saved, f, indent=1)
+        f.write("[\n" + ",\n".join(map(json.dumps, saved)) + "\n]\n")
     folders = {result.outdir for result in results}
-    if len(folders) == 1 and "" not in folders:
-        [folder] = folders
-        seconds = read_journal(folder)["seconds"]
-        for setting in dict.fromkeys(result.setting for result in results):
-            section = next((s for s in found if s.title == _title(setting, "equal images")), None)
-            shown = [r.row for r in results if r.setting == setting and r.images is not None and r.row not in LONG_ROWS]
-            methods = finished(folder, [*rows(folder, setting, shown).values()], seconds)
-            data = f"{folder}/datasets/{place('noisy', setting)}.zip"
-            if section is not None and methods and os.path.exists(data):
-                section.pictures = [
-                    chart_distances(outdir, methods, name=setting),
-                    accuracy_by_class(methods),
-                    show_samples(outdir, methods, data, name=setting),
-                ]
+    folder = folders.pop() if len(folders) == 1 else ""
+    for setting in _settings(results):
+        runs = _runs(results, setting, [key for key in EQUAL_IMAGES if ROWS[key].run])
+        section = next((s for s in found if s.title == _title(setting, "equal images")), None)
+        if section is None or not runs:
+            continue
+        methods = [
+            Method(ROWS[key].title, {}, "", _mean(of_seeds), 0.0, 0.0, ROWS[key].role) for key, of_seeds in runs.items()
+        ]
+        section.pictures = [chart_distances(outdir, methods, name=setting), accuracy_by_class(methods)]
+        data = f"{folder}/datasets/{place('noisy', setting)}.zip"
+        if folder and os.path.exists(data):
+            shown = finished(folder, [*rows(folder, setting, [*runs]).values()], read_journal(folder)["seconds"])
+            section.pictures.append(show_samples(outdir, shown, data, name=setting))
     return Report(found, commands).write(outdir)[1]

@@ -58,7 +58,7 @@ class Method:
     title: str  # short
     runs: dict[str, str]  # title -> run directory of everything that was trained for it
     images: str  # archive of the images it generated; "": there are none to show
-    table: str  # JSON file with their metrics, of `fid.py evaluate`
+    table: str | dict[str, Any]  # their metrics: JSON file of `fid.py evaluate`, or what it holds
     training_seconds: float
     sampling_seconds: float
     role: str = ""  # reports.finding.ORACLE, BASELINE or none
@@ -67,6 +67,8 @@ class Method:
     @functools.cached_property
     def result(self) -> dict[str, Any]:
         """The content of `table`."""
+        if isinstance(self.table, dict):
+            return self.table
         with open(self.table) as f:
             return json.load(f)
 
