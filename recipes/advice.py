@@ -87,6 +87,10 @@ class _Commands:
         own = [f"--preset={self._preset(script)}", f"--outdir={self.run(part)}", "--nosubdir"]
         return shlex.join(["python", script, *own, f"--data={data or self.data}", *length, *rest])
 
+    def posterior(self, foreign: bool) -> str:
+        outliers = ["--outliers=drop", f"--outlier_data={self.labels}"] if foreign else []
+        return self.train("train.py", "posterior", f"--posterior={self.labels}", *outliers)
+
     def tdsm(self, known: bool) -> str:
         noise = ["--noise_type=auto", *([f"--label-path={self.labels}"] if known else [])]
         model = self.train("train_noise.py", "tdsm", f"--cls={self.run('classifier')}")
@@ -181,6 +185,16 @@ def advise(dataset: ImageDataset, found: LabelFile, data: str, labels: str) -> t
             c.rduot(found.is_outlier is not None),
         ),
     ]
+    if found.posterior is not None:
+        row = Advice(
+            "Posterior",
+            "Draws the label of each image anew from its posterior, at each use"
+            + (", and leaves out the foreign images." if foreign else "."),
+            "Labels are wrong, and many images are too ambiguous to name one right label.",
+            f"No detection again, then {model:,} training passes; {foreign:,} of {len(left):,} images are lost",
+            c.posterior(foreign > 0),
+        )
+        rows.insert(2, row)
     for row in rows:
         row.recommended = row.method == best
     return rows, why

@@ -13,6 +13,7 @@ import pytest
 import inspect_data
 from archives.dataset import ImageDataset
 from archives.label_file import LabelFile, load_label_file, save_label_file
+from archives.posterior import compress
 from detection.inspection import confusable_pairs
 from recipes.advice import advise, name_confusable
 from tests.support.commands import callers
@@ -63,7 +64,7 @@ def test_one_command_says_what_is_wrong_and_what_to_do(data, tmp_path):
     assert f"Foreign:     {found.is_outlier.sum()} of 400" in output and "\nRecommended: " in output
     page = html.unescape((out / "report.html").read_text())
     commands = re.findall(r"<pre[^>]*>(.*?)</pre>", page, re.DOTALL)
-    assert len(commands) == 5 and f"--label-path={out}/labels.npz" in commands[2]
+    assert len(commands) == 6 and f"--label-path={out}/labels.npz" in commands[3]
     check_commands("\n".join(commands))
     assert len(json.loads(re.search(r"id='data'>(.*?)</script>", page)[1])["names"]) == 50
 
@@ -153,6 +154,19 @@ def test_what_is_recommended(tmp_path, n, rate, foreign, resolution, best, words
     # A pass is n images: the preset trains the baseline for 0.15 (digits) or 200 (cifar10) million images.
     passes = 200e6 / n if resolution > 16 else 0.15e6 * max(1, n / 15000) / n
     assert f"{int(np.ceil(passes)):,} training passes" in rows[0].cost
+
+
+@pytest.mark.parametrize("foreign", [0, 7])
+def test_a_posterior_is_one_of_the_ways(tmp_path, foreign):
+    clean, labels = noisy(100, 0.4)
+    found = judged(labels, clean, CLASSES, is_outlier=np.arange(100) < foreign)
+    found.posterior = compress(np.full((100, CLASSES), 1 / CLASSES), labels)
+    shape = dict(resolution=8, num_channels=1, label_dim=CLASSES, class_names=None)
+    path = str(make_archive(tmp_path / "mine.zip", pictures(1)))
+    [row] = [row for row in advise(SizedDataset(100, shape), found, path, "l.npz")[0] if row.method == "Posterior"]
+    check_commands(row.command)
+    assert "--posterior=l.npz" in row.command and f"{foreign} of 100 images are lost" in row.cost
+    assert ("--outliers=drop --outlier_data=l.npz" in row.command) == (foreign > 0)
 
 
 class SizedDataset(SimpleNamespace):
