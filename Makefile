@@ -25,7 +25,7 @@ demo-full: $(STAMP)
 
 # All methods on Fashion-MNIST, one kind of label noise: hours. benchmark.py has the others.
 benchmark: $(STAMP)
-	$(BIN)/python benchmark.py --outdir=benchmark
+	$(BIN)/python benchmark.py --outdir=benchmark --jobs=2
 
 test: $(STAMP)
 	$(BIN)/python -m pytest --numprocesses=auto --dist=loadfile --no-loadscope-reorder

@@ -20,7 +20,7 @@ from torch_utils import persistence
 
 EXAMPLES = """
 Examples:
-  python benchmark.py --outdir=benchmark
+  python benchmark.py --outdir=benchmark --jobs=2
   python benchmark.py --outdir=benchmark-others --setting=sym80,asym40,instance40 --judge=benchmark/judge
   python benchmark.py --outdir=benchmark-seed1 --seed=1 --rows=oracle,posterior,relabel
   python benchmark.py --outdir=benchmark-gpu --resolution=32 --rows=oracle,baseline,posterior,tdsm
@@ -46,11 +46,15 @@ Examples:
               help="Multiplies all training lengths")
 @click.option("--judge", metavar="PKL|DIR",
               help="Classifier that judges and gives the features  [default: one is trained on the clean labels]")
+@click.option("--jobs", metavar="INT", type=click.IntRange(min=1), default=1,
+              help="Commands that run at the same time, each on its share of the cores: 2 for two cores  [default: 1]")
 @click.option("--merge", metavar="LIST",
               help="Folders of runs, or the results.json in them, separated by commas: write one page from them into "
               "--outdir, run nothing. If two have the same row and seed, the first one counts")
 # fmt: on
-def main(outdir: str, setting: list[str], rows: list[str], resolution: str, merge: str | None, **options) -> None:
+def main(
+    outdir: str, setting: list[str], rows: list[str], resolution: str, jobs: int, merge: str | None, **options
+) -> None:
     if merge is not None:
         useless = [option for option in dnnlib.cli.given_options() if option not in ("--outdir", "--merge")]
         if useless:
@@ -66,7 +70,7 @@ def main(outdir: str, setting: list[str], rows: list[str], resolution: str, merg
             check_judge(options["judge"], options["resolution"])  # before the work
     steps = fashion.plan(outdir, setting, rows, **options)
     about = dict(settings=setting, rows=rows, recipe=fashion.recipe(options["resolution"])) | options
-    run_plan(steps, SCRIPTS, outdir, options["scale"], about)
+    run_plan(steps, SCRIPTS, outdir, options["scale"], about, jobs)
     journal = read_journal(outdir)
     commands = [f"python {step['command']}" for step in journal["steps"] if step["name"] in journal["seconds"]]
     page = fashion_tables.write(outdir, fashion_tables.load(outdir), commands)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import shlex
+import subprocess
+import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,6 +19,7 @@ import click
 import dnnlib
 import dnnlib.cli
 from dnnlib.signals import ENDING, catching, exit_in_order
+from dnnlib.threads import usable_cores
 from reports.comparison import Method
 from torch_utils import safe_files
 from training.training_loop import last_seconds
@@ -34,13 +38,15 @@ __all__ = [
 ]
 
 JOURNAL = "quickstart.json"
+WRITTEN = ("--dest", "--outdir", "--out", "--cleaned", "--features")  # options of our scripts that name what they write
+POLL = 0.2  # seconds between two looks at the processes
 # Options of generate.py for SBDC: as in the paper's example, and behind a method that has left 10% wrong labels.
 CONSTANT = "--dg_mode=constant --S_clip_min=1.5 --S_clip_max=50 --dg_weight_1st_order=0.9 --dg_weight_2nd_order=0.9"
 REJECTION = "--dg_mode=rejection"
 AFTER_ANOTHER = "--dg_mode=calibrated --noise_rate=0.1"
 
 
-@dataclass
+@dataclass(frozen=True)
 class Step:
     """One command of a plan."""
 
@@ -107,33 +113,121 @@ def finished(outdir: str, rows: Sequence[Row], seconds: Mapping[str, float]) -> 
 
 
 def run_plan(
-    steps: Sequence[Step], scripts: Mapping[str, Any], outdir: str, pace: float, about: dict[str, Any] | None = None
+    steps: Sequence[Step],
+    scripts: Mapping[str, Any],
+    outdir: str,
+    pace: float,
+    about: dict[str, Any] | None = None,
+    jobs: int = 1,
 ) -> dict[str, float]:
     """Run all steps that have not run yet, and return the seconds that each took.
 
-    `scripts`: name -> module with a click command `main`. Their output goes to `outdir`/logs, their progress bars to
-    the screen. `pace`: expected duration divided by the planned one, for the first estimates of the time left.
-    `about`: what the journal says about the plan, for `read_journal`.
-    UserError: `outdir` holds something else.
+    scripts  name -> module with a click command `main`; their output goes to `outdir`/logs
+    pace     expected duration divided by the planned one, for the first estimates of the time left
+    about    what the journal says about the plan, for `read_journal`
+    jobs     steps that run at the same time: one in this process, with progress bars on the screen, or several in
+             processes of their own
+
+    UserError: `outdir` holds something else; or a step failed in its own process.
     """
     with dnnlib.cli.blame("--outdir"):
         journal = Journal(outdir, [asdict(step) for step in steps], about)
     journal.write()  # before the first step, which may be killed: the folder is ours
-    remaining, spent, expected = sum(step.seconds for step in steps), 0.0, 0.0
+    start, expected = time.time(), 0.0
+
+    def announce(step: Step) -> None:
+        remaining = sum(other.seconds for other in steps if other.name not in journal.seconds)
+        left = remaining * ((time.time() - start) / expected if expected > 60 else pace / jobs)
+        click.echo(f"[{steps.index(step) + 1}/{len(steps)}] {step.title:<50s} about {dnnlib.format_time(left)} left")
+
     try:
         with catching(exit_in_order, *ENDING):
-            for i, step in enumerate(steps):
-                if step.name not in journal.seconds:
-                    left = remaining * (spent / expected if expected > 60 else pace)
-                    click.echo(f"[{i + 1}/{len(steps)}] {step.title:<50s} about {dnnlib.format_time(left)} left")
-                    with journal.timing(step.name):
-                        run_step(step, scripts, os.path.join(outdir, "logs", f"{step.name}.txt"))
-                    spent, expected = spent + journal.seconds[step.name], expected + step.seconds
-                remaining -= step.seconds
+            waiting = [step for step in steps if step.name not in journal.seconds]
+            how = _one_by_one if jobs == 1 else functools.partial(_side_by_side, jobs=jobs)
+            with contextlib.closing(how(waiting, scripts, journal, announce)) as run:
+                for step in run:
+                    expected += step.seconds
     except (KeyboardInterrupt, SystemExit, click.Abort):
         click.echo("Stopped. The same command goes on from here.")
         raise
     return journal.seconds
+
+
+def _one_by_one(
+    steps: Sequence[Step], scripts: Mapping[str, Any], journal: Journal, announce: Callable[[Step], None]
+) -> Iterator[Step]:
+    """Run the steps in this process, and yield each one when it is done."""
+    for step in steps:
+        announce(step)
+        with journal.timing(step.name):
+            run_step(step, scripts, journal.log(step.name))
+        yield step
+
+
+def _side_by_side(
+    steps: Sequence[Step], scripts: Mapping[str, Any], journal: Journal, announce: Callable[[Step], None], jobs: int
+) -> Iterator[Step]:
+    """Run the steps in processes of their own, and yield each one when it is done.
+
+    A step waits for earlier ones that write what it reads. If one fails, the others stop, as at a signal.
+    """
+    waiting, running = list(steps), {}  # Step -> its process and what times it, in the order of the plan
+    threads = {"OMP_NUM_THREADS": str(max(usable_cores() // jobs, 1))} | os.environ
+    with contextlib.ExitStack() as stack:
+        stack.callback(_stop, running, journal)
+        while waiting or running:
+            for step in [*waiting]:
+                before = [*running, *waiting[: waiting.index(step)]]
+                if len(running) < jobs and not any(_reads(step, other) for other in before):
+                    announce(step)
+                    waiting.remove(step)
+                    running[step] = _start(step, scripts, journal.log(step.name), threads), time.time()
+            time.sleep(POLL)
+            for step, (process, start) in [*running.items()]:
+                if process.poll() is not None:
+                    del running[step]
+                    journal.add(step.name, time.time() - start, done=process.returncode == 0)
+                    if process.returncode:
+                        raise dnnlib.UserError(_why(step, process.returncode, journal.log(step.name)))
+                    yield step
+
+
+def _start(step: Step, scripts: Mapping[str, Any], log: str, environ: Mapping[str, str]) -> subprocess.Popen:
+    script, *args = shlex.split(step.command)
+    os.makedirs(os.path.dirname(log), exist_ok=True)
+    with open(log, "a") as f:  # a session of its own, so that Ctrl-C asks this process only, which asks the others
+        return subprocess.Popen(
+            [sys.executable, scripts[script].__file__, *args],
+            stdout=f,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            env=environ,
+            start_new_session=True,
+        )
+
+
+def _stop(running: Mapping[Step, tuple[subprocess.Popen, float]], journal: Journal) -> None:
+    """Let the processes save what they have, and wait for them."""
+    for process, _ in running.values():
+        process.terminate()
+    for step, (process, start) in running.items():
+        process.wait()
+        journal.add(step.name, time.time() - start, done=False)
+
+
+def _reads(step: Step, other: Step) -> bool:
+    """Return whether a step reads what another one writes, by their options."""
+    words = [word.partition("=")[::2] for word in shlex.split(other.command)[1:]]
+    written = [os.path.splitext(value)[0] for name, value in words if name in WRITTEN]
+    read = [word.partition("=")[2] for word in shlex.split(step.command)[1:]]
+    return any(value.startswith(path) for path in written for value in read)
+
+
+def _why(step: Step, code: int, log: str) -> str:
+    """Return why a process ended, by the last line of its log."""
+    with open(log, errors="replace") as f:
+        lines = [line.strip() for line in f if line.strip()]
+    return f"{step.title} ended with code {code}: {lines[-1] if lines else 'it did not say why'} ({log})"
 
 
 def read_journal(outdir: str) -> dict[str, Any]:
@@ -175,6 +269,10 @@ class Journal:
         elif os.path.isdir(outdir) and os.listdir(outdir):
             raise dnnlib.UserError(f"{outdir} holds files that are not of a quickstart; choose another folder")
 
+    def log(self, name: str) -> str:
+        """Return where the output of a step goes."""
+        return os.path.join(self.outdir, "logs", f"{name}.txt")
+
     @contextlib.contextmanager
     def timing(self, name: str) -> Iterator[None]:
         """Record that the step inside is done, and how long it took, with the times until it was interrupted before."""
@@ -183,11 +281,15 @@ class Journal:
             yield
             done = True
         finally:
-            self.before[name] = self.before.get(name, 0.0) + time.time() - start
-            if done:
-                self.seconds[name] = self.before.pop(name)
-            with contextlib.nullcontext() if done else contextlib.suppress(OSError):
-                self.write()
+            self.add(name, time.time() - start, done)
+
+    def add(self, name: str, seconds: float, done: bool) -> None:
+        """Record that a step took some seconds more, and whether it is done now."""
+        self.before[name] = self.before.get(name, 0.0) + seconds
+        if done:
+            self.seconds[name] = self.before.pop(name)
+        with contextlib.nullcontext() if done else contextlib.suppress(OSError):
+            self.write()
 
     def write(self) -> None:
         """Write the journal."""
