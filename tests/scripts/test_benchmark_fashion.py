@@ -218,7 +218,7 @@ def test_a_tiny_run_is_complete_and_goes_on(tmp_path):
     make_idx(source, 60, part="t10k", seed=1)
     command = [f"--outdir={tmp_path}/out", f"--source={source}", "--scale=0.0005", "--num=20",
                "--rows=real-noisy,baseline"]  # fmt: skip
-    assert "[1/" in succeed(*command)
+    assert "[1/" in succeed(*command, "--jobs=2")
     rows = read_rows(tmp_path / "out/report.md")
     assert {"real images, noisy labels", "baseline"} <= set(rows)
     assert rows["baseline"][8] == "19" and 0 <= float(rows["baseline"][7]) <= 1
