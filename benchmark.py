@@ -47,7 +47,7 @@ Examples:
 @click.option("--judge", metavar="PKL|DIR",
               help="Classifier that judges and gives the features  [default: one is trained on the clean labels]")
 @click.option("--jobs", metavar="INT", type=click.IntRange(min=1), default=1,
-              help="Commands that run at the same time, each on its share of the cores: 2 for two cores  [default: 1]")
+              help="Commands that run at the same time, each on its share of the cores: 2 for two cores")
 @click.option("--merge", metavar="LIST",
               help="Folders of runs, or the results.json in them, separated by commas: write one page from them into "
               "--outdir, run nothing. If two have the same row and seed, the first one counts")

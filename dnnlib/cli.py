@@ -8,11 +8,13 @@ import math
 import os
 import re
 import sys
+import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import click
 
+from dnnlib.signals import ENDING, catching, exit_in_order
 from dnnlib.util import UserError, one_line
 
 __all__ = [
@@ -258,13 +260,18 @@ class _OneLineErrors:
         standalone_mode: bool = True,
         **extra: Any,
     ) -> Any:
-        """Run the command. In standalone mode exit with 0, 1 (data), 2 (usage) or 130 (Ctrl-C).
+        """Run the command. In standalone mode exit with 0, 1 (data), 2 (usage), or 130, 143, 129 (Ctrl-C and signals).
 
         At most one line goes to stderr.
         """
         outer, self._standalone = self._standalone, standalone_mode
+        # A signal lets every `finally` run, which removes unfinished files. Not in a group of processes: one that waits
+        # for others that have gone would never come to it.
+        alone = "RANK" not in os.environ and threading.current_thread() is threading.main_thread()
+        handled = catching(exit_in_order, *ENDING) if standalone_mode and alone else contextlib.nullcontext()
         try:
-            result = super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
+            with handled:
+                result = super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
         except click.ClickException as e:
             if not standalone_mode:
                 raise

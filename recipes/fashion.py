@@ -193,7 +193,7 @@ def kimg(name: str, resolution: int, scale: float) -> float:
 
 
 def recipe(resolution: int) -> dict[str, object]:
-    """Return options and lengths of the trainings. Where two runs differ in them, their results do not compare."""
+    """Return what a resolution needs (Size). Where two runs differ in it, their results do not compare."""
     size = asdict(SIZES[resolution])
     del size["seconds"]
     return size

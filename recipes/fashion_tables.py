@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
 
 import dnnlib
-from recipes.fashion import LONG_ROWS, ROWS, RUNS, SETTINGS, SHARED, kimg, place, recipe, rows
+from recipes.fashion import LONG_ROWS, ROWS, RUNS, SETTINGS, SHARED, SIZES, kimg, place, recipe, rows
 from recipes.steps import finished, read_journal
 from reports.comparison import Method, accuracy_by_class, chart_distances, show_samples, with_interval
 from reports.finding import ORACLE, Score, say_finding
@@ -60,14 +61,24 @@ def load(path: str) -> list[Result]:
 
     path    folder of the run, or the results.json that `write` left
     """
-    if path.endswith(".json"):
-        return _read(path)
+    found = _read(path) if path.endswith(".json") else _measured(path)
+    if not all(map(_valid, found)):
+        raise dnnlib.UserError(f"{path}: not written by this recipe, or by another version of it")
+    return found
+
+
+def _measured(path: str) -> list[Result]:
+    """Return the results in the folder of a run."""
     journal, found = read_journal(path), []
-    about = {name: journal["about"].get(name) for name in ("seed", *COMMON)}
+    known = journal["about"] if isinstance(journal["about"], dict) else {}
+    about = {name: known.get(name) for name in ("seed", *COMMON)}
+    settings, keys = (known.get(name) or [""] for name in ("settings", "rows"))
+    if about["resolution"] not in SIZES or not (set(settings) <= SETTINGS.keys() and set(keys) <= ROWS.keys()):
+        raise dnnlib.UserError(f"{path}: not written by this recipe")
     if about["recipe"] != recipe(about["resolution"]):
         raise dnnlib.UserError(f"{path}: another version made it, with trainings of other lengths or options")
-    for setting in journal["about"]["settings"]:
-        for key, row in rows(path, setting, journal["about"]["rows"]).items():
+    for setting in settings:
+        for key, row in rows(path, setting, keys).items():
             if f"{row.name}-table" not in journal["seconds"]:
                 continue
             images = passes = None
@@ -99,15 +110,43 @@ def _shorten(table: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read(path: str) -> list[Result]:
+    """Return the results in a results.json."""
     saved = safe_files.load_json(dnnlib.read_bytes(path), path)
+    names = {field.name for field in fields(Result)} - {"outdir"}
+    if not isinstance(saved, list) or not all(isinstance(row, dict) and row.keys() == names for row in saved):
+        raise dnnlib.UserError(f"{path}: not written by this recipe")
+    return [Result(**row) for row in saved]
+
+
+def _valid(result: Result) -> bool:
+    """Return whether a result holds all that the tables need."""
+
+    def numbers(*values: Any) -> bool:
+        return all(isinstance(v, (int, float)) and math.isfinite(v) for v in values if v is not None)
+
     try:
-        results = [Result(**row) for row in saved]
-        for result in results:  # what the tables read
-            SETTINGS[result.setting], ROWS[result.row], [result.about[name] for name in ("seed", *COMMON)]
-            _shorten(result.table)["metrics"][RANKING]
-    except (KeyError, TypeError):
-        raise dnnlib.UserError(f"{path}: not written by this recipe") from None
-    return results
+        table, about = result.table, result.about
+        judge, classes = table["judge"], table["classes"]
+        return (
+            result.setting in SETTINGS
+            and result.row in ROWS
+            and isinstance(about["seed"], int)
+            and about.keys() == {"seed", *COMMON}
+            and about["resolution"] in SIZES
+            and numbers(about["num"], about["scale"], result.training_seconds + result.sampling_seconds)
+            and numbers(result.images, result.passes)
+            and (result.images is None) == (result.passes is None) == (not ROWS[result.row].run)
+            and table["metrics"].keys() == METRICS.keys()
+            and numbers(*table["metrics"].values())
+            and all(name in METRICS and numbers(low + high) for name, (low, high) in table["intervals"].items())
+            and len(classes) == CLASSES
+            and all(isinstance(c["name"], str) and numbers(c.get("label_accuracy")) for c in classes.values())
+            and numbers(judge["accuracy"] + judge["num"])
+            and isinstance(judge["on"], str)
+            and all(numbers(c.get("accuracy"), c.get("num")) for c in judge["classes"].values())
+        )
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return False
 
 
 def _extra_passes(run: str, options: str) -> float:
@@ -252,11 +291,6 @@ def write(outdir: str, results: Sequence[Result], commands: Sequence[str] = ()) 
     """
     found = sections(results)
     os.makedirs(outdir, exist_ok=True)
-    saved = [asdict(result) for result in results]
-    for row in saved:
-        del row["outdir"]
-    with dnnlib.atomic_open(os.path.join(outdir, FILE), "w") as f:
-        f.write("[\n" + ",\n".join(map(json.dumps, saved)) + "\n]\n")
     folders = {result.outdir for result in results}
     folder = folders.pop() if len(folders) == 1 else ""
     for setting in _settings(results):
@@ -272,4 +306,9 @@ def write(outdir: str, results: Sequence[Result], commands: Sequence[str] = ()) 
         if folder and os.path.exists(data):
             shown = finished(folder, [*rows(folder, setting, [*runs]).values()], read_journal(folder)["seconds"])
             section.pictures.append(show_samples(outdir, shown, data, name=setting))
+    saved = [asdict(result) for result in results]
+    for row in saved:
+        del row["outdir"]
+    with dnnlib.atomic_open(os.path.join(outdir, FILE), "w") as f:
+        f.write("[\n" + ",\n".join(map(json.dumps, saved)) + "\n]\n")
     return Report(found, commands).write(outdir)[1]

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -133,20 +133,23 @@ def run_plan(
     with dnnlib.cli.blame("--outdir"):
         journal = Journal(outdir, [asdict(step) for step in steps], about)
     journal.write()  # before the first step, which may be killed: the folder is ours
-    start, expected = time.time(), 0.0
+    by_name = {step.name: step for step in steps}
 
     def announce(step: Step) -> None:
-        remaining = sum(other.seconds for other in steps if other.name not in journal.seconds)
-        left = remaining * ((time.time() - start) / expected if expected > 60 else pace / jobs)
-        click.echo(f"[{steps.index(step) + 1}/{len(steps)}] {step.title:<50s} about {dnnlib.format_time(left)} left")
+        done = [name for name in by_name if name in journal.seconds]
+        planned = sum(by_name[name].seconds for name in done)
+        rate = sum(journal.seconds[name] for name in done) / planned if planned > 60 else pace
+        remaining = [max(s.seconds * rate - journal.spent(s.name), 0.0) for s in steps if s.name not in journal.seconds]
+        left = dnnlib.format_time(sum(remaining) / jobs)
+        click.echo(f"[{steps.index(step) + 1}/{len(steps)}] {step.title:<50s} about {left} left")
 
+    waiting = [step for step in steps if step.name not in journal.seconds]
     try:
         with catching(exit_in_order, *ENDING):
-            waiting = [step for step in steps if step.name not in journal.seconds]
-            how = _one_by_one if jobs == 1 else functools.partial(_side_by_side, jobs=jobs)
-            with contextlib.closing(how(waiting, scripts, journal, announce)) as run:
-                for step in run:
-                    expected += step.seconds
+            if jobs == 1:
+                _one_by_one(waiting, scripts, journal, announce)
+            else:
+                _side_by_side(waiting, scripts, journal, announce, jobs)
     except (KeyboardInterrupt, SystemExit, click.Abort):
         click.echo("Stopped. The same command goes on from here.")
         raise
@@ -155,79 +158,109 @@ def run_plan(
 
 def _one_by_one(
     steps: Sequence[Step], scripts: Mapping[str, Any], journal: Journal, announce: Callable[[Step], None]
-) -> Iterator[Step]:
-    """Run the steps in this process, and yield each one when it is done."""
+) -> None:
+    """Run the steps in this process."""
     for step in steps:
         announce(step)
         with journal.timing(step.name):
             run_step(step, scripts, journal.log(step.name))
-        yield step
 
 
 def _side_by_side(
     steps: Sequence[Step], scripts: Mapping[str, Any], journal: Journal, announce: Callable[[Step], None], jobs: int
-) -> Iterator[Step]:
-    """Run the steps in processes of their own, and yield each one when it is done.
+) -> None:
+    """Run the steps in processes of their own.
 
     A step waits for earlier ones that write what it reads. If one fails, the others stop, as at a signal.
     """
-    waiting, running = list(steps), {}  # Step -> its process and what times it, in the order of the plan
-    threads = {"OMP_NUM_THREADS": str(max(usable_cores() // jobs, 1))} | os.environ
-    with contextlib.ExitStack() as stack:
-        stack.callback(_stop, running, journal)
+    waiting, running = list(steps), {}  # step -> its process, in the order of the plan
+    environ, cores = dict(os.environ), usable_cores()
+    if environ.get("OMP_NUM_THREADS") in (None, str(cores)):  # all cores: for a CPU quota `dnnlib.threads` has set it
+        environ["OMP_NUM_THREADS"] = str(max(cores // jobs, 1))
+    try:
         while waiting or running:
             for step in [*waiting]:
                 before = [*running, *waiting[: waiting.index(step)]]
                 if len(running) < jobs and not any(_reads(step, other) for other in before):
                     announce(step)
                     waiting.remove(step)
-                    running[step] = _start(step, scripts, journal.log(step.name), threads), time.time()
+                    running[step] = _Process(step, scripts, journal, environ)
             time.sleep(POLL)
-            for step, (process, start) in [*running.items()]:
-                if process.poll() is not None:
+            for step, process in [*running.items()]:
+                if process.ended():
                     del running[step]
-                    journal.add(step.name, time.time() - start, done=process.returncode == 0)
-                    if process.returncode:
-                        raise dnnlib.UserError(_why(step, process.returncode, journal.log(step.name)))
-                    yield step
+                    process.check()
+    finally:
+        _stop([*running.values()])
 
 
-def _start(step: Step, scripts: Mapping[str, Any], log: str, environ: Mapping[str, str]) -> subprocess.Popen:
-    script, *args = shlex.split(step.command)
-    os.makedirs(os.path.dirname(log), exist_ok=True)
-    with open(log, "a") as f:  # a session of its own, so that Ctrl-C asks this process only, which asks the others
-        return subprocess.Popen(
-            [sys.executable, scripts[script].__file__, *args],
-            stdout=f,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            env=environ,
-            start_new_session=True,
-        )
+class _Process:
+    """A step in a process of its own, with its output at the end of its log."""
+
+    def __init__(self, step: Step, scripts: Mapping[str, Any], journal: Journal, environ: Mapping[str, str]):
+        script, *args = shlex.split(step.command)
+        self.step, self.journal, self.path = step, journal, journal.log(step.name)
+        os.makedirs(os.path.dirname(self.path), exist_ok=True)
+        self.written = os.path.getsize(self.path) if os.path.exists(self.path) else 0
+        journal.begin(step.name)
+        with open(self.path, "a") as f:  # in a session of its own: Ctrl-C reaches us alone, and we ask it to stop
+            self.process = subprocess.Popen(
+                [sys.executable, scripts[script].__file__, *args],
+                stdout=f,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                env=environ,
+                start_new_session=True,
+            )
+
+    def ended(self) -> bool:
+        """Return whether it has ended. The journal then says how."""
+        if self.process.poll() is None:
+            return False
+        self.journal.end(self.step.name, done=self.process.returncode == 0)
+        return True
+
+    def check(self) -> None:
+        """Raise UserError if it failed, with the last line that it wrote."""
+        code = self.process.returncode
+        if code:
+            with open(self.path, errors="replace") as f:
+                f.seek(self.written)
+                lines = [line.strip() for line in f if line.strip()] or ["it did not say why"]
+            how = f"code {code}" if code > 0 else signal.Signals(-code).name
+            raise dnnlib.UserError(f"{self.step.title} ended with {how}: {lines[-1]} ({self.path})")
 
 
-def _stop(running: Mapping[Step, tuple[subprocess.Popen, float]], journal: Journal) -> None:
-    """Let the processes save what they have, and wait for them."""
-    for process, _ in running.values():
-        process.terminate()
-    for step, (process, start) in running.items():
-        process.wait()
-        journal.add(step.name, time.time() - start, done=False)
+def _stop(processes: Sequence[_Process]) -> None:
+    """Let processes save what they have, and wait for them. A second signal kills them."""
+    try:
+        for one in processes:
+            one.process.terminate()
+        for one in processes:
+            one.process.wait()
+    except BaseException:
+        for one in processes:
+            one.process.kill()
+        raise
+    finally:
+        for one in processes:
+            one.process.wait()
+            one.ended()
 
 
 def _reads(step: Step, other: Step) -> bool:
     """Return whether a step reads what another one writes, by their options."""
-    words = [word.partition("=")[::2] for word in shlex.split(other.command)[1:]]
-    written = [os.path.splitext(value)[0] for name, value in words if name in WRITTEN]
-    read = [word.partition("=")[2] for word in shlex.split(step.command)[1:]]
-    return any(value.startswith(path) for path in written for value in read)
 
+    def values(command: str) -> list[tuple[str, str]]:
+        return [word.partition("=")[::2] for word in shlex.split(command)[1:]]
 
-def _why(step: Step, code: int, log: str) -> str:
-    """Return why a process ended, by the last line of its log."""
-    with open(log, errors="replace") as f:
-        lines = [line.strip() for line in f if line.strip()]
-    return f"{step.title} ended with code {code}: {lines[-1] if lines else 'it did not say why'} ({log})"
+    read = [value for _, value in values(step.command)]
+    for name, path in values(other.command):
+        # A run, a file, or the classifier beside a label file.
+        beside = f"{path.removesuffix('.npz')}-" if path.endswith(".npz") else f"{path}/"
+        if name in WRITTEN and any(value == path or value.startswith(beside) for value in read):
+            return True
+    return False
 
 
 def read_journal(outdir: str) -> dict[str, Any]:
@@ -256,7 +289,7 @@ class Journal:
 
     def __init__(self, outdir: str, steps: list[dict], about: dict[str, Any] | None = None):
         self.path, self.steps, self.seconds, self.before = os.path.join(outdir, JOURNAL), steps, {}, {}
-        self.outdir, self.about = outdir, about
+        self.outdir, self.about, self.begun = outdir, about, {}
         if os.path.exists(self.path):
             known = safe_files.load_json(dnnlib.read_bytes(self.path), self.path)
             # The folder may have moved since, and its name be spelled otherwise.
@@ -276,20 +309,31 @@ class Journal:
     @contextlib.contextmanager
     def timing(self, name: str) -> Iterator[None]:
         """Record that the step inside is done, and how long it took, with the times until it was interrupted before."""
-        start, done = time.time(), False
+        done = False
+        self.begin(name)
         try:
             yield
             done = True
         finally:
-            self.add(name, time.time() - start, done)
+            self.end(name, done)
 
-    def add(self, name: str, seconds: float, done: bool) -> None:
-        """Record that a step took some seconds more, and whether it is done now."""
-        self.before[name] = self.before.get(name, 0.0) + seconds
+    def begin(self, name: str) -> None:
+        """Record that a step begins."""
+        self.begun[name] = time.time()
+
+    def end(self, name: str, done: bool) -> None:
+        """Record that a step has ended, and whether it is done."""
+        self.before[name] = self.spent(name)
+        del self.begun[name]
         if done:
             self.seconds[name] = self.before.pop(name)
         with contextlib.nullcontext() if done else contextlib.suppress(OSError):
             self.write()
+
+    def spent(self, name: str) -> float:
+        """Return the seconds that an unfinished step took until now."""
+        now = time.time()
+        return self.before.get(name, 0.0) + now - self.begun.get(name, now)
 
     def write(self) -> None:
         """Write the journal."""

@@ -81,6 +81,9 @@ def test_the_judge_is_the_same_for_all_seeds():
     assert one["judge"] == two["judge"] and one["sym40-noisy"] != two["sym40-noisy"]
 
 
+CLASSES = [*"0123456789"]
+
+
 def write_run(folder, values, *, settings=("sym40",), seed=0, num=100, passes=3.0, right=0.91, **about):
     """Write the journal and the tables of a run as `benchmark.py` leaves them: row -> class-wise FD."""
     (folder / "tables").mkdir(parents=True)
@@ -92,8 +95,13 @@ def write_run(folder, values, *, settings=("sym40",), seed=0, num=100, passes=3.
             table = dict(
                 metrics=dict.fromkeys(fashion_tables.METRICS, 0.5) | dict(cw_fid=values[key]),
                 intervals=dict(cw_fid=[values[key] - 0.1, values[key] + 0.1]),
-                classes={"3": dict(name="Dress", label_accuracy=values[key] / 10, cw_fid=1.0)},
-                judge=dict(accuracy=right, num=10000, on="test images", classes={"3": dict(accuracy=0.9, num=100)}),
+                classes={c: dict(name=f"kind {c}", label_accuracy=values[key] / 10, cw_fid=1.0) for c in CLASSES},
+                judge=dict(
+                    accuracy=right,
+                    num=10000,
+                    on="test images",
+                    classes={c: dict(accuracy=0.9, num=100) for c in CLASSES},
+                ),
             )
             (folder / f"tables/{row.name}.json").write_text(json.dumps(table))
             seconds |= {name: 60.0 for name in (*row.training, f"{row.name}-images", f"{row.name}-table")}
@@ -168,10 +176,71 @@ def test_results_travel_as_one_file(tmp_path):
     succeed(f"--outdir={tmp_path}/again", f"--merge={saved}")
     for name in ("report.md", "results.json"):
         assert (tmp_path / "again" / name).read_text() == (tmp_path / "page" / name).read_text()
-    for text in ("[]", "{}", "[{}]", "[1]", saved.read_text().replace("sym40", "sym41"), "nothing"):
-        saved.write_text(text)
-        fail(1, f"--outdir={tmp_path}/none", f"--merge={saved}", "--merge|no row is finished" if text in ("[]", "{}")
-             else "--merge|results.json")  # fmt: skip
+    fail(1, f"--outdir={tmp_path}/none", f"--merge={write_text(saved, '[]')}", "--merge|no row is finished")
+
+
+def write_text(path, text):
+    path.write_text(text)
+    return path
+
+
+DAMAGE = [
+    ("setting", "sym41"),
+    ("row", "none"),
+    ("row", "real-clean"),  # which was not trained
+    ("outdir", "a"),
+    ("images", "many"),
+    ("passes", None),
+    ("training_seconds", None),
+    ("about", {}),
+    ("about.seed", [1]),
+    ("about.resolution", 64),
+    ("about.num", "2"),
+    ("table", 3),
+    ("table.metrics", {}),
+    ("table.metrics.fid", "1"),
+    ("table.metrics.cas", float("nan")),
+    ("table.intervals", []),
+    ("table.intervals.cw_fid", 5),
+    ("table.intervals.cw_fid", [1, None]),
+    ("table.classes", []),
+    ("table.classes.3", {}),
+    ("table.judge", {}),
+    ("table.judge.accuracy", None),
+    ("table.judge.classes", 1),
+]
+
+
+@pytest.mark.parametrize("where, value", DAMAGE, ids=lambda value: str(value))
+def test_damaged_results_are_refused(tmp_path, where, value):
+    results = fashion_tables.load(str(write_run(tmp_path / "a", {"oracle": 0.6})))
+    fashion_tables.write(f"{tmp_path}/page", results)
+    saved = tmp_path / "page/results.json"
+    [row] = json.loads(saved.read_text())
+    *path, last = where.split(".")
+    part = row
+    for name in path:
+        part = part[name]
+    part[last] = value
+    saved.write_text(json.dumps([row]))
+    fail(1, f"--outdir={tmp_path}/none", f"--merge={saved}", "--merge|results.json")
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("text", ["{}", "[{}]", "[1]", "nothing"])
+def test_files_that_hold_no_results_are_refused(tmp_path, text):
+    fail(
+        1, f"--outdir={tmp_path}/out", f"--merge={write_text(tmp_path / 'results.json', text)}", "--merge|results.json"
+    )
+
+
+def test_runs_of_other_recipes_are_refused(tmp_path):
+    folder = write_run(tmp_path / "a", {"oracle": 0.6})
+    journal = json.loads((folder / "quickstart.json").read_text())
+    for about in (None, [], {}, dict(sets=["fashion"], methods=["ddgan"], seed=0), dict(resolution=64)):
+        known = journal["about"] | about if about == dict(resolution=64) else about
+        (folder / "quickstart.json").write_text(json.dumps(journal | dict(about=known)))
+        fail(1, f"--outdir={tmp_path}/page", f"--merge={folder}", "--merge|not written by this recipe")
 
 
 def test_runs_with_different_judges_are_marked(tmp_path):
