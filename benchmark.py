@@ -70,7 +70,7 @@ def main(
             check_judge(options["judge"], options["resolution"])  # before the work
     steps = fashion.plan(outdir, setting, rows, **options)
     about = dict(settings=setting, rows=rows, recipe=fashion.recipe(options["resolution"])) | options
-    run_plan(steps, SCRIPTS, outdir, options["scale"], about, jobs)
+    run_plan(steps, SCRIPTS, outdir, 1.0, about, jobs)
     journal = read_journal(outdir)
     commands = [f"python {step['command']}" for step in journal["steps"] if step["name"] in journal["seconds"]]
     page = fashion_tables.write(outdir, fashion_tables.load(outdir), commands)
