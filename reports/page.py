@@ -110,17 +110,19 @@ class Report:
                 else:
                     lines.append(_link(part, directory))
             lines.append("")
-        lines += ["## Commands", "", "```", *self.commands, "```", ""]
+        if self.commands:
+            lines += ["## Commands", "", "```", *self.commands, "```", ""]
         return "\n".join(lines)
 
     def _html(self) -> str:
         e = html.escape
-        commands = "\n".join(e(c) for c in self.commands)
+        text = "\n".join(e(c) for c in self.commands)
+        commands = f"<h2>Commands</h2><pre tabindex='0'>{text}</pre>" if self.commands else ""
         return (
             "<!doctype html><html lang='en'><head><meta charset='utf-8'>"
             "<meta name='viewport' content='width=device-width, initial-scale=1'>"
             f"<title>{e(self.sections[0].title)}</title><style>{STYLE}\n{REPORT_STYLE}</style></head><body>"
-            f"{''.join(map(_html_section, self.sections))}<h2>Commands</h2><pre tabindex='0'>{commands}</pre>"
+            f"{''.join(map(_html_section, self.sections))}{commands}"
             "</body></html>\n"
         )
 

@@ -143,6 +143,7 @@ def test_tables_state_value_interval_and_cost(tmp_path):
     assert "\nPosterior, longer came closest to the oracle" in text
     assert text.index("equal images") < text.index("equal compute")
     assert text.index("equal compute") < text.rindex("| TDSM as published |")
+    assert "Commands" not in text and "<h2>Commands" not in (tmp_path / "page/report.html").read_text()  # none ran
     assert "| judge, real images | 0.90 |" in text and "| oracle | 0.07 |" in text
     assert (tmp_path / "page/pictures/sym40-distances.png").exists()
 
