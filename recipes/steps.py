@@ -173,6 +173,7 @@ def _side_by_side(
 
     A step waits for earlier ones that write what it reads. If one fails, the others stop, as at a signal.
     """
+    needs = {step: {other for other in steps[:i] if _reads(step, other)} for i, step in enumerate(steps)}
     waiting, running = list(steps), {}  # step -> its process, in the order of the plan
     environ, cores = dict(os.environ), usable_cores()
     if environ.get("OMP_NUM_THREADS") in (None, str(cores)):  # all cores: for a CPU quota `dnnlib.threads` has set it
@@ -180,8 +181,7 @@ def _side_by_side(
     try:
         while waiting or running:
             for step in [*waiting]:
-                before = [*running, *waiting[: waiting.index(step)]]
-                if len(running) < jobs and not any(_reads(step, other) for other in before):
+                if len(running) < jobs and needs[step].isdisjoint([*running, *waiting]):
                     announce(step)
                     waiting.remove(step)
                     running[step] = _Process(step, scripts, journal, environ)

@@ -63,14 +63,14 @@ def test_steps_run_side_by_side_unless_one_reads_what_another_writes(side_by_sid
     run, order = side_by_side
     found = run(
         data=("others", "--dest=x/data.zip"),
-        a=("b begins", "--data=x/data.zip --outdir=x/a"),
-        b=("a begins", "--data=x/data.zip --outdir=x/b"),
+        one=("two begins", "--data=x/data.zip --outdir=x/a"),
+        two=("one begins", "--data=x/data.zip --outdir=x/b"),
         table=("", "--network=x/a --images=x/b"),
     )
     lines = order.read_text().splitlines()
-    assert set(found) == {"data", "a", "b", "table"} and all(seconds > 0 for seconds in found.values())
+    assert set(found) == {"data", "one", "two", "table"} and all(seconds > 0 for seconds in found.values())
     assert lines[:2] == ["data begins", "data ends"] and lines[-2:] == ["table begins", "table ends"]
-    assert {*lines[2:4]} == {"a begins", "b begins"}
+    assert {*lines[2:4]} == {"one begins", "two begins"}
     assert run(data=("others", "--dest=x/data.zip"), last=("", "")).keys() == {*found, "last"}
     assert order.read_text().splitlines()[len(lines) :] == ["last begins", "last ends"]
 
