@@ -73,7 +73,14 @@ PARTS = (*digits.PARTS, "rduot")
     "--seed", metavar="INT", type=click.IntRange(min=0), default=0, help="Seed of the label noise and all training"
 )
 @click.option("--num", metavar="INT", type=click.IntRange(min=20), default=1000, help="Images per row of the table")
-def main(outdir: str, only: list[str], noise_type: str, minutes: float | None, seed: int, num: int) -> None:
+@click.option(
+    "--jobs",
+    metavar="INT",
+    type=click.IntRange(min=1),
+    default=1,
+    help="Commands that run at the same time, each on its share of the cores: 2 are faster on two cores",
+)
+def main(outdir: str, only: list[str], noise_type: str, minutes: float | None, seed: int, num: int, jobs: int) -> None:
 
     def plan(scale: float) -> list[Step]:
         steps = digits.plan(outdir, seed, scale, only, noise_type, num) if wrong_labels else []
@@ -82,7 +89,7 @@ def main(outdir: str, only: list[str], noise_type: str, minutes: float | None, s
     wrong_labels = bool(set(digits.PARTS) & set(only))
     scale = 60 * minutes / sum(step.seconds for step in plan(1)) if minutes else 1.0
     steps = plan(scale)
-    seconds = run_plan(steps, SCRIPTS, outdir, scale)
+    seconds = run_plan(steps, SCRIPTS, outdir, scale, jobs=jobs)
     sections = [digits.report(outdir, seed, only, seconds, noise_type, num)] if wrong_labels else []
     sections += photos.report(outdir, seed, seconds, num) if "rduot" in only else []
     html, _ = Report(sections, [f"python {step.command}" for step in steps]).write(outdir)

@@ -56,14 +56,17 @@ def test_report_is_complete(demo):
         assert f"python {script} " in html and f"python {script} " in markdown
 
 
-def test_second_call_goes_on_where_the_first_stopped(demo):
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_second_call_goes_on_where_the_first_stopped(demo, jobs, monkeypatch):
     outdir, _ = demo
+    monkeypatch.setattr(steps, "_side_by_side" if jobs == 1 else "_one_by_one", None)
     (outdir / "report.html").unlink()
     journal = json.loads((outdir / "quickstart.json").read_text())
-    assert [*journal["seconds"]] == [s["name"] for s in journal["steps"]]
+    assert sorted(journal["seconds"]) == sorted(s["name"] for s in journal["steps"])
     del journal["seconds"]["tdsm-table"]
     (outdir / "quickstart.json").write_text(json.dumps(journal))
-    result = CliRunner().invoke(quickstart.main, [f"--outdir={outdir}", "--minutes=0.01", "--seed=1", "--num=20"])
+    options = ["--minutes=0.01", "--seed=1", "--num=20", f"--jobs={jobs}"]
+    result = CliRunner().invoke(quickstart.main, [f"--outdir={outdir}", *options])
     assert result.exit_code == 0 and re.findall(r"\[(\d+)/37\]", result.output) == ["26"]
     assert (outdir / "report.html").exists()
 
