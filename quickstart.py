@@ -78,7 +78,7 @@ PARTS = (*digits.PARTS, "rduot")
     metavar="INT",
     type=click.IntRange(min=1),
     default=1,
-    help="Commands that run at the same time, each on its share of the cores: 2 are faster on two cores",
+    help="Commands that run at the same time, each on its share of the cores",
 )
 def main(outdir: str, only: list[str], noise_type: str, minutes: float | None, seed: int, num: int, jobs: int) -> None:
 
