@@ -183,14 +183,22 @@ def _settings(results: Sequence[Result]) -> list[str]:
 
 
 def _runs(results: Sequence[Result], setting: str, keys: Sequence[str]) -> dict[str, list[Result]]:
-    """Return the rows of a table that there are: key -> results, one for each seed, in the order of the seeds."""
+    """Return the rows of a table that there are: key -> results, one for each seed, in the order of the seeds.
+
+    Real images come first, then the best row.
+    """
     found = {}
     for key in keys:
         same = [r for r in results if r.row == key and (r.setting == setting or key in SHARED)]
         first = {result.about["seed"]: result for result in reversed(same)}
         if first:
             found[key] = [first[seed] for seed in sorted(first)]
-    return found
+
+    def rank(key: str) -> tuple[bool, float]:
+        value = _mean(found[key])["metrics"][RANKING]
+        return bool(ROWS[key].run), math.inf if value is None else value
+
+    return {key: found[key] for key in sorted(found, key=rank)}
 
 
 def _title(setting: str, title: str) -> str:

@@ -148,6 +148,17 @@ def test_tables_state_value_interval_and_cost(tmp_path):
     assert (tmp_path / "page/pictures/sym40-distances.png").exists()
 
 
+def test_tables_begin_with_real_images_and_the_best_row(tmp_path):
+    values = {"oracle": 0.7, "baseline": 30.6, "real-noisy": 9.0, "dmis": 2.0, "tdsm": 1.5, "drop": 0.6}
+    folder = write_run(tmp_path / "a", values)
+    table = folder / "tables/sym40-dmis.json"
+    found = json.loads(table.read_text())
+    table.write_text(json.dumps(found | dict(metrics=found["metrics"] | dict(cw_fid=None), intervals={})))
+    section, *_ = fashion_tables.sections(fashion_tables.load(str(folder)))
+    order = ["real images, noisy labels", "drop", "oracle", "TDSM", "baseline", "DMIS"]
+    assert [cells[0] for cells in section.rows] == order
+
+
 def test_an_unfinished_run_has_the_rows_that_are_measured(tmp_path):
     folder = write_run(tmp_path / "a", {"oracle": 0.67, "baseline": 30.6})
     journal = json.loads((folder / "quickstart.json").read_text())
