@@ -166,6 +166,7 @@ class RDUOTConfig:
     cost: str = "pixels"  # what the transport cost compares
     distance: str | None = settled(fresh="features", before="pixels")  # what the robust cost measures distances of
     tau: float | None = settled(fresh=lambda section: TAU.get(section.cost, 1e-3), before=1e-3)  # weight of the cost
+    balanced: bool | None = settled(fresh=True, before=False)  # once the cost has left out images, train as DDGAN does
     phi1: str = "softplus"  # conjugate on generated images
     phi2: str = "softplus"  # conjugate on real images
     r1_gamma: float = 0.02  # weight of the gradient penalty R1

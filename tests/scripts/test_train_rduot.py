@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+import dataset_tool
 import generate
 import train_rduot
 from archives.dataset import ImageDataset
@@ -131,6 +132,7 @@ def test_published_flags(data, tmp_path):
         cost="pixels",
         distance="features",
         tau=1e-3,
+        balanced=True,
         r1_gamma=0.02,
         lazy_reg=15,
         schedule_nimg=None,
@@ -185,6 +187,19 @@ def test_other_methods_and_settings(data, tmp_path):
     snapshot = persistence.find_snapshot(str(run_dir))
     other = [f"--data={data}", f"--outdir={tmp_path}/b", "--duration=0.000008", *TINY, f"--transfer={snapshot}"]
     assert re.search(r"Transferred \d+ tensors", succeed(train_rduot, *other))
+
+
+def test_on_clean_images_the_robust_cost_trains_as_ddgan_does(tmp_path):
+    data, weights = tmp_path / "digits.zip", {}
+    succeed(dataset_tool, "--source=digits", f"--dest={data}")
+    for name, option in (("ddgan", "--method=ddgan"), ("robust", "--cost=robust")):
+        succeed(train_rduot, f"--outdir={tmp_path}/{name}", f"--data={data}", "--duration=0.000024", *TINY, option)
+        run_dir = next((tmp_path / name).iterdir())
+        weights[name] = final_weights(run_dir)["objective"]
+        if name == "robust":
+            assert "leaves out 0.0% of 1,797 training images. So small" in (run_dir / "log.txt").read_text()
+    for net in ("net", "potential"):
+        assert_same(weights["robust"][net]["net"], weights["ddgan"][net]["net"])
 
 
 @pytest.mark.parametrize("steps", [5, 8])

@@ -18,6 +18,16 @@ class Images(Data):
         self.outliers = np.arange(n) < n // 4
 
 
+def contrasts(clean, outlier, n=64):
+    """Images of independent pixels with the given deviations, a quarter of them outliers."""
+    data = Images(n=n)
+    rng = np.random.default_rng(0)
+    std = np.where(data.outliers, outlier, clean)[:, None, None, None]
+    values = np.clip(std * rng.standard_normal([n, 1, 8, 8]), -1, 1)
+    data.pixels = torch.from_numpy((127.5 + 127.5 * values).astype(np.uint8))
+    return data
+
+
 def make(data=None, batch_gpu=None, method="rduot", precision="fp32", **changes):
     settings = (
         dict(

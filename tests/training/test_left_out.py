@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from training.left_out import Selection, describe_costs, expensive_group
+from training.left_out import Selection, describe_costs, expensive_group, is_clean
 from training.objectives.rduot import CONJUGATES, slope
 
 
@@ -75,3 +75,22 @@ def test_one_group_is_one_group(draw):
         assert expensive_group(values) is None
     assert expensive_group(np.zeros(100)) is None  # all alike
     assert "They form one group" in describe_costs(values, np.ones(4000), values)[0][-2]
+
+
+@pytest.mark.parametrize(
+    "share, place, clean",
+    [
+        (0.0, 0.0, True),
+        (0.005, 0.9, True),  # a few that are not apart
+        (0.03, 0.9, False),
+        (0.008, 4.0, False),  # a few that are
+        (0.002, 4.0, True),  # too few to be a group
+    ],
+)
+def test_a_set_is_clean_if_little_is_expensive_and_nothing_is_apart(share, place, clean):
+    """Values as those of real clean sets, of which some 1% lie above 0, with foreign images at `place`."""
+    values = np.random.default_rng(0).normal(-1.2, 0.5, size=4000)
+    values[: round(share * 4000)] += place + 1.2
+    costs = values.clip(min=0)
+    weights = Selection(costs, 10.0, *2 * [slope(CONJUGATES["softplus"])])(torch.from_numpy(costs)).numpy()
+    assert is_clean(weights, values) == clean

@@ -15,12 +15,11 @@ from archives.posterior import compress
 from sampling.ddgan import ddgan_sampler
 from tests.support.objectives import CPU
 from tests.support.paths import FIXTURES, ROOT
-from tests.support.rduot import Images, batch, make, step
+from tests.support.rduot import Images, batch, contrasts, make, step
 from torch_utils.training_stats import Stats
-from training.left_out import Selection
 from training.noise_levels import DiffusionSteps
 from training.objectives.posterior_labels import PosteriorLabels
-from training.objectives.rduot import CONJUGATES, RDUOT, ema_halflife, gradient_penalty, slope
+from training.objectives.rduot import CONJUGATES, ema_halflife, gradient_penalty
 from training.trained_network import cosine_decay
 from training.transport_cost import TransportCost, squared_distance
 
@@ -255,7 +254,7 @@ import sys
 import torch
 
 import dnnlib
-from tests.support.rduot import Images, batch, make, step
+from tests.support.rduot import Images, batch, contrasts, make, step
 from torch_utils import distributed
 
 distributed.init("cpu")
@@ -304,16 +303,6 @@ def test_two_processes_average_to_one(tmp_path):
 
 
 # What it costs.
-
-
-def contrasts(clean, outlier, n=64):
-    """Images of independent pixels with the given deviations, a quarter of them outliers."""
-    data = Images(n=n)
-    rng = np.random.default_rng(0)
-    std = np.where(data.outliers, outlier, clean)[:, None, None, None]
-    values = np.clip(std * rng.standard_normal([n, 1, 8, 8]), -1, 1)
-    data.pixels = torch.from_numpy((127.5 + 127.5 * values).astype(np.uint8))
-    return data
 
 
 def test_costs():
@@ -381,53 +370,6 @@ def test_the_first_step_logs_the_costs():
     assert sum(v["mean"] for k, v in log.items() if k.startswith("Cost/bin")) == pytest.approx(1)
     objective.step(images, objective.dataset.onehot(torch.arange(8)), 8, stats)
     assert not any(name.startswith("Cost/") for name in stats.reduce())
-
-
-def test_the_robust_cost_selects_among_the_training_images(tmp_path):
-    data = contrasts(0.2, 0.8)
-    objective = make(data, cost="robust", tau=10.0)
-    assert not set(objective.train_indices.tolist()) & set(np.flatnonzero(data.outliers))
-    assert objective.losses.tau == 0 and 40 < len(objective.train_indices) < 48
-    (line,) = (line for line in objective.notes() if line.startswith("The cost leaves out"))
-    assert "100.0% of the outliers" in line
-    mean = objective.cost.of_training(torch.from_numpy(np.flatnonzero(data.outliers))).mean()
-    assert f"{mean:.4g} for outliers" in objective.notes()[-1]
-    drawn = []
-    objective.draw_sheet = lambda images, path: drawn.append(images)
-    assert "expensive" in objective.finish(str(tmp_path))[0]
-    order = drawn[0].astype(float).std(axis=(1, 2, 3))
-    assert order[:16].min() > order[16:].max()
-
-
-def test_images_that_cost_something_stay_in_proportion_to_their_weights():
-    selection = Selection(np.repeat([0.0, 0.1], [9000, 1000]), 10.0, *2 * [slope(CONJUGATES["softplus"])])
-    w = selection(torch.tensor([0.0, 0.1]))
-    kept = selection.draw(np.repeat([0.0, 0.1], [100, 100_000]), seed=0)
-    assert kept[:100].all() and kept[100:].mean() == pytest.approx(float(w[1] / w[0]), abs=0.01)
-    assert 0.2 < w[1] / w[0] < 0.6
-    assert (selection.draw(np.full(999, 0.1), 1) == selection.draw(np.full(999, 0.1), 1)).all()
-
-
-def test_with_posterior_labels_what_both_leave_is_learned():
-    data = contrasts(0.2, 0.8)
-    wrong = np.arange(64) % 2 == 0
-    classes = np.where(wrong, (data.labels + 1) % 4, data.labels)
-    labels = PosteriorLabels(compress(np.eye(4)[classes], data.labels), "drop", CPU)
-    config = make(data, cost="robust", tau=10.0).config
-    both, alone = RDUOT(config, data, CPU, posterior_labels=labels), RDUOT(config, data, CPU)
-    assert set(both.train_indices.tolist()) == set(alone.train_indices.tolist()) - set(np.flatnonzero(wrong))
-
-
-def test_a_state_keeps_the_selection_and_a_class_that_loses_most_of_its_images_is_named():
-    data = contrasts(0.2, 0.8)
-    one, other = make(data, cost="robust", tau=10.0), make(data, cost="robust", tau=10.0)
-    one._choose_items(data.labels != 2)  # as another version might select
-    assert not torch.equal(one.train_indices, other.train_indices)
-    other.load_state_dict(one.state_dict())
-    assert torch.equal(one.train_indices, other.train_indices)
-    line = next(line for line in other.notes() if line.startswith("Warning: most images of these classes"))
-    assert line.count("%") == 1 and " 2 (100%)." in line
-    assert not any(line.startswith("Warning: most") for line in make(data, cost="robust", tau=10.0).notes())
 
 
 def test_in_the_end_the_log_says_what_the_potential_prices_out(tmp_path):

@@ -6,7 +6,7 @@
 x_t, x_{t+1}: a training image after t and t + 1 steps of noise; x'_t: a sample of q(x_t | x'_0, x_{t+1}); c: the cost
 of transport; Psi*: the conjugates of what unbalanced transport pays for leaving images out (docs/methods/rduot.md).
 A cost of x_0 alone can act before training: images are left out at random so that each one stays with a probability in
-proportion to w(c(x_0)) (`training.left_out`), and tau is 0 in the losses.
+proportion to w(c(x_0)) (`training.left_out`), none of a set that looks clean. What stays is trained on as DDGAN does.
 
 Dao et al., ECCV 2024. The GAN of a few steps: Xiao et al., ICLR 2022; the objective: Choi et al., NeurIPS 2023.
 """
@@ -29,7 +29,7 @@ from torch_utils import distributed
 from torch_utils.training_stats import Stats
 from training.config import RunConfig
 from training.connected_core import FEW
-from training.left_out import Selection, describe_costs
+from training.left_out import Selection, describe_costs, is_clean
 from training.networks_ddgan import GROUP, DDGANGenerator, Potential
 from training.noise_levels import DiffusionSteps
 from training.objective import Objective, Phase
@@ -162,14 +162,22 @@ class RDUOT(Objective):
             self.costs = self.costs_of(torch.arange(len(dataset)) if selects else self.cost.sample)
             sample = self.costs[self.cost.sample] if selects else self.costs
             self.selection = Selection(sample, c.tau, *(slope(CONJUGATES[phi]) for phi in (c.phi1, c.phi2)))
-        self._choose_items(self.selection.draw(self.costs, config.seed) if selects else None)
+        selected = self.selection.draw(self.costs, config.seed) if selects else None
+        if selects and c.balanced and is_clean(self._weights(sample), self.cost.before_limit(sample)):
+            selected[:] = True
+        self._choose_items(selected)
         in_losses = (squared_distance, 0.0) if selects else (self.cost, c.tau)
-        self.losses = TransportLosses(self.steps, *in_losses, c.phi1, c.phi2, c.r1_gamma, self.log_sigmoid)
+        log_sigmoid = self.log_sigmoid or bool(selects and c.balanced)
+        self.losses = TransportLosses(self.steps, *in_losses, c.phi1, c.phi2, c.r1_gamma, log_sigmoid)
+
+    def _weights(self, costs: np.ndarray) -> np.ndarray:
+        """Return w of images of these costs, [n]."""
+        return self.selection(torch.from_numpy(costs)).numpy()
 
     def _choose_items(self, selected: np.ndarray | None) -> None:
         """Train on the images that the cost has selected (bool [N]; None: on all), where the posterior keeps them."""
         self.selected = selected
-        items = None if selected is None else torch.from_numpy(np.flatnonzero(selected))
+        items = None if selected is None or selected.all() else torch.from_numpy(np.flatnonzero(selected))
         others = None if self.posterior_labels is None else self.posterior_labels.train_indices
         self.train_indices = common_items(items, others)
 
@@ -289,12 +297,13 @@ class RDUOT(Objective):
         cost = self.cost
         if self.selection is not None:
             costs = self.costs if self.selected is None else self.costs[cost.sample]
-            w = self.selection(torch.from_numpy(costs)).numpy()
-            found, self.cost_statistics = describe_costs(costs, w, cost.before_limit(costs))
+            found, self.cost_statistics = describe_costs(costs, self._weights(costs), cost.before_limit(costs))
             name = cost.kind if cost.distance is None else f"{cost.kind}: ln d^2; what is below 0 costs nothing"
             lines += [f"Transport cost ({name}) of {len(costs):,} training images:", *found]
         if self.selected is not None:
             lines.append(f"The cost leaves out {self._shares(~self.selected, torch.arange(len(self.dataset)))}.")
+            if self.selected.all():
+                lines[-1] += " So small a share is left out of clean sets too, so all images stay."
             lines += self._warnings()
         known = self.dataset.outliers
         if known is None or known.all() or not known.any():
