@@ -1,8 +1,9 @@
 """Train a diffusion model of a few steps by RDUOT, which leaves outlier images out, or its baseline DDGAN.
 
 Unbalanced optimal transport leaves out the images that are expensive to make from noise; --cost=robust leaves out,
-before training, those that are far from what is usual in the set. When the archive records its outliers, or a label
-file names them, the run says before it starts whether they are the expensive ones.
+before training, those that are far from what is usual in the set, and trains on the others as DDGAN does. When the
+archive records its outliers, or a label file names them, the run says before it starts whether they are the expensive
+ones.
 """
 
 from __future__ import annotations

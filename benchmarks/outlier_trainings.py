@@ -1,9 +1,8 @@
 """Train on images with outliers among them, and print what becomes of the outliers: DDGAN, RDUOT, and TDSM.
 
 \b
-  fashion   Fashion-MNIST at 16x16, 5% of it replaced by digits of MNIST: DDGAN, RDUOT with two costs, and DDGAN on the
-            images that the robust cost leaves
-  clean     Fashion-MNIST without outliers: the same methods, for what they lose
+  fashion   Fashion-MNIST at 16x16, 5% of it replaced by digits of MNIST: DDGAN, and RDUOT with two costs
+  clean     Fashion-MNIST without outliers: DDGAN, and the robust cost, which should leave it alone
   photos    photographs at 16x16, 10% of them replaced by digits
   labels    Fashion-MNIST with 5% digits of MNIST and 40% wrong labels: TDSM, with and without its outliers
 
@@ -34,7 +33,6 @@ from dnnlib.cli import NameList
 from quickstart import SCRIPTS
 from recipes.fashion import JUDGE, JUDGE_SEED, SOURCE
 from recipes.steps import Step, run_plan
-from torch_utils import checkpoint
 
 SETS = ("fashion", "clean", "photos", "labels")
 SIDE, NUM = 16, 5000  # images of a row
@@ -44,9 +42,8 @@ GAN = (
 )
 DENOISER = "--preset=digits --batch=16 --lr=0.001 --duration=0.0375 --tick=2 --dump=4"
 PAPER = "--cost=pixels --tau=0.0075"  # tau of the demonstration at 8x8, for four times as many pixels
-LEFT = "ddgan-left"
 METHODS = {
-    "fashion": {"ddgan": "--method=ddgan", "robust": "--cost=robust", "pixels": PAPER, LEFT: "--method=ddgan"},
+    "fashion": {"ddgan": "--method=ddgan", "robust": "--cost=robust", "pixels": PAPER},
     "clean": {"ddgan": "--method=ddgan", "robust": "--cost=robust"},
     "photos": {"ddgan": "--method=ddgan", "robust": "--cost=robust", "pixels": PAPER},
     "labels": {"tdsm": "", "tdsm-drop": "--outliers=drop", "tdsm-ambient": "--outliers=ambient"},
@@ -99,20 +96,6 @@ class Plan:
         """Return the options that all trainings have."""
         return f"--outdir={self.outdir}/{name} --nosubdir --data={data} --seed={self.seed} --resume=latest"
 
-    def train_gan(self, part: str, method: str, data: str) -> None:
-        """Add the training of a GAN."""
-        name = f"{part}-{method}"
-        if method == LEFT:
-            robust, arrays = f"{part}-robust", f"{self.outdir}/datasets/{part}-left.npz"
-            self.train_gan(part, "robust", data)
-            left = f"{self.outdir}/datasets/{part}-left.zip"
-            self.add(f"{part}-kept", "images that robust leaves", 1, f"left {data} {self.outdir}/{robust} {arrays}")
-            command = f"dataset_tool.py --source={arrays} --dest={left} --overwrite"
-            self.add(f"{part}-left", "archive of them", 10, command)
-            data = left
-        command = f"{GAN} --duration={self.duration:g} {METHODS[part][method]} {self.common(name, data)}"
-        self.add(name, f"train {name}", 12_000 * self.duration, command)
-
     def row(self, part: str, method: str) -> str:
         """Add the steps of a method, and return the path of its table."""
         name, options = f"{part}-{method}", METHODS[part][method]
@@ -138,7 +121,8 @@ class Plan:
             command = f"train_noise.py {DENOISER} --cls={teacher} {options}{found} {common}"
             self.add(name, f"train {name}", 400, " ".join(command.split()))
         else:
-            self.train_gan(part, method, data)
+            command = f"{GAN} --duration={self.duration:g} {options} {self.common(name, data)}"
+            self.add(name, f"train {name}", 12_000 * self.duration, command)
         images, table = f"{self.outdir}/images/{name}.zip", f"{self.outdir}/tables/{name}.json"
         drawn = "--class=0-9 " if part == "labels" else ""
         num = 2000 if part == "labels" else NUM
@@ -162,27 +146,11 @@ class Plan:
 def number_outliers(archive: str, dest: str) -> None:
     """Write the images of an archive with one class more than it has: its outliers."""
     data = ImageDataset(archive)
-    write_arrays(dest, data, np.arange(len(data)), np.where(data.outliers, data.labels.max() + 1, data.labels))
+    labels = np.where(data.outliers, data.labels.max() + 1, data.labels).astype(np.int64)
+    np.savez(dest, images=data.images(np.arange(len(data))).numpy(), labels=labels)
 
 
-@click.command()
-@click.argument("archive")
-@click.argument("run")
-@click.argument("dest")
-def write_left(archive: str, run: str, dest: str) -> None:
-    """Write the images of an archive that the run of RDUOT trained on."""
-    data = ImageDataset(archive)
-    state = checkpoint.load_state(checkpoint.latest_state(run))["objective"]
-    items = np.flatnonzero(np.unpackbits(state["selected"].numpy(), count=len(data)))
-    write_arrays(dest, data, items, data.labels[items])
-
-
-def write_arrays(dest: str, data: ImageDataset, items: np.ndarray, labels: np.ndarray) -> None:
-    """Write images and labels as arrays that dataset_tool.py reads."""
-    np.savez(dest, images=data.images(items).numpy(), labels=labels.astype(np.int64))
-
-
-OWN = {"kinds": SimpleNamespace(main=number_outliers), "left": SimpleNamespace(main=write_left)}
+OWN = {"kinds": SimpleNamespace(main=number_outliers)}
 
 
 @click.command(cls=dnnlib.cli.Command, help=__doc__)

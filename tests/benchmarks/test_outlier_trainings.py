@@ -4,14 +4,12 @@ import shlex
 
 import numpy as np
 import pytest
-import torch
 from click.testing import CliRunner
 
 from archives.dataset import ImageDataset
-from benchmarks.outlier_trainings import METHODS, SETS, Plan, main, number_outliers, write_left
+from benchmarks.outlier_trainings import METHODS, SETS, Plan, main, number_outliers
 from dataset_tool import main as dataset_tool
 from tests.support.plans import check_order, options, parse
-from torch_utils.checkpoint import save_state
 
 
 def plan_of(outdir, judge):
@@ -28,8 +26,8 @@ def plan_of(outdir, judge):
 def test_commands_parse_and_read_what_is_there(tmp_path, judge):
     steps = plan_of(f"{tmp_path}/some where", judge)
     known = ["other/judge", "a source", "mnist.npz", "photos", "digits", "pixels"]
-    own = [i for i, step in enumerate(steps) if step.command.startswith(("kinds ", "left "))]
-    assert len(own) == (2 if judge is None else 1)
+    own = [i for i, step in enumerate(steps) if step.command.startswith("kinds ")]
+    assert len(own) == (judge is None)
     parse(step for i, step in enumerate(steps) if i not in own)
     assert all(options(step)[2]["duration"] == "0.01" for step in steps if step.command.startswith("train_rduot.py"))
     for start, i in zip([-1, *own], [*own, len(steps)], strict=True):  # those before, between and after our own
@@ -38,18 +36,6 @@ def test_commands_parse_and_read_what_is_there(tmp_path, judge):
             _, *sources, dest = shlex.split(steps[i].command)
             assert {*sources} <= known
             known.add(dest)
-
-
-def test_what_robust_leaves_becomes_an_archive(tmp_path):
-    data, run, dest = f"{tmp_path}/data.zip", tmp_path / "run", f"{tmp_path}/left.npz"
-    assert CliRunner().invoke(dataset_tool, ["--source=digits", f"--dest={data}", "--max-images=50"]).exit_code == 0
-    kept = np.arange(50) % 3 > 0
-    run.mkdir()
-    save_state(run / "training-state-000001.pt", dict(objective=dict(selected=torch.from_numpy(np.packbits(kept)))))
-    assert CliRunner().invoke(write_left, [data, str(run), dest]).exit_code == 0
-    arrays, source = np.load(dest), ImageDataset(data)
-    np.testing.assert_array_equal(arrays["labels"], source.labels[kept])
-    np.testing.assert_array_equal(arrays["images"], source.images(np.flatnonzero(kept)))
 
 
 @pytest.mark.parametrize("words, message", [(["--methods=tdsm"], "--methods"), (["--only=clean"], "--mnist")])
