@@ -215,7 +215,7 @@ def _choose(wrong: float, foreign: float, resolution: int) -> tuple[str, str]:
             "RDUOT",
             f"Where more than {MANY_FOREIGN:.0%} are foreign, the search misses some of them. Trained on photographs "
             "with 10% digits among them, RDUOT made next to none at 8x8 and 16x16, a model without defense 12.5% "
-            "and 5.9%.",
+            "and 7.2%.",
         )
     if wrong <= FEW_WRONG:
         return "Clean", "Leaving out only the foreign images loses little."

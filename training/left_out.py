@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-__all__ = ["Group", "Selection", "describe_costs", "expected_share", "expensive_group", "is_clean"]
+__all__ = ["Group", "Selection", "describe_costs", "expensive_group", "is_clean"]
 
 LEAST = 20  # images of a group; fewer may be an accident
 VALLEY = 0.5  # a valley is at most this high, relative to the lower one of the tops beside it
@@ -86,7 +86,7 @@ def expensive_group(values: np.ndarray) -> Group | None:
     return Group(above, float((values > above).mean()))
 
 
-def expected_share(weights: np.ndarray) -> float:
+def _expected_share(weights: np.ndarray) -> float:
     """Return which share of images with these weights [N] a selection leaves out."""
     return 1 - float(weights.mean() / max(weights.max(), 1e-30))
 
@@ -96,7 +96,7 @@ def is_clean(weights: np.ndarray, values: np.ndarray) -> bool:
 
     The arguments are those of `describe_costs`.
     """
-    return expected_share(weights) <= TAIL and expensive_group(values) is None
+    return _expected_share(weights) <= TAIL and expensive_group(values) is None
 
 
 def describe_costs(costs: np.ndarray, weights: np.ndarray, values: np.ndarray) -> tuple[list[str], dict[str, float]]:
@@ -111,7 +111,7 @@ def describe_costs(costs: np.ndarray, weights: np.ndarray, values: np.ndarray) -
     bars = ["#" * round(WIDTH * share) or ("." if share else "") for share in shares]
     lines = [f"  {name:>14s} {share:7.2%} {bar}" for name, share, bar in zip(names, shares, bars, strict=True)]
     group = expensive_group(values)
-    left_out = expected_share(weights)
+    left_out = _expected_share(weights)
     lines.append("  They form one group.")
     if group is not None:
         apart = f"{group.share:.1%} of the images, above {group.above:.3g}, are apart from the others"

@@ -33,7 +33,7 @@ def test_where_nothing_is_foreign_the_robust_cost_trains_as_ddgan_does():
     data = Images(n=40)  # so few that all are core
     wants = step(make(data, method="ddgan", tau=0.0), slice(0, 8))
     objective = make(data, cost="robust", tau=10.0, balanced=True)
-    assert any("so all images stay" in line for line in objective.notes())
+    assert any("So all images stay" in line for line in objective.notes())
     for name, gradient in step(objective, slice(0, 8)).items():
         assert torch.equal(gradient, wants[name]), name
     before = step(make(data, cost="robust", tau=10.0, balanced=False), slice(0, 8))  # as runs of earlier versions

@@ -162,10 +162,7 @@ class RDUOT(Objective):
             self.costs = self.costs_of(torch.arange(len(dataset)) if selects else self.cost.sample)
             sample = self.costs[self.cost.sample] if selects else self.costs
             self.selection = Selection(sample, c.tau, *(slope(CONJUGATES[phi]) for phi in (c.phi1, c.phi2)))
-        selected = self.selection.draw(self.costs, config.seed) if selects else None
-        if selects and c.balanced and is_clean(self._weights(sample), self.cost.before_limit(sample)):
-            selected[:] = True
-        self._choose_items(selected)
+        self._choose_items(self._select(sample) if selects else None)
         in_losses = (squared_distance, 0.0) if selects else (self.cost, c.tau)
         log_sigmoid = self.log_sigmoid or bool(selects and c.balanced)
         self.losses = TransportLosses(self.steps, *in_losses, c.phi1, c.phi2, c.r1_gamma, log_sigmoid)
@@ -173,6 +170,12 @@ class RDUOT(Objective):
     def _weights(self, costs: np.ndarray) -> np.ndarray:
         """Return w of images of these costs, [n]."""
         return self.selection(torch.from_numpy(costs)).numpy()
+
+    def _select(self, sample: np.ndarray) -> np.ndarray:
+        """Return which images stay, bool [N], given the costs of the cost's sample: all, where the set looks clean."""
+        if self.config.rduot.balanced and is_clean(self._weights(sample), self.cost.before_limit(sample)):
+            return np.ones(len(self.costs), dtype=bool)
+        return self.selection.draw(self.costs, self.config.seed)
 
     def _choose_items(self, selected: np.ndarray | None) -> None:
         """Train on the images that the cost has selected (bool [N]; None: on all), where the posterior keeps them."""
@@ -303,7 +306,7 @@ class RDUOT(Objective):
         if self.selected is not None:
             lines.append(f"The cost leaves out {self._shares(~self.selected, torch.arange(len(self.dataset)))}.")
             if self.selected.all():
-                lines[-1] += " So small a share is left out of clean sets too, so all images stay."
+                lines.append("The set looks clean: few images are expensive, no group is apart. So all images stay.")
             lines += self._warnings()
         known = self.dataset.outliers
         if known is None or known.all() or not known.any():
