@@ -53,7 +53,7 @@ Examples:
 @click.option("--cleaned", metavar="ZIP|DIR", help="Also write an archive without the wrong labels")
 @click.option("--fix", type=click.Choice(["relabel", "drop", "keep"]), default="relabel",
               help="How --cleaned treats wrong labels: replace them by the suggested ones, leave the images out, or "
-              "keep them, with --drop_foreign")
+              "keep them (only together with --drop_foreign)")
 @click.option("--confidence", type=FloatRange(0.5, 1), default=CONFIDENCE, metavar="PROB",
               help="Relabel only where the suggested label is right with this probability")
 @click.option("--unsure", type=click.Choice(["drop", "keep"]), default="drop",

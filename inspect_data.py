@@ -37,7 +37,7 @@ OWN = {"report.html", "labels.npz", "labels.csv", "labels-classifier.pkl", "labe
 @click.command(cls=dnnlib.cli.Command, help=__doc__, epilog=EPILOG + preset_help("detect_noise.py"))
 @click.option("--outdir", required=True, metavar="DIR", help="Folder for the page and the label file")
 @click.option(
-    "--images", type=click.IntRange(min=1), default=2000, metavar="INT", help="At most so many images on the page"
+    "--images", type=click.IntRange(min=1), default=2000, metavar="INT", help="At most this many images on the page"
 )
 @detect_options()
 def main(**opts) -> None:

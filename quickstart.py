@@ -1,8 +1,8 @@
 """Show what cleanscore does, on data that ships with scikit-learn: digits with 40% wrong labels.
 
-It trains on clean labels (the oracle), on the labels as they are (the baseline), on corrected labels, TDSM and SBDC,
-generates digits with each, and says which came closest to the oracle. With --only=rduot or all it also trains DDGAN and
-RDUOT on photographs with 10% digits among them.
+It trains on clean labels (the oracle), on the labels as they are (the baseline) and on corrected labels, and with TDSM
+and SBDC. It generates digits with each, and says which came closest to the oracle. --only=all adds DDGAN and RDUOT, on
+photographs with 10% digits among them and the other way round; --only=rduot trains these alone.
 
 It runs the commands that a user would run, and writes report.html, report.md and the pictures into --outdir. The same
 command given again continues where the last one stopped.

@@ -1,6 +1,6 @@
 """Train SBDC's discriminator: is this the right label for this image?
 
-Its gradient corrects the sampling of a diffusion model that was trained on noisy labels (generate.py --discriminator).
+It corrects the sampling of a model that was trained on noisy labels, by rejection or gradient (generate.py).
 """
 
 from __future__ import annotations

@@ -48,12 +48,13 @@ PHI = click.Choice(list(CONJUGATES))
               "Potential/tau_cost with Potential/size in stats.jsonl; with --cost=robust, the run says before it "
               "starts what is left out  [default: 0.001; with --cost=robust 10]")
 @click.option("--cost", type=click.Choice(COSTS), default="pixels",
-              help="What the transport cost compares; robust finds outliers at any size, and leaves them out at once")
+              help="What the transport cost compares; robust finds outliers at any size, and leaves "
+              "them out before training")
 @click.option("--outlier_data", metavar="NPZ|CSV",
               help="Label file that says which images are foreign, in place of the archive's record. The run says what "
               "they cost; nothing is left out by it")
 @click.option("--r1_gamma", metavar="FLOAT", type=FloatRange(min=0), default=0.02, help="Weight of the penalty R1")
-@click.option("--lazy_reg", metavar="STEPS", type=COUNT, default=15, help="Apply R1 every so many steps")
+@click.option("--lazy_reg", metavar="STEPS", type=COUNT, default=15, help="Apply R1 once in this many steps")
 @options.few_step_options()
 @options.posterior_options("sample")
 # fmt: on

@@ -53,7 +53,7 @@ def detect_options() -> Callable:
         click.option("--epochs", type=click.IntRange(min=1), metavar="INT", help="Length of training  [default: gce stops when held-out labels become no more likely; 60 for cores, 20 for each of the 5 classifiers of confident]"),
         click.option("--features", metavar="NAME", help=f"Find wrong and foreign images by the features of a network that others have trained: {FEATURES}. A linear classifier of these features trains, with the loss of gce"),
         click.option("--encoder", type=click.Choice(DEPTHS), help="Residual network of this depth, in place of --arch"),
-        click.option("--arch", type=click.Choice([CONV, *ARCHS]), help="Small convolutional network, or the ResNet that goes with this U-Net  [default: conv for gce, ddpmpp otherwise]"),
+        click.option("--arch", type=click.Choice([CONV, *ARCHS]), metavar="|".join([CONV, *ARCHS]), help="Small convolutional network, or the ResNet that goes with this U-Net  [default: conv for gce, ddpmpp otherwise]"),
         click.option("--batch", type=click.IntRange(min=1), default=256, metavar="INT", help="Batch size over all processes"),
         click.option("--lr", type=FloatRange(min=0, min_open=True), metavar="FLOAT", help="Learning rate  [default: 0.005 for conv, 0.002 otherwise]"),
         click.option("--seed", type=click.IntRange(min=0, max=2**63 - 1), default=0, metavar="INT", help="Random seed"),

@@ -123,6 +123,15 @@ def test_files_are_short_and_finished(path):
         assert not re.search(r"allow_pickle\s*=\s*True|\.cuda\(\)|device=torch\.device\(.cuda.\)", text)
 
 
+PAGES = [p for pattern in ("*.md", "docs/**/*.md") for p in sorted(ROOT.glob(pattern))]
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_lines_of_pages_are_short(path):
+    for number, line in enumerate(path.read_text().splitlines(), start=1):
+        assert len(line) <= 120 or line.startswith(("|", "    ")), f"line {number} has {len(line)} characters"
+
+
 @pytest.mark.parametrize("path", TESTS, ids=name)
 def test_no_test_imports_a_test(path):
     assert not [module for module, _ in imports(path) if re.search(r"(^|\.)test_", module)]

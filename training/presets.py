@@ -104,7 +104,7 @@ PRESETS = [
     Preset(
         "digits",
         "train_classifier.py",
-        "the classifier of the TDSM row below, with --noise_type=auto --label-path=labels.npz of detect_noise.py",
+        "for TDSM, with --noise_type=auto --label-path=labels.npz of detect_noise.py; results: train_noise.py --help",
         _DIGITS | dict(batch=256, lr=2e-3, lr_rampup_kimg=10, ema=0.01, dropout=0.5, snap=1, duration=0.2, tick=10),
     ),
     Preset(

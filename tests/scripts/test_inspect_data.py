@@ -146,6 +146,8 @@ def test_what_is_recommended(tmp_path, n, rate, foreign, resolution, best, words
     for row in rows:
         check_commands(row.command)
         assert "passes" in row.cost
+    (tdsm,) = (row for row in rows if row.method == "TDSM")
+    assert ("--others=sample --temp=auto" in tdsm.command) == (resolution > 16)  # the small preset has them
     assert ("--drop_foreign" in rows[1].command) == (foreign > 0)
     few = bool(foreign and rate <= 0.05)
     assert ("--fix=keep" if few else "--fix=relabel") in rows[1].command

@@ -42,7 +42,7 @@ from training.transport_cost import TransportCost, spread, squared_distance
 __all__ = ["CONJUGATES", "DDGAN", "GROUP", "RDUOT", "TransportLosses", "ema_halflife", "gradient_penalty"]
 
 LOOK_AT, SHEET = 2048, 64  # training images that the log looks at, at most; images of the picture
-MOST, LISTED = 0.5, 10  # a class loses most of its images; so many of such classes are named
+MOST, LISTED = 0.5, 10  # a class loses most of its images; this many of such classes are named
 FINAL_LR = 1e-5  # the learning rates decay to this
 EMA_RAMPUP = 0.25  # longest half-life of the EMA as a share of the images seen: a GAN's weights circle
 
