@@ -9,9 +9,13 @@ from __future__ import annotations
 
 import dnnlib.before_torch
 
+import os
+
 import click
 
 import dnnlib.cli
+from archives.layouts.mnist import open_mnist
+from archives.source import Choice
 from dnnlib.cli import FloatRange, NameList
 from quickstart import SCRIPTS
 from recipes import fashion, fashion_tables
@@ -68,6 +72,10 @@ def main(
     if options["judge"]:
         with dnnlib.cli.blame("--judge"):
             check_judge(options["judge"], options["resolution"])  # before the work
+    if not os.path.exists(os.path.join(outdir, "datasets", "clean.zip")):  # before anything is written
+        with dnnlib.cli.blame("--source"):
+            for test in (False, True):
+                open_mnist(options["source"], Choice(test=test))
     steps = fashion.plan(outdir, setting, rows, **options)
     about = dict(settings=setting, rows=rows, recipe=fashion.recipe(options["resolution"])) | options
     run_plan(steps, SCRIPTS, outdir, 1.0, about, jobs)

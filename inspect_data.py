@@ -56,7 +56,7 @@ def main(**opts) -> None:
             print(f"Step 2 of 3: find foreign images and duplicates among {len(dataset):,} images", flush=True)
             lines = look_for_foreign(dataset, found, o.seed, features)
         print("Step 3 of 3: write the page", flush=True)
-        written = save_results(labels, dataset, found, snapshot)
+        written = save_results(labels, dataset, found, snapshot, o.labels)
         advice, why = advise(dataset, found, o.data, labels)
         facts = gather_facts(dataset, found, name_confusable(dataset, found), advice, why)
         report = os.path.join(o.outdir, "report.html")

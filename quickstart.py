@@ -87,6 +87,8 @@ def main(outdir: str, only: list[str], noise_type: str, minutes: float | None, s
         return steps + (photos.plan(outdir, seed, scale, num) if "rduot" in only else [])
 
     wrong_labels = bool(set(digits.PARTS) & set(only))
+    if not wrong_labels and "--noise_type" in dnnlib.cli.given_options():
+        raise click.UsageError("--noise_type: --only=rduot trains without labels; leave it out")
     scale = 60 * minutes / sum(step.seconds for step in plan(1)) if minutes else 1.0
     steps = plan(scale)
     seconds = run_plan(steps, SCRIPTS, outdir, scale, jobs=jobs)

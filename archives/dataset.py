@@ -175,6 +175,11 @@ class ImageDataset:
         return self.num_raw * int(np.prod(self.image_shape))
 
     @property
+    def shown_classes(self) -> list[str]:
+        """The names of the classes, or their numbers where the archive does not name them."""
+        return self.class_names or [str(c) for c in range(self.label_dim)]
+
+    @property
     def notes(self) -> list[str]:
         """What was left out of the set or may be a mistake, one line each."""
         return self._reader.notes

@@ -1,6 +1,6 @@
 """Label files: for each image of an archive, whether its label is believed right, how surely, and what else it may be.
 
-`detect_noise.py` writes them. `train_discriminator.py` reads them, and published label files in two other layouts
+`detect_noise.py` writes them, and the training scripts read them, and published label files in two other layouts
 (docs/formats.md, "Label file").
 """
 

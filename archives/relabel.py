@@ -189,8 +189,8 @@ def clean_source(
 ) -> Cleaned:
     """Correct the labels of a source.
 
-    fix            'relabel' replaces wrong labels by the suggested ones, 'drop' leaves these images out, 'keep' does
-                   neither
+    fix            'relabel' replaces wrong labels by the suggested ones, where the file suggests another, 'drop' leaves
+                   these images out, 'keep' does neither
     drop_outliers  leave out the images that the file believes foreign, too
     confidence     probability of the suggested label below which nothing is relabeled; a file without such
                    probabilities is believed
@@ -199,7 +199,7 @@ def clean_source(
     The old record of the noise no longer describes the labels, so it moves to `corruption["cleaned"]["before"]`.
     UserError: no image would be left, or the file does not say which images are foreign.
     """
-    sure = ~file.is_clean & (fix == "relabel")
+    sure = ~file.is_clean & (file.suggested != file.labels) & (fix == "relabel")
     if file.suggested_score is not None:
         sure &= file.suggested_score >= confidence
     dropped = ~file.is_clean & ~sure & (fix == "drop" or (fix == "relabel" and unsure == "drop"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,12 +18,12 @@ from training.image_features import block_means
 __all__ = ["NEAR", "Duplicates", "count_groups", "find_duplicates"]
 
 NEAR = 0.08  # largest difference of near duplicates, relative to the contrast of the images
-BLOCKS = 16  # images are compared by the means of so many blocks along each side
+BLOCKS = 16  # images are compared by the means of this many blocks along each side
 FLAT = 0.05  # contrast (standard deviation of values from 0 to 1) below which images count as equally flat
 AXES = 10  # principal axes of the search; images that differ little differ little along these
 NEIGHBORS = 8  # neighbors of an image that are compared with it; chains of neighbors connect larger groups
 SAMPLE = 5000  # images that the axes come from
-CHUNK = 1024  # images that are read at a time
+CHUNK = 2**22  # pixel values that are looked at at a time
 
 
 @dataclass
@@ -40,12 +42,13 @@ def find_duplicates(dataset: ImageDataset, near: float = NEAR) -> Duplicates:
     contrast. Copies of other quality or size are so; two similar drawings or clothes are not.
     """
     n = dataset.num_raw
-    hashes: dict[bytes, int] = {}
+    hashes: dict[bytes, int] = {}  # of 16 bytes, so that no image stays in memory
     same = np.empty(n, dtype=np.int64)  # the first image with the same pixels
     signatures = []
-    for start in range(0, n, CHUNK):
-        images = dataset.images(np.arange(start, min(start + CHUNK, n))).numpy()
-        first = [hashes.setdefault(image.tobytes(), start + i) for i, image in enumerate(images)]
+    step = max(CHUNK // math.prod(dataset.image_shape), 1)
+    for start in range(0, n, step):
+        images = dataset.images(np.arange(start, min(start + step, n))).numpy()
+        first = [hashes.setdefault(_digest(image), start + i) for i, image in enumerate(images)]
         same[start : start + len(first)] = first
         signatures.append(_signatures(images[np.array(first) == start + np.arange(len(first))]))
     distinct = np.flatnonzero(same == np.arange(n))
@@ -69,6 +72,10 @@ def count_groups(labels: np.ndarray, duplicate_of: np.ndarray) -> tuple[int, int
     return int((np.bincount(duplicate_of) > 1).sum()), len(np.unique(duplicate_of[differs]))
 
 
+def _digest(image: np.ndarray) -> bytes:
+    return hashlib.blake2b(np.ascontiguousarray(image), digest_size=16).digest()
+
+
 def _signatures(images: np.ndarray) -> np.ndarray:
     """Return what uint8 images [N,C,H,W] are compared by, float32 [N,d]: block means in units of the contrast."""
     x = images.astype(np.float32) / 255
@@ -84,9 +91,11 @@ def _difference(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 def _groups(signature: np.ndarray, near: float) -> np.ndarray:
     """Return the first row of the group of each signature, int64 [n].
 
-    Projections shrink distances, so a search along a few axes misses no pair. The full signatures then decide.
+    Projections shrink distances, so a search along a few axes misses hardly any pair: only those with
+    `NEIGHBORS` nearer images along these axes. The full signatures then decide.
     """
     n, d = signature.shape
+    step = max(CHUNK // d, 1)
     center = signature.mean(axis=0)
     sample = signature[:: -(-n // SAMPLE)] - center
     _, axes = np.linalg.eigh(sample.T @ sample)
@@ -98,8 +107,8 @@ def _groups(signature: np.ndarray, near: float) -> np.ndarray:
     rows, others = rows[rows < others], others[rows < others]
     alike = np.concatenate(
         [
-            _difference(signature[rows[i : i + CHUNK]], signature[others[i : i + CHUNK]]) <= near
-            for i in range(0, max(len(rows), 1), CHUNK)
+            _difference(signature[rows[i : i + step]], signature[others[i : i + step]]) <= near
+            for i in range(0, max(len(rows), 1), step)
         ]
     )
     edges = coo_matrix((np.ones(alike.sum()), (rows[alike], others[alike])), shape=(n, n))

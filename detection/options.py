@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pathlib
 from collections.abc import Callable
 from typing import Any
 
@@ -68,7 +69,8 @@ def check_usage(given: set[str], o: dnnlib.EasyDict) -> None:
     """Raise click.UsageError when the options `given` contradict each other."""
     if o.cls and o.labels:
         raise click.UsageError("--labels: these labels are judged already; leave out --cls")
-    for source, useless in (("cls", given & TRAINING), ("labels", given & (TRAINING | {"--method"}))):
+    useless = given & (TRAINING | {"--method"})
+    for source in ("cls", "labels"):
         if o[source] and useless:
             raise click.UsageError(f"--{source}: nothing is trained with this option; leave out {sorted(useless)[0]}")
     if o.encoder and "--arch" in given:  # that of a preset gives way
@@ -78,8 +80,6 @@ def check_usage(given: set[str], o: dnnlib.EasyDict) -> None:
         raise click.UsageError(f"--features: a linear classifier of the features decides; leave out {useless[0]}")
     if o.features and o.labels and not o.foreign:
         raise click.UsageError("--features: --labels decides, and nobody looks for foreign images; leave it out")
-    if o.cls and o.method == "confident":
-        raise click.UsageError("--cls: --method=confident needs classifiers that have not seen the labels they judge")
     if o.batch % distributed.get_world_size():
         raise click.UsageError(
             f"--batch={o.batch} must be divisible by the number of processes ({distributed.get_world_size()})"
@@ -166,9 +166,12 @@ def detect_by_snapshot(cls: str, trust_pickle: bool, dataset: ImageDataset, devi
     return classifier.detect(snapshot["ema"], snapshot["info"].get("posterior", "noisy"), dataset, device)
 
 
-def save_results(path: str, dataset: ImageDataset, found: LabelFile, snapshot: dict[str, Any] | None) -> list[str]:
+def save_results(
+    path: str, dataset: ImageDataset, found: LabelFile, snapshot: dict[str, Any] | None, labels: str | None = None
+) -> list[str]:
     """Write a label file X.npz, the same as X.csv in cleanlab's columns, and the classifier, if there is one.
 
+    A classifier that an earlier detection has left there goes, unless `found` was read from the same file, `labels`.
     Return the paths of the files.
     """
     stem = os.path.splitext(path)[0]
@@ -177,7 +180,10 @@ def save_results(path: str, dataset: ImageDataset, found: LabelFile, snapshot: d
     found.source_names = dataset.source_names
     save_label_file(written[0], found)
     save_label_table(written[1], found, dataset.class_names)
+    classifier = f"{stem}-classifier.pkl"
     if snapshot is not None:
-        written.append(f"{stem}-classifier.pkl")
-        persistence.save_snapshot(written[-1], snapshot)
+        written.append(classifier)
+        persistence.save_snapshot(classifier, snapshot)
+    elif labels is None or os.path.realpath(labels) != os.path.realpath(path):
+        pathlib.Path(classifier).unlink(missing_ok=True)
     return written

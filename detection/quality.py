@@ -98,16 +98,12 @@ def quality(is_clean: np.ndarray, labels: np.ndarray, clean_labels: np.ndarray) 
     )
 
 
-def _class_names(dataset: ImageDataset) -> list[str]:
-    return dataset.class_names or [str(i) for i in range(dataset.label_dim)]
-
-
 def describe(dataset: ImageDataset, found: LabelFile) -> str:
     """Return a text with the noise rates and the estimated transition.
 
     Where the archive knows the clean labels, the text also holds the true rates and the quality of the detection.
     """
-    names = _class_names(dataset)
+    names = dataset.shown_classes
     labels, truth, rates = dataset.labels, dataset.clean_labels, found.per_class_noise_rate
 
     right = np.ones(len(labels), dtype=bool) if truth is None else labels == truth
@@ -152,7 +148,7 @@ def describe(dataset: ImageDataset, found: LabelFile) -> str:
 def save_picture(path: str, dataset: ImageDataset, found: LabelFile) -> None:
     """Write a PNG of the images whose labels are most surely wrong, with 'observed > suggested' below each and the file
     that it came from where that is known."""
-    names = _class_names(dataset)
+    names = dataset.shown_classes
     wrong = np.flatnonzero(~found.is_clean)
     worst = wrong[np.argsort(found.score[wrong], kind="stable")][:PICTURE]
     captions = [f"{names[found.labels[i]]} > {names[found.suggested[i]]}" for i in worst]

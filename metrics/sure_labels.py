@@ -66,7 +66,7 @@ def choose_judge_labels(data: str, label_path: str | None, recorded: str | None)
     counts = np.bincount(labels[labels >= 0], minlength=reference.label_dim)
     if (counts > 0).sum() < 2:
         raise dnnlib.UserError(f"{label_path}: believes labels of fewer than 2 classes right; a judge needs 2")
-    names = reference.class_names or [str(c) for c in range(reference.label_dim)]
+    names = reference.shown_classes
     none = [names[c] for c in np.flatnonzero(counts == 0)]
     note = (
         f"Nobody knows the clean labels of {data}: the judge learned {counts.sum():,} of its {len(labels):,} labels, "

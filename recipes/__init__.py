@@ -1,1 +1,4 @@
-"""What the quickstart does, as commands: one module a data set. `advice` holds the commands for the user's own set."""
+"""What the quickstart and the benchmark do, as commands: one module a data set.
+
+`advice` holds the commands for the user's own set.
+"""

@@ -45,7 +45,7 @@ MEASURED_ABOVE = (
 
 def name_confusable(dataset: ImageDataset, found: LabelFile) -> list[Confusable]:
     """Return the pairs of classes that the detector cannot tell apart, the worst ones first, in words."""
-    names = dataset.class_names or [str(c) for c in range(dataset.label_dim)]
+    names = dataset.shown_classes
     return [
         Confusable(
             names[pair.first],
@@ -141,7 +141,9 @@ def advise(dataset: ImageDataset, found: LabelFile, data: str, labels: str) -> t
     wrong = found.noise_rate
     best, why = _choose(wrong, foreign / len(here), dataset.resolution)
     only_foreign = foreign > 0 and wrong <= FEW_WRONG
-    sure = ~found.is_clean if found.suggested_score is None else found.suggested_score >= CONFIDENCE
+    sure = found.suggested != found.labels
+    if found.suggested_score is not None:
+        sure &= found.suggested_score >= CONFIDENCE
     left = here if only_foreign else (found.is_clean | sure) & here
     stated = f"About {wrong:.1%} of the labels are wrong, and {foreign / len(here):.1%} of the images are foreign."
     why = f"{stated} {why} {SOURCE}"

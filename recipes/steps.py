@@ -1,4 +1,4 @@
-"""Plans: commands of the scripts in order, run one after the other and remembered on disk."""
+"""Plans: commands of the scripts in order, run one after the other or side by side, and remembered on disk."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def evaluation(
             f"{row.name}-images",
             f"make {num:,} images ({row.title})",
             8,
-            f"generate.py {row.sampling} --outdir={images} {options}--seeds=0-{num - 1} --batch=250",
+            f"generate.py {row.sampling} --outdir={images} {options}--seeds=0-{num - 1} --batch=250 --resume",
         ),
         measurement(outdir, row, images, data, metrics),
     ]
@@ -294,13 +294,16 @@ class Journal:
             known = safe_files.load_json(dnnlib.read_bytes(self.path), self.path)
             # The folder may have moved since, and its name be spelled otherwise.
             before = _placed(known, outdir)
+            there, here = ({step["name"]: step["command"] for step in some} for some in (before, steps))
+            same = there == here  # but for titles and estimates
             if about:
                 self.steps, self.about = _joined(before, steps), _united(known, about)
-            if not (self.about and all(s in self.steps for s in steps) if about else before == steps):
+                same = self.about and there | here == here | there
+            if not same:
                 raise dnnlib.UserError(f"{outdir} holds a run with other options; choose another folder")
             self.seconds, self.before = known["seconds"], known.get("interrupted", {})
         elif os.path.isdir(outdir) and os.listdir(outdir):
-            raise dnnlib.UserError(f"{outdir} holds files that are not of a quickstart; choose another folder")
+            raise dnnlib.UserError(f"{outdir} holds files that are not of such a run; choose another folder")
 
     def log(self, name: str) -> str:
         """Return where the output of a step goes."""

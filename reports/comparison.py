@@ -35,6 +35,7 @@ __all__ = [
     "with_interval",
 ]
 
+SAME_NOISE = "Samples at the same place began with the same noise"
 # Metrics of the tables, and their names there.
 METRICS = {
     "label_accuracy": "label accuracy",
@@ -108,7 +109,7 @@ def compare_methods(
     pictures += [*extra, _losses(place, methods)]
     if dataset.corruption.get("T") is not None:
         heatmap = place.path("transition")
-        transition_heatmap(dataset.corruption["T"], heatmap, _class_names(dataset))
+        transition_heatmap(dataset.corruption["T"], heatmap, dataset.shown_classes)
         text = "P(observed given clean label)."
         pictures.append(Picture(heatmap, "Label-transition matrix T", text, width=420))
     return Section(title, question, header, rows, notes, pictures, find(methods))
@@ -151,7 +152,7 @@ def show_samples(directory: str, methods: Sequence[Method], data: str, *, name: 
     """
     place, dataset = _Place(directory, name), ImageDataset(data)
     wrong = dataset.labels != dataset.clean_labels
-    columns = dict(class_names=_class_names(dataset))
+    columns = dict(class_names=dataset.shown_classes)
     text = f"By observed label: {wrong.mean():.0%} of all are wrong."
     sheets = [place.class_sheet("training", "training images", text, dataset, wrong, **columns)]
     for method in methods:
@@ -164,7 +165,7 @@ def show_samples(directory: str, methods: Sequence[Method], data: str, *, name: 
     text = (
         "One column for each class asked for. A red frame: the label is wrong, or the judge sees another class in the "
     )
-    text += "sample. Samples at the same place began with the same noise."
+    text += f"sample. {SAME_NOISE}, unless rejection drew them anew."
     return Gallery("Samples", text, sheets)
 
 
@@ -199,7 +200,7 @@ def compare_outliers(
         *_intervals(methods[-1].result),
     ]
     header = ["method", *OUTLIER_METRICS.values(), "outliers in training", "training", "sampling"]
-    samples = Gallery("Samples", "Samples at the same place began with the same noise.", sheets)
+    samples = Gallery("Samples", f"{SAME_NOISE}.", sheets)
     return Section(title, question, header, rows, notes, [samples, _losses(place, methods)])
 
 
@@ -245,10 +246,6 @@ def _intervals(table: dict) -> list[str]:
     return [
         "± is half the width of the {level:.0%} interval of {draws} bootstrap draws: {of}.".format(**table["bootstrap"])
     ]
-
-
-def _class_names(dataset: ImageDataset) -> list[str]:
-    return dataset.class_names or [str(c) for c in range(dataset.label_dim)]
 
 
 def _losses(place: _Place, methods: Sequence[Method]) -> Gallery:

@@ -33,7 +33,7 @@ class Advice:
 
 @dataclass
 class Confusable:
-    """Two classes that the features cannot tell apart."""
+    """Two classes that the detector cannot tell apart."""
 
     first: str  # name of a class
     second: str
@@ -90,7 +90,7 @@ def gather_facts(
         path=dataset.path,
         images=len(found.labels),
         shape=dataset.image_shape,
-        class_names=dataset.class_names or [str(c) for c in range(classes)],
+        class_names=dataset.shown_classes,
         counts=counts,
         flagged=np.bincount(found.labels[~found.is_clean], minlength=classes),
         class_rates=found.per_class_noise_rate,

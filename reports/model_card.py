@@ -175,6 +175,10 @@ def read_noise_rate(path: str) -> tuple[float, tuple[float, float] | None]:
     expected = "expected a label file of detect_noise.py"
     arrays = safe_files.read_npz(path, expected)
     rate, interval = arrays.get("noise_rate"), arrays.get("noise_interval")
-    if rate is None or rate.shape != () or (interval is not None and interval.shape != (2,)):
-        raise dnnlib.UserError(f"{path}: holds no noise_rate; {expected}")
+
+    def holds(value: np.ndarray, shape: tuple[int, ...]) -> bool:
+        return value.shape == shape and value.dtype.kind in "iuf" and bool(((value >= 0) & (value <= 1)).all())
+
+    if rate is None or not holds(rate, ()) or (interval is not None and not holds(interval, (2,))):
+        raise dnnlib.UserError(f"{path}: holds no noise_rate from 0 to 1; {expected}")
     return float(rate), None if interval is None else tuple(interval.tolist())

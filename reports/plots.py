@@ -119,13 +119,16 @@ def compare_tradeoffs(curves: dict[str, Curve], unguided: tuple[float, float], f
     if not high > low:
         return f"At equal FD {first} and {second} cannot be compared: they have none in common."
     grid = np.linspace(low, high, 201)[1:]
-    better = np.interp(grid, *lines[0]) >= np.interp(grid, *lines[1])
+    difference = np.interp(grid, *lines[0]) - np.interp(grid, *lines[1])
+    better = difference > 0
     where = f"FD {low:.3g} to {high:.3g}"
+    if not difference.any():
+        return f"At equal FD the label accuracies of {first} and {second} are equal, {where}."
     if better.all():
         return f"At equal FD the label accuracy of {first} is above that of {second} over the whole range, {where}."
     return (
         f"At equal FD the label accuracy of {first} is above that of {second} on {better.mean():.0%} of the range "
-        f"{where}; below it between FD {grid[~better].min():.3g} and {grid[~better].max():.3g}."
+        f"{where}; not above it between FD {grid[~better].min():.3g} and {grid[~better].max():.3g}."
     )
 
 

@@ -121,7 +121,7 @@ def _data(dataset: ImageDataset, found: LabelFile, chosen: np.ndarray, tile: tup
     """Return what the script knows: for each of the `chosen` images one entry in every list."""
     names, classes = dataset.file_names, dataset.label_dim
     files = names if (origins := dataset.source_names) is None else origins
-    shown = dataset.class_names or [str(c) for c in range(classes)]
+    shown = dataset.shown_classes
     # Decisions belong to names and labels, so they live on when the page is made again with other scores.
     identity = hashlib.sha256("\0".join([*shown, *names]).encode("utf-8", "surrogatepass"))
     identity.update(found.labels.astype("<i8").tobytes())

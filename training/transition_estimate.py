@@ -101,7 +101,7 @@ def describe_transition(T: np.ndarray, dataset: ImageDataset, origin: str) -> st
             f" (in truth {np.mean(dataset.clean_labels != dataset.labels):.1%}; T differs from the truth by "
             f"{error.mean():.3f} on average, {error.max():.3f} at most)"
         )
-    names = dataset.class_names or [str(i) for i in range(len(T))]
+    names = dataset.shown_classes
     return "\n".join([line, *transition_table(T, names)])
 
 

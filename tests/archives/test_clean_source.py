@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import dnnlib
-from archives.label_file import LabelFile
+from archives.label_file import LabelFile, flagged_labels
 from archives.relabel import clean_source
 from archives.sources import Source
 
@@ -47,6 +47,16 @@ def test_relabels_only_where_the_new_label_is_sure(unsure, kept, labels, after):
     assert [int(source.image(i)[0, 0, 0]) for i in range(source.length)] == kept and source.labels.tolist() == labels
     assert (done.relabeled, done.left_out) == (1, 6 - len(kept))
     assert done.before == pytest.approx(np.mean(file.score)) and done.after == pytest.approx(after)
+
+
+@pytest.mark.parametrize("unsure, kept, after", [("drop", [0, 2, 3, 4], 1.0), ("keep", [0, 1, 2, 3, 4, 5], 2 / 3)])
+def test_a_file_that_suggests_nothing_relabels_nothing(unsure, kept, after):
+    source = Source("here", 6, IMAGES.__getitem__, LABELS, names=list("abcdef"))
+    file = flagged_labels(list("abcdef"), LABELS, np.array([1, 0, 1, 1, 1, 0], bool), 2)
+    done = clean_source(source, file, 2, "relabel", unsure=unsure)
+    assert source.labels.tolist() == LABELS[kept].tolist()
+    assert (done.relabeled, done.left_out) == (0, 6 - len(kept)) and done.after == pytest.approx(after)
+    assert source.corruption["cleaned"]["relabeled"] == 0
 
 
 def test_a_file_that_does_not_tell_is_refused_and_so_is_an_empty_rest():

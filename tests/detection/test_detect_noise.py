@@ -187,6 +187,7 @@ def test_decisions_are_believed(data, detected, tmp_path, fix):
 def test_a_given_classifier_is_not_trained(data, detected, tmp_path):
     folder, _ = detected
     cls = folder / "new" / "labels-classifier.pkl"
+    (tmp_path / "l-classifier.pkl").write_text("of another set")
     output = succeed(f"--data={data}", f"--dest={tmp_path}/l.npz", f"--cls={cls}")
     assert "epoch" not in output and not (tmp_path / "l-classifier.pkl").exists()
     dataset, net = ImageDataset(str(data)), persistence.load_snapshot(cls)["ema"]
@@ -236,7 +237,8 @@ def test_bad_input(data, detected, tmp_path):
     cls, dest = f"--cls={folder / 'new' / 'labels-classifier.pkl'}", f"--dest={tmp_path}/l.npz"
     fail(2, f"--data={data}", f"--dest={tmp_path}/l.txt", "--dest|.npz")
     fail(2, f"--data={data}", dest, cls, "--epochs=3", "--cls|--epochs")
-    fail(2, f"--data={data}", dest, cls, "--method=confident", "--cls|confident")
+    for method in ("confident", "gce"):
+        fail(2, f"--data={data}", dest, cls, f"--method={method}", "--cls|--method")
     fail(2, f"--data={data}", dest, "--fix=drop", "--fix|--cleaned")
     keep = f"--cleaned={tmp_path}/c.zip", "--fix=keep"
     fail(2, f"--data={data}", dest, *keep, "--fix=keep|--drop_foreign")

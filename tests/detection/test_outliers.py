@@ -6,6 +6,7 @@ import torch
 from sklearn.datasets import load_digits
 from sklearn.metrics import roc_auc_score
 
+from detection import duplicates
 from detection.duplicates import count_groups, find_duplicates
 from detection.outliers import FALSE_ALARMS, Space, _flag, find_outliers, foreign_scores
 from training.robust_core import find_core
@@ -16,6 +17,7 @@ class Images:
 
     def __init__(self, images, labels=None, copies=1):
         self._images, self.num_raw, self._copies = images, len(images), copies
+        self.image_shape = images.shape[1:]
         self.labels = None if labels is None else np.tile(labels, copies)
 
     def __len__(self):
@@ -142,7 +144,9 @@ def test_a_core_of_equal_points_is_finite():
     assert np.isfinite(core.distance(np.zeros([2, 3]))).all()
 
 
-def test_duplicates_exact_and_near_across_labels():
+@pytest.mark.parametrize("chunk", [duplicates.CHUNK, 3 * 192])  # all images at once, three at a time
+def test_duplicates_exact_and_near_across_labels(chunk, monkeypatch):
+    monkeypatch.setattr(duplicates, "CHUNK", chunk)
     rng = np.random.default_rng(0)
     images = np.concatenate([rng.integers(0, 256, [40, 3, 8, 8], dtype=np.uint8)] * 2)
     images[40:] = rng.integers(0, 256, [40, 3, 8, 8])

@@ -19,9 +19,10 @@ LOW, HIGH = [(1, 1.0, 0.8), (2, 2.0, 0.9)], [(1, 1.2, 0.7), (2, 3.0, 0.8)]
     "a, b, words",
     [
         (LOW, HIGH, "over the whole range, FD 0.5 to 2"),
-        (HIGH, LOW, "on 0% of the range FD 0.5 to 2; below it between FD"),
+        (HIGH, LOW, "on 0% of the range FD 0.5 to 2; not above it between FD"),
         ([(1, 1.0, 0.8), (2, 2.0, 0.8)], [(1, 1.0, 0.7), (2, 2.0, 0.9)], r"on 6[67]% of the range .* FD 1.5\d? and 2"),
         ([(1, 0.4, 0.8)], [(1, 0.6, 0.9)], "cannot be compared"),
+        ([(1, 1.0, 0.3)], [(1, 2.0, 0.4)], "a and b are equal, FD 0.5 to 1"),
     ],
 )
 def test_where_one_curve_is_above_the_other(a, b, words):

@@ -343,6 +343,9 @@ def test_only_denoisers_become_pipelines_and_graphs(form, tmp_path):
         (["--network=RUN", "--dest=there", "--results=full/file"], 1, "--results|not valid JSON"),
         (["--network=RUN", "--dest=there", "--results=full/list.json"], 1, "--results|fid.py evaluate"),
         (["--network=RUN", "--dest=there", "--label-path=full/file"], 1, "--label-path|detect_noise.py"),
+        (["--network=RUN", "--dest=there", "--label-path=full/text.npz"], 1, "--label-path|from 0 to 1"),
+        (["--network=RUN", "--dest=there", "--label-path=full/seven.npz"], 1, "--label-path|from 0 to 1"),
+        (["--network=RUN", "--dest=there", "--label-path=full/limits.npz"], 1, "--label-path|from 0 to 1"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(run, tmp_path, monkeypatch, args, code, words):
@@ -351,8 +354,12 @@ def test_bad_input_is_one_line_and_leaves_nothing(run, tmp_path, monkeypatch, ar
     (tmp_path / "full" / "file").write_text("x")
     (tmp_path / "full" / "list.json").write_text("[1]")
     (tmp_path / "full" / "netG_25.pth").touch()
+    np.savez(tmp_path / "full" / "text.npz", noise_rate="abc")
+    np.savez(tmp_path / "full" / "seven.npz", noise_rate=7.0)
+    np.savez(tmp_path / "full" / "limits.npz", noise_rate=0.4, noise_interval=["a", "b"])
+    there = sorted(p.name for p in tmp_path.rglob("*"))
     fail(code, *(arg.replace("RUN", str(run)) for arg in args), words)
-    assert sorted(p.name for p in tmp_path.rglob("*")) == ["file", "full", "list.json", "netG_25.pth"]
+    assert sorted(p.name for p in tmp_path.rglob("*")) == there
 
 
 def test_nothing_half_written_stays(run, tmp_path, monkeypatch):

@@ -83,6 +83,8 @@ def test_a_label_file_is_taken_and_completed(tmp_path):
     path = make_archive(tmp_path / "d.zip", images, labels.tolist())
     save_label_file(tmp_path / "l.npz", judged(labels, clean, 10))
     args = [f"--data={path}", f"--labels={tmp_path}/l.npz", f"--outdir={tmp_path}/check"]
+    (tmp_path / "check").mkdir()
+    (tmp_path / "check" / "labels-classifier.pkl").write_text("of another set")
     output = succeed(*args)
     found = load_label_file(tmp_path / "check" / "labels.npz", ImageDataset(str(path)))
     assert found.duplicate_of[100] == 5 and found.duplicate_of[200] == 6 and found.is_outlier[250]
@@ -189,7 +191,7 @@ def test_classes_that_look_alike_are_named():
     found = judged(labels, clean, CLASSES, looks_like=looks)
     assert [(a, b) for a, b, _ in confusable_pairs(found)] == [(7, 9), (2, 4)]  # the most alike first
     names = [f"class {c}" for c in range(CLASSES)]
-    first, second = name_confusable(SimpleNamespace(class_names=names, label_dim=CLASSES), found)
+    first, second = name_confusable(SimpleNamespace(shown_classes=names), found)
     assert (first.first, first.second, second.first, second.second) == ("class 7", "class 9", "class 2", "class 4")
     assert first.text.startswith("1 in 4 looks") and second.text.startswith("1 in 6 looks")
     assert confusable_pairs(judged(labels, clean, CLASSES)) == []  # of wrong labels alone, nothing is known

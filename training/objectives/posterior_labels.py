@@ -116,9 +116,9 @@ class PosteriorLabels:
         """
         items, dropped = draws["items"], draws.get("dropped")
         labels = self.classes(items, draws["label"])
-        stats.add("Posterior/changed", (labels != self.observed[items]).float())
+        uncertain = self.uncertain[items]
+        stats.add("Posterior/changed", ((labels != self.observed[items]) & ~uncertain).float())
         if self.mode == "null":
-            uncertain = self.uncertain[items]
             stats.add("Posterior/without_label", uncertain.float())
             dropped = uncertain if dropped is None else dropped | uncertain
         return torch.nn.functional.one_hot(labels, num_classes).to(torch.float32), dropped
