@@ -78,7 +78,7 @@ def main(
                 open_mnist(options["source"], Choice(test=test))
     steps = fashion.plan(outdir, setting, rows, **options)
     about = dict(settings=setting, rows=rows, recipe=fashion.recipe(options["resolution"])) | options
-    run_plan(steps, SCRIPTS, outdir, 1.0, about, jobs)
+    run_plan(steps, SCRIPTS, outdir, about, jobs)
     journal = read_journal(outdir)
     commands = [f"python {step['command']}" for step in journal["steps"] if step["name"] in journal["seconds"]]
     page = fashion_tables.write(outdir, fashion_tables.load(outdir), commands)

@@ -190,7 +190,7 @@ def main(
     if not tables:
         raise click.UsageError(f"--methods={','.join(methods)}: none of them is for --only={','.join(only)}")
     about = dict(sets=only, methods=methods, seed=seed, duration=duration)
-    run_plan([*plan.steps.values()], SCRIPTS | OWN, outdir, 1.0, about)
+    run_plan([*plan.steps.values()], SCRIPTS | OWN, outdir, about)
     click.echo("| trained on, by | " + " | ".join(METRICS) + " |\n" + "|---" * (len(METRICS) + 1) + "|")
     for name, path in tables.items():
         with open(path) as f:

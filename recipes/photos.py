@@ -93,7 +93,7 @@ def plan(outdir: str, seed: int, scale: float, num: int) -> list[Step]:
                 Step(
                     row.name,
                     f"train {title} on {setup.name}",
-                    setup.seconds,
+                    setup.seconds * scale,
                     f"train_rduot.py --preset=photos --outdir={outdir}/{row.name} --nosubdir --data={data} {options}"
                     f" --duration={kimg / 1000:.6f} --tick={kimg / 20:.4f} --dump=5 --seed={seed} --resume=latest",
                 )

@@ -80,7 +80,7 @@ def evaluation(
         Step(
             f"{row.name}-images",
             f"make {num:,} images ({row.title})",
-            8,
+            0.008 * num,
             f"generate.py {row.sampling} --outdir={images} {options}--seeds=0-{num - 1} --batch=250 --resume",
         ),
         measurement(outdir, row, images, data, metrics),
@@ -116,14 +116,12 @@ def run_plan(
     steps: Sequence[Step],
     scripts: Mapping[str, Any],
     outdir: str,
-    pace: float,
     about: dict[str, Any] | None = None,
     jobs: int = 1,
 ) -> dict[str, float]:
     """Run all steps that have not run yet, and return the seconds that each took.
 
     scripts  name -> module with a click command `main`; their output goes to `outdir`/logs
-    pace     expected duration divided by the planned one, for the first estimates of the time left
     about    what the journal says about the plan, for `read_journal`
     jobs     steps that run at the same time: one in this process, with progress bars on the screen, or several in
              processes of their own
@@ -138,7 +136,7 @@ def run_plan(
     def announce(step: Step) -> None:
         done = [name for name in by_name if name in journal.seconds]
         planned = sum(by_name[name].seconds for name in done)
-        rate = sum(journal.seconds[name] for name in done) / planned if planned > 60 else pace
+        rate = sum(journal.seconds[name] for name in done) / planned if planned > 60 else 1.0
         remaining = [max(s.seconds * rate - journal.spent(s.name), 0.0) for s in steps if s.name not in journal.seconds]
         left = dnnlib.format_time(sum(remaining) / jobs)
         click.echo(f"[{steps.index(step) + 1}/{len(steps)}] {step.title:<50s} about {left} left")

@@ -311,7 +311,7 @@ def test_a_tiny_run_is_complete_and_goes_on(tmp_path):
     (tmp_path / "out/quickstart.json").write_text(json.dumps(journal))
     assert len(re.findall(r"^\[", succeed(*command), re.MULTILINE)) == 2
     with pytest.raises(UserError, match="other options"):  # 5,000 images in place of 20
-        benchmark.run_plan(fashion.plan(f"{tmp_path}/out", ["sym40"]), benchmark.SCRIPTS, f"{tmp_path}/out", 1)
+        benchmark.run_plan(fashion.plan(f"{tmp_path}/out", ["sym40"]), benchmark.SCRIPTS, f"{tmp_path}/out")
     assert "real images, clean labels" not in rows
     succeed(*command[:-1], "--rows=real-clean")
     assert {"real images, clean labels", *rows} <= set(read_rows(tmp_path / "out/report.md"))

@@ -82,6 +82,22 @@ def test_other_options_and_strange_folders_are_refused(demo, tmp_path):
     assert result.exit_code == 2 and "--noise_type: --only=rduot trains without labels" in result.stderr
 
 
+@pytest.mark.parametrize("minutes, seconds", [(5, 300), (40, 2400), (0.1, 159 + 0.6)])
+def test_the_trainings_take_what_the_images_and_tables_leave(minutes, seconds, tmp_path, monkeypatch):
+    planned = []
+
+    def stop(steps, *_, **__):
+        planned.extend(steps)
+        raise SystemExit
+
+    monkeypatch.setattr(quickstart, "run_plan", stop)
+    CliRunner().invoke(quickstart.main, [f"--outdir={tmp_path}/demo", f"--minutes={minutes}"])
+    assert sum(step.seconds for step in planned) == pytest.approx(seconds, rel=0.01)
+    train = next(step.command for step in planned if step.name == "oracle")
+    kimg = 1000 * float(re.search(r"--duration=(\S+)", train)[1])
+    assert kimg == pytest.approx(150 * next(step.seconds for step in planned if step.name == "oracle") / 75, rel=0.01)
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(130), ValueError("a bug")])
 def test_an_interrupted_step_says_how_to_go_on_and_its_time_adds_up(tmp_path, monkeypatch, capsys, error):
     clock, errors = [0.0], [error]
@@ -96,10 +112,10 @@ def test_an_interrupted_step_says_how_to_go_on_and_its_time_adds_up(tmp_path, mo
     monkeypatch.setattr(steps.time, "time", lambda: clock[0])
     plan = [steps.Step("train", "train", 60, "a.py --x=1"), steps.Step("table", "evaluate", 2, "a.py --x=2")]
     with pytest.raises(type(error)):
-        steps.run_plan(plan, {"a.py": Script}, str(tmp_path / "demo"), 1)
+        steps.run_plan(plan, {"a.py": Script}, str(tmp_path / "demo"))
     said = "Stopped. The same command goes on from here." in capsys.readouterr().out
     assert said == (not isinstance(error, ValueError))
-    assert steps.run_plan(plan, {"a.py": Script}, str(tmp_path / "demo"), 1) == {"train": 80, "table": 40}
+    assert steps.run_plan(plan, {"a.py": Script}, str(tmp_path / "demo")) == {"train": 80, "table": 40}
     assert "interrupted" not in json.loads((tmp_path / "demo/quickstart.json").read_text())
 
 
@@ -111,7 +127,7 @@ def test_a_moved_or_respelled_folder_goes_on(tmp_path, monkeypatch):
 
     def run(outdir, option=1):
         plan = [steps.Step("train", "train", 60, f"a.py --outdir={outdir}/train --x={option}")]
-        steps.run_plan(plan, {"a.py": Script}, str(outdir), 1)
+        steps.run_plan(plan, {"a.py": Script}, str(outdir))
 
     monkeypatch.chdir(tmp_path)
     run("demo")
@@ -135,7 +151,7 @@ def test_a_plan_may_grow(tmp_path):
 
     def run(*names, option="", **about):
         plan = [steps.Step(name, f"{name} {len(ran)}", 60 + len(ran), f"a.py {name}{option}") for name in names]
-        steps.run_plan(plan, {"a.py": Script}, out, 1, about)
+        steps.run_plan(plan, {"a.py": Script}, out, about)
 
     run("data", "train", "table", rows=["b"], seed=0)
     run("data", "other", "train", rows=["a", "b"], seed=0)
@@ -166,7 +182,7 @@ def test_a_quickstart_killed_in_its_first_step_goes_on(tmp_path):
             raise RuntimeError(journal)
 
     with pytest.raises(RuntimeError, match='"seconds": {}'):
-        steps.run_plan(plan, {"a.py": Killed}, str(tmp_path / "demo"), 1)
+        steps.run_plan(plan, {"a.py": Killed}, str(tmp_path / "demo"))
 
 
 def test_a_killed_training_counts_the_time_that_it_logged(tmp_path):

@@ -53,7 +53,7 @@ def side_by_side(tmp_path, monkeypatch):
             steps.Step(name, name, 60, f"a.py --name={name} --wait='{wait}' {rest}")
             for name, (wait, rest) in plan.items()
         ]
-        return steps.run_plan(plan, scripts, str(tmp_path / "demo"), 1, dict(rows=["a"]), jobs=2)
+        return steps.run_plan(plan, scripts, str(tmp_path / "demo"), dict(rows=["a"]), jobs=2)
 
     yield run, tmp_path / "order.txt"
     sys.modules.pop("worker_of_a_plan", None)
@@ -120,7 +120,7 @@ def test_cores_are_shared_unless_the_user_says_how_many_threads(tmp_path, monkey
         monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
         if given:
             monkeypatch.setenv("OMP_NUM_THREADS", given)
-        steps.run_plan(plan, {"a.py": sys.modules[__name__]}, str(tmp_path / str(i)), 1, jobs=2)
+        steps.run_plan(plan, {"a.py": sys.modules[__name__]}, str(tmp_path / str(i)), jobs=2)
     assert seen == ["4", "4", "3"]
 
 
@@ -151,8 +151,8 @@ def test_the_time_left_follows_from_what_is_done(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(steps.time, "time", lambda: clock[0])
     plan = [steps.Step(name, name, seconds, f"a.py {name}") for name, seconds in (("a", 100), ("b", 50), ("c", 60))]
-    steps.run_plan(plan[:1], {"a.py": Script}, str(tmp_path / "demo"), 2, dict(rows=["a"]))
-    assert "about 3m 20s left" in capsys.readouterr().out  # nothing is known but the pace
-    steps.run_plan(plan, {"a.py": Script}, str(tmp_path / "demo"), 2, dict(rows=["a"]))
+    steps.run_plan(plan[:1], {"a.py": Script}, str(tmp_path / "demo"), dict(rows=["a"]))
+    assert "about 1m 40s left" in capsys.readouterr().out  # nothing is known but the plan
+    steps.run_plan(plan, {"a.py": Script}, str(tmp_path / "demo"), dict(rows=["a"]))
     output = capsys.readouterr().out
     assert re.findall("about (.*) left", output) == ["44s", "32s"]  # 0.4 of 110, then 80 / 150 of 60
