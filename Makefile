@@ -18,10 +18,10 @@ $(STAMP): requirements.txt requirements-dev.txt requirements-cpu.lock
 	touch $(STAMP)
 
 demo: $(STAMP)
-	$(BIN)/python quickstart.py --outdir=demo
+	$(BIN)/python quickstart.py --outdir=demo --jobs=2
 
 demo-full: $(STAMP)
-	$(BIN)/python quickstart.py --outdir=demo-full --only=all
+	$(BIN)/python quickstart.py --outdir=demo-full --only=all --jobs=2
 
 # All methods on Fashion-MNIST, one kind of label noise: hours. benchmark.py has the others.
 benchmark: $(STAMP)

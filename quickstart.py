@@ -67,7 +67,7 @@ PARTS = (*digits.PARTS, "rduot")
     metavar="M",
     type=FloatRange(min=0.01),
     help="Aim for this duration on two cores; scales all training lengths  "
-    "[default: 18 for posterior, tdsm and sbdc together, 6 to 10 for one of them, 22 more for rduot]",
+    "[default: 25 for posterior, tdsm and sbdc together, 9 to 15 for one of them, half an hour more for rduot]",
 )
 @click.option(
     "--seed", metavar="INT", type=click.IntRange(min=0), default=0, help="Seed of the label noise and all training"

@@ -38,8 +38,8 @@ MEASUREMENTS = (
     "and 0.99 with clean labels."
 )
 MEASURED_ABOVE = (
-    "With 80% wrong and another training, labels drawn from their posterior had 3.78, no cure 41.3 and clean labels "
-    "2.42; nothing was measured on small sets."
+    "With 80% wrong it was 1.88 on the cleaned archive, 2.51 after relabeling all, 3.82 with labels drawn from their "
+    "posterior, 8.92 with TDSM and 42.2 without a cure; nothing was measured on small sets."
 )
 
 
