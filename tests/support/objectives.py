@@ -29,6 +29,7 @@ class Data:
         self.labels = rng.randint(classes, size=n)
         self.pixels = torch.from_numpy(rng.randint(256, size=[n, channels, resolution, resolution]).astype(np.uint8))
         self.class_names, self.name, self.corruption = None, "toy", {}
+        self.shown_classes = [str(c) for c in range(classes)]
 
     def __len__(self):
         return len(self.labels)
