@@ -91,7 +91,7 @@ def main(**opts) -> None:
             lines.append(clean(source, judged, decisions, dataset.label_dim, o))
         picture = o.picture or f"{os.path.splitext(o.dest)[0]}.png"
         os.makedirs(os.path.dirname(os.path.abspath(picture)), exist_ok=True)
-        written = save_results(o.dest, dataset, judged, snapshot, o.labels)
+        written = save_results(o.dest, dataset, judged, snapshot, not (o.labels or o.cls))
         if not judged.is_clean.all():
             written.append(picture)
             save_picture(picture, dataset, judged)

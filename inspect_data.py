@@ -47,7 +47,7 @@ def main(**opts) -> None:
         check_outdir(o.outdir)
     dataset, device, features = open_data(o)
     print0(f"Step 1 of 3: {'read the label file' if o.labels else 'find wrong labels'}")
-    labels = os.path.join(o.outdir, "labels.npz")
+    labels, classifier = (os.path.join(o.outdir, name) for name in ("labels.npz", "labels-classifier.pkl"))
     found, snapshot = find_wrong_labels(o, dataset, device, labels, features)
 
     def write() -> None:
@@ -56,8 +56,11 @@ def main(**opts) -> None:
             print(f"Step 2 of 3: find foreign images and duplicates among {len(dataset):,} images", flush=True)
             lines = look_for_foreign(dataset, found, o.seed, features)
         print("Step 3 of 3: write the page", flush=True)
-        written = save_results(labels, dataset, found, snapshot, o.labels)
-        advice, why = advise(dataset, found, o.data, labels)
+        written = save_results(labels, dataset, found, snapshot, not (o.labels or o.cls))
+        # A classifier beside the label file judges images by what it says only if the labels are its own.
+        own = os.path.realpath(o.labels or o.cls or labels) in (os.path.realpath(labels), os.path.realpath(classifier))
+        judge = classifier if own and os.path.exists(classifier) else None
+        advice, why = advise(dataset, found, o.data, labels, judge)
         facts = gather_facts(dataset, found, name_confusable(dataset, found), advice, why)
         report = os.path.join(o.outdir, "report.html")
         write_review(report, dataset, found, facts, o.images)

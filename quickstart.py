@@ -91,7 +91,7 @@ def main(outdir: str, only: list[str], noise_type: str, minutes: float | None, s
         raise click.UsageError("--noise_type: --only=rduot trains without labels; leave it out")
     scale = 1.0
     if minutes:  # images and tables take the same time however short the trainings are; these get a tenth at least
-        fixed, whole = (sum(step.seconds for step in plan(scale)) for scale in (0, 1))
+        fixed, whole = (sum(step.seconds for step in plan(length)) for length in (0.0, 1.0))
         scale = max(60 * minutes - fixed, 6 * minutes) / (whole - fixed)
     steps = plan(scale)
     seconds = run_plan(steps, SCRIPTS, outdir, jobs=jobs)

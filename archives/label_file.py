@@ -1,7 +1,7 @@
 """Label files: for each image of an archive, whether its label is believed right, how surely, and what else it may be.
 
-`detect_noise.py` writes them, and the training scripts read them, and published label files in two other layouts
-(docs/formats.md, "Label file").
+`detect_noise.py` writes them, and the training scripts read them. Published label files in two other layouts are read,
+too (docs/formats.md, "Label file").
 """
 
 from __future__ import annotations

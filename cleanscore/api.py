@@ -229,7 +229,7 @@ def detect(
         if foreign:
             look_for_foreign(dataset, found, seed)
     if dest is not None:
-        save_results(os.fspath(dest), dataset, found, snapshot)
+        save_results(os.fspath(dest), dataset, found, snapshot, cls is None)
     return found
 
 

@@ -91,8 +91,8 @@ def _difference(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 def _groups(signature: np.ndarray, near: float) -> np.ndarray:
     """Return the first row of the group of each signature, int64 [n].
 
-    Projections shrink distances, so a search along a few axes misses hardly any pair: only those with
-    `NEIGHBORS` nearer images along these axes. The full signatures then decide.
+    Projections shrink distances, so a search along a few axes misses hardly any pair: only those with `NEIGHBORS`
+    nearer images along these axes. The full signatures then decide.
     """
     n, d = signature.shape
     step = max(CHUNK // d, 1)

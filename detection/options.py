@@ -167,12 +167,12 @@ def detect_by_snapshot(cls: str, trust_pickle: bool, dataset: ImageDataset, devi
 
 
 def save_results(
-    path: str, dataset: ImageDataset, found: LabelFile, snapshot: dict[str, Any] | None, labels: str | None = None
+    path: str, dataset: ImageDataset, found: LabelFile, snapshot: dict[str, Any] | None, trained: bool
 ) -> list[str]:
     """Write a label file X.npz, the same as X.csv in cleanlab's columns, and the classifier, if there is one.
 
-    A classifier that an earlier detection has left there goes, unless `found` was read from the same file, `labels`.
-    Return the paths of the files.
+    Where a detection has `trained` and kept no classifier, the one that an earlier detection left there goes. Return the
+    paths of the files.
     """
     stem = os.path.splitext(path)[0]
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
@@ -184,6 +184,6 @@ def save_results(
     if snapshot is not None:
         written.append(classifier)
         persistence.save_snapshot(classifier, snapshot)
-    elif labels is None or os.path.realpath(labels) != os.path.realpath(path):
+    elif trained:
         pathlib.Path(classifier).unlink(missing_ok=True)
     return written

@@ -296,7 +296,7 @@ class Journal:
             same = there == here  # but for titles and estimates
             if about:
                 self.steps, self.about = _joined(before, steps), _united(known, about)
-                same = self.about and there | here == here | there
+                same = self.about and there | here == here | there  # no command of theirs has changed
             if not same:
                 raise dnnlib.UserError(f"{outdir} holds a run with other options; choose another folder")
             self.seconds, self.before = known["seconds"], known.get("interrupted", {})
