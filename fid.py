@@ -92,7 +92,8 @@ def ref(data: str, dest: str, detector: str | None, precision: str, batch: int, 
     count, mu, sigma, *more = compute_statistics(source, extractor, batch, device, spatial=True)
     if distributed.get_rank() == 0:
         save_reference(dest, mu, sigma, precision, *more)
-    distributed.print0(f"Wrote {dest}: {len(mu)} features of {count} images.")
+    among = "" if source.outliers is None else f", {source.outliers.sum()} recorded outliers among them"
+    distributed.print0(f"Wrote {dest}: {len(mu)} features of {count} images{among}.")
 
 
 @main.command(epilog="Example:\n  python fid.py evaluate --images=out --data=data.zip --detector=pixels")

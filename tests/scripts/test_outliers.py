@@ -241,6 +241,12 @@ def test_outlier_ratio_and_the_clean_reference(tmp_path, shades):
     assert {c: v["num_reference"] for c, v in table["classes"].items()} == {"0": even, "1": odd}  # without class 2
 
 
+def test_a_reference_says_that_it_counts_outliers(tmp_path, shades):
+    args = ["ref", f"--data={shades.data}", f"--dest={tmp_path / 'ref.npz'}", "--detector=pixels"]
+    said = CliRunner().invoke(fid.main, args).output
+    assert f"{len(shades.real)} images, {shades.outliers.sum()} recorded outliers among them." in said
+
+
 def test_outlier_data(tmp_path, shades):
     _, table, _ = evaluate(tmp_path, shades.fake, shades.plain)
     assert table["outliers"] is None and "outlier_ratio" not in table["metrics"]
