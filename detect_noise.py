@@ -75,6 +75,8 @@ def main(**opts) -> None:
         with blame("--cleaned"):
             check_destination(o.cleaned, overwrite=True)  # before the work
     dataset, device, features = open_data(o)
+    if o.cleaned and os.path.realpath(o.cleaned) in map(os.path.realpath, dataset.archives):
+        raise click.UsageError(f"--cleaned: {o.cleaned} is the set itself; choose another name")
     decisions = None
     if o.decisions:
         with blame("--decisions"):
@@ -109,19 +111,20 @@ def main(**opts) -> None:
 
 
 def clean(source: Source, found: LabelFile, decisions: Decisions | None, classes: int, o: dnnlib.EasyDict) -> str:
-    """Correct the labels of a source, and say what it gains. It loses what a person decided to drop, in any case."""
-    drop_foreign = o.drop_foreign
+    """Correct the labels of a source, and say what it gains. What a person decided is done in any case."""
+    drop_foreign, decided = o.drop_foreign, () if decisions is None else decisions.relabel
     if not drop_foreign and decisions is not None and len(decisions.drop):
         dropped = np.zeros(len(found.labels), dtype=bool)
         dropped[decisions.drop] = True
         found = replace(found, is_outlier=dropped)
         drop_foreign = True
+    settings = dict(confidence=o.confidence, unsure=o.unsure, decided=decided)
     with blame("--drop_foreign" if drop_foreign and found.is_outlier is None else f"--fix={o.fix}"):
-        c = clean_source(source, found, classes, o.fix, drop_foreign, confidence=o.confidence, unsure=o.unsure)
-    text = (
-        f"Cleaned:     {c.relabeled:,} relabeled, {c.left_out:,} left out; {c.before:.1%} of the labels were right by "
-        f"estimate, {c.after:.1%} are"
-    )
+        c = clean_source(source, found, classes, o.fix, drop_foreign, **settings)
+    text = f"Cleaned:     {c.relabeled:,} relabeled, {c.left_out:,} left out"
+    if o.fix == "keep":
+        return text
+    text += f"; {c.before:.1%} of the labels were right by estimate, {c.after:.1%} are"
     return text if c.after > c.before else f"{text}\nWarning: the cleaned labels are no better than before"
 
 

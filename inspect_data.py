@@ -57,10 +57,9 @@ def main(**opts) -> None:
             lines = look_for_foreign(dataset, found, o.seed, features)
         print("Step 3 of 3: write the page", flush=True)
         written = save_results(labels, dataset, found, snapshot, not (o.labels or o.cls))
-        # A classifier beside the label file judges images by what it says only if the labels are its own.
-        own = os.path.realpath(o.labels or o.cls or labels) in (os.path.realpath(labels), os.path.realpath(classifier))
-        judge = classifier if own and os.path.exists(classifier) else None
-        advice, why = advise(dataset, found, o.data, labels, judge)
+        # A classifier beside the label file judges images by what that says only if it has judged these labels.
+        own = os.path.isfile(classifier) and dnnlib.content_hash(classifier) == found.classifier
+        advice, why = advise(dataset, found, o.data, labels, classifier if own else None)
         facts = gather_facts(dataset, found, name_confusable(dataset, found), advice, why)
         report = os.path.join(o.outdir, "report.html")
         write_review(report, dataset, found, facts, o.images)

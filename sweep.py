@@ -62,7 +62,7 @@ def run(o: dnnlib.EasyDict, device: torch.device) -> None:
     if {f"{mode}-{weight:g}" for mode, weight in settings} - results.values.keys():
         networks = distributed.together(lambda: load(o, device), rank0_first=True)
         judge = distributed.together(lambda: choose_judge(o, networks[2]), rank0_first=True)
-        results.note = judge.note
+        results.judge_by(judge.labels, judge.note)
         print0(judge.note)
     for i, (mode, weight) in enumerate(settings):
         name = f"{mode}-{weight:g}"
@@ -92,7 +92,7 @@ def load(o: dnnlib.EasyDict, device: torch.device) -> tuple[torch.nn.Module, lis
 def choose_judge(o: dnnlib.EasyDict, discriminator: TrainedDiscriminator) -> JudgeLabels:
     """Return what the judge learns from."""
     with blame("--data" if o.label_path is None else "--label-path"):
-        return choose_judge_labels(o.data, o.label_path, discriminator.label_path)
+        return choose_judge_labels(o.data, o.label_path, discriminator.label_path, o.judge)
 
 
 def generate(o: dnnlib.EasyDict, device: torch.device, networks: tuple, mode: str, weight: float, path: str) -> None:

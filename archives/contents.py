@@ -21,14 +21,19 @@ PARTS = {
     "sizes": "image files",
     "sample": "image files",
     "checksums": "image files",
+    "clean_labels": "clean labels",
+    "outliers": "recorded outliers",
     "hash": "contents",  # of a single file
 }
 
 
 def describe_contents(
-    reader: ArchiveReader | ArchiveSet, labels: np.ndarray | None = None, classes: int = 0
+    reader: ArchiveReader | ArchiveSet,
+    labels: np.ndarray | None = None,
+    classes: int = 0,
+    **records: np.ndarray | None,
 ) -> dict[str, Any]:
-    """Return what identifies the images of one or several archives and their `labels`, as plain data.
+    """Return what identifies the images of one or several archives, their `labels` and other `records`, as plain data.
 
     No image is decoded. Of a folder, it takes the size of each file and reads `SAMPLE` of them, evenly spaced; a folder
     and a ZIP of the same files compare by these.
@@ -45,12 +50,17 @@ def describe_contents(
         else:
             sample.update(found[rows])
             checksums.update(found)
-    contents = dict(images=len(reader), classes=classes, names=names, sizes=sizes, sample=sample)
-    if known:
-        contents["checksums"] = checksums
+    hashes = dict(names=names, sizes=sizes, sample=sample) | (dict(checksums=checksums) if known else {})
+    contents = dict(images=len(reader), classes=classes) | {key: value.hexdigest() for key, value in hashes.items()}
     if labels is not None:
-        contents["labels"] = hashlib.blake2b(np.ascontiguousarray(labels), digest_size=16)
-    return {key: value if isinstance(value, int) else value.hexdigest() for key, value in contents.items()}
+        contents["labels"] = _digest(labels)
+    for name, record in records.items():
+        contents[name] = "none" if record is None else _digest(record)
+    return contents
+
+
+def _digest(array: np.ndarray) -> str:
+    return hashlib.blake2b(np.ascontiguousarray(array), digest_size=16).hexdigest()
 
 
 def what_differs(there: dict[str, Any], here: dict[str, Any]) -> str | None:

@@ -202,10 +202,15 @@ class ImageDataset:
         """Return the constructor's arguments as plain data, for snapshots and option files."""
         return dict(self._kwargs)
 
-    def contents(self) -> dict[str, Any]:
-        """Return what identifies the images and labels wherever they lie, as plain data (`archives.contents`)."""
-        labels = self.labels if self._vectors is None else self._vectors
-        return describe_contents(self._reader, None if labels is None else labels[: self.num_raw], self.label_dim)
+    def contents(self, *records: str) -> dict[str, Any]:
+        """Return what identifies the images and labels wherever they lie, as plain data (`archives.contents`).
+
+        `records` name what counts besides: "clean_labels", "outliers".
+        """
+        arrays = dict(labels=self.labels if self._vectors is None else self._vectors)
+        arrays |= {name: getattr(self, name) for name in records}
+        arrays = {name: None if array is None else array[: self.num_raw] for name, array in arrays.items()}
+        return describe_contents(self._reader, classes=self.label_dim, **arrays)
 
     def image(self, index: int) -> np.ndarray:
         """Return one image, uint8 array [C, H, W]."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 import dnnlib
-from archives.label_file import LabelFile, class_noise_rates
+from archives.label_file import LabelFile
 from archives.tables import read_table, unguarded
 
 __all__ = ["Decisions", "apply_to_labels", "class_keys", "holds_decisions", "load_decisions"]
@@ -114,22 +114,27 @@ def load_decisions(
 def apply_to_labels(found: LabelFile, decisions: Decisions) -> LabelFile:
     """Return a label file that believes the decisions: their labels are right or wrong with certainty.
 
-    An image to drop becomes an outlier with a wrong label, others are none. The posterior is certain of kept and new
-    labels. The noise rates follow, and the interval moves with them.
+    An image to drop becomes an outlier with a wrong label and no right one, others are none. The posterior is certain
+    of kept and new labels. The noise rates and their interval move by what changed in the scores or, if these are no
+    probabilities, in the flags.
     """
     keep, relabel, drop = decisions.keep, decisions.relabel, decisions.drop
     is_clean, score, suggested = found.is_clean.copy(), found.score.copy(), found.suggested.copy()
     is_clean[keep], score[keep], suggested[keep] = True, 1, found.labels[keep]
     is_clean[relabel], score[relabel], suggested[relabel] = False, 0, decisions.new_labels
-    is_clean[drop], score[drop] = False, 0
-    rate = 1 - float(score.mean(dtype=np.float64))
+    is_clean[drop], score[drop], suggested[drop] = False, 0, found.labels[drop]
+    before, after = (found.is_clean, is_clean) if found.suggested_score is None else (found.score, score)
+    changed = before.astype(np.float64) - after
+    rate = float(np.clip(found.noise_rate + changed.mean(), 0, 1))
+    classes = len(found.per_class_noise_rate)
+    moved = np.bincount(found.labels, changed, classes) / np.maximum(np.bincount(found.labels, minlength=classes), 1)
     result = replace(
         found,
         is_clean=is_clean,
         score=score,
         suggested=suggested,
         noise_rate=rate,
-        per_class_noise_rate=class_noise_rates(found.labels, score, len(found.per_class_noise_rate)),
+        per_class_noise_rate=np.clip(found.per_class_noise_rate + moved, 0, 1),
     )
     if found.noise_interval is not None:
         moved = np.clip(np.array(found.noise_interval) + rate - found.noise_rate, 0, 1)
@@ -137,6 +142,7 @@ def apply_to_labels(found: LabelFile, decisions: Decisions) -> LabelFile:
     if found.suggested_score is not None:
         result.suggested_score = found.suggested_score.copy()
         result.suggested_score[np.concatenate([keep, relabel])] = 1
+        result.suggested_score[drop] = 0
     if found.posterior is not None:
         classes = np.concatenate([found.labels[keep], decisions.new_labels])
         result.posterior = found.posterior.decided(np.concatenate([keep, relabel]), classes)

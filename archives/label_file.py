@@ -37,7 +37,7 @@ __all__ = [
 
 FIELDS = ("names", "labels", "is_clean", "score", "suggested", "noise_rate", "per_class_noise_rate")
 PER_IMAGE = ("suggested_score", "outlier_score", "is_outlier", "duplicate_of")
-OPTIONAL = ("transition", "noise_interval", "looks_like", "source_names", *PER_IMAGE)
+OPTIONAL = ("transition", "noise_interval", "looks_like", "source_names", "classifier", *PER_IMAGE)
 EXPECTED = (
     "expected a label file of detect_noise.py, or arr_0 with flags (1: label believed right), or arr_0 with "
     "labels or images, arr_1 labels, arr_2 flags"
@@ -65,6 +65,7 @@ class LabelFile:
     is_outlier: np.ndarray | None = None  # [N] bool, whether the image is believed foreign
     duplicate_of: np.ndarray | None = None  # [N] int64, the first image that it equals or nearly equals, or itself
     posterior: TopPosterior | None = None  # probabilities of the classes that each image may have
+    classifier: str | None = None  # SHA-256 of the snapshot of the classifier that judged the labels
 
 
 def class_noise_rates(labels: np.ndarray, right: np.ndarray, num_classes: int) -> np.ndarray:
@@ -169,6 +170,10 @@ def _load_ours(path: str, arrays: dict[str, np.ndarray], dataset: ImageDataset) 
         file.is_outlier = read_flags(arrays["is_outlier"], f"{path}: is_outlier")[order]
     if "duplicate_of" in arrays:
         file.duplicate_of = _duplicates(path, arrays["duplicate_of"], order, dataset)
+    if "classifier" in arrays:
+        if arrays["classifier"].shape != () or arrays["classifier"].dtype.kind != "U":
+            raise dnnlib.UserError(f"{path}: classifier must be a text, the SHA-256 of a snapshot")
+        file.classifier = str(arrays["classifier"])
     posterior = from_arrays(arrays, arrays["names"].reshape(-1), stored, dataset.label_dim, path)
     if posterior is not None:
         file.posterior = posterior.take(order)

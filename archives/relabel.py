@@ -169,7 +169,7 @@ def _check_classes(path: str, found: Imported, class_names: Sequence[str] | None
 
 @dataclass
 class Cleaned:
-    """What became of the labels of a source, and what share of them is right by the label file's own probabilities."""
+    """What became of the labels of a source, and what share of them is right by what the label file believes."""
 
     relabeled: int
     left_out: int  # images
@@ -186,6 +186,7 @@ def clean_source(
     *,
     confidence: float = CONFIDENCE,
     unsure: str = "drop",
+    decided: Sequence[int] = (),
 ) -> Cleaned:
     """Correct the labels of a source.
 
@@ -195,6 +196,7 @@ def clean_source(
     confidence     probability of the suggested label below which nothing is relabeled; a file without such
                    probabilities is believed
     unsure         'drop' or 'keep': what happens to the images with wrong labels that are not relabeled
+    decided        rows to which a person gave the suggested label: they get it, whatever `fix` is
 
     The old record of the noise no longer describes the labels, so it moves to `corruption["cleaned"]["before"]`.
     UserError: no image would be left, or the file does not say which images are foreign.
@@ -202,21 +204,26 @@ def clean_source(
     sure = ~file.is_clean & (file.suggested != file.labels) & (fix == "relabel")
     if file.suggested_score is not None:
         sure &= file.suggested_score >= confidence
+    sure[np.asarray(decided, dtype=np.int64)] = True  # () would be all of them
     dropped = ~file.is_clean & ~sure & (fix == "drop" or (fix == "relabel" and unsure == "drop"))
     what: dict[str, Any] = dict(fix=fix, images=int(np.sum(~file.is_clean)))
     if fix == "relabel":
         what.update(relabeled=int(sure.sum()), confidence=confidence)
+    elif len(decided):
+        what.update(relabeled=len(decided))
     if drop_outliers:
         if file.is_outlier is None:
             raise dnnlib.UserError("the label file does not say which images are foreign")
         dropped, what["outliers"] = dropped | file.is_outlier, int(file.is_outlier.sum())
     record_cleaning(source, classes, **what)
     source.labels = np.where(sure, file.suggested, file.labels)
-    right = np.where(sure, 1.0 if file.suggested_score is None else file.suggested_score, file.score)[~dropped]
+    known = file.suggested_score is not None  # else the scores may be no probabilities
+    believed = file.score if known else file.is_clean
+    right = np.where(sure, file.suggested_score if known else 1.0, believed)[~dropped]
     if dropped.any():
         select_images(source, ~dropped, "images are foreign or their labels are believed wrong" if drop_outliers
                       else "labels are believed wrong")  # fmt: skip
-    return Cleaned(int(sure[~dropped].sum()), int(dropped.sum()), float(file.score.mean()), float(right.mean()))
+    return Cleaned(int(sure[~dropped].sum()), int(dropped.sum()), float(believed.mean()), float(right.mean()))
 
 
 def decide(source: Source, path: str, names: list[Sequence[str]]) -> None:

@@ -21,7 +21,7 @@ from detection.features import FEATURES, load_features
 from detection.features import detect as detect_by_features
 from detection.quality import confusion
 from detection.trainer import CONV, Settings
-from dnnlib.cli import BOOL, FloatRange, add_options, blame
+from dnnlib.cli import BOOL, FloatRange, add_options, blame, given_options
 from torch_utils import distributed, persistence
 from torch_utils.precision import tf32
 from training.networks_resnet import DEPTHS
@@ -131,7 +131,8 @@ def find_wrong_labels(
     if o.cls:
         return detect_by_snapshot(o.cls, o.trust_pickle, dataset, device), None
     if o.features:
-        settings = Settings(epochs=o.epochs, batch=o.batch, seed=o.seed)
+        epochs = o.epochs if "--epochs" in given_options() else None  # those of a preset are of its network
+        settings = Settings(epochs=epochs, batch=o.batch, seed=o.seed)
         return detect_by_features(dataset, features, device, settings), None
     arch = o.encoder or o.arch or (CONV if o.method == "gce" else "ddpmpp")
     lr = o.lr or (5e-3 if arch == CONV else 2e-3)
@@ -163,7 +164,9 @@ def detect_by_snapshot(cls: str, trust_pickle: bool, dataset: ImageDataset, devi
         path = persistence.find_snapshot(cls)
         snapshot = persistence.load_snapshot(path, trust_pickle=trust_pickle, kind="classifier")
         check_classifier(snapshot["ema"], dataset, path)
-    return classifier.detect(snapshot["ema"], snapshot["info"].get("posterior", "noisy"), dataset, device)
+    found = classifier.detect(snapshot["ema"], snapshot["info"].get("posterior", "noisy"), dataset, device)
+    found.classifier = dnnlib.content_hash(path)
+    return found
 
 
 def save_results(
@@ -178,12 +181,13 @@ def save_results(
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     written = [path, f"{stem}.csv"]
     found.source_names = dataset.source_names
-    save_label_file(written[0], found)
-    save_label_table(written[1], found, dataset.class_names)
     classifier = f"{stem}-classifier.pkl"
     if snapshot is not None:
         written.append(classifier)
         persistence.save_snapshot(classifier, snapshot)
+        found.classifier = dnnlib.content_hash(classifier)
     elif trained:
         pathlib.Path(classifier).unlink(missing_ok=True)
+    save_label_file(written[0], found)
+    save_label_table(written[1], found, dataset.class_names)
     return written

@@ -30,21 +30,21 @@ def match_names(names: Sequence[str] | None, others: Sequence[str] | None) -> np
 
 
 class MatchedImages:
-    """Images whose classes have the numbers and names of another set. All else is as in the set `source`.
+    """Images whose classes have the numbers and the `names` of several sets. All else is as in the set `source`.
 
     `numbers` [C] are those numbers by class; None: the numbers stay. `how` says in words how the classes were matched.
     """
 
-    def __init__(self, source: ImageSource, others: Sequence[str], numbers: np.ndarray | None, how: str):
+    _vectors = None  # label vectors have the numbers of the source: what reads batches takes `labels`
+
+    def __init__(self, source: ImageSource, names: Sequence[str], numbers: np.ndarray | None, how: str):
         self._source, self.class_matching = source, how
         self.labels, self.clean_labels = source.labels, source.clean_labels
-        self.label_dim, self.class_names = source.label_dim, list(others)
+        self.label_dim, self.class_names = source.label_dim, list(names)
         if numbers is not None:
             self.labels, self.clean_labels = (
                 None if labels is None else numbers[labels] for labels in (source.labels, source.clean_labels)
             )
-            new = [name for name, number in zip(source.class_names, numbers, strict=True) if number >= len(others)]
-            self.class_names = [*others, *new]
             self.label_dim = len(self.class_names)
 
     def __getattr__(self, name: str) -> Any:
@@ -73,9 +73,20 @@ def describe_match(names: Sequence[str] | None, others: Sequence[str] | None) ->
     return f"by name; the reference has no {shown}" if lacking else "by name"
 
 
-def match_classes(source: ImageSource, reference: ImageSource) -> ImageSource:
-    """Return the images with classes numbered as in `reference`, by name if both sets have names."""
-    how = describe_match(source.class_names, reference.class_names)
-    if source.labels is None or how is None:
-        return source
-    return MatchedImages(source, reference.class_names, match_names(source.class_names, reference.class_names), how)
+def match_classes(sources: Sequence[ImageSource], reference: ImageSource) -> list[ImageSource]:
+    """Return the sets with classes numbered as in `reference`, by name if both have names.
+
+    A class that the reference lacks has the same number in all `sources`.
+    """
+    others, matched = reference.class_names, []
+    known = {name: number for number, name in enumerate(others or [])}
+    for source in sources:
+        names, how = source.class_names, describe_match(source.class_names, others)
+        if source.labels is None or how is None:
+            matched.append(source)
+        elif match_names(names, others) is None:
+            matched.append(MatchedImages(source, others, None, how))
+        else:
+            numbers = np.array([known.setdefault(name, len(known)) for name in names])
+            matched.append(MatchedImages(source, list(known), numbers, how))
+    return matched

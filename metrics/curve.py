@@ -15,7 +15,7 @@ import dnnlib
 from metrics.class_matching import match_classes
 from metrics.evaluation import Comparison, Inputs, features_of
 from metrics.features import compute_features
-from metrics.images import ImageSource, check_same_shape
+from metrics.images import ImageSource, best_labels, check_same_shape
 from metrics.settings import EvaluationSettings
 from sampling.generation import drawn_classes, generate_images
 from torch_utils import distributed
@@ -159,7 +159,7 @@ def measure_snapshots(
     real = features_of(inputs, settings, device, inputs.reference, "reference images")
     inputs.cache.save()
     compare = Comparison(inputs, settings, device, real) if real is not None else None
-    distributed.together(lambda: compare and _check(metric, inputs, real))
+    distributed.together(lambda: compare and _check(metric, inputs, settings, real))
     for snapshot in snapshots:
         source = distributed.together(lambda snapshot=snapshot: _open(open_snapshot, snapshot, inputs, metric))
         distributed.print0(f"{snapshot.unit} {snapshot.number:g}: {snapshot.path}")
@@ -181,11 +181,11 @@ def _open(
     check_same_shape(inputs.reference, source)
     if source.labels is None and (metric.startswith("cw_") or metric == "label_accuracy"):
         raise dnnlib.UserError(f"{snapshot.path}: was trained without labels, so there is no {metric}")
-    return match_classes(source, inputs.reference)
+    return match_classes([source], inputs.reference)[0]
 
 
-def _check(metric: str, inputs: Inputs, real: Any) -> None:
-    """Raise UserError if the reference or the detector rules the metric out, before images are made."""
+def _check(metric: str, inputs: Inputs, settings: EvaluationSettings, real: Any) -> None:
+    """Raise UserError if the reference, the detector or the judge rules the metric out, before images are made."""
     lacks = {"is": real.probs is None and "class probabilities", "sfid": real.spatial is None and "spatial features"}
     lack = lacks.get(metric.removeprefix("cw_"))
     if lack:
@@ -193,3 +193,13 @@ def _check(metric: str, inputs: Inputs, real: Any) -> None:
     needs_labels = (metric.startswith("cw_") and metric != "cw_is") or metric == "label_accuracy"
     if needs_labels and inputs.reference.labels is None:
         raise dnnlib.UserError(f"{inputs.reference.path} has no labels, so there is no {metric}")
+    if metric == "label_accuracy" and settings.judge == "none":
+        raise dnnlib.UserError("no judge was asked for, so there is no label_accuracy")
+    if metric.startswith("cw_") and metric != "cw_is":
+        labels, outliers = best_labels(inputs.reference), inputs.reference.outliers
+        largest = np.bincount(labels if outliers is None else labels[~outliers]).max()
+        needed = 1 + (settings.nearest_k if metric.removeprefix("cw_").startswith(NEIGHBORS) else 1)
+        if largest < needed:
+            raise dnnlib.UserError(
+                f"no class of {inputs.reference.path} has more than {largest} images, and {metric} needs {needed}"
+            )

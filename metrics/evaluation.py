@@ -10,6 +10,8 @@ import numpy as np
 import torch
 
 import dnnlib
+from archives.classes import name_class
+from archives.listing import some
 from metrics.cas import classification_accuracy_score
 from metrics.class_matching import MatchedImages, describe_match, match_names
 from metrics.detectors import ClassifierDetector, Detector, load_detector
@@ -43,17 +45,21 @@ class Inputs:
 def load_judge(name: str, device: torch.device | str, reference: ImageSource) -> ClassifierDetector:
     """Return the classifier snapshot `name`, which judges labels.
 
-    Raise UserError if it is no classifier, or if it knows fewer classes than the labels of `reference` have.
+    Raise UserError if it is no classifier, or if it lacks a class that images of `reference` have.
     """
     judge = load_detector(name, device)
     if not isinstance(judge, ClassifierDetector):
         raise dnnlib.UserError(f"{name!r} cannot judge labels; choose 'svm', 'none' or a classifier snapshot")
     labels = best_labels(reference)
-    by_name = match_names(judge.class_names, reference.class_names) is not None
-    if labels is not None and labels.max() >= judge.label_dim and not by_name:
-        raise dnnlib.UserError(
-            f"{judge.name} knows {judge.label_dim} classes, but the labels of {reference.path} go up to {labels.max()}"
-        )
+    if labels is not None:
+        numbers = match_names(judge.class_names, reference.class_names)
+        there = np.unique(labels if reference.outliers is None else labels[~reference.outliers])
+        lacking = np.setdiff1d(there, np.arange(judge.label_dim) if numbers is None else numbers)
+        if len(lacking):
+            names = some((name_class(c, reference.class_names) for c in lacking.tolist()), len(lacking))
+            raise dnnlib.UserError(
+                f"{judge.name} knows {judge.label_dim} classes, but not all of {reference.path}; it lacks {names}"
+            )
     return judge
 
 

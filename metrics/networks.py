@@ -117,8 +117,10 @@ def _is_point(point: Any) -> bool:
 
 def _contents(reference: ImageSource, files: dict[str, str]) -> dict[str, dict[str, Any]]:
     """Return what identifies the reference and those of `files` that are files, wherever they lie."""
-    known = dict(hash=dnnlib.content_hash(reference.path)) if isinstance(reference, NpzImages) else reference.contents()
-    found = dict(data=known)
+    if isinstance(reference, NpzImages):
+        found = dict(data=dict(hash=dnnlib.content_hash(reference.path)))
+    else:
+        found = dict(data=reference.contents("clean_labels", "outliers"))
     for name, file in files.items():
         with contextlib.suppress(dnnlib.UserError):  # it is no file
             found[name] = dict(hash=dnnlib.content_hash(find_snapshot(file)))

@@ -214,11 +214,12 @@ def open_inputs(images: Sequence[str], settings: EvaluationSettings, device: tor
         check_reference(reference)
         for source in sources:
             check_same_shape(reference, source)
-    sources = [match_classes(source, reference) for source in sources]
     test = None
-    if settings.test is not None:
+    if settings.test is None:
+        sources = match_classes(sources, reference)
+    else:
         with blame("--test"):
-            test = match_classes(open_images(settings.test), reference)
+            *sources, test = match_classes([*sources, open_images(settings.test)], reference)
             for source in sources:
                 check_test(source, test)
         with blame("--cas_arch"):

@@ -41,23 +41,26 @@ def sure_labels(found: LabelFile) -> np.ndarray:
     return np.where(sure, found.labels, -1)
 
 
-def choose_judge_labels(data: str, label_path: str | None, recorded: str | None) -> JudgeLabels:
-    """Return what a judge of images of the archive `data` learns from.
+def choose_judge_labels(data: str, label_path: str | None, recorded: str | None, judge: str = "svm") -> JudgeLabels:
+    """Return what the `judge` of images of the archive `data` learns from; a snapshot has learned, and is tried on it.
 
     These are its clean labels, or else the sure labels of the label file `label_path`, or else of the label file
     `recorded` if it is about this archive, or else the archive's labels as they are. UserError: `label_path` cannot be
     read, does not fit the archive, or is sure of fewer than two classes.
     """
     reference = open_images(data)
+    learns = judge == "svm"
+    did = "The judge learned" if learns else f"The judge, {judge}, is tried on"
     if label_path is None:
         if reference.clean_labels is not None:
-            return JudgeLabels(None, None, f"The judge learned the clean labels of {data}.")
+            return JudgeLabels(None, None, f"{did} the clean labels of {data}.")
         label_path = recorded if recorded and _fits(recorded, reference) else None
     if label_path is None:
         return JudgeLabels(
             None,
             None,
-            f"The judge learned the labels of {data} as they are. If some are wrong, all accuracies are too low.",
+            f"{did} the labels of {data} as they are. If some are wrong, "
+            + ("all accuracies are too low." if learns else "it seems worse than it is."),
         )
     if not isinstance(reference, ImageDataset):
         raise dnnlib.UserError(f"{label_path}: cannot be used with {data}, whose images have no names")
@@ -68,13 +71,16 @@ def choose_judge_labels(data: str, label_path: str | None, recorded: str | None)
         raise dnnlib.UserError(f"{label_path}: believes labels of fewer than 2 classes right; a judge needs 2")
     names = reference.shown_classes
     none = [names[c] for c in np.flatnonzero(counts == 0)]
-    note = (
-        f"Nobody knows the clean labels of {data}: the judge learned {counts.sum():,} of its {len(labels):,} labels, "
-        f"those that {label_path} is surest of. So label accuracy is agreement with that file. It cannot show what the "
-        "file got wrong, and the judge never saw images that the file is unsure of. Compare these rows with each "
-        "other, not with accuracies by clean labels. FD needs no labels."
-    )
-    if none:
+    note = f"{did} {counts.sum():,} of the {len(labels):,} labels of {data}, those that {label_path} is surest of."
+    if reference.clean_labels is None:
+        note = f"Nobody knows the clean labels. {note}"
+    if learns:
+        note += (
+            " So label accuracy is agreement with that file. It cannot show what the file got wrong, and the judge "
+            "never saw images that the file is unsure of. Compare these rows with each other, not with accuracies by "
+            "clean labels. FD needs no labels."
+        )
+    if none and learns:
         note += f" No label is sure in these classes, so all their images count as wrong: {', '.join(none)}."
     known = found.is_outlier is not None and found.is_outlier.any()
     return JudgeLabels(labels, label_path if known else None, note)

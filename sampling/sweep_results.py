@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 from typing import Any
+
+import numpy as np
 
 import dnnlib
 from archives.dataset import ImageDataset
@@ -28,7 +31,7 @@ class SweepResults:
         """
         self._path, self._options, self._contents = os.path.join(outdir, "sweep.json"), options, _contents(options)
         self.values: dict[str, dict[str, float]] = {}
-        self.note = ""
+        self.note, self._judged = "", None
         if not os.path.exists(self._path):
             check_free(outdir)
             return
@@ -41,12 +44,26 @@ class SweepResults:
                 f"{self._path}: is the result of a sweep with other options or files ({'; '.join(other)}); choose "
                 "another folder"
             )
-        self.values, self.note = known["results"], known.get("note", "")
+        self.values, self.note, self._judged = known["results"], known.get("note", ""), known.get("judge_labels")
+
+    def judge_by(self, labels: np.ndarray | None, note: str) -> None:
+        """Remember the classes [N] that the judge learns, None: those of the data, and the `note` on it.
+
+        UserError: the results so far are of a judge that learned others.
+        """
+        learned = "the data's" if labels is None else hashlib.blake2b(labels.tobytes(), digest_size=16).hexdigest()
+        if self.values and self._judged not in (None, learned):
+            raise dnnlib.UserError(
+                f"{self._path}: its judge learned other labels than the discriminator's label file has now; choose "
+                "another folder"
+            )
+        self._judged, self.note = learned, note
 
     def add(self, name: str, values: dict[str, float]) -> None:
         """Write down what was measured under a name."""
         self.values[name] = values
         everything = dict(options=self._options, contents=self._contents, results=self.values, note=self.note)
+        everything["judge_labels"] = self._judged
         with dnnlib.atomic_open(self._path, "wt") as f:
             json.dump(everything, f, indent=1)
 
@@ -59,5 +76,5 @@ def _contents(options: dict[str, Any]) -> dict[str, dict[str, Any]]:
             if options[name]:
                 found[name] = dict(hash=dnnlib.content_hash(persistence.find_snapshot(options[name])))
     with contextlib.suppress(dnnlib.UserError):
-        found["data"] = ImageDataset(options["data"]).contents()
+        found["data"] = ImageDataset(options["data"]).contents("clean_labels", "outliers")
     return found

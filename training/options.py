@@ -16,7 +16,7 @@ from archives.archive_set import SEVERAL
 from archives.dataset import ImageDataset
 from archives.label_file import load_label_file
 from archives.label_noise import load_matrix, transition_matrix
-from dnnlib.cli import BOOL, INT_LIST, FloatRange, add_options, blame
+from dnnlib.cli import BOOL, INT_LIST, FloatRange, add_options, blame, given_options
 from torch_utils import distributed
 from training.augment import default_augment
 from training.config import DatasetConfig, NetworkConfig, OptimizerConfig, PosteriorConfig, RunConfig
@@ -226,10 +226,12 @@ def _shown(value: Any) -> str:
 def check_usage(opts: dict[str, Any], method: str, require_labels: bool) -> None:
     """Raise UsageError for options that contradict each other or do not fit the number of processes."""
     if require_labels and not opts["cond"]:
-        raise click.UsageError(f"--cond=0: {method} trains on labels; leave --cond at 1")
+        raise click.UsageError(f"--cond=0: {method} trains on labels; it needs --cond=1")
+    if opts.get("label_dropout") and not opts["cond"]:
+        raise click.UsageError("--label-dropout: without labels there is nothing to drop; it needs --cond=1")
     if opts.get("fp16") and opts["precision"] not in (None, "fp16"):
         raise click.UsageError(f"--fp16=1 contradicts --precision={opts['precision']}")
-    if opts.get("precond", "edm") != "edm" and (opts["P_mean"], opts["P_std"]) != (None, None):
+    if opts.get("precond", "edm") != "edm" and {"--P_mean", "--P_std"} & {*given_options()}:
         raise click.UsageError(f"--P_mean and --P_std belong to --precond=edm, not {opts['precond']}")
     for name in ("tensorboard", "wandb"):
         if opts[name]:
@@ -314,7 +316,8 @@ def images(opts: dict[str, Any], dataset: ImageDataset, length: float | None = N
 
 def sigma_settings(opts: dict[str, Any], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Return the fields of the configuration that `noise_level_options` decide; `kwargs` of `unet` or `resnet`."""
-    levels = {name: opts[name] for name in ("P_mean", "P_std") if opts[name] is not None}
+    of_edm = opts["precond"] == "edm"  # the levels of a preset are for this one
+    levels = {name: opts[name] for name in ("P_mean", "P_std") if of_edm and opts[name] is not None}
     return dict(
         network=NetworkConfig(opts["arch"], opts["precond"], kwargs),
         noise_levels=NoiseLevels(opts["precond"], **levels).settings(),

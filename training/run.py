@@ -192,7 +192,8 @@ def find_contents(config: RunConfig, dataset: ImageDataset) -> dict[str, dict[st
     """Return what identifies the data, and every file that the configuration names, by the field that names it."""
 
     def find() -> dict[str, dict[str, Any]]:
-        found = {"dataset.path": dataset.contents()}
+        by_record = config.outliers is not None and config.outliers.path is None
+        found = {"dataset.path": dataset.contents(*(["outliers"] if by_record else []))}
         for name, path in named_files(config).items():
             with contextlib.suppress(dnnlib.UserError):  # whoever reads the file says what is wrong with it
                 found[name] = dict(hash=dnnlib.content_hash(path))

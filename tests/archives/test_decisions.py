@@ -9,10 +9,11 @@ import pytest
 import dnnlib
 from archives.dataset import ImageDataset
 from archives.decisions import Decisions, apply_to_labels, class_keys, load_decisions
-from archives.label_file import LabelFile
+from archives.label_file import LabelFile, class_noise_rates
 from archives.relabel import clean_source
 from archives.sources import Source
 from tests.support.synth import make_archive, pictures, run_dataset_tool
+from training.objectives.discriminator import believed
 
 NAMES = [f"img{i}.png" for i in range(6)]
 LABELS = np.array([0, 1, 2, 1, 0, 1])
@@ -102,22 +103,45 @@ def test_other_columns_are_refused(tmp_path, header):
 def found_labels(**fields) -> LabelFile:
     is_clean = np.array([True, False, True, False, True, True])
     score = np.array([0.9, 0.1, 0.8, 0.3, 0.7, 1.0], np.float32)
-    rates = np.array([0.2, 0.5, 0.2], np.float32)
-    return LabelFile(NAMES, LABELS, is_clean, score, np.array([0, 2, 2, 0, 0, 1]), 0.3667, rates, **fields)
+    rates = class_noise_rates(LABELS, score, 3)
+    return LabelFile(NAMES, LABELS, is_clean, score, np.array([0, 2, 2, 0, 0, 1]), 2.2 / 6, rates, **fields)
 
 
 def test_a_label_file_believes_decisions():
     rows = [np.array(part) for part in ([3], [0], [2], [1, 2])]
-    before = found_labels(noise_interval=(0.3, 0.4), is_outlier=np.array([0, 0, 0, 1, 0, 1], bool))
+    sure = np.full(6, 0.9, np.float32)
+    before = found_labels(
+        noise_interval=(0.3, 0.4), is_outlier=np.array([0, 0, 0, 1, 0, 1], bool), suggested_score=sure
+    )
     after = apply_to_labels(before, Decisions(*rows))
+    np.testing.assert_allclose(after.suggested_score, [1, 0, 0, 1, 0.9, 0.9])
     assert after.is_clean.tolist() == [False, False, False, True, True, True]
-    assert after.suggested.tolist() == [2, 2, 2, 1, 0, 1]
+    assert after.suggested.tolist() == [2, 1, 2, 1, 0, 1]
     np.testing.assert_allclose(after.score, [0, 0, 0, 1, 0.7, 1])
     assert after.is_outlier.tolist() == [False, True, True, False, False, True]
     assert after.noise_rate == pytest.approx(1 - 2.7 / 6)  # the expected share of wrong labels
     np.testing.assert_allclose(after.per_class_noise_rate, [1.3 / 2, 1 / 3, 1], rtol=1e-6)
     np.testing.assert_allclose(after.noise_interval, (0.3 + 0.1833, 0.4 + 0.1833), atol=1e-4)
     assert before.score[0] == np.float32(0.9) and before.is_outlier.tolist() == [0, 0, 0, 1, 0, 1]  # unchanged
+
+
+def test_decisions_move_rates_that_were_counted_by_what_they_change():
+    """Scores of cleanlab's tables are no probabilities: there the flags count, and two of six are wrong."""
+    none = np.zeros(0, np.int64)
+    flags = found_labels()
+    flags.noise_rate, flags.per_class_noise_rate = 2 / 6, class_noise_rates(LABELS, flags.is_clean, 3)
+    after = apply_to_labels(flags, Decisions(np.array([1]), none, none, none))
+    assert after.noise_rate == pytest.approx(1 / 6)
+    np.testing.assert_allclose(after.per_class_noise_rate, class_noise_rates(LABELS, after.is_clean, 3))
+
+
+def test_a_dropped_image_teaches_no_class():
+    none = np.zeros(0, np.int64)
+    found = found_labels(suggested_score=np.full(6, 0.9, np.float32))
+    row = int(np.flatnonzero(found.suggested != found.labels)[0])
+    taught = believed(apply_to_labels(found, Decisions(none, none, none, np.array([row]))), suggested=True)
+    assert believed(found, suggested=True)["right"][row]
+    assert not taught["right"][row] and taught["labels"][row] == LABELS[row] and taught["doubt"][row] == 0
 
 
 def test_a_label_file_learns_of_outliers_only_when_images_are_dropped():
@@ -154,6 +178,22 @@ def test_cleaning_keeps_the_record_of_outliers_in_step(fix, left):
     clean_source(source, found_labels(), 3, fix)
     assert source.outliers.tolist() == outliers[list(left)].tolist()
     assert [source.image(i) for i in range(source.length)] == list(left)
+
+
+def test_a_decided_label_is_given_whatever_becomes_of_the_others():
+    relabel = Decisions(np.zeros(0, np.int64), np.array([1]), np.array([2]), np.zeros(0, np.int64))
+    found = apply_to_labels(found_labels(suggested_score=np.full(6, 0.6, np.float32)), relabel)
+    for fix, left in (("drop", [0, 1, 2, 4, 5]), ("relabel", [0, 1, 2, 4, 5])):
+        source = Source("a.zip", 6, lambda i: i, LABELS, names=NAMES)
+        cleaned = clean_source(source, found, 3, fix, decided=relabel.relabel)
+        assert [source.image(i) for i in range(source.length)] == left and source.labels.tolist() == [0, 2, 2, 0, 1]
+        assert (cleaned.relabeled, cleaned.left_out) == (1, 1) and source.corruption["cleaned"]["relabeled"] == 1
+
+
+def test_what_is_right_by_a_table_is_counted_by_its_flags():
+    """The scores of cleanlab's tables are no probabilities."""
+    cleaned = clean_source(Source("a.zip", 6, lambda i: i, LABELS, names=NAMES), found_labels(), 3, "drop")
+    assert (cleaned.before, cleaned.after) == (4 / 6, 1)
 
 
 @pytest.mark.parametrize(

@@ -178,10 +178,11 @@ def test_decisions_are_believed(data, detected, tmp_path, fix):
     assert sorted(changed) == sorted([keep, relabel, drop]) and after.suggested[relabel] == new
     assert after.noise_rate == pytest.approx(1 - after.score.mean()) and f"{after.noise_rate:.1%} of 120" in output
     unsure = ~after.is_clean & (after.suggested_score < 0.9)
-    left = (np.arange(120) != drop) & ~unsure if fix == "relabel" else after.is_clean
+    left = (np.arange(120) != drop) & ~unsure if fix == "relabel" else after.is_clean | (np.arange(120) == relabel)
     cleaned = ImageDataset(str(tmp_path / "c.zip"))
     assert torch.equal(cleaned.images(range(len(cleaned))), dataset.images(np.flatnonzero(left)))
-    expected = after.suggested if fix == "relabel" else after.labels
+    expected = after.suggested.copy() if fix == "relabel" else after.labels.copy()
+    expected[relabel] = new  # in any case: a person said so
     assert (cleaned.labels == expected[left]).all()
 
 
@@ -255,6 +256,9 @@ def test_bad_input(data, detected, tmp_path):
     fail(1, f"--data={data}", dest, f"--cleaned={folder}", "choose another name")
     fail(1, f"--data={data}", dest, f"--cls={data}", "d.zip")
     fail(1, f"--data={tmp_path}/none.zip", dest, "none.zip")
+    kept = data.read_bytes()
+    fail(2, f"--data={data}", dest, f"--cleaned={data}", "--cleaned: |is the set itself")
+    assert data.read_bytes() == kept
     unlabeled = make_archive(tmp_path / "u.zip", pictures(4))
     one_class = make_archive(tmp_path / "o.zip", pictures(4), [0] * 4)
     for path in (unlabeled, one_class):

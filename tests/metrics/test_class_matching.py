@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from archives.dataset import ImageDataset
+from archives.dataset import BatchStream, ImageDataset
+from dnnlib import UserError
+from metrics import evaluation
 from metrics.class_matching import match_classes, match_names
-from metrics.detectors import PixelDetector
+from metrics.detectors import ClassifierDetector, PixelDetector
 from metrics.evaluation import Comparison, Inputs
 from metrics.feature_cache import FeatureCache
 from metrics.features import Features, compute_features
@@ -40,7 +42,7 @@ def test_matched_images(tmp_path):
 
     reference = archive("reference.zip", [0, 1, 2, 0, 1, 2], ["cat", "dog", "cow"])
     source = archive("source.zip", [0, 1, 2, 2, 1, 0], ["cow", "cat", "elk"])
-    found = match_classes(source, reference)
+    (found,) = match_classes([source], reference)
     assert found.labels.tolist() == [2, 0, 3, 3, 0, 2] and found.label_dim == 4
     assert found.class_names == ["cat", "dog", "cow", "elk"]
     assert found.class_matching == "by name; the reference has no elk"
@@ -49,11 +51,44 @@ def test_matched_images(tmp_path):
     features = compute_features(found, PixelDetector(), 4, "cpu").features
     assert features.equal(compute_features(source, PixelDetector(), 4, "cpu").features)
     other = archive("other.zip", [0, 1, 2, 2, 1, 0], ["1", "2", "3"])
-    found = match_classes(other, reference)
+    (found,) = match_classes([other], reference)
     assert found.labels.tolist() == other.labels.tolist() and found.class_names == reference.class_names
     assert found.class_matching == "by number, since no name occurs in both sets: '1' is taken for 'cat'"
     for same in (reference, archive("few.zip", [0, 1, 0, 0, 1, 1], ["cat", "dog"])):
-        assert match_classes(same, reference) is same
+        assert match_classes([same], reference)[0] is same
+
+
+def test_a_judge_must_know_every_class_that_it_meets(tmp_path, monkeypatch):
+    def reference(labels, **extra):
+        path = make_archive(tmp_path / "a.zip", pictures(4), labels, class_names=["a", "b", "c"], **extra)
+        return ImageDataset(str(path))
+
+    net = torch.nn.Linear(1, 1)
+    net.label_dim = 2
+    judge = ClassifierDetector(net, "judge.pkl", "cpu", ["c", "a"])
+    monkeypatch.setattr(evaluation, "load_detector", lambda *_: judge)
+    assert evaluation.load_judge("judge.pkl", "cpu", reference([0, 2, 0, 2])) is judge
+    with pytest.raises(UserError, match="knows 2 classes, but not all of .*; it lacks b"):
+        evaluation.load_judge("judge.pkl", "cpu", reference([0, 1, 0, 2]))
+    foreign = reference([0, 1, 0, 2], outliers=["00000/img00000001.png"])
+    assert evaluation.load_judge("judge.pkl", "cpu", foreign) is judge
+
+
+def test_classes_that_the_reference_lacks_have_one_number_in_all_sets(tmp_path):
+    def archive(name, labels, names):
+        return ImageDataset(str(make_archive(tmp_path / name, pictures(4), labels, class_names=names)))
+
+    reference = archive("reference.zip", [0, 1, 0, 1], ["a", "b"])
+    vectors = np.eye(4)[[0, 1, 2, 3]].tolist()
+    sets = archive("made.zip", vectors, ["a", "c", "b", "d"]), archive("test.zip", [0, 1, 2, 3], ["a", "b", "d", "c"])
+    made, test = match_classes(sets, reference)
+    assert made.labels.tolist() == [0, 2, 1, 3] and test.labels.tolist() == [0, 1, 3, 2]
+    assert made.class_names == test.class_names == ["a", "b", "c", "d"]
+    taken = torch.cat([next(BatchStream(made, batch_per_rank=2, start_nimg=start))[1] for start in (0, 2)])
+    assert sorted(taken.argmax(dim=1).tolist()) == [0, 1, 2, 3]
+    stream = BatchStream(made, batch_per_rank=4)
+    images, labels = next(stream)
+    assert labels.argmax(dim=1).tolist() == made.labels[stream.items].tolist()
 
 
 def test_what_a_judge_sees_has_the_numbers_of_the_reference(tmp_path):
@@ -75,5 +110,5 @@ def test_what_a_judge_sees_has_the_numbers_of_the_reference(tmp_path):
     )
     assert accuracy(None) == (0, 0, None)
     more = make_archive(tmp_path / "c.zip", pictures(6), [0, 2, 0, 2, 0, 1], class_names=["a", "c", "b"])
-    assert accuracy(["b", "a", "c"], match_classes(ImageDataset(str(more)), reference))[0] == 1  # c, which only it has
+    assert accuracy(["b", "a", "c"], match_classes([ImageDataset(str(more))], reference)[0])[0] == 1  # c, only there
     assert accuracy(["x", "y", "z"])[2].startswith("of the judge by number, since no name occurs in both sets")

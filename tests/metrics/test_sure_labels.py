@@ -58,8 +58,8 @@ def test_choice_of_labels(tmp_path):
     save_label_file(path, label_file(labels, [1, 1, 0, 1, 1, 0], [1.0] * 6, names=names))
     save_label_file(other, label_file([0] * 6, [1] * 6, [1.0] * 6, names=names))
 
-    def note(data, label_path=None, recorded=None):
-        found = choose_judge_labels(data, label_path, recorded)
+    def note(data, label_path=None, recorded=None, judge="svm"):
+        found = choose_judge_labels(data, label_path, recorded, judge)
         return None if found.labels is None else found.labels.tolist(), found.note
 
     assert note(clean, None, path) == (None, f"The judge learned the clean labels of {clean}.")
@@ -69,8 +69,15 @@ def test_choice_of_labels(tmp_path):
     for args in ((path, None), (None, path)):
         known, text = note(data, *args)
         assert known == [0, 1, -1, 0, 1, -1]
-        assert "learned 4 of its 6 labels" in text and "cannot show what the file got wrong" in text
+        assert text.startswith(f"Nobody knows the clean labels. The judge learned 4 of the 6 labels of {data}, those")
+        assert "cannot show what the file got wrong" in text
         assert text.endswith("all their images count as wrong: 2.")
+    assert note(clean, path)[1].startswith("The judge learned 4 of the 6")
+    assert note(data, path, judge="x.pkl")[1] == (
+        f"Nobody knows the clean labels. The judge, x.pkl, is tried on 4 of the 6 labels of {data}, those that {path} "
+        "is surest of."
+    )
+    assert note(clean, judge="x.pkl")[1] == f"The judge, x.pkl, is tried on the clean labels of {clean}."
     with pytest.raises(dnnlib.UserError, match="labels are not those of"):
         note(data, other)
     save_label_file(path, label_file(labels, [1, 0, 0, 1, 0, 0], [1.0] * 6, names=names))

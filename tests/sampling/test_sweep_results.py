@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 
 from dnnlib import UserError
@@ -31,6 +32,10 @@ def test_files_may_move_but_not_change(tmp_path):
             synth.make_archive(tmp_path / "data.zip", synth.pictures(4), [0, 1, 1, 1])
         with pytest.raises(UserError, match=f"other options or files .{name}: .* holds other {word}"):
             SweepResults(str(out), options)
+    clean = [[f"00000/img{i:08d}.png", i % 2] for i in range(4)]
+    synth.make_archive(tmp_path / "data.zip", synth.pictures(4), [0, 1, 0, 1], clean_labels=clean)
+    with pytest.raises(UserError, match="data: .* holds other clean labels"):
+        SweepResults(str(out), options)
     synth.make_archive(tmp_path / "data.zip", synth.pictures(4), [0, 1, 0, 1])
     with pytest.raises(UserError, match="seeds"):
         SweepResults(str(out), options | dict(seeds=[0, 2]))
@@ -40,6 +45,19 @@ def test_files_may_move_but_not_change(tmp_path):
     assert SweepResults(str(out), options).values
     with pytest.raises(UserError, match="network: .*elsewhere.pkl here"):
         SweepResults(str(out), options | dict(network="elsewhere.pkl"))
+
+
+def test_all_rows_have_one_judge(tmp_path):
+    """The label file that a discriminator names may have changed since the first rows were measured."""
+    options, labels = dict.fromkeys([*FILES, "data"], ""), np.array([0, 1, -1])
+    results = SweepResults(str(tmp_path), options)
+    results.judge_by(labels, "learned 2")
+    results.judge_by(labels[:2], "learned 2")  # nothing is measured yet
+    results.add("unguided-0", dict(fid=1.0))
+    SweepResults(str(tmp_path), options).judge_by(labels[:2], "learned 2")
+    for other in (labels, None):
+        with pytest.raises(UserError, match="sweep.json: its judge learned other labels"):
+            SweepResults(str(tmp_path), options).judge_by(other, "")
 
 
 @pytest.mark.parametrize("found", [[], {}, dict(options=[1], results={}), dict(options={}, results=None)])

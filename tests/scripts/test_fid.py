@@ -472,7 +472,7 @@ def bad(files, tmp_path_factory):
         ("{evaluate} --images={zip} --num=38", 1, ["--images: found 37", "38"]),
         ("{evaluate} --images={zip} --judge=pixels", 1, ["--judge", "svm"]),
         ("{evaluate} --images={zip} --judge=best", 1, ["--judge", "best"]),
-        ("{evaluate} --images={zip} --judge={two}", 1, ["--judge: ", "2 classes", "up to 2"]),
+        ("{evaluate} --images={zip} --judge={two}", 1, ["--judge: ", "2 classes", "it lacks c"]),
         ("{evaluate} --images={zip} --judge={rgb}", 1, ["8x8 RGB"]),
         ("evaluate --images={zip} --data={data} --detector=pixels --nearest-k=0", 2, ["nearest"]),
         ("evaluate --images={zip} --data={data} --detector=pixels --splits=0", 2, ["--splits"]),

@@ -140,12 +140,14 @@ def test_snapshots_are_chosen_by_number(files, tmp_path):
         (["--metric=is"], "data", ["pixels gives no class probabilities"]),
         (["--metric=sfid"], "data", ["pixels gives no spatial features"]),
         (["--metric=density_k25"], "data", ["no density_k25", "needs 26 images"]),
+        (["--metric=label_accuracy", "--judge=none"], "data", ["no judge was asked for"]),
+        (["--metric=cw_density_k25"], "data", ["no class of ", "needs 26"]),
         (["--network=nowhere"], "data", ["--network: ", "nowhere"]),
     ],
 )
 def test_bad_sweeps(files, args, data, words):
     error = sweep(files, *args, data=data, code=1)
-    assert all(word in error for word in words), error
+    assert all(word in error for word in words) and "kimg 100" not in error, error  # before images are made
 
 
 def test_sweep_by_labels_that_may_be_wrong_ranks_nothing(files):

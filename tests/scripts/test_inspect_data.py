@@ -15,6 +15,7 @@ from archives.dataset import ImageDataset
 from archives.label_file import LabelFile, load_label_file, save_label_file
 from archives.posterior import compress
 from detection.inspection import confusable_pairs
+from dnnlib import content_hash
 from recipes.advice import advise, name_confusable
 from tests.support.commands import callers
 from tests.support.synth import make_archive, pictures, run_dataset_tool
@@ -97,7 +98,13 @@ def test_a_label_file_is_taken_and_completed(tmp_path):
     known.is_outlier = np.zeros(300, bool)  # what a file knows is not looked for again
     save_label_file(tmp_path / "check" / "labels.npz", known)
     (tmp_path / "check" / "decisions.csv").write_text("")  # may lie there
-    assert "Foreign:     0 of 300 images\n" in succeed(*args[::2], f"--labels={tmp_path}/check/labels.npz")
+    again = [*args[::2], f"--labels={tmp_path}/check/labels.npz"]
+    assert "Foreign:     0 of 300 images\n" in succeed(*again)
+    assert "labels-classifier.pkl" not in (tmp_path / "check" / "report.html").read_text()  # it judged other labels
+    known.classifier = content_hash(tmp_path / "check" / "labels-classifier.pkl")
+    save_label_file(tmp_path / "check" / "labels.npz", known)
+    succeed(*again)
+    assert "--discriminator=" in (tmp_path / "check" / "report.html").read_text()
 
 
 def test_without_foreign_nothing_is_looked_for(data, tmp_path):

@@ -85,6 +85,8 @@ def test_options_override_presets(data):
     assert config["batch_size"] == 64 and config["noise_levels"]["P_mean"] == -1
     assert config["optimizer"]["lr"] == 3e-3  # the rest is the preset's
     assert configuration("train.py", data, "--batch=64", "--preset=digits")["batch_size"] == 64
+    # The noise levels of a preset are for its preconditioning.
+    assert "P_mean" not in configuration("train.py", data, "--preset=digits", "--precond=vp")["noise_levels"]
     # A preset's length gives way to a number of epochs, its cost to the baseline.
     config = configuration("train_rduot.py", data, "--preset=photos", "--num_epoch=3", "--method=ddgan")
     assert config["total_nimg"] == 96 and config["rduot"]["cost"] == "pixels" and config["rduot"]["tau"] == 0

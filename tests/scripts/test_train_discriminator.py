@@ -174,7 +174,7 @@ def test_detector_beside_the_label_file_is_the_embedding(world, tmp_path):
         ("--cls: only --simix=1", dict(simix=0, cls="x.pkl")),
         ("--embed=classifier: needs --cls", dict(embed="classifier")),
         ("--shuffle=transition: .*estimates no transition", dict(labels="published.npz", shuffle="transition")),
-        ("leave --cond at 1", dict(cond=0)),
+        ("--cond=0: .* it needs --cond=1", dict(cond=0)),
     ],
 )
 def test_usage(world, tmp_path, match, options):
@@ -452,7 +452,7 @@ def test_sweep_without_clean_labels(world, trained, tmp_path):
         "--steps=2",
         "--device=cpu",
     ]
-    said = "Nobody knows the clean labels of .*unknown.zip: the judge learned [0-9]+ of its 160 labels"
+    said = "Nobody knows the clean labels. The judge learned [0-9]+ of the 160 labels of .*unknown.zip, those"
     out = succeed(sweep, *args, f"--outdir={tmp_path / 'sweep'}")
     assert re.search(said, out) and re.search(said, (tmp_path / "sweep/sweep.md").read_text())
     assert re.search(said, succeed(sweep, *args, f"--outdir={tmp_path / 'sweep'}"))  # nothing left to measure

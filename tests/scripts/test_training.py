@@ -330,6 +330,8 @@ def test_bad_options(data, trained, classifier, tmp_path):
     fail(1, "--cres", "train", *good, "--cond=1", "--cres=1,1,1,1,1")
     fail(1, "--cres.*5 levels", "train_classifier", *good, "--cres=1,1,1,1,1")
     fail(2, "--P_mean", "train", *good, "--precond=vp", "--P_mean=-1")
+    fail(2, "--label-dropout.*needs --cond=1", "train", *good, "--label-dropout=0.1")
+    fail(2, "--cond=0.*needs --cond=1", "train", *good, "--method=cep")
     fail(2, "--no-such-option", "train", *good, "--no-such-option=1")
     fail(2, "--fp16.*--precision", "train", *good, "--fp16=1", "--precision=bf16")
     fail(2, "--cond", "train_classifier", *good, "--cond=0")

@@ -93,6 +93,21 @@ def test_other_contents_at_the_same_path_are_refused(state, tmp_path, change, wo
         data.write_bytes(kept)
 
 
+def test_another_record_of_outliers_is_another_run_where_it_decides(state, tmp_path):
+    def archive(listed):
+        extra = {} if listed is None else dict(outliers=[f"00000/img{i:08d}.png" for i in listed])
+        return make_archive(tmp_path / "d.zip", PIXELS, LABELS, **extra)
+
+    args = [f"--data={archive([1, 2])}", f"--outdir={tmp_path}/run", "--cond=1", *STEP]
+    succeed(*args, "--outliers=drop")
+    for listed in ([1, 3], None):
+        archive(listed)
+        fail(1, *args, "--outliers=drop", f"--resume={tmp_path}/run", "-n", "d.zip holds other recorded outliers")
+    archive([1, 2])
+    succeed(*args, "--outliers=drop", f"--resume={tmp_path}/run", "-n")
+    succeed(f"--data={archive([1])}", *continued(state[1], tmp_path / "d.zip")[1:])  # nobody asked for them
+
+
 def test_renamed_images_are_other_data(state, tmp_path):
     with zipfile.ZipFile(state[0] / "d.zip") as archive:
         archive.extractall(tmp_path / "d")

@@ -49,13 +49,15 @@ DRAWS_PER_IMAGE = 32  # at most: more of them say little more
 def believed(found: LabelFile, suggested: bool) -> dict[str, np.ndarray | None]:
     """Return `labels` int64 [N], what each image teaches with, `right` bool [N], whether that is so, and its `doubt`.
 
-    The label is the observed one, or the suggested class in place of a wrong one, if `suggested` and at least as
-    probable as all other classes together. `doubt` float32 [N]: the probability that `right` is mistaken; None for a
-    file that knows no probabilities.
+    The label is the observed one, or the suggested class in place of a wrong one, if `suggested`, if the image is not
+    foreign, and if that class is at least as probable as all others together. `doubt` float32 [N]: the probability that
+    `right` is mistaken; None for a file that knows no probabilities.
     """
     labels, right = found.labels.copy(), found.is_clean.copy()
     if suggested:
         resolved = ~right & (found.suggested != labels)
+        if found.is_outlier is not None:
+            resolved &= ~found.is_outlier
         if found.suggested_score is not None:
             resolved &= found.suggested_score >= 0.5
         labels[resolved], right[resolved] = found.suggested[resolved], True
