@@ -13,7 +13,7 @@ import dnnlib
 from archives.build import build_archive, plan_noise, plan_outliers
 from archives.decisions import holds_decisions
 from archives.options import DatasetOptions, check_usage, dataset_options
-from archives.relabel import SOURCE, compact_labels, declare_clean, replace_labels
+from archives.relabel import SOURCE, compact_labels, declare_clean, replace_labels, select_images
 from archives.sources import PHOTO_CROPS, open_source
 from archives.summary import describe
 from archives.writer import check_destination, make_transform
@@ -69,12 +69,16 @@ def main(**options) -> None:
     with blame(" ".join(option for option, given in chosen.items() if given)):
         source = open_source(o.source, o.eval, o.max_images or PHOTO_CROPS, o.seed, part=o.part, label_kind=kind,
                              background=o.background, need_labels=not replaced)  # fmt: skip
+    labeled = None
     if o.labels is not None:
         with blame("--labels"):
-            replace_labels(source, o.labels, o.label_key, o.skip_unlabeled, o.skip_damaged)
+            labeled = replace_labels(source, o.labels, o.label_key, o.skip_unlabeled, o.skip_damaged)
     if o.clean_labels is not None:
         with blame("--clean_labels"):
-            declare_clean(source, o.clean_labels, o.clean_label_key, replaced, o.skip_damaged)
+            declare_clean(source, o.clean_labels, o.clean_label_key, replaced, o.skip_damaged, labeled)
+    if labeled is not None:
+        with blame("--labels"):
+            select_images(source, labeled, "images have no label")
     if o.compact_labels:
         with blame("--compact_labels"):
             compact_labels(source, o.max_images)

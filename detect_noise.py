@@ -19,11 +19,11 @@ import numpy as np
 import dnnlib
 import dnnlib.cli
 from archives.build import build_archive
-from archives.decisions import Decisions, apply_to_labels, load_decisions
+from archives.decisions import Decisions, addresses, apply_to_labels, load_decisions
 from archives.label_file import LabelFile
-from archives.relabel import CONFIDENCE, clean_source
+from archives.relabel import CONFIDENCE, FIXES, check_cleaned, clean_source
 from archives.sources import Source, open_archive
-from archives.writer import check_destination, make_transform
+from archives.writer import make_transform
 from detection.inspection import look_for_foreign
 from detection.options import check_usage, detect_options, find_wrong_labels, open_data, save_results, training_state
 from detection.quality import describe, save_picture
@@ -50,8 +50,9 @@ Examples:
 @click.option("--dest", required=True, metavar="NPZ", callback=output_file,
               help="Label file to write; the same as CSV in cleanlab's columns is written beside it")
 @click.option("--decisions", metavar="CSV", help="Believe these decisions of the review page (inspect_data.py)")
-@click.option("--cleaned", metavar="ZIP|DIR", help="Also write an archive without the wrong labels")
-@click.option("--fix", type=click.Choice(["relabel", "drop", "keep"]), default="relabel",
+@click.option("--cleaned", metavar="ZIP|DIR",
+              help="Also write an archive without the wrong labels; it replaces one that was cleaned before")
+@click.option("--fix", type=click.Choice(FIXES), default="relabel",
               help="How --cleaned treats wrong labels: replace them by the suggested ones, leave the images out, or "
               "keep them (only together with --drop_foreign)")
 @click.option("--confidence", type=FloatRange(0.5, 1), default=CONFIDENCE, metavar="PROB",
@@ -71,17 +72,16 @@ def main(**opts) -> None:
     """
     o = dnnlib.EasyDict(opts)
     check_options(set(dnnlib.cli.given_options()), o)
+    dataset, device, features = open_data(o)
     if o.cleaned:
         with blame("--cleaned"):
-            check_destination(o.cleaned, overwrite=True)  # before the work
-    dataset, device, features = open_data(o)
-    if o.cleaned and os.path.realpath(o.cleaned) in map(os.path.realpath, dataset.archives):
-        raise click.UsageError(f"--cleaned: {o.cleaned} is the set itself; choose another name")
+            check_cleaned(o.cleaned, dataset.archives)  # before the work
     decisions = None
     if o.decisions:
         with blame("--decisions"):
             names = dataset.class_names, dataset.label_dim
-            decisions = load_decisions(o.decisions, dataset.name_lists, dataset.labels, *names)
+            images = addresses(dataset.file_names, dataset.source_names)
+            decisions = load_decisions(o.decisions, images, dataset.labels, *names)
     found, snapshot = find_wrong_labels(o, dataset, device, o.dest, features)
 
     def write() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import os
+import pathlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -205,6 +206,8 @@ def build_archive(
         if encoder.skipped:
             found = [(guarded(error.file.removeprefix(f"{source.path}: ")), error.problem) for error in encoder.skipped]
             dnnlib.write_csv(beside(dest, "skipped.csv"), ["file", "problem"], found)
+        elif overwrite:
+            pathlib.Path(beside(dest, "skipped.csv")).unlink(missing_ok=True)  # of what was there
         if label_file is not None:
             right = source.verified[kept] & (record.labels == source.labels[kept])  # noise makes right labels wrong
             save_label_file(label_file, flagged_labels(encoder.names, record.labels, right, classes))

@@ -1,7 +1,8 @@
-"""Classes that have no images: labels that begin at 1, have gaps, or are numbers from a database."""
+"""Names of classes, and classes without images: labels that begin at 1, have gaps, or come from a database."""
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 
 import numpy as np
@@ -9,7 +10,7 @@ import numpy as np
 import dnnlib
 from archives.listing import some
 
-__all__ = ["check_number", "compact", "describe_empty", "name_class"]
+__all__ = ["check_number", "compact", "describe_empty", "name_class", "name_look_alikes"]
 
 SHOWN = 10  # classes in a message
 
@@ -17,6 +18,15 @@ SHOWN = 10  # classes in a message
 def name_class(number: int, names: Sequence[str] | None) -> str:
     """Return what messages call a class: its name, or its number where it has none."""
     return str(number) if names is None else names[number]
+
+
+def name_look_alikes(names: Sequence[str]) -> list[str]:
+    """Return a line about each group of class names that differ in case, blanks or spelling of letters only."""
+    same: dict[str, list[str]] = {}
+    for name in names:
+        same.setdefault(" ".join(unicodedata.normalize("NFKC", name).casefold().split()), []).append(name)
+    alike = [group for group in same.values() if len(group) > 1]
+    return [f"{some(map(repr, group))} are different classes, although they look alike" for group in alike]
 
 
 def describe_empty(counts: np.ndarray, names: Sequence[str] | None) -> str | None:

@@ -159,11 +159,6 @@ class ImageDataset:
         """What `clean_labels` are, in words; None where they are unknown."""
         return None if self.clean_labels is None else describe_truth(self.corruption)
 
-    @property
-    def name_lists(self) -> list[list[str]]:
-        """The names that files may use for the items: those in the archive, and the original paths where known."""
-        return [names for names in (self.file_names, self.source_names) if names is not None]
-
     def shown_name(self, index: int) -> str:
         """Return what messages call an item: its name in the archive, and its original path where that is known."""
         raw = index % self.num_raw

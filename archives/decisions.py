@@ -18,7 +18,7 @@ import dnnlib
 from archives.label_file import LabelFile
 from archives.tables import read_table, unguarded
 
-__all__ = ["Decisions", "apply_to_labels", "class_keys", "holds_decisions", "load_decisions"]
+__all__ = ["Decisions", "addresses", "apply_to_labels", "class_keys", "holds_decisions", "load_decisions"]
 
 COLUMNS = ("file", "label", "decision", "new_label")
 KINDS = ("keep", "relabel", "drop")
@@ -32,6 +32,14 @@ class Decisions:
     relabel: np.ndarray  # the label is wrong, `new_labels` has the right one
     new_labels: np.ndarray  # one per row in `relabel`
     drop: np.ndarray  # the image does not belong in the set
+
+
+def addresses(names: Sequence[str], origins: Sequence[str] | None) -> list[str]:
+    """Return what a CSV calls images: their original paths where these are known and differ, else their names [N].
+
+    Names in an archive are numbers: an archive without some images of another one gives the same names to others.
+    """
+    return list(origins) if origins is not None and len(set(origins)) == len(names) else list(names)
 
 
 def class_keys(class_names: Sequence[str] | None, classes: int) -> list[str]:
@@ -50,12 +58,11 @@ def holds_decisions(path: str) -> bool:
 
 
 def load_decisions(
-    path: str, names: Sequence[Sequence[str]], labels: np.ndarray, class_names: Sequence[str] | None, classes: int
+    path: str, names: Sequence[str], labels: np.ndarray, class_names: Sequence[str] | None, classes: int
 ) -> Decisions:
     """Read decisions about the images of an archive with `labels` int64 [N].
 
-    `names` holds lists [N] of what the images may be called; earlier lists come first. Classes are read by name, and by
-    number where no name is a number.
+    `names` are the `addresses` of the images. Classes are read by name, and by number where no name is a number.
     UserError: the file is no such CSV, or some of its lines name unknown files, labels that are not the archive's,
     unknown classes or decisions, or a file twice. The message says how many lines do and shows the first.
     """
@@ -64,7 +71,7 @@ def load_decisions(
     by_key = {key: c for c, key in enumerate(keys)}
     if not any(key.isdecimal() for key in keys):  # else 1 could be what a spreadsheet made of the name 001
         by_key |= {str(c): c for c in range(classes)}
-    by_name = {name: row for several in reversed(names) for row, name in enumerate(several)}
+    by_name = {name: row for row, name in enumerate(names)}
     rows = [by_name.get(unguarded(line["file"])) for line in lines]
     stated = [by_key.get(unguarded(line["label"])) for line in lines]
     kinds = [line["decision"].strip().lower() for line in lines]
@@ -81,7 +88,10 @@ def load_decisions(
 
     each = range(len(lines))
     shown = ", ".join(keys[:10]) + (", ..." if classes > 10 else "")
-    refuse([i for i in each if rows[i] is None], f"name a file that is not among the {len(labels)} images", "file")
+    hint = f"; images are called as '{names[0]}' is, and those that were dropped before are gone"
+    refuse(
+        [i for i in each if rows[i] is None], f"name a file that is not among the {len(labels)} images", "file", hint
+    )
     refuse([i for i in each if kinds[i] not in KINDS], "hold no decision", "decision", f", expected {', '.join(KINDS)}")
     refuse(
         [i for i in each if stated[i] != labels[rows[i]]],

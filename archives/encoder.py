@@ -130,6 +130,13 @@ class Encoder:
             found, pngs = self._encode_images(part)
         return found._replace(animated=len(animated), examples=animated[:SHOWN]), pngs
 
+    def _outlier(self, index: int) -> np.ndarray:
+        try:
+            return self._foreign[index]()
+        except DamagedFile as error:  # the image in whose place it would stand is not damaged
+            hint = "make an archive of the outliers first, with dataset_tool.py --skip_damaged"
+            raise dnnlib.UserError(f"{error.message}; {hint}") from None
+
     def _encode_images(self, part: range) -> tuple[Encoded, list[bytes]]:
         pngs: list[bytes] = []
         kept, shapes, images, oblong, damaged = [], {}, [], 0, []
@@ -141,7 +148,7 @@ class Encoder:
                 height, width = image.shape[:2]
                 image = self._transform(self._same_channels(image, index))
                 if image is not None and index in self._foreign:
-                    image = fit_image(self._foreign[index](), image.shape)
+                    image = fit_image(self._outlier(index), image.shape)
             except DamagedFile as error:
                 damaged.append(error)
                 self._only_count[0] = not self._skip_damaged

@@ -7,12 +7,12 @@ cat and dog. What may be a mistake is said in a note, or refused when somebody a
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections import Counter
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from archives.classes import name_look_alikes
 from archives.listing import as_text, count_of, endings, some
 
 __all__ = ["FolderLabels", "find_parts", "label_by_folder"]
@@ -139,12 +139,7 @@ def _name_empty_folders(
 
 def _name_doubtful_classes(found: FolderLabels, places: list[Path], path: str) -> None:
     """Note what may be a mistake about the classes: their folders from the class on are `places`."""
-    same: dict[str, list[str]] = {}
-    for name in found.class_names or []:
-        same.setdefault(" ".join(unicodedata.normalize("NFKC", name).casefold().split()), []).append(name)
-    for names in same.values():
-        if len(names) > 1:
-            found.notes.append(f"{path}: {some(map(repr, names))} are different classes, although they look alike")
+    found.notes += [f"{path}: {text}" for text in name_look_alikes(found.class_names or [])]
     numbers = [name for name in found.class_names or [] if name.isdecimal() and len(name) < 19]
     moved = [(name, label) for label, name in enumerate(numbers) if int(name) != label]
     if moved and len(numbers) == len(found.class_names):

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable, Collection, Sequence
+import unicodedata
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 import dnnlib
+from archives.classes import name_look_alikes
 from archives.json_lists import in_pieces, load_lists
 from archives.labels import NUMBER, number_classes, plain_labels
 from archives.listing import count_of, quoted, some
@@ -160,12 +162,18 @@ def _number(
     if kinds != {str}:
         raise dnnlib.UserError(f"{where}: some labels are texts and some are not, such as {some(quoted(values), 1)}")
     texts = list(map(str.strip, values))
+    if class_names is not None and not "".join(class_names).isascii():  # macOS writes accented letters as two
+        composed = {unicodedata.normalize("NFC", name): name for name in class_names}
+        texts = [composed.get(unicodedata.normalize("NFC", text), text) for text in texts]
     given = set(texts)
     if class_names is not None and not all(map(NUMBER.fullmatch, given)):
         if rename and not given & set(class_names):
             class_names = None
         elif extend:
-            class_names = [*class_names, *sorted(given - set(class_names))]
+            new = sorted(given - set(class_names))
+            if doubtful := name_look_alikes([*class_names, *new]):
+                raise dnnlib.UserError(f"{where}: {doubtful[0]}")
+            class_names = [*class_names, *new]
     numbers, found = number_classes(given, class_names, where)
     return plain_labels(list(map(numbers.__getitem__, texts)), where), found
 
@@ -189,9 +197,11 @@ def _read(path: str, key: str | None, usual: Sequence[str]) -> tuple[list[Any] |
     array = values.detach().cpu().numpy() if hasattr(values, "detach") else np.asarray(values)
     if array.ndim != 1:
         raise dnnlib.UserError(f"{where}: must be 1-D, found {array.ndim} dimensions")
-    names = found.get("names") if isinstance(found, dict) else None
-    if isinstance(names, np.ndarray) and names.dtype.kind == "U" and names.shape == array.shape and key != "names":
-        return names.tolist(), array.tolist(), where, []  # a label file of detect_noise.py
+    if isinstance(found, dict) and key not in ("names", "source_names"):
+        texts = [found.get(name) for name in ("source_names", "names")]  # of a label file of detect_noise.py
+        lists = [x.tolist() for x in texts if getattr(x, "shape", None) == array.shape and x.dtype.kind == "U"]
+        if lists:  # original paths, unless some are the same
+            return next((x for x in lists if len(set(x)) == len(x)), lists[-1]), array.tolist(), where, []
     return None, array.tolist(), where, []
 
 
@@ -206,7 +216,13 @@ def _from_table(
     names, labels, notes = file_and_label(table, key)
     if names is not None and "probability_wrong" in table.fields:  # ours, whose cells are guarded
         names, labels = ([unguarded(x) if type(x) is str else x for x in cells] for cells in (names, labels))
-    return names, labels, table.name if key is None else f"{table.name}: '{key}'", notes
+    return names, _texts(labels), table.name if key is None else f"{table.name}: '{key}'", notes
+
+
+def _texts(labels: Iterable[Any]) -> list[Any]:
+    """Return labels with whole numbers as texts, as a CSV has them: they may be names of classes."""
+    whole = (type(x) is int or (type(x) is float and x.is_integer()) for x in labels)
+    return [str(int(x)) if number else x for x, number in zip(labels, whole, strict=True)]
 
 
 def _from_json(
@@ -221,7 +237,7 @@ def _from_json(
         key = key or "labels"
         values, where = _choose(found, key, path), f"{path}: '{key}'"
     if isinstance(values, dict):
-        return list(values), list(values.values()), where, []
+        return list(values), _texts(values.values()), where, []
     names: list[str] = []
     labels: list[Any] = []
     for piece in in_pieces(values) or [[None]]:
@@ -229,7 +245,10 @@ def _from_json(
             raise dnnlib.UserError(f"{where}: must hold {JSON}")
         names += [pair[0] for pair in piece]
         labels += [pair[1] for pair in piece]
-    return names, labels, where, []
+    pairs = found.get("source_names") if isinstance(found, dict) else None  # of our archives
+    origins = dict(itertools.chain.from_iterable(in_pieces(pairs) or ()))
+    called = [origins.get(name, name) for name in names]
+    return called if len(set(called)) == len(called) else names, labels, where, []
 
 
 def _choose(found: Any, key: str | None, path: str) -> Any:

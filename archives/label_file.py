@@ -212,6 +212,9 @@ def match_rows(
     for wanted, given in pairs:
         row = {name: i for i, name in enumerate(given)}
         absent = [i for i, name in enumerate(wanted) if name not in row]
+        if not absent and len(row) < len(given):
+            twice = next(name for i, name in enumerate(given) if row[name] != i)
+            raise dnnlib.UserError(f"{path}: has several lines about '{twice}'")
         if not absent:
             return np.array([row[name] for name in wanted])
         lacking.append((len({wanted[i] for i in absent}), absent[0]))

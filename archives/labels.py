@@ -34,6 +34,8 @@ def describe_truth(corruption: dict[str, Any]) -> str:
         return "labels that imported ones replaced; nobody declared them clean"
     if known in ("declared", "published"):
         return f"clean labels, as {known}"
+    if known == "on record":
+        return "clean labels on record"
     return "clean labels, from before the noise" if known or noise else "clean labels on record"
 
 

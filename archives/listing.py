@@ -29,7 +29,7 @@ HIDDEN_SIGNS = (b"/.", b"/__MACOSX", b"/@eaDir", b"/$RECYCLE.BIN", b"/System Vol
 # Nobody expects an image in a file of these names, so nothing is said about them.
 OTHER_FILES = frozenset(
     b".txt .md .rst .csv .tsv .json .jsonl .parquet .xml .yaml .yml .toml .html .htm .log .ini .db .lnk .url .py "
-    b".ipynb .npy .npz .mat .pkl .pt .pth .zip .index .pdf .sha256 .md5".split()
+    b".ipynb .npy .npz .mat .pkl .pt .pth .index .pdf .sha256 .md5".split()
 )
 SHOWN = 3  # examples in a message
 

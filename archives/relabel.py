@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,41 +10,55 @@ from typing import Any
 import numpy as np
 
 import dnnlib
+from archives.archive_set import open_archives
 from archives.build import count_classes
-from archives.classes import name_class
-from archives.decisions import holds_decisions, load_decisions
+from archives.classes import name_class, name_look_alikes
+from archives.decisions import addresses, holds_decisions, load_decisions
 from archives.decode import DamagedFile
 from archives.imported_labels import Imported, load_labels
 from archives.label_file import LabelFile
 from archives.layouts.cifar_n import published_clean_labels
 from archives.listing import count_of, quoted, some
 from archives.source import Source
-from archives.writer import image_names
+from archives.writer import check_destination, image_names
 
-__all__ = ["CONFIDENCE", "SOURCE", "Cleaned", "clean_source", "compact_labels", "declare_clean", "replace_labels"]
+__all__ = [
+    "CONFIDENCE",
+    "FIXES",
+    "SOURCE",
+    "Cleaned",
+    "check_cleaned",
+    "clean_source",
+    "compact_labels",
+    "declare_clean",
+    "replace_labels",
+    "select_images",
+]
 
 SOURCE = "source"  # in place of a file: the labels that the source has itself
 CONFIDENCE = 0.9  # probability of a suggested label from which on it replaces the old one
+FIXES = ("relabel", "drop", "keep")  # what `clean_source` does with wrong labels
 CLEAN = ("clean_labels", "clean_label", "true_label")  # what files call clean labels
 
 
 def replace_labels(
     source: Source, path: str, key: str | None = None, skip_unlabeled: bool = False, skip_damaged: bool = False
-) -> None:
+) -> np.ndarray | None:
     """Give a source the labels of a file (see `load_labels`). Its old labels become its `previous_labels`.
 
     Nobody said that the old labels are right, so they are not taken for clean ones, but a file of CIFAR-N says it. With
-    `skip_unlabeled`, images that have no label in the file are left out; with `skip_damaged`, images that will be left
-    out as damaged need none. A CSV with a column `decision` holds decisions about single images instead (see `decide`).
+    `skip_unlabeled`, images may have no label in the file: return which have one, bool [N], if some have none. With
+    `skip_damaged`, images that will be left out as damaged need none. A CSV with a column `decision` holds decisions
+    about single images instead (see `decide`).
     UserError: the file does not fit the source, or a label is none of its classes.
     """
-    names = name_lists(source)
     if holds_decisions(path):
         if key is not None:
             raise dnnlib.UserError(f"{path}: has no entry '{key}', it holds decisions")
-        decide(source, path, names)
-        return
+        decide(source, path)
+        return None
     clean = published_clean_labels(source, path)
+    names = name_lists(source)
     found = load_labels(
         path, names, source.length, key, source.class_names,
         may_lack=(lambda _row: True) if skip_unlabeled else _may_lack(source, skip_damaged),
@@ -57,6 +72,8 @@ def replace_labels(
         )
     _check_classes(path, found, source.class_names)
     source.notes += found.notes
+    if found.class_names != source.class_names:
+        source.notes += [f"{path}: {text}" for text in name_look_alikes(found.class_names or [])]
     if renamed:
         source.notes.append(
             f"{path}: none of its labels is a class of {source.path}, so the old classes are given up: "
@@ -74,7 +91,11 @@ def replace_labels(
             + (kept if clean is None else f"are the clean labels, as {path} says, too")
         )
     source.labels, source.class_names, source.previous_labels = found.labels, found.class_names, old
-    source.corruption = {k: v for k, v in source.corruption.items() if k == "family" or k.startswith("outlier_")}
+    if source.clean_labels is not None and source.corruption.get("noise_type") != "imported":
+        noisy = source.corruption.get("noise_type") is not None
+        source.corruption.setdefault("clean_labels", "before noise" if noisy else "on record")  # that does not change
+    kept = ("clean_labels",) if renamed else ("clean_labels", "family")  # a family is one of certain classes
+    source.corruption = {k: v for k, v in source.corruption.items() if k in kept or k.startswith("outlier_")}
     if old is not None or source.clean_labels is not None:
         source.corruption["noise_type"] = "imported"
     source.verified = None  # people said this of the old labels
@@ -85,24 +106,35 @@ def replace_labels(
         lacking = np.flatnonzero(found.missing)
         shown = some(quoted(names[0][int(i)] for i in lacking), len(lacking))
         source.notes.append(f"{path}: {count_of(len(lacking), 'image')} without a label left out: {shown}")
-        select_images(source, ~found.missing, "images have no label")
+        return ~found.missing
+    return None
 
 
-def declare_clean(source: Source, path: str, key: str | None, replaced: bool, skip_damaged: bool = False) -> None:
+def declare_clean(
+    source: Source,
+    path: str,
+    key: str | None,
+    replaced: bool,
+    skip_damaged: bool = False,
+    labeled: np.ndarray | None = None,
+) -> None:
     """Take the labels of a file for the clean labels of a source: those that its images should have.
 
     `path` may be SOURCE: the labels that the source had itself, before `replace_labels` if they were `replaced`. With
-    `skip_damaged`, images that will be left out as damaged need no label.
+    `skip_damaged`, images that will be left out as damaged need no label, nor do those that are not `labeled`, bool
+    [N]: `replace_labels` has returned which are.
     UserError: the file does not fit the source, or there are no such labels.
     """
     if path == SOURCE:
         clean = source.previous_labels if replaced else source.labels
         if clean is None:
             raise dnnlib.UserError(f"{source.path} had no labels of these classes that could be the clean ones")
+        if source.clean_labels is not None and not np.array_equal(clean, source.clean_labels):
+            raise dnnlib.UserError(f"{source.path} has clean labels on record already, and its labels differ from them")
     else:
         found = load_labels(
             path, name_lists(source), source.length, key, source.class_names,
-            may_lack=_may_lack(source, skip_damaged), usual=CLEAN, extend=True, ordered=source.names is None,
+            may_lack=_may_lack(source, skip_damaged, labeled), usual=CLEAN, extend=True, ordered=source.names is None,
         )  # fmt: skip
         if source.labels is None:
             raise dnnlib.UserError("the source has no labels that these could be compared with")
@@ -112,8 +144,11 @@ def declare_clean(source: Source, path: str, key: str | None, replaced: bool, sk
             raise dnnlib.UserError(f"{path}: holds vectors or numbers unlike the labels of the source")
         _check_classes(path, found, source.class_names)
         source.notes += found.notes
+        new = (found.class_names or [])[len(source.class_names or []) :]
+        if new:
+            source.notes.append(f"{path}: no label is {some(quoted(new), len(new))}, these classes are added")
         clean, source.class_names = found.labels, found.class_names
-        clean[found.missing] = source.labels[found.missing]  # of damaged images, which nobody will see
+        clean[found.missing] = source.labels[found.missing]  # of images that nobody will see
     source.clean_labels = clean
     source.corruption["clean_labels"] = "declared"
 
@@ -138,27 +173,40 @@ def compact_labels(source: Source, max_images: int | None = None) -> None:
     source.clean_labels = clean if clean is None else np.searchsorted(old, clean)
     known = previous is not None and previous.ndim == 1 and np.isin(previous, old).all()
     source.previous_labels = np.searchsorted(old, previous) if known else None
+    if previous is not None and not known:
+        source.notes.append(f"{source.path}: its previous labels have classes that are left out, so they are not kept")
     if source.corruption.get("T") is not None:
         source.corruption["T"] = None  # its rows and columns are the old numbers
 
 
 def name_lists(source: Source) -> list[Sequence[str]]:
-    """Return lists of what a file may call the images of a source: its own names, the original paths, our names."""
-    lists = [names for names in (source.names, source.origins) if names is not None]
-    return [*lists, image_names(0, source.length)]
+    """Return lists of what a file may call the images of a source: the original paths, its own names.
+
+    Original paths come first: an archive without some images of another one gives the same names to others. Images
+    without names have those that an archive of them would have.
+    """
+    if source.names is None:
+        return [image_names(0, source.length)]
+    return [names for names in (source.origins, source.names) if names is not None]
 
 
-def _may_lack(source: Source, skip_damaged: bool) -> Callable[[int], bool] | None:
-    """Return whether an image of the source may have no label in a file: with `skip_damaged`, a damaged one may."""
+def _may_lack(source: Source, skip_damaged: bool, labeled: np.ndarray | None = None) -> Callable[[int], bool] | None:
+    """Return whether an image of the source may have no label in a file.
 
-    def is_damaged(row: int) -> bool:
+    With `skip_damaged`, a damaged one may, and one that is not `labeled` in any case.
+    """
+
+    def may_lack(row: int) -> bool:
+        if labeled is not None and not labeled[row]:
+            return True
         try:
-            source.image(row)
+            if skip_damaged:
+                source.image(row)
         except dnnlib.UserError as error:
             return isinstance(error, DamagedFile)
         return False
 
-    return is_damaged if skip_damaged else None
+    return may_lack if skip_damaged or labeled is not None else None
 
 
 def _check_classes(path: str, found: Imported, class_names: Sequence[str] | None) -> None:
@@ -226,8 +274,8 @@ def clean_source(
     return Cleaned(int(sure[~dropped].sum()), int(dropped.sum()), float(believed.mean()), float(right.mean()))
 
 
-def decide(source: Source, path: str, names: list[Sequence[str]]) -> None:
-    """Correct labels and leave out images as a CSV says, which uses one of the lists of `names` (`load_decisions`).
+def decide(source: Source, path: str) -> None:
+    """Correct labels and leave out images as a CSV says (`load_decisions`).
 
     UserError: the source has no class numbers, the CSV does not fit it, or no image would be left.
     """
@@ -236,6 +284,7 @@ def decide(source: Source, path: str, names: list[Sequence[str]]) -> None:
             f"{path}: cannot be used with {source.path}, which has no labels with one class per image"
         )
     classes = count_classes(source)
+    names = addresses(source.names or image_names(0, source.length), source.origins)
     found = load_decisions(path, names, source.labels, source.class_names, classes)
     counts = dict(kept=len(found.keep), relabeled=len(found.relabel), dropped=len(found.drop))
     record_cleaning(source, classes, fix="decisions", **counts)
@@ -244,6 +293,25 @@ def decide(source: Source, path: str, names: list[Sequence[str]]) -> None:
     left = np.ones(source.length, dtype=bool)
     left[found.drop] = False
     select_images(source, left, "images are to be dropped")
+
+
+def check_cleaned(path: str, archives: Sequence[str]) -> None:
+    """Raise UserError when a cleaned archive of `archives` cannot be written to `path`, or would replace another one.
+
+    It replaces archives that `clean_source` has made, so the same command can be given again.
+    """
+    if os.path.realpath(path) in map(os.path.realpath, archives):
+        raise dnnlib.UserError(f"{path}: is the set itself; choose another name")
+    check_destination(path, overwrite=True)
+    if os.path.exists(path) and (os.path.isfile(path) or os.listdir(path)):
+        try:
+            fix = (open_archives(path).corruption().get("cleaned") or {}).get("fix")
+        except dnnlib.UserError:
+            fix = None
+        if fix not in FIXES:
+            raise dnnlib.UserError(
+                f"{path}: exists, and is not an archive that was cleaned before; choose another name"
+            )
 
 
 def record_cleaning(source: Source, classes: int, **what: Any) -> None:

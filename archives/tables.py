@@ -114,7 +114,8 @@ def file_and_label(
         file = next((i for name in FILE[-4:] for i in rest if plain[i] == name), None)
     label = None if key is None else fields.index(key)
     if label is None:
-        label = next((i for name in LABEL for i in rest if plain[i] == name and i != file), None)
+        usual = LABEL if guess else LABEL[:-1]  # y may be a coordinate
+        label = next((i for name in usual for i in rest if plain[i] == name and i != file), None)
     if label is None and guess and file is not None and len(fields) == 2:
         label = 1 - file
     if label is None:

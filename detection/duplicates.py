@@ -103,8 +103,8 @@ def _groups(signature: np.ndarray, near: float) -> np.ndarray:
     k = min(NEIGHBORS + 1, n)
     _, found = cKDTree(points).query(points, k=np.arange(1, k + 1), distance_upper_bound=near * np.sqrt(d) * 1.0001)
     rows, places = np.nonzero(found < n)
-    others = found[rows, places]
-    rows, others = rows[rows < others], others[rows < others]
+    pairs = np.sort(np.stack([rows, found[rows, places]]), axis=0)  # one of the two may not have the other in its list
+    rows, others = np.unique(pairs[:, pairs[0] < pairs[1]], axis=1)
     alike = np.concatenate(
         [
             _difference(signature[rows[i : i + step]], signature[others[i : i + step]]) <= near

@@ -50,8 +50,8 @@ def detect(dataset: ImageDataset, device: torch.device, settings: Settings) -> t
     trainer, n = Trainer(dataset, device, settings), len(dataset)
     per_round, epochs, held_out = 1, settings.epochs, np.empty(0, dtype=np.int64)
     if epochs is None:
-        per_round = math.ceil(ROUND / n)  # epochs
-        epochs = max(EPOCHS, math.ceil(IMAGES / n))
+        seen = max(n, settings.batch)  # by an epoch, which has one step at least
+        per_round, epochs = math.ceil(ROUND / seen), max(EPOCHS, math.ceil(IMAGES / seen))
         held_out = np.random.default_rng([settings.seed, 2]).permutation(n)[: math.ceil(HELD_OUT * n)]
     items = np.setdiff1d(np.arange(n), held_out)
     state, epoch, best, weights, since = TrainingState("gce", dataset, settings), 0, -math.inf, None, 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import math
 import os
 import shlex
@@ -10,8 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from archives.archive_set import find_archives
+from archives.classes import name_class
 from archives.dataset import ImageDataset
 from archives.label_file import LabelFile
+from archives.listing import some
 from archives.relabel import CONFIDENCE
 from detection.inspection import confusable_pairs
 from reports.facts import Advice, Confusable
@@ -73,7 +76,9 @@ class _Commands:
 
     @property
     def cleaned(self) -> str:
-        return f"{self.stem}-clean.zip"
+        path = f"{self.stem}-clean.zip"
+        again = any(fnmatch.fnmatch(path, part) for part in self.data.split(","))  # a glob would take it for a part
+        return f"{self.run('clean')}.zip" if again else path
 
     def _preset(self, script: str) -> str:
         return ("photos" if script == "train_rduot.py" else "digits") if self.small else "cifar10"
@@ -143,6 +148,11 @@ def advise(
     if found.suggested_score is not None:
         sure &= found.suggested_score >= CONFIDENCE
     left = here if only_foreign else (found.is_clean | sure) & here
+    emptied = np.setdiff1d(found.labels[here], np.where(sure & ~found.is_clean, found.suggested, found.labels)[left])
+    if best == "Clean" and not only_foreign and len(emptied):
+        names = some((name_class(c, dataset.class_names) for c in emptied.tolist()), len(emptied))
+        best = "TDSM" if found.posterior is None else "Posterior"
+        why = f"Cleaning would leave no image of {names}: few of the wrong labels have a right one that is sure."
     stated = f"About {wrong:.1%} of the labels are wrong, and {foreign / len(here):.1%} of the images are foreign."
     why = f"{stated} {why} {SOURCE}"
     c = _Commands(data, labels, classifier, dataset)

@@ -467,6 +467,13 @@ document.getElementById("intro").textContent =
   "Keep a label that is right, relabel one that is wrong, drop an image that does not belong here. " +
   "Keys: k, r, d decide, u takes back, arrows move. This browser keeps your decisions. At the end download them: " +
   "dataset_tool.py --labels=decisions.csv applies them to this archive.";
+// Another tab with this page has decided something, or it has forgotten all.
+window.addEventListener("storage", (event) => {
+  if (event.key !== data.key) return;
+  decisions.clear();
+  load();
+  refresh(items);
+});
 load();
 buildFilters();
 buildPanel();

@@ -20,7 +20,7 @@ import PIL.Image
 
 import dnnlib
 from archives.dataset import ImageDataset
-from archives.decisions import class_keys
+from archives.decisions import addresses, class_keys
 from archives.label_file import LabelFile
 from reports.facts import Facts
 from reports.page import STYLE
@@ -119,12 +119,12 @@ def _json(value: object) -> str:
 
 def _data(dataset: ImageDataset, found: LabelFile, chosen: np.ndarray, tile: tuple[int, int]) -> dict[str, object]:
     """Return what the script knows: for each of the `chosen` images one entry in every list."""
-    names, classes = dataset.file_names, dataset.label_dim
-    files = names if (origins := dataset.source_names) is None else origins
+    names, classes = addresses(dataset.file_names, dataset.source_names), dataset.label_dim
+    files = dataset.source_names or names
     shown = dataset.shown_classes
-    # Decisions belong to names and labels, so they live on when the page is made again with other scores.
+    # Decisions belong to images and labels, so they live on when the page is made again with other scores.
     identity = hashlib.sha256("\0".join([*shown, *names]).encode("utf-8", "surrogatepass"))
-    identity.update(found.labels.astype("<i8").tobytes())
+    identity.update(json.dumps(dataset.contents()).encode())
     group = np.arange(len(found.labels)) if found.duplicate_of is None else found.duplicate_of
     doubles, _ = _doubles(found)
     others = _others(group, doubles, chosen)

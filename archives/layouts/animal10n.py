@@ -34,6 +34,8 @@ def _fits(folder: str) -> bool:
     try:
         with os.scandir(folder) as entries:
             for entry in entries:  # of other folders the first image decides, so that large ones are not read twice
+                if entry.name.startswith("metadata."):  # which says what the labels are
+                    return False
                 if IMAGE.fullmatch(entry.name):
                     match = NAME.fullmatch(entry.name)
                     if match is None:
@@ -59,6 +61,7 @@ def open_animal10n(path: str, choice: Choice) -> Source:
         raise dnnlib.UserError(f"{path}: {odd}: expected names such as 0_123.jpg, which begin with the label")
     source = Source(path, len(reader), reader.image, np.array([int(name[0]) for name in names]), names=reader.names)
     source.corruption["family"] = "animal10n"
+    source.notes += reader.notes
     source.notes.append(f"{path}: labels are the digits before '_' in the names of the images, as in ANIMAL-10N")
     folder = os.path.basename(os.path.abspath(path)).lower()
     if not flat or folder in PARTS.values() or "animal" in folder:  # else a folder of other images with such names

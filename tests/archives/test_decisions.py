@@ -8,7 +8,7 @@ import pytest
 
 import dnnlib
 from archives.dataset import ImageDataset
-from archives.decisions import Decisions, apply_to_labels, class_keys, load_decisions
+from archives.decisions import Decisions, addresses, apply_to_labels, class_keys, load_decisions
 from archives.label_file import LabelFile, class_noise_rates
 from archives.relabel import clean_source
 from archives.sources import Source
@@ -28,7 +28,7 @@ def write(tmp_path, text, header=HEADER):
 
 
 def load(path, names=NAMES, classes=CLASSES):
-    return load_decisions(path, [names], LABELS, classes, 3)
+    return load_decisions(path, names, LABELS, classes, 3)
 
 
 def test_lines_become_rows(tmp_path):
@@ -88,10 +88,21 @@ def test_a_spreadsheet_may_use_semicolons_and_add_columns(tmp_path):
     assert load(path).drop.tolist() == [1]
 
 
-def test_files_may_go_by_their_original_path(tmp_path):
-    path = write(tmp_path, "dogs/5.jpg,dog,drop,\nimg0.png,cat,keep,\n")
-    found = load_decisions(path, [NAMES, [f"dogs/{i}.jpg" for i in range(6)]], LABELS, CLASSES, 3)
-    assert found.drop.tolist() == [5] and found.keep.tolist() == [0]
+def test_images_are_called_by_original_paths_that_differ():
+    paths = [f"dogs/{i}.jpg" for i in range(6)]
+    assert addresses(NAMES, paths) == paths
+    assert addresses(NAMES, None) == addresses(NAMES, ["dogs/0.jpg"] * 6) == NAMES
+
+
+def test_decisions_that_were_applied_are_refused(tmp_path):
+    """An archive without an image calls the images behind it as those before them were called."""
+    source = make_archive(tmp_path / "a.zip", pictures(6), [0, 0, 0, 1, 1, 1])
+    csv = write(tmp_path, "00000/img00000001.png,0,drop,\n")
+    args = f"--dest={tmp_path / 'b.zip'}", f"--labels={csv}"
+    assert run_dataset_tool(f"--source={source}", *args)[0] == 0
+    (tmp_path / "b.zip").rename(tmp_path / "first.zip")
+    code, _, err = run_dataset_tool(f"--source={tmp_path / 'first.zip'}", *args)
+    assert code == 1 and "file '00000/img00000001.png'; images are called as '00000/img00000000.png' is" in err
 
 
 @pytest.mark.parametrize("header", ["", "file,label,decision\n"])

@@ -1,7 +1,6 @@
 """Other labels for a source, without taking the old ones for the truth; original paths stay with the images."""
 
 import json
-import zipfile
 
 import numpy as np
 import pytest
@@ -12,39 +11,9 @@ from archives.dataset import ImageDataset
 from archives.label_file import LabelFile
 from archives.label_table import load_labels_or_table, save_label_table
 from archives.relabel import declare_clean, replace_labels
-from archives.source import Source
 from tests.support import synth
+from tests.support.sources import LABELS, NAMES, build, folder, make_source, write
 from tests.support.synth import run_dataset_tool as run
-
-LABELS = np.array([0, 1, 1, 2])
-NAMES = ["cat/a.jpg", "dog/b.jpg", "dog/c.jpg", "owl/d.jpg"]
-
-
-def make_source(**fields) -> Source:
-    images = np.arange(4, dtype=np.uint8)[:, None, None, None]
-    known = dict(labels=LABELS, class_names=["cat", "dog", "owl"], names=NAMES) | fields
-    return Source("here", 4, images.__getitem__, **known)
-
-
-def write(path, text):
-    path.write_text(text)
-    return str(path)
-
-
-def build(tmp_path, source, *args):
-    dest = tmp_path / "out.zip"
-    dest.unlink(missing_ok=True)
-    code, out, err = run(f"--source={source}", f"--dest={dest}", *args)
-    assert code == 0, err
-    with zipfile.ZipFile(dest) as archive:
-        return ImageDataset(str(dest)), json.loads(archive.read("dataset.json")), out + err
-
-
-def folder(tmp_path, name="in"):
-    for file, image in zip(NAMES, synth.pictures(4), strict=True):
-        (tmp_path / name / file).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name / file.replace(".jpg", ".png")).write_bytes(synth.png(image))
-    return tmp_path / name
 
 
 def test_replaced_labels_are_kept_but_are_not_the_truth(tmp_path):
@@ -168,10 +137,9 @@ def test_original_paths_stay_through_everything(tmp_path):
     paths = [name.replace(".jpg", ".png") for name in NAMES]
     assert data.source_names == paths and set(record) == {"labels", "class_names", "corruption", "source_names"}
     (tmp_path / "out.zip").rename(tmp_path / "first.zip")
-    for csv in ("dog/c.png,dog,drop,\n", "00000/img00000002.png,dog,drop,\n"):
-        decisions = write(tmp_path / "d.csv", f"file,label,decision,new_label\n{csv}")
-        data, _, _ = build(tmp_path, tmp_path / "first.zip", f"--labels={decisions}")
-        assert data.source_names == [paths[i] for i in (0, 1, 3)] and data.file_names[2] == "00000/img00000002.png"
+    decisions = write(tmp_path / "d.csv", "file,label,decision,new_label\ndog/c.png,dog,drop,\n")
+    data, _, _ = build(tmp_path, tmp_path / "first.zip", f"--labels={decisions}")
+    assert data.source_names == [paths[i] for i in (0, 1, 3)] and data.file_names[2] == "00000/img00000002.png"
     labels = write(tmp_path / "l.csv", "".join(f"{path},{i % 3}\n" for i, path in enumerate(paths)))
     data, _, _ = build(tmp_path, tmp_path / "first.zip", f"--labels={labels}")
     assert data.labels.tolist() == [0, 1, 2, 0]

@@ -257,7 +257,9 @@ def test_bad_input(data, detected, tmp_path):
     fail(1, f"--data={data}", dest, f"--cls={data}", "d.zip")
     fail(1, f"--data={tmp_path}/none.zip", dest, "none.zip")
     kept = data.read_bytes()
-    fail(2, f"--data={data}", dest, f"--cleaned={data}", "--cleaned: |is the set itself")
+    fail(1, f"--data={data}", dest, f"--cleaned={data}", "--cleaned: |is the set itself")
+    other = make_archive(tmp_path / "u.zip", pictures(4), [0, 1, 0, 1])
+    fail(1, f"--data={data}", dest, f"--cleaned={other}", "--cleaned: |not an archive that was cleaned")
     assert data.read_bytes() == kept
     unlabeled = make_archive(tmp_path / "u.zip", pictures(4))
     one_class = make_archive(tmp_path / "o.zip", pictures(4), [0] * 4)

@@ -158,7 +158,7 @@ class LearningTrainer:
 def test_training_stops_when_held_out_labels_get_no_more_likely(tmp_path, monkeypatch):
     dataset = ImageDataset(str(make_archive(tmp_path / "a.zip", pictures(40), [0, 1] * 20)))
     monkeypatch.setattr(gce, "Trainer", LearningTrainer)
-    monkeypatch.setattr(gce, "ROUND", 40)
+    monkeypatch.setattr(gce, "ROUND", Settings.batch)  # an epoch sees so many images, however few there are
     _, net = gce.detect(dataset, torch.device("cpu"), Settings())
     epochs = LearningTrainer.last.epochs
     assert len(epochs) == 6 + gce.PATIENCE and net.bias.item() == 5  # the weights after the sixth epoch

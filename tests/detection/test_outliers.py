@@ -164,6 +164,16 @@ def test_duplicates_exact_and_near_across_labels(chunk, monkeypatch):
     assert count_groups(labels, found.duplicate_of) == (2, 1)  # two groups, one with different labels
 
 
+@pytest.mark.parametrize("place", [0, 20])
+def test_a_near_duplicate_of_many_copies_is_found_wherever_it_stands(place):
+    """Its neighbors are the copies, while theirs are each other."""
+    rng = np.random.default_rng(0)
+    image, change = rng.integers(60, 190, [1, 8, 8]), rng.normal(0, 1, [1, 8, 8])
+    images = [np.clip(image + scale * change, 0, 255).astype(np.uint8) for scale in np.linspace(0.5, 1.5, 20)]
+    images.insert(place, np.clip(image - change, 0, 255).astype(np.uint8))
+    assert (find_duplicates(Images(np.stack(images))).duplicate_of == 0).all()
+
+
 def test_similar_images_are_no_duplicates():
     """Digits of one class resemble each other, but no two of them are the same drawing. Nor are gray levels."""
     assert (find_duplicates(Images(digits()[0])).duplicate_of == np.arange(1797)).all()

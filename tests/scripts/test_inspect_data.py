@@ -167,6 +167,29 @@ def test_what_is_recommended(tmp_path, n, rate, foreign, resolution, best, words
     assert f"{int(np.ceil(passes)):,} training passes" in rows[0].cost
 
 
+@pytest.mark.parametrize("posterior", [False, True])
+def test_cleaning_is_not_recommended_where_it_empties_a_class(tmp_path, posterior):
+    clean, labels = noisy(1000, 0.4)
+    found = judged(labels, clean, CLASSES, transition=np.eye(CLASSES))
+    found.suggested_score = np.full(1000, 0.95)
+    found.is_clean[labels == 3], found.suggested_score[clean == 3] = False, 0.6
+    found.posterior = compress(np.eye(CLASSES)[clean], labels) if posterior else None
+    shape = dict(resolution=8, num_channels=1, label_dim=CLASSES, class_names=[f"class {c}" for c in range(CLASSES)])
+    path = str(make_archive(tmp_path / "part0.zip", pictures(1)))
+    rows, why = advise(SizedDataset(1000, shape), found, path, "l.npz")
+    assert [row.method for row in rows if row.recommended] == ["Posterior" if posterior else "TDSM"]
+    assert "Cleaning would leave no image of class 3:" in why
+
+
+def test_a_cleaned_archive_is_no_part_of_the_set(tmp_path):
+    clean, labels = noisy(100, 0.4)
+    shape = dict(resolution=8, num_channels=1, label_dim=CLASSES, class_names=None)
+    path = make_archive(tmp_path / "part0.zip", pictures(1))
+    for data, cleaned in ((path, f"{tmp_path}/part0-clean.zip"), (tmp_path / "part*.zip", "runs/part0-clean.zip")):
+        rows, _ = advise(SizedDataset(100, shape), judged(labels, clean, CLASSES), str(data), "l.npz")
+        assert f"--cleaned={cleaned} " in rows[1].command
+
+
 @pytest.mark.parametrize("foreign", [0, 7])
 def test_a_posterior_is_one_of_the_ways(tmp_path, foreign):
     clean, labels = noisy(100, 0.4)
