@@ -12,7 +12,7 @@ import torch
 import dnnlib
 from dnnlib.cli import Command, blame
 from dnnlib.signals import ENDING, catching, exit_in_order
-from sampling.evaluations import EvaluationMeter, Stopwatch, report
+from sampling.evaluations import EvaluationMeter, Stopwatch, report, start_over
 from sampling.generation import generate_images, share_of
 from sampling.guidance import AffineGuidance, ClassifierFreeGuidance
 from sampling.loading import guide, load_denoiser, load_discriminator
@@ -82,7 +82,8 @@ def run(o: dnnlib.EasyDict, device: torch.device) -> None:
         print0(f"Classes: {', '.join(f'{class_names[c]} ({c})' for c in dict.fromkeys(o.classes))}")
     print0(f"Generating {len(missing)} images to {o.outdir}")
 
-    meter.count, start = 0, time.time()
+    start_over(meter, correcting, net)  # the images that --resume made again do not count
+    start = time.time()
     try:
         with catching(exit_in_order, *ENDING):
             batches = progress(make(own), len(missing))

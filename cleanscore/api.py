@@ -90,8 +90,8 @@ def sample(
     steps     of the sampler (18)
     settings  further arguments of the sampler: S_churn, sigma_min, solver, ... (docs/methods/edm.md)
 
-    UserError: a class or a discriminator does not fit the network, a generator is asked for steps or guidance, or a
-    number is too low.
+    UserError: a class or a discriminator does not fit the network, a generator is asked for steps or guidance, a
+    network that draws by rejection for guidance, or a number is too low.
     """
     for name, value, low in (("n", n, 1), ("batch", batch, 1), ("steps", steps, 1), ("seed", seed, 0)):
         if value is not None and value < low:
@@ -109,16 +109,21 @@ def sample(
     for one in sorted(guidances, key=lambda one: not isinstance(one, Real)):  # SBDC's gate stands outermost
         net = _guided(net, one, device)
     sampler = choose_sampler(net, **given)
+    before = net.given_up if isinstance(net, Rejection) else 0
     seeds = list(range(seed, seed + n))
     class_idx = wanted and [wanted[s % len(wanted)] for s in seeds]
     parts = list(generate_images(net, seeds, device=device, class_idx=class_idx, batch=batch, sampler=sampler))
     if isinstance(net, Rejection):
-        warn_of_given_up(net.given_up)
+        warn_of_given_up(net.given_up - before)
     _, images, labels = zip(*parts, strict=True)
     return Samples(np.concatenate(images), None if labels[0] is None else np.concatenate(labels), seeds, names)
 
 
 def _guided(net: Callable[..., torch.Tensor], guidance: Guidance, device: torch.device) -> Callable[..., torch.Tensor]:
+    if isinstance(net, Rejection):
+        raise dnnlib.UserError(
+            "guidance: the network draws by rejection already, which nothing may guide; guide net.net"
+        )
     if isinstance(guidance, Real):
         return ClassifierFreeGuidance(net, float(guidance))
     if not isinstance(guidance, TrainedDiscriminator):
