@@ -26,7 +26,14 @@ from metrics.options import evaluate_files
 from sampling.ddgan import is_generator
 from sampling.generation import generate_images
 from sampling.guidance import ClassifierFreeGuidance
-from sampling.loading import PRECISIONS, TrainedDiscriminator, guide, load_denoiser, load_discriminator
+from sampling.loading import (
+    PRECISIONS,
+    TrainedDiscriminator,
+    guide,
+    load_denoiser,
+    load_discriminator,
+    warn_if_never_unlabeled,
+)
 from sampling.options import check_precision, find_classes
 from sampling.rejection import Rejection, warn_of_given_up
 from sampling.samplers import choose_sampler
@@ -125,6 +132,8 @@ def _guided(net: Callable[..., torch.Tensor], guidance: Guidance, device: torch.
             "guidance: the network draws by rejection already, which nothing may guide; guide net.net"
         )
     if isinstance(guidance, Real):
+        if guidance != 1:
+            warn_if_never_unlabeled(net)
         return ClassifierFreeGuidance(net, float(guidance))
     if not isinstance(guidance, TrainedDiscriminator):
         guidance = load_discriminator(os.fspath(guidance), device)
@@ -134,7 +143,9 @@ def _guided(net: Callable[..., torch.Tensor], guidance: Guidance, device: torch.
 def _numbers(classes: int | str | Iterable[int | str], count: int, names: Sequence[str] | None) -> list[int]:
     if not count:
         raise dnnlib.UserError(f"classes: {classes!r} is asked for, but the network was trained without labels")
-    items = [classes] if isinstance(classes, (int, str, np.integer)) else classes
+    items = [classes] if isinstance(classes, (int, str, np.integer)) else [*classes]
+    if items and all(isinstance(item, str) for item in items):
+        items = [",".join(items)]  # together they tell names from numbers
     with _naming("classes"):  # an int has no name to be taken for
         known = [(item, names if isinstance(item, str) else None) for item in items]
         numbers = [number for item, named in known for number in find_classes(str(item), count, named)]

@@ -143,6 +143,8 @@ def test_numbers_may_be_numpys(net):
 
 def test_a_number_is_never_a_name(net):
     assert cleanscore.sample(net, 1, steps=1, classes="7").labels.tolist() == [NAMES.index("7")]
+    numbers = cleanscore.api._numbers
+    assert numbers(["1", "3"], 3, "123") == [0, 2] and numbers([1, "3"], 3, "123") == [1, 2]
     with pytest.raises(dnnlib.UserError, match="classes: 7: this network knows classes 0 to 2"):
         cleanscore.sample(net, 1, steps=1, classes=7)
 

@@ -96,6 +96,9 @@ def test_the_classifier_of_a_detector_rejects_too(guide, detector, tmp_path):
     assert "until the detector's classifier takes them for right" in out and drawn(out) > 20
     assert "WARNING" not in out  # the rates by themselves say nothing: T does
     assert drawn(make(tmp_path / "all", *network, judge, "--seeds=0-19", "--noise_rate=0")) == 20
+    for discriminator, advice in ((judge, "leave it out"), (guide[1], "add --dg_mode=calibrated")):
+        result = run(f"--outdir={tmp_path / 'no'}", *network, discriminator, f"--trajectory={tmp_path / 'no.npz'}")
+        assert result.exit_code == 2 and f"several times; {advice}\n" in result.stderr
 
 
 @pytest.mark.parametrize(
