@@ -71,8 +71,8 @@ def main(**opts: Any) -> None:
         path = persistence.find_snapshot(o.network)
         if is_checkpoint(path):
             raise dnnlib.UserError(f"{path}: is a published generator, which export.py does not take")
-        checkpoint.warn_if_older(path)
         snapshot = persistence.load_snapshot(path, kind=KINDS if whole else "denoiser")
+        checkpoint.warn_if_older(path, snapshot["ema"])
     facts = {}
     with blame("--results"):
         facts["results"] = o.results and read_results(o.results)

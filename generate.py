@@ -12,7 +12,7 @@ import torch
 import dnnlib
 from dnnlib.cli import Command, blame
 from dnnlib.signals import ENDING, catching, exit_in_order
-from sampling.evaluations import EvaluationMeter, Stopwatch, report
+from sampling.evaluations import EvaluationMeter, Stopwatch, report, start_over
 from sampling.generation import generate_images, share_of
 from sampling.guidance import AffineGuidance, ClassifierFreeGuidance
 from sampling.loading import guide, load_denoiser, load_discriminator
@@ -27,7 +27,7 @@ from sampling.options import (
     sampler_settings,
 )
 from sampling.output import Batches, check_free, progress, save_images, save_sheet
-from sampling.rejection import Rejection
+from sampling.rejection import LabelJudge, Rejection
 from sampling.resume import find_earlier
 from sampling.samplers import choose_sampler
 from sampling.trajectory import Trajectories
@@ -60,7 +60,8 @@ def run(o: dnnlib.EasyDict, device: torch.device) -> None:
     net, class_names, meter, correcting = distributed.together(lambda: load(o, device), rank0_first=True)
     sampler = choose_sampler(net, **sampler_settings(o))
     if o.trajectory and isinstance(net, Rejection):
-        raise click.UsageError("--trajectory: rejection draws an image several times; add --dg_mode=calibrated")
+        instead = "leave it out" if isinstance(net.discriminator, LabelJudge) else "add --dg_mode=calibrated"
+        raise click.UsageError(f"--trajectory: rejection draws an image several times; {instead}")
     trajectories = Trajectories(o.trajectory) if o.trajectory else None
     sampler = sampler if trajectories is None else trajectories.record(sampler)
     seeds = missing = list(dict.fromkeys(o.seeds))
@@ -82,7 +83,8 @@ def run(o: dnnlib.EasyDict, device: torch.device) -> None:
         print0(f"Classes: {', '.join(f'{class_names[c]} ({c})' for c in dict.fromkeys(o.classes))}")
     print0(f"Generating {len(missing)} images to {o.outdir}")
 
-    meter.count, start = 0, time.time()
+    start_over(meter, correcting, net)  # the images that --resume made again do not count
+    start = time.time()
     try:
         with catching(exit_in_order, *ENDING):
             batches = progress(make(own), len(missing))

@@ -12,6 +12,7 @@ import functools
 import itertools
 import os
 import pathlib
+from collections.abc import Callable
 
 import click
 import torch
@@ -23,7 +24,7 @@ from metrics.sure_labels import JudgeLabels, choose_judge_labels
 from reports.tradeoff import write_tradeoff
 from sampling.generation import generate_images, share_of
 from sampling.loading import DEFAULT_WEIGHTS, TrainedDiscriminator, guide, load_denoiser, load_discriminator
-from sampling.options import gate, sweep_options
+from sampling.options import check_guidance, gate, sweep_options
 from sampling.output import progress, save_images
 from sampling.samplers import choose_sampler
 from sampling.sweep_results import SweepResults
@@ -44,6 +45,8 @@ Examples:
 @sweep_options
 def main(**opts) -> None:
     o = dnnlib.EasyDict(opts)
+    check_guidance(o, "modes")
+    o.seeds = list(dict.fromkeys(o.seeds))
     try:
         with tf32(False):
             run(o, distributed.init(o.device))
@@ -58,35 +61,49 @@ def run(o: dnnlib.EasyDict, device: torch.device) -> None:
         results = distributed.together(lambda: SweepResults(o.outdir, kept), rank0_first=True)
     modes = [*DEFAULT_WEIGHTS] if o.modes == "both" else [o.modes]
     settings = [("unguided", 0.0), *itertools.product(modes, o.weights)]
-    networks = None
-    if {f"{mode}-{weight:g}" for mode, weight in settings} - results.values.keys():
-        networks = distributed.together(lambda: load(o, device), rank0_first=True)
-        judge = distributed.together(lambda: choose_judge(o, networks[2]), rank0_first=True)
+    missing = [setting for setting in settings if name_of(*setting) not in results.values]
+    if missing:
+        networks, names, discriminator = distributed.together(lambda: load(o, device, missing), rank0_first=True)
+        judge = distributed.together(lambda: choose_judge(o, discriminator), rank0_first=True)
         results.judge_by(judge.labels, judge.note)
         print0(judge.note)
-    for i, (mode, weight) in enumerate(settings):
-        name = f"{mode}-{weight:g}"
-        if name not in results.values:
-            print0(f"[{i + 1}/{len(settings)}] {name}")
-            images = os.path.join(o.outdir, "images", f"{name}.zip")
-            # An interrupted sweep may have left images of this setting, without their result.
-            distributed.on_rank0(functools.partial(pathlib.Path(images).unlink, missing_ok=True))
-            generate(o, device, networks, mode, weight, images)
-            found = measure(o, device, images, judge)
-            distributed.on_rank0(functools.partial(results.add, name, found))
+    for setting in missing:
+        name = name_of(*setting)
+        print0(f"[{settings.index(setting) + 1}/{len(settings)}] {name}")
+        images = os.path.join(o.outdir, "images", f"{name}.zip")
+        # An interrupted sweep may have left images of this setting, without their result.
+        distributed.on_rank0(functools.partial(pathlib.Path(images).unlink, missing_ok=True))
+        generate(o, device, networks[setting], names, images)
+        found = measure(o, device, images, judge)
+        distributed.on_rank0(functools.partial(results.add, name, found))
     if distributed.get_rank() == 0:
         table = write_tradeoff(o.outdir, settings, results.values, results.note)
         print("\n".join(table) + f"\nWritten to: {o.outdir}")
 
 
-def load(o: dnnlib.EasyDict, device: torch.device) -> tuple[torch.nn.Module, list[str] | None, TrainedDiscriminator]:
-    """Return the denoiser, its class names or None, and the discriminator."""
+def name_of(mode: str, weight: float) -> str:
+    """Return the name of a setting in files."""
+    return f"{mode}-{weight:g}"
+
+
+def load(
+    o: dnnlib.EasyDict, device: torch.device, settings: list[tuple[str, float]]
+) -> tuple[dict[tuple[str, float], Callable], list[str] | None, TrainedDiscriminator]:
+    """Return the denoiser of each setting, class names or None, and the discriminator; weight 0 is no guidance."""
     with blame("--network"):
         net, class_names = load_denoiser(o.network, device, trust_pickle=o.trust_pickle)
         if not net.label_dim:
             raise dnnlib.UserError(f"{o.network}: was trained without labels, so there are none to correct")
     with blame("--discriminator"):
-        return net, class_names, load_discriminator(o.discriminator, device, trust_pickle=o.trust_pickle)
+        discriminator = load_discriminator(o.discriminator, device, trust_pickle=o.trust_pickle)
+        form = dict(gate=gate(o), noise_rate=o.noise_rate)
+        networks = {
+            (mode, weight): guide(net, discriminator, device, mode=mode, weights=(weight, weight), **form)
+            if weight
+            else net
+            for mode, weight in settings
+        }
+    return networks, class_names, discriminator
 
 
 def choose_judge(o: dnnlib.EasyDict, discriminator: TrainedDiscriminator) -> JudgeLabels:
@@ -95,13 +112,8 @@ def choose_judge(o: dnnlib.EasyDict, discriminator: TrainedDiscriminator) -> Jud
         return choose_judge_labels(o.data, o.label_path, discriminator.label_path, o.judge)
 
 
-def generate(o: dnnlib.EasyDict, device: torch.device, networks: tuple, mode: str, weight: float, path: str) -> None:
-    """Write the images of one setting to `path`; weight 0 is sampling without guidance. Collective."""
-    net, class_names, discriminator = networks
-    if weight:
-        settings = dict(mode=mode, weights=(weight, weight), gate=gate(o), noise_rate=o.noise_rate)
-        with blame("--discriminator"):
-            net = distributed.together(lambda: guide(net, discriminator, device, **settings))
+def generate(o: dnnlib.EasyDict, device: torch.device, net: Callable, class_names: list[str] | None, path: str) -> None:
+    """Write the images of one setting to `path`. Collective."""
     own = share_of(o.seeds, distributed.get_rank(), distributed.get_world_size())
     classes = [seed % net.label_dim for seed in own]
     sampler = choose_sampler(net, num_steps=o.num_steps)

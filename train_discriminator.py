@@ -17,7 +17,7 @@ import dnnlib.cli
 from archives.dataset import ImageDataset
 from archives.label_file import LabelFile
 from archives.label_table import load_labels_or_table
-from dnnlib.cli import BOOL, FloatRange, blame
+from dnnlib.cli import BOOL, FloatRange, blame, given_options
 from torch_utils import distributed, persistence
 from torch_utils.distributed import print0
 from training import options, run
@@ -63,6 +63,8 @@ Examples:
                    "[default: 0.1; a run of version 0.1 continues with 0]")
 # fmt: on
 def main(**opts) -> None:
+    if opts["shuffle"] == "uniform" and (unused := [name for name in given_options() if name.startswith("--noise_")]):
+        raise click.UsageError(f"{unused[0]}: --shuffle=uniform follows no label noise; leave one of them out")
     path, embed = choose_embedding(opts["simix"], opts["embed"], opts["cls"], opts["label_path"])
 
     def make(config, dataset, device):
@@ -122,12 +124,10 @@ def choose_transition(
     shuffle: str | None, stated: np.ndarray | None, known: LabelFile, label_path: str
 ) -> np.ndarray | None:
     """Return the T that the shuffle follows: the stated one, else the label file's estimate; None: uniform."""
-    if shuffle == "uniform":
-        return None
     transition = known.transition if stated is None else stated
     if transition is None and shuffle == "transition":
         raise click.UsageError(f"--shuffle=transition: {label_path} estimates no transition; state --noise_type")
-    return transition
+    return None if shuffle == "uniform" else transition
 
 
 def find_partners(

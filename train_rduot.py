@@ -125,8 +125,12 @@ def check_usage(opts: dict[str, Any]) -> None:
     for name, own in BASELINE.items():
         if opts["method"] == "ddgan" and f"--{name}" in given and opts[name] != own:
             raise click.UsageError(f"--{name}={opts[name]}: belongs to --method=rduot; the baseline has {own}")
-    if opts["no_lr_decay"] and opts["schedule"] is not None:
-        raise click.UsageError("--no_lr_decay: the learning rates stay, so --schedule means nothing; give one of them")
+    off = {"no_lr_decay": opts["no_lr_decay"], "no_use_ema": not opts["use_ema"], "r1_gamma=0": not opts["r1_gamma"]}
+    for other, name in zip(off, ("schedule", "ema_decay", "lazy_reg"), strict=True):
+        if off[other] and f"--{name}" in given:
+            raise click.UsageError(f"--{other}: then --{name}={opts[name]:g} means nothing; leave it out")
+    if opts["cost"] == "robust" and opts["phi2"] == "linear":
+        raise click.UsageError("--phi2=linear: leaves no image out, whatever it costs, so --cost=robust means nothing")
     try:
         DiffusionSteps(opts["num_timesteps"], opts["beta_min"], opts["beta_max"], geometric=opts["use_geometric"])
     except ValueError as e:

@@ -26,7 +26,14 @@ from metrics.options import evaluate_files
 from sampling.ddgan import is_generator
 from sampling.generation import generate_images
 from sampling.guidance import ClassifierFreeGuidance
-from sampling.loading import PRECISIONS, TrainedDiscriminator, guide, load_denoiser, load_discriminator
+from sampling.loading import (
+    PRECISIONS,
+    TrainedDiscriminator,
+    guide,
+    load_denoiser,
+    load_discriminator,
+    warn_if_never_unlabeled,
+)
 from sampling.options import check_precision, find_classes
 from sampling.rejection import Rejection, warn_of_given_up
 from sampling.samplers import choose_sampler
@@ -90,8 +97,8 @@ def sample(
     steps     of the sampler (18)
     settings  further arguments of the sampler: S_churn, sigma_min, solver, ... (docs/methods/edm.md)
 
-    UserError: a class or a discriminator does not fit the network, a generator is asked for steps or guidance, or a
-    number is too low.
+    UserError: a class or a discriminator does not fit the network, a generator is asked for steps or guidance, a
+    network that draws by rejection for guidance, or a number is too low.
     """
     for name, value, low in (("n", n, 1), ("batch", batch, 1), ("steps", steps, 1), ("seed", seed, 0)):
         if value is not None and value < low:
@@ -109,17 +116,24 @@ def sample(
     for one in sorted(guidances, key=lambda one: not isinstance(one, Real)):  # SBDC's gate stands outermost
         net = _guided(net, one, device)
     sampler = choose_sampler(net, **given)
+    before = net.given_up if isinstance(net, Rejection) else 0
     seeds = list(range(seed, seed + n))
     class_idx = wanted and [wanted[s % len(wanted)] for s in seeds]
     parts = list(generate_images(net, seeds, device=device, class_idx=class_idx, batch=batch, sampler=sampler))
     if isinstance(net, Rejection):
-        warn_of_given_up(net.given_up)
+        warn_of_given_up(net.given_up - before)
     _, images, labels = zip(*parts, strict=True)
     return Samples(np.concatenate(images), None if labels[0] is None else np.concatenate(labels), seeds, names)
 
 
 def _guided(net: Callable[..., torch.Tensor], guidance: Guidance, device: torch.device) -> Callable[..., torch.Tensor]:
+    if isinstance(net, Rejection):
+        raise dnnlib.UserError(
+            "guidance: the network draws by rejection already, which nothing may guide; guide net.net"
+        )
     if isinstance(guidance, Real):
+        if guidance != 1:
+            warn_if_never_unlabeled(net)
         return ClassifierFreeGuidance(net, float(guidance))
     if not isinstance(guidance, TrainedDiscriminator):
         guidance = load_discriminator(os.fspath(guidance), device)
@@ -129,7 +143,9 @@ def _guided(net: Callable[..., torch.Tensor], guidance: Guidance, device: torch.
 def _numbers(classes: int | str | Iterable[int | str], count: int, names: Sequence[str] | None) -> list[int]:
     if not count:
         raise dnnlib.UserError(f"classes: {classes!r} is asked for, but the network was trained without labels")
-    items = [classes] if isinstance(classes, (int, str, np.integer)) else classes
+    items = [classes] if isinstance(classes, (int, str, np.integer)) else [*classes]
+    if items and all(isinstance(item, str) for item in items):
+        items = [",".join(items)]  # together they tell names from numbers
     with _naming("classes"):  # an int has no name to be taken for
         known = [(item, names if isinstance(item, str) else None) for item in items]
         numbers = [number for item, named in known for number in find_classes(str(item), count, named)]

@@ -14,7 +14,7 @@ from torch_utils import distributed, misc
 from torch_utils.distributed import print0
 from torch_utils.precision import widest
 
-__all__ = ["EvaluationMeter", "Stopwatch", "evaluations", "on_host", "precise", "report"]
+__all__ = ["EvaluationMeter", "Stopwatch", "evaluations", "on_host", "precise", "report", "start_over"]
 
 
 def precise(latents: torch.Tensor) -> torch.Tensor:
@@ -50,7 +50,12 @@ class Stopwatch:
     """Context manager that adds up the seconds the device spends inside. `seconds` waits for a GPU, nothing before."""
 
     def __init__(self, device: torch.device):
-        self._device, self._spans = device, []
+        self._device = device
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the seconds so far."""
+        self._spans = []
 
     def __enter__(self) -> None:
         self._start = self._mark()
@@ -90,6 +95,15 @@ class EvaluationMeter:
         self.count += len(args[0])
         if self.stopwatch is not None:
             self.stopwatch.__enter__()
+
+
+def start_over(meter: EvaluationMeter, correcting: Stopwatch | None, net: Denoiser) -> None:
+    """Forget what was counted and measured so far; the arguments as of `report`."""
+    meter.count = 0
+    for stopwatch in filter(None, (meter.stopwatch, correcting)):
+        stopwatch.reset()
+    if isinstance(net, Rejection):
+        net.drawn = net.given_up = 0
 
 
 def report(images: int, seconds: float, meter: EvaluationMeter, correcting: Stopwatch | None, net: Denoiser) -> None:

@@ -108,7 +108,7 @@ def _broken(part: list[int], e: Exception) -> dnnlib.UserError:
 
 def batch_size(n: int, batch: int) -> int:
     """Return the batch size that gives `n` images as few batches as `batch` does, and fills the last one best."""
-    return math.ceil(n / max(math.ceil(n / batch), 1))
+    return max(math.ceil(n / max(math.ceil(n / batch), 1)), 1)
 
 
 def share_of(items: Sequence, rank: int, world_size: int) -> Sequence:

@@ -38,6 +38,7 @@ __all__ = [
     "load_denoiser",
     "load_discriminator",
     "prepare",
+    "warn_if_never_unlabeled",
 ]
 
 DEFAULT_WEIGHTS = {"constant": (2.0, 0.0), "calibrated": (1.0, 1.0)}  # of a step's first and second evaluation
@@ -73,7 +74,19 @@ def load_denoiser(
     net = prepare(snapshot["ema"].to(device), precision, compile)
     if net.img_channels not in (1, 3):
         raise dnnlib.UserError(f"{path}: makes images of {net.img_channels} channels; PNGs have 1 or 3")
-    return net, (snapshot.get("info") or {}).get("class_names")
+    info = snapshot.get("info") or {}
+    posterior = (info.get("options") or {}).get("posterior") or {}
+    net.unlabeled = getattr(net.model, "label_dropout", 0) > 0 or posterior.get("mode") == "null"
+    return net, info.get("class_names")
+
+
+def warn_if_never_unlabeled(net: Callable[..., torch.Tensor]) -> None:
+    """Print a warning when a network of `load_denoiser` has learned no image without its label."""
+    if not getattr(net, "unlabeled", True):
+        print0(
+            "Warning: this network has learned no image without its label (its label dropout was 0), so the denoiser "
+            "without a label, which classifier-free guidance steers away from, is a guess"
+        )
 
 
 def _load(path: str, trust_pickle: bool, kinds: Sequence[str], published: Mapping[str, Any] | None = None) -> dict:
@@ -85,8 +98,9 @@ def _load(path: str, trust_pickle: bool, kinds: Sequence[str], published: Mappin
         return dict(ema=build_generator(load_checkpoint(path), **given))
     if given:
         raise dnnlib.UserError(f"{path}: records its {', '.join(given)}; only a published X.pth needs them stated")
-    checkpoint.warn_if_older(path)
-    return persistence.load_snapshot(path, trust_pickle=trust_pickle, kind=kinds)
+    snapshot = persistence.load_snapshot(path, trust_pickle=trust_pickle, kind=kinds)
+    checkpoint.warn_if_older(path, snapshot["ema"])
+    return snapshot
 
 
 def prepare(net: torch.nn.Module, precision: str | None = None, compile: bool = False) -> torch.nn.Module:

@@ -30,13 +30,15 @@ from dnnlib.cli import (
     parse_int_list,
 )
 from sampling.ddgan import is_generator
-from sampling.loading import DEFAULT_WEIGHTS, MODES, PRECISIONS
+from sampling.loading import DEFAULT_WEIGHTS, MODES, PRECISIONS, warn_if_never_unlabeled
 from sampling.samplers import SOLVERS
 from sampling.schedules import DISCRETIZATIONS, SCALINGS, SCHEDULES
+from torch_utils.distributed import print0
 from training.published_ddgan import SETTINGS
 
 __all__ = [
     "PUBLISHED_SETTINGS",
+    "check_guidance",
     "check_network",
     "check_precision",
     "check_usage",
@@ -230,18 +232,18 @@ def check_usage(o: dnnlib.EasyDict) -> None:
     for name in GUIDANCE_SETTINGS:
         if o[name] is not None and o.discriminator is None:
             raise click.UsageError(f"--{name}={o[name]}: needs --discriminator")
-    if o.dg_published and (o.dg_mode not in (None, "constant") or o.noise_rate is not None):
+    unused = [f"--dg_mode={o.dg_mode}"] if o.dg_mode not in (None, "constant") else []
+    unused += ["--noise_rate"] if o.noise_rate is not None else []
+    if o.dg_published and unused:
+        raise click.UsageError(f"--dg_published=1: has constant weights; leave out {' and '.join(unused)}")
+    check_guidance(o, "dg_mode")
+    if o.dg_weight_2nd_order is not None and o.solver == "euler":
         raise click.UsageError(
-            f"--dg_published=1: has constant weights; leave out --dg_mode={o.dg_mode or 'calibrated'} and --noise_rate"
+            f"--dg_weight_2nd_order={o.dg_weight_2nd_order:g}: --solver=euler has one evaluation per step; leave it out"
         )
-    if o.noise_rate is not None and o.dg_mode == "constant":
-        raise click.UsageError(f"--noise_rate={o.noise_rate:g}: --dg_mode=constant does not use it")
     for name in SHAPES if o.dg_mode == "rejection" else ():
         if o[name] is not None:
             raise click.UsageError(f"--{name}={o[name]:g}: --dg_mode=rejection has no gradient; leave it out")
-    low, high = gate(o)
-    if low > high:
-        raise click.UsageError(f"--S_clip_min={low:g}: must not exceed --S_clip_max={high:g}")
     if o.trajectory is not None:
         if o.resume:
             raise click.UsageError(
@@ -260,6 +262,15 @@ def check_usage(o: dnnlib.EasyDict) -> None:
         )
 
 
+def check_guidance(o: dnnlib.EasyDict, mode: str) -> None:
+    """Raise UsageError for a gate or a noise rate that a discriminator cannot use; `mode`: the option of its mode."""
+    if o.noise_rate is not None and o[mode] == "constant":
+        raise click.UsageError(f"--noise_rate={o.noise_rate:g}: --{mode}=constant does not use it")
+    low, high = gate(o)
+    if low > high:
+        raise click.UsageError(f"--S_clip_min={low:g}: must not exceed --S_clip_max={high:g}")
+
+
 def check_precision(precision: str | None, device: torch.device) -> None:
     """Raise UsageError for a precision that the device does not have."""
     if precision in ("tf32", "fp16") and device.type != "cuda":
@@ -267,7 +278,7 @@ def check_precision(precision: str | None, device: torch.device) -> None:
 
 
 def check_network(o: dnnlib.EasyDict, net: torch.nn.Module) -> None:
-    """Raise UsageError for options that the network of --network cannot follow."""
+    """Raise UsageError for options that the network of --network cannot follow; print notes on those that do little."""
     if is_generator(net):
         for option in given_options(besides=GENERATOR_OPTIONS):
             raise click.UsageError(
@@ -278,32 +289,46 @@ def check_network(o: dnnlib.EasyDict, net: torch.nn.Module) -> None:
         raise click.UsageError(f"--class={o.classes}: this network was trained without labels")
     if o.cfg is not None and not net.label_dim:
         raise click.UsageError(f"--cfg={o.cfg:g}: needs a network trained with labels; this one was not")
+    if o.cfg not in (None, 1):
+        warn_if_never_unlabeled(net)
+    shaping = [option for option in given_options() if option in ("--S_min", "--S_max", "--S_noise")]
+    if shaping and not o.S_churn:
+        print0(f"Note: without --S_churn no noise is added, so {' and '.join(shaping)} change nothing")
 
 
 def find_classes(text: str, classes: int, names: Sequence[str] | None) -> list[int]:
     """Return the numbers of the classes that --class lists by name, number or range of numbers.
 
-    A text that is the number of one class and the name of another stands for the number. Names may have commas, and
-    lowercase letters for capital ones. UsageError: the network has no such class.
+    A text that is the number of one class and the name of another stands for the number, unless another number in the
+    list can only be a name. Names may have commas, and lowercase letters for capital ones. UsageError: the network has
+    no such class, or the list has numbers of both kinds and one that may be either.
     """
     number = {name: c for c, name in reversed([*enumerate(names or ())])}
     lower = {name.lower(): c for name, c in number.items()}
     lower = {name: c for name, c in lower.items() if sum(name == other.lower() for other in number) == 1}
-    parts, found = text.split(","), []
+
+    def named(part: str) -> int | None:
+        return number.get(part, lower.get(part.lower()))
+
+    parts, readings, only_names = text.split(","), [], False
     while parts:
-        length = next((n for n in range(len(parts), 1, -1) if ",".join(parts[:n]).strip() in number), 1)
+        length = next((n for n in range(len(parts), 1, -1) if named(",".join(parts[:n]).strip()) is not None), 1)
         part, parts = ",".join(parts[:length]).strip(), parts[length:]
-        numbers = []
+        numbers, by_name = [], [named(part)]
         with contextlib.suppress(ValueError):
             numbers = parse_int_list(part)
-        if not numbers or max(numbers) >= classes:
-            c = number.get(part, lower.get(part.lower()))
-            if c is None:
-                part = max(numbers, default=part)
-                raise click.UsageError(f"--class={part}: {_known_classes(str(part), classes, names)}")
-            numbers = [c]
-        found += numbers
-    return found
+        if by_name == [None]:
+            by_name = [number[str(n)] for n in numbers] if all(str(n) in number for n in numbers) else []
+        known = numbers if max(numbers, default=0) < classes else []
+        if not known and not by_name:
+            part = max(numbers, default=part)
+            raise click.UsageError(f"--class={part}: {_known_classes(str(part), classes, names)}")
+        only_names |= bool(numbers) and not known
+        readings.append((known, by_name))
+    if only_names and not all(by_name for _, by_name in readings):
+        if any(known and by_name and known != by_name for known, by_name in readings):
+            raise click.UsageError(f"--class={text}: some of these are names only, some numbers only, and some either")
+    return [c for known, by_name in readings for c in (only_names and by_name or known or by_name)]
 
 
 def _known_classes(text: str, classes: int, names: Sequence[str] | None) -> str:

@@ -189,8 +189,13 @@ def latest_state(run_dir: str | os.PathLike[str]) -> str | None:
     return None
 
 
-def warn_if_older(path: str | os.PathLike[str]) -> None:
-    """Print a warning when a training state beside the snapshot `path` is newer than it."""
+def warn_if_older(path: str | os.PathLike[str], net: torch.nn.Module) -> None:
+    """Print a warning when a training state beside the snapshot `path` of `net` is newer than it.
+
+    Of a classifier the best snapshot is kept, which is older than the last state more often than not.
+    """
+    if getattr(net, "network_kind", None) == "classifier":
+        return
     name, found = os.path.basename(path), states(os.path.dirname(path) or ".")
     if found and re.fullmatch(r"network-snapshot-[0-9]+\.pkl", name):
         snapshot, state = (int(re.search("[0-9]+", text)[0]) for text in (name, found[0].name))

@@ -189,14 +189,17 @@ def find_snapshot(pattern: str | os.PathLike[str]) -> str:
     `pattern` is a file, a URL, a run directory, or a glob of one, such as `runs/00000-*` or
     `dir/network-snapshot-*.pkl`, since shells do not expand a glob inside an option. Of several files, the one with the
     highest kimg number is chosen. A folder without snapshots may be one that export.py has written (docs/export.md).
-    Raises UserError when nothing matches, or several run directories do.
+    Raises UserError when nothing matches, or several run directories or files in several folders do.
     """
     pattern = os.fspath(pattern)
     if is_url(pattern) or os.path.isfile(pattern):
         return pattern
     folders = [path for path in match_paths(pattern) if os.path.isdir(path)]
-    if len(folders) > 1:
-        raise UserError(f"{pattern}: matches {len(folders)} folders, {folders[0]} and others; name one of them")
+    files = [] if folders else [path for path in match_paths(pattern) if os.path.isfile(path)]
+    places = folders or [*dict.fromkeys(map(os.path.dirname, files))]
+    if len(places) > 1:
+        found = "" if folders else "files in "
+        raise UserError(f"{pattern}: matches {found}{len(places)} folders, {places[0]} and others; name one of them")
     if folders:
         found = match_paths(os.path.join(folders[0], "network-snapshot-*.pkl"))
         weights = os.path.join(folders[0], portable.WEIGHTS)
@@ -204,7 +207,7 @@ def find_snapshot(pattern: str | os.PathLike[str]) -> str:
         found = found or match_paths(os.path.join(folders[0], "netG_*.pth"))  # RDUOT's (training/published_ddgan.py)
         missing = "no network-snapshot-*.pkl in this folder"
     else:
-        found = [path for path in match_paths(pattern) if os.path.isfile(path)]
+        found = files
         missing = "no file matches" if glob.has_magic(pattern) else "no such file"
     if not found:
         raise UserError(f"{pattern}: {missing}")

@@ -21,7 +21,7 @@ from training import options
 from training.config import RunConfig, differences, named_files, settle, to_dict
 from training.objective import Objective
 from training.published_ddgan import build_generator, build_potential, is_checkpoint, load_checkpoint
-from training.saver import Best, DrawSamples
+from training.saver import Best, DrawSamples, fetch_best
 from training.sharding import check_pytorch
 from training.trackers import check_wandb
 from training.training_loop import last_nimg, training_loop
@@ -72,7 +72,7 @@ def start(
         config = options.make_config(opts, method, dataset, settings(opts, dataset), **sections)
         config.contents = find_contents(config, dataset)
         with blame("--resume"):
-            state, run_dir = find_state(opts["resume"], opts["outdir"], opts["nosubdir"])
+            state, path, run_dir = find_state(opts["resume"], opts["outdir"], opts["nosubdir"])
             config.seed = choose_seed(opts["seed"], state)
             settle(config, None if state is None else state["config"])
             if state is not None:
@@ -98,8 +98,10 @@ def start(
             with blame("--transfer"):
                 transfer(objective, opts["transfer"], opts["trust_pickle"])
         with blame("--outdir"):
-            fresh, again = state is None, opts["resume"] == "latest"
+            home = None if path is None else os.path.dirname(os.path.realpath(path))
+            fresh, again = home != os.path.realpath(run_dir), opts["resume"] == "latest"
             distributed.on_rank0(functools.partial(make_run_dir, run_dir, config, fresh, again))
+            best = distributed.from_rank0(lambda: fetch_best(best, home, run_dir))
         log_file = os.path.join(run_dir, "log.txt") if distributed.get_rank() == 0 else None
         with dnnlib.Logger(log_file, mode="a"):
             print_summary(config, dataset, run_dir, device, notes)
@@ -109,7 +111,8 @@ def start(
             training_loop(objective, dataset, config, run_dir, device, nimg, best, draw_samples)
 
             def finish() -> None:
-                lines = [] if best.name is None else objective.results(os.path.join(run_dir, best.name))
+                snapshot = os.path.join(run_dir, best.name or "")
+                lines = objective.results(snapshot) if os.path.isfile(snapshot) else []
                 print0("".join(f"{line}\n" for line in [*lines, *objective.finish(run_dir)]), end="")
 
             distributed.on_rank0(finish)
@@ -133,8 +136,8 @@ def transfer(objective: Objective, pattern: str, trust_pickle: bool) -> None:
 # Resuming.
 
 
-def find_state(resume: str | None, outdir: str, nosubdir: bool) -> tuple[dict[str, Any] | None, str | None]:
-    """Return the state to continue from, and the run directory to continue in; None and None for a fresh run.
+def find_state(resume: str | None, outdir: str, nosubdir: bool) -> tuple[dict[str, Any] | None, str | None, str | None]:
+    """Return the state to continue from, its path, and the run directory to continue in; all None for a fresh run.
 
     `resume`: a state, a run directory, a glob of one of them, 'latest' (the newest run in `outdir`) or None. A state
     outside a run directory continues in a new one: its directory is None. Rank 0 looks; all ranks get the same answer.
@@ -142,7 +145,7 @@ def find_state(resume: str | None, outdir: str, nosubdir: bool) -> tuple[dict[st
     """
     found = None if resume is None else distributed.from_rank0(lambda: _search_state(resume, outdir, nosubdir))
     if found is None:
-        return None, None
+        return None, None, None
     path, run_dir = found
     print0(f"Resuming from {path}")
     state = distributed.together(lambda: checkpoint.load_state(path))
@@ -151,9 +154,10 @@ def find_state(resume: str | None, outdir: str, nosubdir: bool) -> tuple[dict[st
         any(type(state.get(k)) is not kind for k, kind in kinds.items())
         or state["nimg"] < 0
         or state["best"].keys() != {"value", "name"}
+        or not re.fullmatch(r"None|network-snapshot-[0-9]+\.pkl", str(state["best"]["name"]))
     ):
         raise dnnlib.UserError(f"{path} is not the state of a run of this program")
-    return state, run_dir
+    return state, path, run_dir
 
 
 def _search_state(resume: str, outdir: str, nosubdir: bool) -> tuple[str, str | None] | None:
@@ -262,8 +266,8 @@ def new_run_dir(outdir: str, dataset: ImageDataset, config: RunConfig) -> str:
 def make_run_dir(run_dir: str, config: RunConfig, fresh: bool, again: bool = False) -> None:
     """Create the directory with `training_options.json`.
 
-    UserError: a fresh run where another run's files are. `again` allows that for this very run, interrupted before its
-    first state.
+    UserError: a run that is `fresh` here, where another run's files are. `again` allows that for this very
+    run, interrupted before its first state.
     """
     if fresh and os.path.isdir(run_dir):
         used = any(re.match(r"(network-snapshot|training-state)-", entry) for entry in os.listdir(run_dir))

@@ -17,7 +17,7 @@ from training.config import RunConfig, to_dict
 from training.objective import Objective
 from training.trackers import Trackers
 
-__all__ = ["Best", "DrawSamples", "Saver"]
+__all__ = ["Best", "DrawSamples", "Saver", "fetch_best"]
 
 # Writes a picture of what a network makes to a path; the last argument: the names of its classes, or None.
 DrawSamples = Callable[[torch.nn.Module, str, "list[str] | None"], None]
@@ -29,6 +29,18 @@ class Best:
 
     value: float | None = None  # None: there was no validation yet
     name: str | None = None  # file name of the snapshot
+
+
+def fetch_best(best: Best, home: str | None, run_dir: str) -> Best:
+    """Return the `best` snapshot of a state that lies in `home`, once it lies in `run_dir`; none where it is gone."""
+    if best.name is None or os.path.isfile(target := os.path.join(run_dir, best.name)):
+        return best
+    if not os.path.isfile(source := os.path.join(home, best.name)):
+        print0(f"{source} is gone: the next snapshot counts as the best so far")
+        return Best()
+    with dnnlib.atomic_open(target) as file:
+        file.write(dnnlib.read_bytes(source))
+    return best
 
 
 class Saver:
@@ -51,7 +63,7 @@ class Saver:
         self.draw_samples, self.trackers = draw_samples, trackers
         self._best_of_state = best.name  # the newest state counts on this snapshot, so it stays
         if best.name is not None and distributed.get_rank() == 0:
-            self.remove_outdated()
+            self.remove_outdated(resumed=True)
 
     def tick(self, nimg: int, report: Callable[[], None] | None, snapshot: bool, state: bool) -> None:
         """Report (on rank 0), then save what is due. When rank 0 fails, all ranks raise."""
@@ -126,16 +138,17 @@ class Saver:
         checkpoint.prune_states(self.run_dir, self.config.keep)
         self.remove_outdated()
 
-    def remove_outdated(self) -> None:
+    def remove_outdated(self, resumed: bool = False) -> None:
         """Delete the snapshots before the best one, once a state says which is the best.
 
-        Until then a run that resumes from an older state still needs them.
+        Until then a run that resumes from an older state still needs them. A run that is `resumed` also deletes those
+        after the best one: its state does not know them, and no better one may follow.
         """
         self._best_of_state = best = self.best.name
         if self.objective.snapshot_on_best and best is not None and os.path.exists(os.path.join(self.run_dir, best)):
             for name in os.listdir(self.run_dir):
                 match = re.fullmatch(r"network-snapshot-([0-9]+)\.pkl", name)
-                if match and int(match[1]) < int(best[17:-4]):
+                if match and (int(match[1]) < int(best[17:-4]) or (resumed and int(match[1]) > int(best[17:-4]))):
                     os.remove(os.path.join(self.run_dir, name))
 
     def newest(self) -> str:

@@ -1,6 +1,7 @@
 """cleanscore from Python: the examples of the page run, and the functions do what the scripts do."""
 
 import ast
+import dataclasses
 import functools
 import json
 import re
@@ -29,6 +30,7 @@ from tests.support.published_checkpoints import fixture, parallel
 from tests.support.synth import make_archive
 from torch_utils import persistence
 from training.networks_resnet import Discriminator
+from training.temperature import Temperature
 
 NAMES = ["cat", "dog", "7"]
 
@@ -141,6 +143,8 @@ def test_numbers_may_be_numpys(net):
 
 def test_a_number_is_never_a_name(net):
     assert cleanscore.sample(net, 1, steps=1, classes="7").labels.tolist() == [NAMES.index("7")]
+    numbers = cleanscore.api._numbers
+    assert numbers(["1", "3"], 3, "123") == [0, 2] and numbers([1, "3"], 3, "123") == [1, 2]
     with pytest.raises(dnnlib.UserError, match="classes: 7: this network knows classes 0 to 2"):
         cleanscore.sample(net, 1, steps=1, classes=7)
 
@@ -164,8 +168,21 @@ def test_saved_samples_are_what_generate_writes(home, net, tmp_path):
 def test_images_that_no_draw_was_accepted_for_are_counted(net, capsys):
     judge = Discriminator(img_resolution=8, img_channels=1, label_dim=3, depth="small", model_channels=8).eval()
     never = Evidence(torch.ones(3), torch.full([3], 0.5))
-    cleanscore.sample(Rejection(net, judge, evidence=never, sigma=0.1), 2, steps=1)
-    assert "WARNING: 2 images were not accepted in 100 draws" in capsys.readouterr().out
+    rejecting = Rejection(net, judge, evidence=never, sigma=0.1)
+    for _ in range(2):
+        cleanscore.sample(rejecting, 2, steps=1)
+        assert "WARNING: 2 images were not accepted in 100 draws" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("guidance", ["number", "judge", "two judges"])
+def test_nothing_guides_what_draws_by_rejection(home, net, guidance):
+    judge = cleanscore.api.load_discriminator(str(home / "discriminator-runs" / "00000-pets"), torch.device("cpu"))
+    facts = dict(noise_rates=[0.5] * 3, right_shares=[0.5] * 3, temperature=Temperature((0.0,), 0.002, 80.0))
+    judge = dataclasses.replace(judge, **facts)
+    rejecting = Rejection(net, judge.net, evidence=Evidence(*torch.full([2, 3], 0.5)), sigma=0.1)
+    given = {"number": (rejecting, 2.0), "judge": (rejecting, judge), "two judges": (net, [judge, judge])}
+    with pytest.raises(dnnlib.UserError, match="draws by rejection already"):
+        cleanscore.sample(given[guidance][0], 1, steps=1, guidance=given[guidance][1])
 
 
 def test_samples_show_themselves(net, tmp_path):

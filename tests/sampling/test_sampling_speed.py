@@ -125,7 +125,7 @@ def test_generators_of_few_steps_take_the_same_forms():
 # Batches of one size.
 
 
-@pytest.mark.parametrize("n, batch, size", [(10, 4, 4), (65, 64, 33), (3, 64, 3), (64, 64, 64), (1, 1, 1), (0, 4, 0)])
+@pytest.mark.parametrize("n, batch, size", [(10, 4, 4), (65, 64, 33), (3, 64, 3), (64, 64, 64), (1, 1, 1), (0, 4, 1)])
 def test_batches_of_one_size_waste_little(n, batch, size):
     assert batch_size(n, batch) == size
 

@@ -6,7 +6,6 @@ import json
 import os
 import zipfile
 
-import click
 import numpy as np
 import pytest
 import torch
@@ -20,7 +19,6 @@ from sampling import output, sheet
 from sampling.arrival import Arrival
 from sampling.generation import generate_images, share_of
 from sampling.grid import image_sheet, save_class_grid, save_grid
-from sampling.options import find_classes
 from sampling.output import save_images
 from tests.support.generated import FAST, assert_same_images, make, random_network, read, run
 from tests.support.runs import torchrun
@@ -154,35 +152,6 @@ def test_class_overrides_the_label_but_not_the_noise(pkl, reference, tmp_path):
     assert np.abs(images[~same].astype(int) - reference[0][~same]).max() > 5
 
 
-@pytest.mark.parametrize(
-    "text, found",
-    [
-        ("1", [1]),
-        ("two", [2]),
-        ("TWO,zero", [2, 0]),
-        ("0-1, two", [0, 1, 2]),
-        ("a, b,zero", [3, 0]),
-        ("2", [2]),
-        ("9", [4]),
-        ("3", [3]),
-        ("x", [5]),
-        ("X", [6]),
-    ],
-)
-def test_classes_have_names_and_numbers(text, found):
-    assert find_classes(text, 8, [*NAMES, "a, b", "9", "x", "X", "3"]) == found
-
-
-@pytest.mark.parametrize(
-    "text, words",
-    [("nul", "--class=nul: this network knows classes 0 to 2, "), ("tow", "two"), ("1,3", "--class=3: this network"),
-     ("-1", "--class=-1"), ("5-1", "--class=5-1"), ("1,,2", "--class=: ")],
-)  # fmt: skip
-def test_unknown_classes_are_named(text, words):
-    with pytest.raises(click.UsageError, match=words):
-        find_classes(text, 3, NAMES)
-
-
 def test_a_class_by_its_name(pkl, tmp_path):
     text = make(tmp_path / "out", f"--network={pkl['cond']}", "--seeds=0-3", "--class=One")
     assert set(read(tmp_path / "out")[1]) == {1} and "Classes: one (1)" in text
@@ -270,6 +239,8 @@ def test_shares_cover_everything_once_and_evenly(n, world_size):
         (2, "--class=0: this network was trained without labels", ["--network=uncond", "--class=0"]),
         (2, "--cfg=2: needs a network trained with labels", ["--network=uncond", "--cfg=2"]),
         (2, "--cfg", ["--cfg=nan"]),
+        (2, "constant weights; leave out --noise_rate", ["--discriminator=x", "--dg_published=1", "--noise_rate=0.3"]),
+        (2, "one evaluation per step", ["--discriminator=x", "--solver=euler", "--dg_weight_2nd_order=1"]),
         (2, "--affine_weight=1: needs a second network", ["--affine_weight=1"]),
         (2, "needs its weight", ["--network_2=weak"]),
         (2, "--grid=x.jpg: the picture is a PNG", ["--grid=x.jpg"]),

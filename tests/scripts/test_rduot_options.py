@@ -116,6 +116,12 @@ def test_the_length_of_the_schedule_has_the_unit_of_the_training(data):
     assert "Note" not in run(train_rduot, *args, "--num_epoch=5", "--schedule=5")[1]
 
 
+def test_what_a_preset_says_in_vain_is_not_refused(data):
+    """--preset=photos sets --ema_decay, --lazy_reg and --cost=robust."""
+    found = configuration(data, "--preset=photos", "--no_use_ema", "--r1_gamma=0")
+    assert found["ema_halflife_nimg"] == 0 and found["rduot"]["r1_gamma"] == 0
+
+
 def test_centered_may_have_a_value(data):
     assert "centered" not in configuration(data, "--centered=1")["network"]["kwargs"]
     for given in (["--centered"], ["--centered=0"], ["--centered", "--use_ema"]):
@@ -124,7 +130,10 @@ def test_centered_may_have_a_value(data):
 
 def test_what_does_not_fit_is_refused_before_there_is_a_run(data, tmp_path):
     for given, code, message in [
-        ("--no_lr_decay --schedule=1", 2, "--no_lr_decay.*--schedule"),
+        ("--no_lr_decay --schedule=1", 2, "--no_lr_decay: then --schedule=1 means nothing"),
+        ("--no_use_ema --ema_decay=0.9", 2, "--no_use_ema: then --ema_decay=0.9 means nothing"),
+        ("--r1_gamma=0 --lazy_reg=3", 2, "--r1_gamma=0: then --lazy_reg=3 means nothing"),
+        ("--cost=robust --phi2=linear", 2, "--phi2=linear: leaves no image out"),
         ("--use_geometric", 2, "beta_max=20: a geometric schedule needs 0 < beta_min < beta_max < 1"),
         ("--use_geometric --beta_max=0.05", 2, "0 < beta_min < beta_max < 1"),
         ("--beta_max=5000", 2, "beta_max=5000: too much noise"),

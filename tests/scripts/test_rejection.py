@@ -48,8 +48,20 @@ def test_images_depend_on_neither_batch_nor_interruption(guide, tmp_path):
     assert np.array_equal(wanted, read(tmp_path / "b")[0])
     for seed in (3, 4):
         next((tmp_path / "b").glob(f"**/*{seed:06d}.png")).unlink()
-    assert "18 of 20 images are there already" in make(tmp_path / "b", *guide, "--seeds=0-19", "--resume")
-    assert np.array_equal(wanted, read(tmp_path / "b")[0])
+    out = make(tmp_path / "b", *guide, "--seeds=0-19", "--resume")
+    assert "18 of 20 images are there already" in out and np.array_equal(wanted, read(tmp_path / "b")[0])
+    assert drawn(out) == drawn(make(tmp_path / "c", *guide, "--seeds=3,4"))  # without those that were made again
+
+
+def test_images_that_were_not_rejected_are_not_mixed_in(guide, tmp_path):
+    """Nearly all seeds accept their first draw, so few images differ."""
+    args = ["--seeds=0-67", "--noise_rate=0.2"]
+    make(tmp_path / "out", guide[0], guide[2], args[0])
+    result = run(f"--outdir={tmp_path / 'out'}", *FAST, *guide, *args, "--resume")
+    assert result.exit_code == 1 and "of another network, class or setting" in result.stderr
+    make(tmp_path / "right", *guide, *args)
+    assert (read(tmp_path / "right")[0] != read(tmp_path / "out")[0]).any((1, 2, 3)).sum() < 15
+    make(tmp_path / "right", *guide, *args, "--resume")
 
 
 def test_what_is_never_accepted_is_counted(guide, tmp_path):
@@ -84,6 +96,9 @@ def test_the_classifier_of_a_detector_rejects_too(guide, detector, tmp_path):
     assert "until the detector's classifier takes them for right" in out and drawn(out) > 20
     assert "WARNING" not in out  # the rates by themselves say nothing: T does
     assert drawn(make(tmp_path / "all", *network, judge, "--seeds=0-19", "--noise_rate=0")) == 20
+    for discriminator, advice in ((judge, "leave it out"), (guide[1], "add --dg_mode=calibrated")):
+        result = run(f"--outdir={tmp_path / 'no'}", *network, discriminator, f"--trajectory={tmp_path / 'no.npz'}")
+        assert result.exit_code == 2 and f"several times; {advice}\n" in result.stderr
 
 
 @pytest.mark.parametrize(

@@ -175,6 +175,7 @@ def test_detector_beside_the_label_file_is_the_embedding(world, tmp_path):
         ("--embed=classifier: needs --cls", dict(embed="classifier")),
         ("--shuffle=transition: .*estimates no transition", dict(labels="published.npz", shuffle="transition")),
         ("--cond=0: .* it needs --cond=1", dict(cond=0)),
+        ("--noise_rate: --shuffle=uniform follows no", dict(shuffle="uniform", noise_rate=0.4)),
     ],
 )
 def test_usage(world, tmp_path, match, options):
@@ -193,13 +194,8 @@ def test_label_files_that_do_not_fit(world, tmp_path):
     }
     for name, (arrays, match) in cases.items():
         np.savez(tmp_path / f"{name}.npz", **arrays)
-        fail(
-            1,
-            match,
-            train_discriminator,
-            *train_args(tmp_path, tmp_path / "runs", f"{name}.npz"),
-            f"--data={world / 'digits.zip'}",
-        )
+        args = train_args(tmp_path, tmp_path / "runs", f"{name}.npz")
+        fail(1, match, train_discriminator, *args, f"--data={world / 'digits.zip'}")
 
 
 def test_open_clip_is_optional(world, tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -209,6 +210,32 @@ def test_resume_is_bit_exact(script, data, classifier, tmp_path):
     succeed(script, *args, f"--outdir={tmp_path}/half", "--duration=0.0004", f"--resume={resume}")
     assert_same(final_weights(half)["objective"], whole["objective"])
     assert len(list((tmp_path / "half").iterdir())) == 1  # continued in place
+
+
+def test_the_best_snapshot_comes_along(data, classifier, tmp_path):
+    """Into another folder, and out of it again what an interruption left there: no state knows it."""
+    args = [f"--data={data}", "--duration=0.0003", "--noise_type=sym", "--noise_rate=0.4", *TINY]
+    state = classifier / states(classifier)[-1]
+    succeed("train_classifier", *args, f"--outdir={tmp_path}/a", "--nosubdir", f"--resume={state}")
+    (snapshot,) = (tmp_path / "a").glob("network-snapshot-*")
+    assert snapshot.read_bytes() == (classifier / snapshot.name).read_bytes()
+    later = snapshot.with_name("network-snapshot-000001.pkl")
+    later.write_bytes(snapshot.read_bytes())
+    shutil.copy(state, tmp_path / "a")
+    succeed("train_classifier", *args, f"--outdir={tmp_path}/a", "--nosubdir", f"--resume={tmp_path}/a")
+    assert snapshot.exists() and not later.exists()
+    moved = pathlib.Path(shutil.copy(state, tmp_path))
+    lost = succeed("train_classifier", *args, f"--outdir={tmp_path}/b", f"--resume={moved}")
+    assert f"{tmp_path}/{snapshot.name} is gone" in lost.output
+
+
+def test_a_run_does_not_take_over_the_folder_of_another(data, trained, classifier, tmp_path):
+    args = ["train", f"--data={data}", "--cond=1", "--duration=0.00048", "--nosubdir", *TINY]
+    state, before = trained / states(trained)[-1], (classifier / "training_options.json").read_bytes()
+    fail(1, "already holds a run", *args, f"--outdir={classifier}", f"--resume={state}")
+    assert (classifier / "training_options.json").read_bytes() == before
+    (tmp_path / "link").symlink_to(trained)
+    succeed(*args, f"--outdir={tmp_path}/link", f"--resume={state}")  # its own
 
 
 # A run in a process of its own that kills itself at the n-th rename of a state (before it: in the middle of a save) or

@@ -4,6 +4,7 @@ import errno
 import os
 import pickle
 import resource
+import types
 import zipfile
 
 import numpy as np
@@ -228,8 +229,10 @@ def test_remove_leftovers(tmp_path):
 def test_a_snapshot_older_than_the_newest_state_is_noticed(tmp_path, capsys, snapshot, state, older):
     for number in () if state is None else (1, state):
         (tmp_path / f"training-state-{number:06d}.pt").write_bytes(b"")
-    warn_if_older(tmp_path / snapshot)
+    warn_if_older(tmp_path / snapshot, types.SimpleNamespace(network_kind="denoiser"))
     printed = capsys.readouterr().out
     assert printed.startswith(f"Warning: {tmp_path / snapshot} is older than training-state-000005.pt") == older
     assert bool(printed) == older
-    warn_if_older("https://example.org/network-snapshot-000001.pkl")
+    warn_if_older("https://example.org/network-snapshot-000001.pkl", torch.nn.Module())
+    warn_if_older(tmp_path / snapshot, types.SimpleNamespace(network_kind="classifier"))  # the best one may be older
+    assert not capsys.readouterr().out

@@ -13,6 +13,7 @@ from tests.support.objectives import CPU, Data, FixedClassifier, make_config, re
 from torch_utils import persistence
 from torch_utils.training_stats import Stats
 from training.learned_transition import LearnedTransition
+from training.objectives import classifier
 from training.objectives.classifier import REACH, ClassifierObjective
 from training.objectives.posterior_labels import PosteriorLabels
 from training.objectives.tdsm import TDSM
@@ -107,6 +108,19 @@ def test_snapshot_records_the_temperature_that_held_out_labels_ask_for(transitio
     persistence.save_snapshot(path, dict(ema=net, info=dict(info, validation_loss=loss)))
     line = objective.results(path)[0]
     assert line == (f"Temperature: {found}; held-out loss {loss:.4f} without it, {info['calibrated_loss']:.4f} with it")
+
+
+@pytest.mark.parametrize("n, images", [(2000, 256), (80, 20)])
+def test_the_temperature_counts_the_images_that_it_has_seen(monkeypatch, n, images):
+    """256 at a time: of 500 held-out images the first 256 are as many as asked for, and 20 come again and again."""
+    seen, fit = [], classifier.fit_temperature
+    monkeypatch.setattr(classifier, "CALIBRATION_DRAWS", 200)
+    monkeypatch.setattr(classifier, "VALIDATION_DRAWS", 512)
+    monkeypatch.setattr(classifier, "fit_temperature", lambda *a, **k: seen.append(k["images"]) or fit(*a, **k))
+    objective = make(data(n=n))
+    objective.validate()
+    objective.info()
+    assert seen == [images]
 
 
 def test_posterior_of_each_image_takes_the_place_of_its_label():

@@ -4,11 +4,13 @@ import numpy as np
 import pytest
 import torch
 
+import dnnlib
 from archives.label_file import LabelFile
 from archives.label_noise import transition_matrix
 from tests.support.objectives import CPU, Data, make_config, ready
 from torch_utils import misc
 from training.objective import split_items
+from training.objectives import discriminator
 from training.objectives.discriminator import DiscriminatorObjective, Shuffle, believed, right_shares
 from training.objectives.simix import nearest_partners
 
@@ -114,6 +116,23 @@ def make_objective(data, is_clean, transition=None, **kwargs):
         transition=transition,
         **kwargs,
     )
+
+
+def test_the_evidence_is_that_of_the_images_that_were_looked_at(monkeypatch):
+    monkeypatch.setattr(discriminator, "CALIBRATION_DRAWS", 100)
+    seen = []
+    fit = discriminator.fit_temperature
+    monkeypatch.setattr(discriminator, "fit_temperature", lambda *a, **k: seen.append(k["images"]) or fit(*a, **k))
+    for n, looked_at in ((400, 100), (100, 50)):
+        data = Data(n=n)
+        objective = make_objective(data, np.ones(n, dtype=bool), split=split_items(data, 0.5, seed=0))
+        objective.validate()
+        assert seen.pop() == objective.info()["held_out"] == looked_at
+
+
+def test_one_class_is_not_enough():
+    with pytest.raises(dnnlib.UserError, match="toy: has one class"):
+        make_objective(Data(classes=1), np.ones(32, dtype=bool))
 
 
 @pytest.mark.parametrize("transition", [None, transition_matrix("pair", 0.3, 4)])

@@ -49,6 +49,16 @@ def test_a_share_as_of_clean_sets_stays(monkeypatch):
         assert make(data, cost="robust", tau=10.0).train_indices is not None  # runs of earlier versions
 
 
+@pytest.mark.parametrize("clean", [True, False])
+def test_why_all_images_stay_is_said(clean):
+    """A tiny tau leaves no image out, though a group of them is expensive."""
+    data = Images(n=40) if clean else contrasts(0.2, 0.8, n=128)
+    objective = make(data, cost="robust", tau=1e-9, balanced=True)
+    assert objective.selected.all()
+    (line,) = (line for line in objective.notes() if "So all images stay" in line)
+    assert line.startswith("The set looks clean" if clean else "No image is so expensive at this tau")
+
+
 def test_images_that_cost_something_stay_in_proportion_to_their_weights():
     selection = Selection(np.repeat([0.0, 0.1], [9000, 1000]), 10.0, *2 * [slope(CONJUGATES["softplus"])])
     w = selection(torch.tensor([0.0, 0.1]))

@@ -15,6 +15,7 @@ import train_classifier
 import train_noise
 from archives.contents import SAMPLE, describe_contents, what_differs
 from archives.reader import ArchiveReader
+from dnnlib import UserError
 from tests.support.commands import callers
 from tests.support.runs import TINY
 from tests.support.synth import make_archive, pictures
@@ -182,6 +183,9 @@ def test_a_run_directory_may_be_a_glob_and_have_brackets(state, tmp_path):
     assert persistence.find_snapshot(f"{runs}/0*") == persistence.find_snapshot(f"{runs}/0*/network-*.pkl")
     shutil.copytree(folder / "run", runs / "00001-d")
     fail(1, *args, f"--resume={runs}/0*", "--resume|matches|00000-d|1 others")
+    for pattern in (f"{runs}/0*", f"{runs}/0*/network-*.pkl"):  # the newest of several runs is not what anybody means
+        with pytest.raises(UserError, match=r"matches .*2 folders, .*00000-d and others; name one of them"):
+            persistence.find_snapshot(pattern)
     fail(1, *args, f"--resume={runs}/9*", "is neither a training state")
 
 

@@ -115,6 +115,7 @@ class ClassifierObjective(Objective):
         if transition is not None:
             self.use(transition)
         self.held_out: tuple[torch.Tensor, ...] | None = None  # logits, noise levels and labels of the last validation
+        self.held_out_images = 0  # different ones among them
         self.val_indices, self.train_indices = split_items(dataset, config.classifier.val, config.seed)
         self.snapshot_on_best = len(self.val_indices) > 0
 
@@ -208,6 +209,7 @@ class ClassifierObjective(Objective):
                 rows.append((logits, sigma, wanted))
                 kept += len(part)
         self.held_out = tuple(map(torch.cat, zip(*rows, strict=True)))
+        self.held_out_images = min(n, kept)  # the first ones come again only after all others
         return float(total) / len(indices)
 
     def calibration(self, transition: torch.Tensor | None) -> dict[str, Any]:
@@ -216,7 +218,7 @@ class ClassifierObjective(Objective):
             return {}
         logits, sigma, wanted = self.held_out
         T = transition if self.targets is None else None
-        found = fit_temperature(logits, sigma, wanted, T, images=len(self.val_indices), certain=True)
+        found = fit_temperature(logits, sigma, wanted, T, images=self.held_out_images, certain=True)
         loss = -float(mean_log_likelihood(logits, wanted, T, found(sigma)))
         return dict(temperature=found.plain(), calibrated_loss=loss)
 

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
 
+import dnnlib
 from archives.dataset import ImageDataset, to_float
 from archives.label_file import LabelFile
 from torch_utils import distributed, misc
@@ -199,7 +200,10 @@ class DiscriminatorObjective(Objective):
         `split`: the images held out for calibration, and the items to train on (None: all items, no calibration).
         """
         super().__init__(config, dataset, device)
-        self.held_out, self.train_indices = (torch.empty(0, dtype=torch.int64), None) if split is None else split
+        if dataset.label_dim < 2:
+            raise dnnlib.UserError(f"{dataset.name}: has one class, so no label is wrong; a discriminator needs two")
+        held_out, self.train_indices = (torch.empty(0, dtype=torch.int64), None) if split is None else split
+        self.held_out = held_out[:CALIBRATION_DRAWS]
         self.train_items = None if split is None else self.train_indices.to(device)
         self.temperature: Temperature | None = None
         self.transition = transition
@@ -264,8 +268,7 @@ class DiscriminatorObjective(Objective):
         The weights say which of the two a pair speaks for, wrong or right. Each label's right and wrong pairs have the
         same expected weight, and labels that are nearly always right, or wrong, have little.
         """
-        items = self.held_out[:CALIBRATION_DRAWS]
-        repeats = min(-(-CALIBRATION_DRAWS // len(items)), DRAWS_PER_IMAGE)
+        repeats = min(-(-CALIBRATION_DRAWS // len(self.held_out)), DRAWS_PER_IMAGE)
         generator = misc.step_generator(self.config.seed, 0, 0, self.device, stream=4)
         draw = dict(generator=generator, device=self.device)
         low, high = np.log(CALIBRATED_SIGMAS)
@@ -274,7 +277,7 @@ class DiscriminatorObjective(Objective):
         # Images at a time: without gradients, each takes about a tenth of the memory.
         size = self.config.batch_gpu or 8 * self.config.batch_size // distributed.get_world_size()
         rows = []
-        for part in items.split(max(self.config.batch_size // repeats, 32)):
+        for part in self.held_out.split(max(self.config.batch_size // repeats, 32)):
             y = to_float(self.dataset.images(part).to(self.device)).repeat(repeats, 1, 1, 1)
             part = part.to(self.device).repeat(repeats)
             labels, targets = self.pairs(part, torch.rand([len(part), 2], **draw))

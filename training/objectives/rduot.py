@@ -162,6 +162,7 @@ class RDUOT(Objective):
             self.costs = self.costs_of(torch.arange(len(dataset)) if selects else self.cost.sample)
             sample = self.costs[self.cost.sample] if selects else self.costs
             self.selection = Selection(sample, c.tau, *(slope(CONJUGATES[phi]) for phi in (c.phi1, c.phi2)))
+        self.looks_clean = False
         self._choose_items(self._select(sample) if selects else None)
         in_losses = (squared_distance, 0.0) if selects else (self.cost, c.tau)
         log_sigmoid = self.log_sigmoid or bool(selects and c.balanced)
@@ -173,7 +174,8 @@ class RDUOT(Objective):
 
     def _select(self, sample: np.ndarray) -> np.ndarray:
         """Return which images stay, bool [N], given the costs of the cost's sample: all, where the set looks clean."""
-        if self.config.rduot.balanced and is_clean(self._weights(sample), self.cost.before_limit(sample)):
+        self.looks_clean = is_clean(self._weights(sample), self.cost.before_limit(sample))
+        if self.config.rduot.balanced and self.looks_clean:
             return np.ones(len(self.costs), dtype=bool)
         return self.selection.draw(self.costs, self.config.seed)
 
@@ -306,7 +308,9 @@ class RDUOT(Objective):
         if self.selected is not None:
             lines.append(f"The cost leaves out {self._shares(~self.selected, torch.arange(len(self.dataset)))}.")
             if self.selected.all():
-                lines.append("The set looks clean: few images are expensive, no group is apart. So all images stay.")
+                clean = "The set looks clean: few images are expensive, no group is apart."
+                why = clean if self.looks_clean else "No image is so expensive at this tau that it had to go."
+                lines.append(f"{why} So all images stay.")
             lines += self._warnings()
         known = self.dataset.outliers
         if known is None or known.all() or not known.any():
