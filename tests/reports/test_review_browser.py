@@ -129,6 +129,14 @@ def test_many_at_once_and_back(page):
     assert page.run("return decisions.size") == 0
 
 
+def test_another_tab_decides_too(page):
+    page.run(
+        "localStorage.setItem(data.key, JSON.stringify([[items[0].name, {kind: 'drop', to: null, label: items[0].label}]]));"
+        "window.dispatchEvent(new StorageEvent('storage', {key: data.key}))"
+    )
+    assert page.run("return document.getElementById('counter').textContent") == "1 decided: 0 keep, 0 relabel, 1 drop."
+
+
 def test_strangers_run_nothing(page):
     assert page.run("return typeof window.stolen") == "undefined"
     assert page.run("return document.images.length") == 0
