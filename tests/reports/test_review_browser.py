@@ -131,7 +131,8 @@ def test_many_at_once_and_back(page):
 
 def test_another_tab_decides_too(page):
     page.run(
-        "localStorage.setItem(data.key, JSON.stringify([[items[0].name, {kind: 'drop', to: null, label: items[0].label}]]));"
+        "const one = [items[0].name, {kind: 'drop', to: null, label: items[0].label}];"
+        "localStorage.setItem(data.key, JSON.stringify([one]));"
         "window.dispatchEvent(new StorageEvent('storage', {key: data.key}))"
     )
     assert page.run("return document.getElementById('counter').textContent") == "1 decided: 0 keep, 0 relabel, 1 drop."
