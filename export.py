@@ -78,15 +78,17 @@ def main(**opts: Any) -> None:
         facts["results"] = o.results and read_results(o.results)
     with blame("--label-path"):
         facts["noise_rate"] = o.label_path and read_noise_rate(o.label_path)
+    if o.sheet and snapshot["ema"].network_kind in PICTURED and snapshot["ema"].img_channels in (1, 3):
+        facts["sheet"] = "samples.png"
+    with blame("--network"):  # before the work
+        card = model_card(os.path.basename(os.path.abspath(o.dest)), snapshot, o.form, license=o.license, **facts)
     with contextlib.ExitStack() as stack:
         with blame("--dest"):
             folder = stack.enter_context(dnnlib.atomic_folder(o.dest))
         with blame(f"--format={o.form}"):
             lines = write(snapshot, folder, o.form)
-        if o.sheet and snapshot["ema"].network_kind in PICTURED and snapshot["ema"].img_channels in (1, 3):
-            facts["sheet"] = "samples.png"
-            draw(snapshot, path, folder / "samples.png")
-        card = model_card(os.path.basename(os.path.abspath(o.dest)), snapshot, o.form, license=o.license, **facts)
+        if "sheet" in facts:
+            draw(snapshot, path, folder / facts["sheet"])
         (folder / "README.md").write_text(card, encoding="utf-8")
         files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
         sizes = [f"{file.relative_to(folder)} {describe_size(file.stat().st_size)}" for file in files]

@@ -292,7 +292,10 @@ def check_destination(path: str, overwrite: bool = False) -> None:
 
 
 def _move_folder(source: str, path: str) -> None:
-    """Move a folder to `path`. What is there goes only when the new folder is in its place."""
+    """Move a folder to `path`. What is there goes to `source`, to be deleted; a link to a folder goes, not the folder.
+
+    A process that is killed between the renames leaves what was there as `.NAME.XXXXXXXX.tmp.old`, which stays.
+    """
     if not os.path.isdir(path) or not os.listdir(path):
         os.rename(source, path)  # also over an empty folder
         return
@@ -303,4 +306,4 @@ def _move_folder(source: str, path: str) -> None:
     except OSError:
         os.rename(old, path)
         raise
-    shutil.rmtree(old, ignore_errors=True)
+    os.unlink(old) if os.path.islink(old) else os.rename(old, source)

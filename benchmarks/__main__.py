@@ -65,9 +65,11 @@ class Topics(click.ParamType):
     "--out",
     metavar="JSON",
     callback=dnnlib.cli.output_file,
+    default=lambda: table.dated_file("cuda" if torch.cuda.is_available() else "cpu"),
+    show_default=False,
     help="Where to save the table  [default: benchmarks/results/DATE-DEVICE.json]",
 )
-def main(only: list[str], repeats: int, threads: int | None, out: str | None) -> None:
+def main(only: list[str], repeats: int, threads: int | None, out: str) -> None:
     if threads is not None:
         torch.set_num_threads(threads)
         os.environ["OMP_NUM_THREADS"] = str(threads)  # for the processes of the forms
@@ -91,7 +93,6 @@ def main(only: list[str], repeats: int, threads: int | None, out: str | None) ->
                 found.append(table.record(topic, row, peaks))
                 tqdm.write(table.line(found[-1]))
             bar.update(round(costs[topic]))
-    out = out or table.dated_file(device.type)
     table.save(out, machine, found)
     click.echo(f"\nSaved to {out} after {dnnlib.format_time(time.time() - start)}.")
 

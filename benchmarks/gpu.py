@@ -119,16 +119,28 @@ def run_part(part: str, tiny: bool, report: Report, lines: list[Line], minutes: 
         process.close()
 
 
+def find_place(ctx: click.Context, param: click.Parameter, value: str | None) -> str:
+    """Return the start of the paths of both files, and refuse one that cannot be written, before the measurement."""
+    if value is None:
+        value = table.dated_file("gpu-tiny" if ctx.params["tiny"] else "gpu").removesuffix(".json")
+    for end in ("json", "md"):
+        dnnlib.cli.output_file(ctx, param, value and f"{value}.{end}")
+    return value
+
+
 @click.command(cls=dnnlib.cli.Command, help=__doc__)
 @click.option("--part", type=click.Choice([*PARTS, "all"]), default="all", help="What to do")
 @click.option("--tiny", is_flag=True, help="Run on the CPU at a tiny size, to see that everything works")
 @click.option(
-    "--out", metavar="PATH", help="Where to write PATH.json and PATH.md  [default: benchmarks/results/DATE-gpu]"
+    "--out",
+    metavar="PATH",
+    callback=find_place,
+    help="Where to write PATH.json and PATH.md  [default: benchmarks/results/DATE-gpu]",
 )
-def main(part: str, tiny: bool, out: str | None) -> None:
+def main(part: str, tiny: bool, out: str) -> None:
     if not tiny and not torch.cuda.is_available():
         raise dnnlib.UserError("this machine has no CUDA device; --tiny runs everything on the CPU at a tiny size")
-    report = Report(out or table.dated_file("gpu-tiny" if tiny else "gpu").removesuffix(".json"))
+    report = Report(out)
     for name in PARTS if part == "all" else [part]:
         click.echo(f"\n{name.capitalize()} ({device_of(tiny)})")
         run_part(name, tiny, report, lines_of(name, tiny))

@@ -40,7 +40,7 @@ from training.networks_resnet import Classifier, Discriminator
 __all__ = ["lines"]
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-FIXTURES = os.path.join(ROOT, "tests", "fixtures")
+FIXTURES = os.path.join(ROOT, "tests", "fixtures")  # a Docker image has no folder tests
 CPU = torch.device("cpu")
 # Largest relative distance between an update of the weights on the device and one in float32 on the CPU
 UPDATE = dict(fp32=1e-3, tf32=0.02, bf16=0.1, fp16=0.05)
@@ -283,7 +283,13 @@ def _metrics_line(device: torch.device, data: Images) -> str:
     return _within(float(np.abs(ours - wanted).max() / np.abs(wanted).max()), 1e-3, "relative error")
 
 
+def _without_fixtures() -> str:
+    raise Skip(f"needs {FIXTURES}, which is not there")
+
+
 def _suite_line(tiny: bool) -> str:
+    if not os.path.isdir(FIXTURES):
+        return _without_fixtures()
     if tiny:
         raise Skip("`make test` runs these tests")
     command = [
@@ -314,11 +320,14 @@ def lines(device: torch.device, tiny: bool) -> Iterator[Line]:
     def line(name: str, work: Callable[[], str], seconds: int = 30) -> Line:
         return Line(name, work, seconds)
 
-    for name in sorted(os.listdir(FIXTURES)):
-        if name.startswith("network_"):
-            yield line(f"published {name[8:-4]}", functools.partial(_published_network, name, device))
-    yield line("published snapshot of EDM", lambda: _published_snapshot(device))
-    yield line("published metrics", lambda: _published_metrics(device))
+    if os.path.isdir(FIXTURES):
+        for name in sorted(os.listdir(FIXTURES)):
+            if name.startswith("network_"):
+                yield line(f"published {name[8:-4]}", functools.partial(_published_network, name, device))
+        yield line("published snapshot of EDM", lambda: _published_snapshot(device))
+        yield line("published metrics", lambda: _published_metrics(device))
+    else:
+        yield line("published numbers", _without_fixtures)
     for name in OBJECTIVES:
         for precision in ("fp32",) if tiny and name in ("rduot", "ddgan") else UPDATE:
             work = lambda name=name, precision=precision: _objective_line(name, precision, device, data(), {})  # noqa: E731

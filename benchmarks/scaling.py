@@ -351,10 +351,17 @@ def hardware_options(command: Callable) -> Callable:
     default="1000000,10000000,100000000",
     help="Sizes of the data sets whose order is measured",
 )
-@click.option("--out", metavar="JSON", help="Where to save the tables  [default: benchmarks/results/DATE-scaling.json]")
+@click.option(
+    "--out",
+    metavar="JSON",
+    callback=dnnlib.cli.output_file,
+    default=lambda: os.path.join(RESULTS, f"{datetime.date.today()}-scaling.json"),
+    show_default=False,
+    help="Where to save the tables  [default: benchmarks/results/DATE-scaling.json]",
+)
 @hardware_options
 def main(
-    gpus: list[int], measure: bool, repeats: int, entries: list[int], orders: list[int], out: str | None, **hardware
+    gpus: list[int], measure: bool, repeats: int, entries: list[int], orders: list[int], out: str, **hardware
 ) -> None:
     hw = Hardware(**hardware)
     result: dict = dict(
@@ -382,7 +389,6 @@ def main(
             f"States: {result['state_bytes_per_second'] / 1e6:,.0f} MB/s. 1,000 processes, 3 epochs: "
             f"{'every image once per epoch' if result['every_image_once'] else 'IMAGES WERE LOST OR REPEATED'}."
         )
-    out = out or os.path.join(RESULTS, f"{datetime.date.today()}-scaling.json")
     with dnnlib.atomic_open(out, "w") as file:
         json.dump(result, file, indent=1)
     click.echo(f"Saved to {out}.")

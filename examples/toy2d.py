@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from tqdm import trange
 
 import dnnlib
-from dnnlib.cli import Command, FloatRange
+from dnnlib.cli import Command, FloatRange, given_options
 from torch_utils import misc
 from training.noise_levels import DiffusionSteps
 from training.objectives.rduot import CONJUGATES, TransportLosses, ema_halflife
@@ -40,6 +40,7 @@ OUTLIER = torch.tensor([[3.0, 3.0]])
 MODES, SPREAD = torch.cat([CLEAN, OUTLIER]), 0.1
 BATCH, LR, R1, EMA, NZ = 512, 2e-4, 0.1, 0.998, 8
 PHI = click.Choice(list(CONJUGATES))
+BASELINE = dict(tau=0.0, phi1="softplus", phi2="softplus")  # what DDGAN has in place of options
 
 
 def points(n: int, share: float, generator: torch.Generator) -> torch.Tensor:
@@ -166,10 +167,15 @@ def main(
     num_steps: int,
     seed: int,
 ) -> None:
+    chosen, given = dict(tau=tau, phi1=phi1, phi2=phi2), given_options()
+    for name, own in BASELINE.items():
+        if method == "ddgan" and f"--{name}" in given and chosen[name] != own:
+            raise click.UsageError(f"--{name}={chosen[name]}: belongs to RDUOT; the baseline has {own}")
+    os.makedirs(outdir, exist_ok=True)  # before the work: a file of that name is refused
     steps = DiffusionSteps(num_timesteps)
     methods = {
-        "DDGAN": TransportLosses(steps, squared_distance, 0.0, "softplus", "softplus", R1, log_sigmoid=True),
-        "RDUOT": TransportLosses(steps, squared_distance, tau, phi1, phi2, R1),
+        "DDGAN": TransportLosses(steps, squared_distance, *BASELINE.values(), R1, log_sigmoid=True),
+        "RDUOT": TransportLosses(steps, squared_distance, *chosen.values(), R1),
     }
     results, table = {}, {}
     for name, losses in methods.items():
@@ -181,7 +187,6 @@ def main(
             *clean, outlier = (f"{share:.2%}" for share in table[name])
             seconds = dnnlib.format_time(time.time() - start)
             click.echo(f"{name}: modes {' '.join(clean)}, outliers {outlier} ({seconds})")
-    os.makedirs(outdir, exist_ok=True)
     with dnnlib.atomic_open(os.path.join(outdir, "toy2d.json"), "w") as file:
         json.dump(table, file, indent=1)
     draw(os.path.join(outdir, "toy2d.png"), results, points(50_000, outliers, torch.Generator().manual_seed(0)), steps)

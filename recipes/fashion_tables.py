@@ -145,7 +145,7 @@ def _valid(result: Result) -> bool:
             and isinstance(judge["on"], str)
             and all(numbers(c.get("accuracy"), c.get("num")) for c in judge["classes"].values())
         )
-    except (AttributeError, KeyError, TypeError, ValueError):
+    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError):  # the first: integers beyond any float
         return False
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import shlex
@@ -38,6 +39,7 @@ __all__ = [
 ]
 
 JOURNAL = "quickstart.json"
+LOCK = ".lock"  # beside the journal: the file that a call and its steps hold
 WRITTEN = ("--dest", "--outdir", "--out", "--cleaned", "--features")  # options of our scripts that name what they write
 POLL = 0.2  # seconds between two looks at the processes
 # Options of generate.py for SBDC: as in the paper's example, and behind a method that has left 10% wrong labels.
@@ -126,11 +128,41 @@ def run_plan(
     jobs     steps that run at the same time: one in this process, with progress bars on the screen, or several in
              processes of their own
 
-    UserError: `outdir` holds something else; or a step failed in its own process.
+    UserError: `outdir` holds something else; another call, or a step that has outlived it, runs there; or a step failed
+    in its own process.
     """
-    with dnnlib.cli.blame("--outdir"):
-        journal = Journal(outdir, [asdict(step) for step in steps], about)
-    journal.write()  # before the first step, which may be killed: the folder is ours
+    with contextlib.ExitStack() as at_end:
+        with dnnlib.cli.blame("--outdir"):
+            args = outdir, [asdict(step) for step in steps], about
+            Journal(*args)  # refuses a folder of others before there is a lock in it
+            lock = at_end.enter_context(_alone(outdir))
+            journal = Journal(*args)  # as the call before has left it
+        journal.write()  # before the first step, which may be killed: the folder is ours
+        return _run(steps, scripts, journal, jobs, lock)
+
+
+@contextlib.contextmanager
+def _alone(outdir: str) -> Iterator[int]:
+    """Keep other calls out of a folder, and yield the descriptor that does it in all processes that have it.
+
+    The lock goes when the last of these processes ends, however it dies. UserError: another one has it.
+    """
+    os.makedirs(outdir, exist_ok=True)
+    fd = os.open(os.path.join(outdir, LOCK), os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise dnnlib.UserError(f"{outdir}: a call or one of its steps is still running here") from None
+        except OSError:  # a file system without locks
+            pass
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _run(steps: Sequence[Step], scripts: Mapping[str, Any], journal: Journal, jobs: int, lock: int) -> dict[str, float]:
+    """Run the steps that the journal does not know as done. Their processes hold the `lock`, too."""
     by_name = {step.name: step for step in steps}
 
     def announce(step: Step) -> None:
@@ -147,7 +179,7 @@ def run_plan(
             if jobs == 1:
                 _one_by_one(waiting, scripts, journal, announce)
             else:
-                _side_by_side(waiting, scripts, journal, announce, jobs)
+                _side_by_side(waiting, scripts, journal, announce, jobs, lock)
     except (KeyboardInterrupt, SystemExit, click.Abort):
         click.echo("Stopped. The same command goes on from here.")
         raise
@@ -165,7 +197,12 @@ def _one_by_one(
 
 
 def _side_by_side(
-    steps: Sequence[Step], scripts: Mapping[str, Any], journal: Journal, announce: Callable[[Step], None], jobs: int
+    steps: Sequence[Step],
+    scripts: Mapping[str, Any],
+    journal: Journal,
+    announce: Callable[[Step], None],
+    jobs: int,
+    lock: int,
 ) -> None:
     """Run the steps in processes of their own.
 
@@ -182,7 +219,7 @@ def _side_by_side(
                 if len(running) < jobs and needs[step].isdisjoint([*running, *waiting]):
                     announce(step)
                     waiting.remove(step)
-                    running[step] = _Process(step, scripts, journal, environ)
+                    running[step] = _Process(step, scripts, journal, environ, lock)
             time.sleep(POLL)
             for step, process in [*running.items()]:
                 if process.ended():
@@ -193,9 +230,9 @@ def _side_by_side(
 
 
 class _Process:
-    """A step in a process of its own, with its output at the end of its log."""
+    """A step in a process of its own, which holds the `lock`, with its output at the end of its log."""
 
-    def __init__(self, step: Step, scripts: Mapping[str, Any], journal: Journal, environ: Mapping[str, str]):
+    def __init__(self, step: Step, scripts: Mapping[str, Any], journal: Journal, environ: Mapping[str, str], lock: int):
         script, *args = shlex.split(step.command)
         self.step, self.journal, self.path = step, journal, journal.log(step.name)
         os.makedirs(os.path.dirname(self.path), exist_ok=True)
@@ -209,6 +246,7 @@ class _Process:
                 stdin=subprocess.DEVNULL,
                 env=environ,
                 start_new_session=True,
+                pass_fds=[lock],  # it may outlive us: a second one must not write to the same files
             )
 
     def ended(self) -> bool:
@@ -300,7 +338,7 @@ class Journal:
             if not same:
                 raise dnnlib.UserError(f"{outdir} holds a run with other options; choose another folder")
             self.seconds, self.before = known["seconds"], known.get("interrupted", {})
-        elif os.path.isdir(outdir) and os.listdir(outdir):
+        elif os.path.isdir(outdir) and {*os.listdir(outdir)} - {LOCK}:
             raise dnnlib.UserError(f"{outdir} holds files that are not of such a run; choose another folder")
 
     def log(self, name: str) -> str:

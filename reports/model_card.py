@@ -5,6 +5,7 @@ README.md in the form of a model card, as the Hugging Face Hub shows it. See doc
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -73,8 +74,14 @@ def model_card(
     noise_rate  what `read_noise_rate` returns; None: not measured
     sheet       file name of a picture of samples beside the page
     license     name of the license of the weights, as the Hub spells it
+
+    UserError: what the snapshot says about its training cannot be shown.
     """
     net, info = snapshot["ema"], snapshot["info"]
+    try:
+        told = {"Data": _data(snapshot), "Noise found": _noise(info, noise_rate), "Method": _method(info)}
+    except (ArithmeticError, TypeError, ValueError) as e:
+        raise dnnlib.UserError(f"what the snapshot says about its training cannot be shown: {e}") from None
     channels = {1: "gray", 3: "RGB"}.get(net.img_channels, f"{net.img_channels}-channel")
     size = sum(parameter.numel() for parameter in net.parameters())
     library = "diffusers" if form == "diffusers" else "cleanscore"
@@ -92,9 +99,7 @@ def model_card(
     )
     picture = [] if sheet is None else ["", f"![Samples: one column per class]({sheet})"]
     sections = {
-        "Data": _data(snapshot),
-        "Noise found": _noise(info, noise_rate),
-        "Method": _method(info),
+        **told,
         "Results": _results(results),
         "Use": ["```python", *USES[form].splitlines(), "```"],
         "License": [f"Weights: {license}. The code of cleanscore is under the Apache License 2.0."],
@@ -108,13 +113,18 @@ def _plain(text: Any) -> str:
     return "".join(f"\\{c}" if c in r"\`*_[]<>#|!" else c for c in dnnlib.one_line(str(text)))
 
 
+def _dict(value: Any) -> dict[str, Any]:
+    """Return a value from a file of a stranger, an empty dict in place of one that is no dict."""
+    return value if isinstance(value, dict) else {}
+
+
 def _data(snapshot: Mapping[str, Any]) -> list[str]:
     info = snapshot["info"]
-    options = info.get("options") or {}
-    path = (options.get("dataset") or {}).get("path") or snapshot["dataset_kwargs"].get("path")
+    options = _dict(info.get("options"))
+    path = _dict(options.get("dataset")).get("path") or snapshot["dataset_kwargs"].get("path")
     lines = ["The snapshot does not say which images it was trained on."]
     if path:
-        count = ((options.get("contents") or {}).get("dataset.path") or {}).get("images")
+        count = _dict(_dict(options.get("contents")).get("dataset.path")).get("images")
         lines = [f"{_plain(os.path.basename(str(path)))}" + (f", {count:,} images." if isinstance(count, int) else ".")]
     names = info.get("class_names")
     if names:
@@ -130,22 +140,25 @@ def _noise(info: Mapping[str, Any], found: tuple[float, tuple[float, float] | No
         between = "" if interval is None else f", between {interval[0]:.1%} and {interval[1]:.1%}"
         lines.append(f"About {rate:.1%} of the labels are wrong{between}, by a label file of detect_noise.py.")
     if info.get("transition") is not None:
-        wrong = 1 - float(np.mean(np.diag(np.asarray(info["transition"], dtype=float))))
+        T = np.asarray(info["transition"], dtype=float)
+        if T.ndim != 2 or not T.size or T.shape[0] != T.shape[1] or not np.isfinite(T).all():
+            raise ValueError("its transition is no square matrix of finite numbers")
+        wrong = 1 - np.trace(T) / len(T)
         lines.append(f"The training counted on {wrong:.1%} wrong labels, on average over the classes.")
     return lines or ["Not on record: how many labels are wrong was neither stated nor estimated."]
 
 
 def _method(info: Mapping[str, Any]) -> list[str]:
-    method, o = info.get("method"), info.get("options") or {}
-    text, page = METHODS.get(method, (f"{_plain(method)}" if method else "not on record", None))
+    method, o = info.get("method"), _dict(info.get("options"))
+    text, page = METHODS.get(str(method), (_plain(method) if method else "not on record", None))
     lines = [f"Trained by {text}" + (f": docs/methods/{page}.md of cleanscore." if page else ".")]
-    posterior = o.get("posterior")
+    posterior = _dict(o.get("posterior"))
     if posterior:
         lines.append(f"Labels came from a posterior, mode {_plain(posterior.get('mode'))}.")
     if isinstance(info.get("nimg"), int):
         batch, precision = o.get("batch_size"), o.get("precision")
         lines.append(f"Length: {info['nimg'] / 1000:,.1f} thousand images" + (
-            f" in batches of {batch}, {_plain(precision)}." if batch else "."
+            f" in batches of {_plain(batch)}, {_plain(precision)}." if batch else "."
         ))  # fmt: skip
     return lines
 
@@ -157,7 +170,8 @@ def _results(results: Mapping[str, Any] | None) -> list[str]:
         ]
     values = [[_plain(name), "-" if value is None else f"{value:.4g}"] for name, value in results["metrics"].items()]
     reference = _plain(os.path.basename(str(results.get("data", "unknown"))))
-    about = f"{results.get('num_images', '?')} images against {reference}, detector {_plain(results.get('detector'))}."
+    count, detector = _plain(results.get("num_images", "?")), _plain(results.get("detector"))
+    about = f"{count} images against {reference}, detector {detector}."
     return [*markdown_table(["metric", "value"], values), "", about]
 
 
@@ -165,9 +179,16 @@ def read_results(path: str) -> dict[str, Any]:
     """Return the values in a file of `fid.py evaluate --out`. UserError: it is another file."""
     results = safe_files.load_json(dnnlib.read_bytes(path), path)
     metrics = results.get("metrics") if isinstance(results, dict) else None
-    if not isinstance(metrics, dict) or not all(isinstance(v, (int, float, type(None))) for v in metrics.values()):
+    if not isinstance(metrics, dict) or not all(v is None or _finite(v) for v in metrics.values()):
         raise dnnlib.UserError(f"{path}: holds no metrics; expected a file of fid.py evaluate --out=X.json")
     return results
+
+
+def _finite(value: Any) -> bool:
+    try:
+        return isinstance(value, (int, float)) and math.isfinite(value)
+    except OverflowError:  # an integer beyond any float
+        return False
 
 
 def read_noise_rate(path: str) -> tuple[float, tuple[float, float] | None]:

@@ -118,7 +118,8 @@ class TensorBoard:
         from torch.utils.tensorboard import SummaryWriter  # optional dependency
         from torch.utils.tensorboard.summary import hparams  # optional dependency
 
-        self._writer = SummaryWriter(run_dir, purge_step=nimg if nimg else None)
+        # TensorBoard purges from this step on. The events at `nimg` came before the state was saved, and stay.
+        self._writer = SummaryWriter(run_dir, purge_step=nimg + 1 if nimg else None)
         plain = {k: v if isinstance(v, (bool, int, float, str)) else json.dumps(v) for k, v in flat(config).items()}
         # Not `add_hparams`, which makes a run of its own in a folder of its own.
         for summary in hparams(plain, {"Loss/loss": 0.0}):

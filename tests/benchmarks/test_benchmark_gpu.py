@@ -8,7 +8,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from benchmarks import gpu
+from benchmarks import gpu, gpu_correct
 from benchmarks.core import FormProcess, Row
 from benchmarks.gpu_lines import Line, Skip, Wrong, lines_of, perform
 from benchmarks.gpu_speed import FORMS, _layers
@@ -33,6 +33,16 @@ def test_a_part_runs_to_its_end(tmp_path, part):
     assert all(row["images_per_second"] > 0 and row["reached"] > 0 for row in rows)
     assert len(rows) >= (19 if part == "speed" else 0)
     assert all(f"| {line['name']} | {line['status']} |" in (tmp_path / "new/out.md").read_text() for line in lines)
+
+
+def test_without_the_tests_their_lines_are_skipped_and_say_why(monkeypatch, tmp_path):
+    """A Docker image holds the benchmarks, but no tests."""
+    monkeypatch.setattr(gpu_correct, "FIXTURES", str(tmp_path / "fixtures"))
+    lines = {line.name: line for line in lines_of("correct", True)}
+    assert "published metrics" not in lines
+    for name in ("published numbers", "tests of the suite"):
+        result = perform(lines[name])
+        assert result["status"] == "SKIP" and f"{tmp_path}/fixtures" in result["detail"]
 
 
 def wrong():

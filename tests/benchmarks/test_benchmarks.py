@@ -14,7 +14,7 @@ from click.testing import CliRunner
 
 import dnnlib
 from benchmarks import __main__ as cli
-from benchmarks import denoising_error, metrics_rows, outlier_costs, plain, roofline, steps, table
+from benchmarks import denoising_error, gpu, metrics_rows, outlier_costs, plain, roofline, scaling, steps, table
 from benchmarks.archives import write_archive
 from benchmarks.core import FormProcess, Row, compare, processes
 from benchmarks.metrics_rows import prdc_plain
@@ -303,6 +303,20 @@ def test_results_are_dated_and_never_replaced(topics, tmp_path, monkeypatch):
         assert run("--only=two").exit_code == 0
     first, second = sorted(path.name for path in tmp_path.iterdir())
     assert first[10:] == "-cpu-2.json" and second[10:] == "-cpu.json" and first[:10] == second[:10]
+
+
+@pytest.mark.parametrize("command", [cli.main, gpu.main, scaling.main])
+@pytest.mark.parametrize("given", [True, False])
+def test_a_file_that_cannot_be_written_is_refused_before_the_measurement(command, given, tmp_path, monkeypatch):
+    monkeypatch.setattr(table, "RESULTS", str(tmp_path / "file/results"))
+    monkeypatch.setattr(scaling, "RESULTS", table.RESULTS)
+    for module, name in ((cli, "measure_peaks"), (gpu, "run_part"), (scaling, "model_rows")):
+        monkeypatch.setattr(module, name, None)
+    (tmp_path / "file").touch()
+    options = ["--tiny"] if command is gpu.main else []
+    result = CliRunner().invoke(command, options + [f"--out={tmp_path}/file/out"] * given)
+    assert result.exit_code == 2 and "cannot be written in" in result.stderr and "--out" in result.stderr
+    assert (given or "results" in result.stderr) and len(result.stderr.splitlines()) == 1
 
 
 def test_unknown_topic(topics):

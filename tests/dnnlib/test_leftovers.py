@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import shutil
 
 import pytest
 
@@ -62,6 +63,32 @@ def test_leftovers_of_an_archive_are_deleted(tmp_path, name):
     with pytest.raises(KeyboardInterrupt), ArchiveWriter(str(tmp_path / f"2{name}")):
         raise KeyboardInterrupt
     assert not list(tmp_path.glob(".2*"))
+
+
+def write_set(folder, data, **options):
+    with ArchiveWriter(str(folder), **options) as archive:
+        archive.add("00000/a.png", data)
+        archive.add_metadata(dict(labels=None))
+
+
+def test_an_archive_that_was_being_deleted_when_the_process_was_killed_goes_with_the_next_call(tmp_path, monkeypatch):
+    write_set(tmp_path / "set", b"1")
+    if not (call := os.fork()):
+        monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: os._exit(9))
+        write_set(tmp_path / "set", b"2", overwrite=True)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(call, 0)[1]) == 9
+    assert len(os.listdir(tmp_path)) == 2 and (tmp_path / "set/00000/a.png").read_bytes() == b"2"
+    write_set(tmp_path / "set", b"3", overwrite=True)
+    assert os.listdir(tmp_path) == ["set"] and (tmp_path / "set/00000/a.png").read_bytes() == b"3"
+
+
+def test_an_archive_in_place_of_a_link_leaves_the_linked_folder_alone(tmp_path):
+    write_set(tmp_path / "real", b"1")
+    (tmp_path / "set").symlink_to("real")
+    write_set(tmp_path / "set", b"2", overwrite=True)
+    assert sorted(os.listdir(tmp_path)) == ["real", "set"] and not (tmp_path / "set").is_symlink()
+    assert [(tmp_path / name / "00000/a.png").read_bytes() for name in ("real", "set")] == [b"1", b"2"]
 
 
 def test_brackets_in_a_path_are_letters_where_they_exist(tmp_path, monkeypatch):

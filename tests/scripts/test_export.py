@@ -312,6 +312,51 @@ def test_the_card_of_a_stranger_says_what_it_does_not_know(tmp_path):
     assert "samples.png" not in card and "None" not in card
 
 
+@pytest.mark.parametrize(
+    "info",
+    [
+        dict(options=["dataset"]),
+        dict(options=dict(dataset="/home/me/x.zip", contents=3, posterior="drop")),
+        dict(options=dict(dataset=dict(path="x.zip"), contents={"dataset.path": [1]})),
+        dict(method=["tdsm"]),
+    ],
+)
+def test_the_card_leaves_out_what_has_another_form(info):
+    card = model_card("name", dict(ema=random_network(), info=info, dataset_kwargs={}), "safetensors")
+    assert "# name" in card and "Trained by" in card
+
+
+@pytest.mark.parametrize(
+    "info",
+    [
+        dict(transition="abc"),
+        dict(transition=[0.5, 0.5]),
+        dict(transition=[[1.0], [0.5, 0.5]]),
+        dict(transition=[[0.5, 0.5]]),
+        dict(transition=[[float("nan")]]),
+        dict(transition=[[10**400]]),
+        dict(nimg=10**400),
+        dict(nimg=10**5000),
+        dict(options=dict(dataset=dict(path="x.zip"), contents={"dataset.path": dict(images=10**5000)})),
+    ],
+    ids=lambda info: str(*info),
+)
+def test_facts_that_cannot_be_shown_are_one_line(tmp_path, info):
+    save(tmp_path / "run", random_network(), info)
+    args = f"--network={tmp_path}/run", f"--dest={tmp_path}/there", "--format=snapshot"
+    fail(1, *args, "--network: what the snapshot says about its training cannot be shown")
+    assert not (tmp_path / "there").exists()
+
+
+def test_the_card_escapes_what_strangers_wrote(run, tmp_path):
+    options = dict(batch_size="<b>\n# 8", precision="fp32")
+    save(tmp_path / "run", random_network(), dict(nimg=1000, options=options))
+    (tmp_path / "out.json").write_text(json.dumps(dict(metrics={}, num_images="<script>\n# x")))
+    succeed(f"--network={tmp_path}/run", f"--dest={tmp_path}/there", "--sheet=0", f"--results={tmp_path}/out.json")
+    card = (tmp_path / "there" / "README.md").read_text()
+    assert "batches of \\<b\\> \\# 8" in card and "\\<script\\> \\# x images" in card
+
+
 @pytest.mark.parametrize("form", export.USES)
 def test_the_card_shows_code_that_python_accepts(form):
     card = model_card("name", dict(ema=random_network(), info={}, dataset_kwargs={}), form)
@@ -342,6 +387,8 @@ def test_only_denoisers_become_pipelines_and_graphs(form, tmp_path):
         (["--network=RUN", "--dest=there", "--license=a\nb: c"], 2, "--license|apache-2.0"),
         (["--network=RUN", "--dest=there", "--results=full/file"], 1, "--results|not valid JSON"),
         (["--network=RUN", "--dest=there", "--results=full/list.json"], 1, "--results|fid.py evaluate"),
+        (["--network=RUN", "--dest=there", "--results=full/digits.json"], 1, "--results|fid.py evaluate"),
+        (["--network=RUN", "--dest=there", "--results=full/infinite.json"], 1, "--results|fid.py evaluate"),
         (["--network=RUN", "--dest=there", "--label-path=full/file"], 1, "--label-path|detect_noise.py"),
         (["--network=RUN", "--dest=there", "--label-path=full/text.npz"], 1, "--label-path|from 0 to 1"),
         (["--network=RUN", "--dest=there", "--label-path=full/seven.npz"], 1, "--label-path|from 0 to 1"),
@@ -353,6 +400,8 @@ def test_bad_input_is_one_line_and_leaves_nothing(run, tmp_path, monkeypatch, ar
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("x")
     (tmp_path / "full" / "list.json").write_text("[1]")
+    (tmp_path / "full" / "digits.json").write_text(json.dumps(dict(metrics=dict(fid=10**400))))
+    (tmp_path / "full" / "infinite.json").write_text('{"metrics": {"fid": 1e999}}')
     (tmp_path / "full" / "netG_25.pth").touch()
     np.savez(tmp_path / "full" / "text.npz", noise_rate="abc")
     np.savez(tmp_path / "full" / "seven.npz", noise_rate=7.0)

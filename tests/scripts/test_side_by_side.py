@@ -106,6 +106,43 @@ def test_at_a_signal_the_steps_save_their_work_and_at_a_second_one_they_die(side
     assert not journal["seconds"] and journal["interrupted"].keys() == {"a", "b"}
 
 
+def test_while_a_step_outlives_a_killed_call_a_second_call_refuses(side_by_side, tmp_path):
+    run, order = side_by_side
+    plan = dict(a=("go", ""), b=("go", ""))
+    call = os.fork()
+    if not call:
+        try:
+            run(**plan)
+        finally:
+            os._exit(1)
+    while not order.exists() or order.read_text().count("begins") < 2:
+        time.sleep(0.02)
+    os.kill(call, signal.SIGKILL)
+    os.waitpid(call, 0)
+    with pytest.raises(UserError, match="demo: a call or one of its steps is still running here"):
+        run(**plan)
+    with open(order, "a") as f:
+        print("go", file=f)
+    found, until = None, time.monotonic() + 50
+    while found is None:
+        try:
+            found = run(**plan)
+        except UserError:  # they write that they end a moment before they do
+            assert time.monotonic() < until
+            time.sleep(0.02)
+    assert found.keys() == {"a", "b"} and order.read_text().count("begins") == 4
+
+
+def test_the_lock_of_a_call_that_was_killed_at_once_is_no_file_of_others(tmp_path):
+    (tmp_path / steps.LOCK).touch()
+    assert steps.run_plan([], {}, str(tmp_path)) == {}
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/mine").touch()
+    with pytest.raises(UserError, match="not of such a run"):
+        steps.run_plan([], {}, str(tmp_path / "other"))
+    assert os.listdir(tmp_path / "other") == ["mine"]
+
+
 def test_cores_are_shared_unless_the_user_says_how_many_threads(tmp_path, monkeypatch):
     seen = []
 

@@ -23,6 +23,20 @@ def test_runs_and_draws(tmp_path):
     assert Image.open(tmp_path / "toy2d.png").size[0] == 1200
 
 
+@pytest.mark.parametrize("option", ["--tau=0.1", "--phi1=linear", "--phi2=chi"])
+def test_the_baseline_has_none_of_rduots_options(tmp_path, option):
+    result = CliRunner().invoke(toy2d.main, [f"--outdir={tmp_path}/out", "--method=ddgan", "--steps=1", option])
+    assert result.exit_code == 2 and f"{option}: belongs to RDUOT" in result.stderr, result.output
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_in_place_of_the_folder_is_refused_before_the_training(tmp_path, monkeypatch):
+    (tmp_path / "out").touch()
+    monkeypatch.setattr(toy2d, "train", None)
+    result = CliRunner().invoke(toy2d.main, [f"--outdir={tmp_path}/out"])
+    assert result.exit_code == 1 and result.stderr == f"Error: {tmp_path}/out: File exists\n"
+
+
 def test_points_samples_and_shares():
     rng = torch.Generator().manual_seed(0)
     counted = toy2d.shares(toy2d.points(20_000, 0.05, rng))

@@ -138,7 +138,8 @@ def test_both_are_shown_everything(fake, data, tmp_path):
     again = ["--tensorboard=1", "--wandb=noise", "--wandb-mode=offline", f"--resume={run_dir}", "--duration=0.000128"]
     assert train(data, tmp_path, *again)[0] == 0
     assert fake.logins == [KEY]  # offline asks nobody
-    assert fake.purged == [None, 96]
+    assert fake.purged == [None, 97]  # from here on: the tick at 96 is in the state, and is not reported again
+    assert [step for step, _ in fake.values("tensorboard", "Loss/loss")] == [32, 64, 96, 128]
     assert {name: fake.inits[1][name] for name in ("id", "resume", "mode")} == dict(
         id="abc123", resume="allow", mode="offline"
     )
@@ -212,6 +213,11 @@ def test_real_tensorboard(tmp_path):
     shown.close()
     found = EventAccumulator(str(tmp_path)).Reload()
     assert found.Scalars("Loss/loss")[0].value == 0.5 and found.Images("transition")[0].step == 32
+
+    shown = Trackers(make_config(tensorboard=True), str(tmp_path), 32)
+    shown.scalars({"Loss/loss": 0.25}, 64)
+    shown.close()
+    assert [event.step for event in EventAccumulator(str(tmp_path)).Reload().Scalars("Loss/loss")] == [32, 64]
 
 
 def test_real_wandb_offline(tmp_path, monkeypatch):
