@@ -13,7 +13,6 @@ from __future__ import annotations
 import io
 import math
 import pickle
-import pickletools
 import re
 import zipfile
 from collections.abc import Callable, Iterable
@@ -22,6 +21,7 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 
 from dnnlib import UserError
+from torch_utils.pickle_scan import end_of_pickle
 
 if TYPE_CHECKING:  # imported where there are tensors to read, so that other programs do not wait for it
     import torch
@@ -78,8 +78,8 @@ _KINDS = {f"torch.{name}Storage": dtype for name, dtype in dict(
     Char="int8", Byte="uint8", Bool="bool", ComplexDouble="complex128", ComplexFloat="complex64").items()}  # fmt: skip
 
 MAX_DEPTH = 200
+MAX_NAME, MAX_CLASSES = 300, 1000  # characters of a dotted name, names; a real file has a few dozen
 SHOWN = 4  # tensors may share a storage, but not so many that their copies are far larger than the file
-MAX_OPERATIONS = 4_000_000  # the largest published file (CIFAR-100) has half a million
 _LEGACY_MAGIC, _LEGACY_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # how files of torch.save begin that are not ZIPs
 _ReadStorage = Callable[[Any, memoryview], int]  # fills memory from the storage with this key; returns the bytes read
 # What reading a record raises when its arguments have wrong types or values.
@@ -115,6 +115,14 @@ class Record:
 class _RecordDict(dict):
     __slots__ = ()
 
+    def __init__(self, *args: list[Any]):
+        # Python 2 gives the items as a list of pairs. They move, as copies of one list could take all memory.
+        for pairs in args:
+            if type(pairs) is not list or any(type(key) is not str or len(key) > 1000 for key, _ in pairs):
+                raise TypeError("not the items of a dictionary")
+            self.update(pairs)
+            pairs.clear()
+
     def __setstate__(self, state: Any) -> None:
         pass  # attributes of a dict, such as the version numbers of a state dict, are not needed
 
@@ -135,6 +143,8 @@ class _Unpickler(pickle.Unpickler):
         self.stored: dict[Any, _Stored] = {}  # storages outside the pickle, by key
 
     def find_class(self, module: str, name: str) -> type:
+        if len(module) + len(name) > MAX_NAME or len(self._classes) >= MAX_CLASSES:
+            raise pickle.UnpicklingError("it asks for too many names, or for a very long one")
         path = re.sub(r"^numpy\._core\.", "numpy.core.", f"{module}.{name}")
         if path not in self._classes:
             if not on_list(path, self._allowed):
@@ -145,7 +155,8 @@ class _Unpickler(pickle.Unpickler):
         return self._classes[path]
 
     def persistent_load(self, pid: Any) -> Record:
-        kind = pid[1].path if isinstance(pid, tuple) and len(pid) in (5, 6) and pid[0] == "storage" else None
+        whole = isinstance(pid, tuple) and len(pid) in (5, 6) and pid[0] == "storage" and type(pid[2]) is str
+        kind = pid[1].path if whole else None
         if not _KINDS.keys() & self._allowed or kind not in _KINDS or pid[5:] not in ((), (None,)):
             raise pickle.UnpicklingError("it refers to an object outside")
         return self.stored.setdefault(pid[2], _Stored(kind, pid[2], pid[4]))
@@ -154,30 +165,6 @@ class _Unpickler(pickle.Unpickler):
 def on_list(path: str, allowed: frozenset[str]) -> bool:
     """Return whether the list has this dotted name, or 'package.*'."""
     return path in allowed or f"{path.partition('.')[0]}.*" in allowed
-
-
-def end_of_pickle(data: bytes | IO[bytes], name: str) -> int:
-    """Return the offset after a pickle's last opcode, without loading the pickle.
-
-    Raise UserError when the data is cut off or not a pickle.
-    """
-    count, end = 0, 0
-    try:
-        for opcode, arg, pos in pickletools.genops(data):
-            count += 1
-            # pickle allocates its memo up to the largest index at once.
-            if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and arg > count:
-                raise ValueError(f"memo index {arg} in operation {count}")
-            if opcode.name in ("EXT1", "EXT2", "EXT4"):
-                # pickle caches registered extensions, so after the first use they bypass find_class.
-                raise ValueError("it asks for a registered extension")
-            if count > MAX_OPERATIONS:
-                raise ValueError(f"more than {MAX_OPERATIONS:,} operations")
-            end = pos + 1
-    except Exception as e:  # pickletools raises a dozen kinds of errors; all of them mean this
-        why = str(e) or type(e).__name__
-        raise UserError(f"{name}: {'truncated or corrupt' if count else 'not a'} pickle ({why[:200]})") from e
-    return end
 
 
 def parse(data: bytes, name: str, extra: Iterable[str] = (), encoding: str = "ASCII") -> tuple[Any, list[str], int]:
@@ -288,7 +275,8 @@ def _open_legacy(file: IO[bytes], name: str, extra: Iterable[str]) -> tuple[Any,
         raise UserError(f"{name}: not a file of torch.save, or not little-endian")
     tree, reader = _parse(file, name, extra)
     keys = _parse(file, name)[0]
-    if not isinstance(keys, list) or len(keys) != len(reader.stored) or set(keys) != reader.stored.keys():
+    texts = isinstance(keys, list) and all(type(key) is str for key in keys)
+    if not texts or len(keys) != len(reader.stored) or set(keys) != reader.stored.keys():
         raise UserError(f"{name}: corrupt, it does not list the storages that it uses")
     # After the pickles, each storage follows: the number of values and the values.
     places, end = {}, file.tell()

@@ -1,7 +1,10 @@
 """The unpickler with a list of allowed names: it returns plain data, tensors and arrays, and refuses all else."""
 
+import collections
 import io
 import pickle
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -39,6 +42,58 @@ def nested(levels):
 def test_bombs_are_refused(name, data):
     with pytest.raises(UserError, match="^x: "):
         safe_pickle.load(data, "x")
+
+
+LIMITS = "import resource; resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30)); import sys; "
+READ = f"{LIMITS}from torch_utils import safe_pickle; print(safe_pickle.load(sys.stdin.buffer.read(), 'x', {{'a.*'}}))"
+ORDERED = b"\x80\x04ccollections\nOrderedDict\nq\x01"
+
+
+def tuples(wrap, times):
+    return b")" + wrap * times
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"\x80\x04}" + tuples(b"2\x86", 60) + b"Ns.",
+        b"\x80\x04}" + tuples(b"q\x01h\x01\x86", 60) + b"Ns.",
+        b"\x80\x04})" + b"".join(b"\x94h%c\x86" % i for i in range(60)) + b"Ns.",
+        b"\x80\x04}" + tuples(b"\x85", 10**6) + b"Ns.",
+        b"\x80\x04}(K\x01N" + tuples(b"2\x86", 60) + b"Nu.",
+        b"(" + tuples(b"2\x86", 60) + b"Nd.",
+        b"\x80\x04\x8f(" + tuples(b"2\x86", 60) + b"\x90.",
+        b"\x80\x04(" + tuples(b"2\x86", 60) + b"\x91.",
+        b"\x80\x04}(0" + tuples(b"2\x86", 60) + b"Ns.",
+        b"\x80\x04}(N1" + tuples(b"2\x86", 60) + b"Ns.",
+        b"\x80\x04}(" + b"".join(b"\x8a\x0b" + (((1 << 61) - 1) * (1 << 20 | i)).to_bytes(11, "little") + b"N"
+                                 for i in range(200000)) + b"u.",
+        b"\x80\x04}(" + b"".join(b"J" + i.to_bytes(4, "little") + b"\x85N" for i in range(6000)) + b"u.",
+        ORDERED + b"](" + tuples(b"2\x86", 60) + b"N\x86e\x85R.",
+        ORDERED + b"0](" + b"h\x01}(" + b"".join(b"\x8c\x06%06dN" % i for i in range(10**5)) + b"uq\x02\x85R"
+        + b"h\x01h\x02\x85R" * 3000 + b"e.",
+        b"\x80\x04](" + b"".join(b"ca\n%d\n" % i for i in range(10**5)) + b"e.",
+        b"\x80\x04\x8d" + (10**6).to_bytes(8, "little") + b"a" * 10**6 + b"q\x01](" + b"".join(
+            b"h\x01\x8c\x05%05d\x93" % i for i in range(10**4)) + b"e.",
+    ],
+)  # fmt: skip
+def test_what_pickle_hashes_copies_or_names_is_bounded(data):
+    """A process of its own: the unpickler, in C, would never end, end the process, or take gigabytes."""
+    done = subprocess.run([sys.executable, "-c", READ], input=data, capture_output=True, timeout=60, check=False)
+    assert b"UserError: x: " in done.stderr and b"pickle (" in done.stderr, (done.returncode, done.stderr[-300:])
+
+
+@pytest.mark.parametrize("kind", [dict, collections.OrderedDict])
+def test_keys_of_real_files(kind):
+    keys = ["a" * 300, b"b", 1, -(1 << 60), True, 2.5, None, (), ("a", 1, (2, 3)), frozenset({1, ("x", 2)})]
+    value = kind(zip([*keys, *map(str, range(10**4)), *range(2, 10**4)], range(10**5), strict=False))
+    for protocol in (4, 5):  # earlier ones have no sets
+        assert safe_pickle.load(pickle.dumps([value, set(value)], protocol), "x") == [value, set(value)]
+
+
+def test_a_dictionary_of_python_2():
+    data = ORDERED + b"](](U\x01aK\x01e](U\x01bK\x02ee\x85R."
+    assert safe_pickle.load(data, "x") == {"a": 1, "b": 2}
 
 
 @pytest.mark.parametrize(
