@@ -1,5 +1,6 @@
 """The unpickler with a list of allowed names: it returns plain data, tensors and arrays, and refuses all else."""
 
+import _codecs
 import collections
 import io
 import pickle
@@ -45,7 +46,8 @@ def test_bombs_are_refused(name, data):
 
 
 LIMITS = "import resource; resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30)); import sys; "
-READ = f"{LIMITS}from torch_utils import safe_pickle; print(safe_pickle.load(sys.stdin.buffer.read(), 'x', {{'a.*'}}))"
+READ = LIMITS + "from torch_utils import safe_pickle; print(safe_pickle.load(sys.stdin.buffer.read(), 'x', {'a.*'}))"
+LEGACY = torch.ones(3)._typed_storage().__reduce__()[1][0]
 ORDERED = b"\x80\x04ccollections\nOrderedDict\nq\x01"
 
 
@@ -115,6 +117,48 @@ def test_tensors_stay_inside_their_storage(args):
     data = pickle.dumps([Raw(torch._utils._rebuild_tensor_v2, storage, *args, False, None)])
     with pytest.raises(UserError, match="x: malformed"):
         safe_pickle.load(data, "x", safe_pickle.TENSORS)
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        (0, ("a" * 10**6,) + (10**4,) * 3, (1,) * 4),
+        (0, (1 << 40,) * 100, (1,) * 100),
+        (0, (1,), (1,) * 10**6),
+        (nested(60), (1,), (1,)),
+        (0, nested(60), (1,)),
+        (0, (1,), nested(60)),
+    ],
+)
+def test_numbers_of_tensors_and_arrays_are_numbers(args):
+    """In a process of its own, because a number times a text is a longer text, and a message would never end."""
+    tensor = Raw(torch._utils._rebuild_tensor_v2, Raw(torch.storage._load_from_bytes, LEGACY), *args, False, None)
+    array = Raw(np._core.numeric._frombuffer, b"", np.dtype("u1"), args[1], "C")
+    read = READ.replace("{'a.*'}", "safe_pickle.TENSORS | safe_pickle.ARRAYS")
+    for record in (tensor, array)[: 1 if args[1] == (1,) else 2]:
+        data = pickle.dumps([record])
+        done = subprocess.run([sys.executable, "-c", read], input=data, capture_output=True, timeout=60, check=False)
+        assert b"UserError: x: malformed" in done.stderr and len(done.stderr) < 5000, done.stderr[-300:]
+
+
+def test_bytes_of_older_protocols_do_not_multiply():
+    record = Raw(_codecs.encode, "\xe9" * 10**5, "latin1")
+    assert safe_pickle.load(pickle.dumps([record]), "x", safe_pickle.ARRAYS) == [b"\xe9" * 10**5]
+    with pytest.raises(UserError, match="repeat themselves"):
+        safe_pickle.load(pickle.dumps([record] * 1000), "x", safe_pickle.ARRAYS)
+
+
+def test_texts_of_cifar_do_not_multiply():
+    names = safe_pickle.load_cifar_batch(pickle.dumps({b"names": [b"a" * 10**5] * 100}), "x")["names"]
+    assert names == ["a" * 10**5] * 100 and len({*map(id, names)}) == 1
+
+
+def test_complex_numbers_are_no_keys():
+    number = np.complex128(1)
+    assert safe_pickle.load(pickle.dumps([number]), "x") == [1]
+    for value in ({number: 1}, {number}):
+        with pytest.raises(UserError, match="complex"):
+            safe_pickle.load(pickle.dumps(value), "x")
 
 
 @pytest.mark.parametrize("content", [torch.ones(3)._typed_storage(), torch.ones(3), {"a": 1}])
