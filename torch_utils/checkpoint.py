@@ -133,8 +133,11 @@ def _damage(path: str | os.PathLike[str]) -> str | None:
             return "truncated, damaged or not a state (its checksum differs)"
     try:  # no SHA-256 follows the container: an earlier version or another program wrote it
         with zipfile.ZipFile(path) as archive:
-            if any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()):
+            parts = archive.infolist()
+            if any(info.compress_type != zipfile.ZIP_STORED for info in parts):
                 return "not a state (its parts are compressed)"  # and could unpack to any size
+            if sum(info.file_size for info in parts) > size or len({info.filename for info in parts}) < len(parts):
+                return "not a state (its parts overlap)"  # and would take the square of its size to read
             bad = archive.testzip()
     except Exception as e:  # wrong bytes can make the reader raise anything
         return f"truncated or not a state ({str(e).rstrip('.')})"

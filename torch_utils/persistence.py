@@ -15,7 +15,6 @@ import glob
 import hashlib
 import inspect
 import io
-import math
 import os
 import pickle
 import re
@@ -26,10 +25,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from dnnlib import UserError, atomic_open, is_url, match_paths, read_bytes
-from torch_utils import distributed, portable, safe_pickle
+from torch_utils import build_limits, distributed, portable, safe_pickle
 
 __all__ = ["build_network", "find_snapshot", "load_snapshot", "persistent_class", "save_snapshot"]
 
@@ -38,6 +36,7 @@ _classes: dict[str, type] = {}  # the persistent classes of this program, by nam
 _sources: dict[str, str] = {}  # source code by module, as it was when the module was imported
 _executed: set[str] = set()  # modules made from the source code in trusted snapshots; their classes are not ours
 _EDM2 = "Precond"  # the network in EDM2's snapshots; our class of this name is abstract
+_MAX_NAME = 300  # characters of a tensor's name; real ones have up to 80
 _OBJECT = "torch_utils.persistence._reconstruct_persistent_obj"
 _WRITTEN = safe_pickle.TENSORS | safe_pickle.CONTAINERS | {_OBJECT}
 _ALLOWED = _WRITTEN | safe_pickle.MODULES
@@ -276,22 +275,6 @@ def _check_kind(name: str, cls: type, kind: str | tuple[str, ...] | None) -> Non
         )
 
 
-class _ValueLimit(TorchDispatchMode):
-    """Allows torch.empty, rand, zeros and similar functions to create at most `limit` tensor values inside."""
-
-    def __init__(self, limit: int):
-        super().__init__()
-        self._left = limit
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if args and isinstance(args[0], (list, torch.Size)):
-            # Every tensor counts as 1000 values more, because building very many small ones takes forever too.
-            self._left -= 1000 + math.prod(n for n in args[0] if isinstance(n, int))
-            if self._left < 0:
-                raise ValueError("they ask for a far larger network than is stored")
-        return func(*args, **(kwargs or {}))
-
-
 class _Reader(safe_pickle.Resolver):
     """Builds persistent objects from the records of one snapshot."""
 
@@ -302,7 +285,9 @@ class _Reader(safe_pickle.Resolver):
                 raise TypeError(type(record).path)
             (meta,) = record.args
             version, class_name, state = meta["version"], meta["class_name"], meta["state"]
-            if meta["type"] != "class" or not 1 <= version <= _VERSION:
+            if meta["type"] != "class" or type(version) is not int:
+                raise TypeError("type or version")  # not shown: they may be of any size
+            if not 1 <= version <= _VERSION:
                 raise ValueError(f"version {version}")
             if not isinstance(class_name, str) or not isinstance(state, dict):
                 raise TypeError("class_name or state")
@@ -356,8 +341,9 @@ class _Reader(safe_pickle.Resolver):
         if inner is not None and str(inner) not in _classes:
             raise self.fail(f"names a model of type {str(inner)[:100]!r}, which this program does not have")
         try:
-            # A number in the arguments may ask for any size. Building creates a few times as many values as it keeps.
-            with _ValueLimit(4_000_000 + 16 * sum(tensor.numel() for tensor in tensors.values())):
+            build_limits.check_arguments((args, kwargs), tensors.values())
+            # Numbers together may ask for any size. Building creates a few times as many values as it keeps.
+            with build_limits.ValueLimit(4_000_000 + 16 * sum(tensor.numel() for tensor in tensors.values())):
                 net = cls(*args, **kwargs).eval().requires_grad_(False)
         except Exception as e:  # constructors check little, and the arguments come from a stranger
             raise self.fail(f"no {cls.__name__} can be built from the recorded arguments ({e})") from e
@@ -392,12 +378,19 @@ class _Reader(safe_pickle.Resolver):
             state = self._meta(record)[1]
         try:
             named = {**state["_parameters"], **state["_buffers"]}
+            left_out = state.get("_non_persistent_buffers_set", set())
+            if not isinstance(left_out, set):
+                raise TypeError("buffers that are left out")
+            # A small file may hold the same module under very many names.
+            self.spend(0, len(named))
+            if max(map(len, (*named, *state["_modules"])), default=0) + len(prefix) > _MAX_NAME:
+                raise ValueError(f"a name of over {_MAX_NAME} characters")
             for name, tensor in named.items():
-                if tensor is not None and name not in state.get("_non_persistent_buffers_set", ()):
+                if tensor is not None and name not in left_out:
                     tensors[prefix + name] = self.tensor(tensor)
             buffers.update(prefix + name for name in state["_buffers"])
             children = {prefix + name + ".": child for name, child in state["_modules"].items() if child is not None}
-        except (AttributeError, KeyError, TypeError) as e:
+        except (AttributeError, KeyError, TypeError, ValueError) as e:
             raise self.fail(f"malformed module {prefix.rstrip('.')!r} ({type(e).__name__}: {e})") from e
         for name, child in children.items():
             self._collect(child, name, tensors, buffers)

@@ -5,6 +5,7 @@ Nothing in them can run. See docs/export.md. `torch_utils.persistence` builds a 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -22,6 +23,7 @@ from torch_utils import safe_files
 __all__ = ["CONFIG", "FORMAT", "WEIGHTS", "is_portable", "plain_json", "read", "write"]
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
+_PIN = "config.json.sha256"  # in the metadata of the tensors
 FORMAT = "cleanscore network 1"
 DESCRIBES = ("class_name", "init_args", "init_kwargs")  # the network: its class and the constructor's arguments
 
@@ -38,10 +40,11 @@ def write(folder: Path, net: torch.nn.Module, settings: Mapping[str, Any]) -> No
     """
     described = dict(class_name=type(net).__name__, init_args=net.init_args, init_kwargs=net.init_kwargs)
     config = dict(format=FORMAT, kind=net.network_kind, **described, **settings)
-    text = plain_json(config)
+    text = plain_json(config).encode()
     tensors = {name: tensor.contiguous() for name, tensor in net.state_dict().items()}
-    safetensors.torch.save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    (folder / CONFIG).write_text(text, encoding="utf-8")
+    metadata = {"format": "pt", _PIN: hashlib.sha256(text).hexdigest()}
+    safetensors.torch.save_file(tensors, folder / WEIGHTS, metadata=metadata)
+    (folder / CONFIG).write_bytes(text)
 
 
 def plain_json(settings: dict[str, Any]) -> str:
@@ -67,18 +70,27 @@ def _plain(value: Any) -> Any:
 def read(path_or_url: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """Return the settings and the tensors of a `.safetensors` file or URL that has its `config.json` beside it.
 
-    UserError: one of the two files is missing or damaged, or is not what `write` has written.
+    A URL with `#sha256=` pins both files, if that of the tensors holds the hash of the settings. UserError: one of the
+    two files is missing or damaged, or is not what `write` has written.
     """
-    is_url = dnnlib.is_url(path_or_url)
-    name = urljoin(path_or_url, CONFIG) if is_url else os.path.join(os.path.dirname(path_or_url), CONFIG)
-    config = safe_files.load_json(dnnlib.read_bytes(name), name)
+    data = dnnlib.read_bytes(path_or_url)
+    try:
+        tensors = safetensors.torch.load(data)
+    except (SafetensorError, ValueError, KeyError) as e:
+        raise dnnlib.UserError(f"{path_or_url}: damaged, or not a safetensors file ({e})") from None
+    name = os.path.join(os.path.dirname(path_or_url), CONFIG)
+    pin = ""
+    if dnnlib.is_url(path_or_url):
+        url = urlsplit(path_or_url)
+        name = urljoin(path_or_url, CONFIG) + (f"?{url.query}" if url.query else "")
+        header = safe_files.load_json(data[8 : 8 + int.from_bytes(data[:8], "little")], path_or_url)
+        stated = (header.get("__metadata__") or {}).get(_PIN)
+        pin = f"#sha256={stated}" if url.fragment and stated else ""
+    config = safe_files.load_json(dnnlib.read_bytes(name + pin), name)
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         raise dnnlib.UserError(f'{name}: does not say "format": "{FORMAT}", so export.py has not written it')
     kinds = dict(class_name=str, init_args=list, init_kwargs=dict)
     for key in DESCRIBES:
         if not isinstance(config.get(key), kinds[key]):
             raise dnnlib.UserError(f"{name}: {key!r} is missing or of the wrong type")
-    try:
-        return config, safetensors.torch.load(dnnlib.read_bytes(path_or_url))
-    except (SafetensorError, ValueError, KeyError) as e:
-        raise dnnlib.UserError(f"{path_or_url}: damaged, or not a safetensors file ({e})") from None
+    return config, tensors

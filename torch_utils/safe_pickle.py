@@ -10,10 +10,10 @@ but it calls what is on its list, and bytearray(10**12) in a file of a kilobyte 
 
 from __future__ import annotations
 
+import functools
 import io
 import math
 import pickle
-import pickletools
 import re
 import zipfile
 from collections.abc import Callable, Iterable
@@ -22,6 +22,7 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 
 from dnnlib import UserError
+from torch_utils.pickle_scan import end_of_pickle
 
 if TYPE_CHECKING:  # imported where there are tensors to read, so that other programs do not wait for it
     import torch
@@ -78,8 +79,8 @@ _KINDS = {f"torch.{name}Storage": dtype for name, dtype in dict(
     Char="int8", Byte="uint8", Bool="bool", ComplexDouble="complex128", ComplexFloat="complex64").items()}  # fmt: skip
 
 MAX_DEPTH = 200
+MAX_NAME, MAX_CLASSES = 300, 1000  # characters of a dotted name, names; a real file has a few dozen
 SHOWN = 4  # tensors may share a storage, but not so many that their copies are far larger than the file
-MAX_OPERATIONS = 4_000_000  # the largest published file (CIFAR-100) has half a million
 _LEGACY_MAGIC, _LEGACY_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # how files of torch.save begin that are not ZIPs
 _ReadStorage = Callable[[Any, memoryview], int]  # fills memory from the storage with this key; returns the bytes read
 # What reading a record raises when its arguments have wrong types or values.
@@ -115,6 +116,14 @@ class Record:
 class _RecordDict(dict):
     __slots__ = ()
 
+    def __init__(self, *args: list[Any]):
+        # Python 2 gives the items as a list of pairs. They move, as copies of one list could take all memory.
+        for pairs in args:
+            if type(pairs) is not list or any(type(key) is not str or len(key) > 1000 for key, _ in pairs):
+                raise TypeError("not the items of a dictionary")
+            self.update(pairs)
+            pairs.clear()
+
     def __setstate__(self, state: Any) -> None:
         pass  # attributes of a dict, such as the version numbers of a state dict, are not needed
 
@@ -135,6 +144,8 @@ class _Unpickler(pickle.Unpickler):
         self.stored: dict[Any, _Stored] = {}  # storages outside the pickle, by key
 
     def find_class(self, module: str, name: str) -> type:
+        if len(module) + len(name) > MAX_NAME or len(self._classes) >= MAX_CLASSES:
+            raise pickle.UnpicklingError("it asks for too many names, or for a very long one")
         path = re.sub(r"^numpy\._core\.", "numpy.core.", f"{module}.{name}")
         if path not in self._classes:
             if not on_list(path, self._allowed):
@@ -145,8 +156,9 @@ class _Unpickler(pickle.Unpickler):
         return self._classes[path]
 
     def persistent_load(self, pid: Any) -> Record:
-        kind = pid[1].path if isinstance(pid, tuple) and len(pid) in (5, 6) and pid[0] == "storage" else None
-        if not _KINDS.keys() & self._allowed or kind not in _KINDS or pid[5:] not in ((), (None,)):
+        whole = isinstance(pid, tuple) and len(pid) in (5, 6) and pid[5:] in ((), (None,)) and pid[0] == "storage"
+        kind = pid[1].path if whole and type(pid[2]) is str and type(pid[4]) is int else None
+        if not _KINDS.keys() & self._allowed or kind not in _KINDS:
             raise pickle.UnpicklingError("it refers to an object outside")
         return self.stored.setdefault(pid[2], _Stored(kind, pid[2], pid[4]))
 
@@ -154,30 +166,6 @@ class _Unpickler(pickle.Unpickler):
 def on_list(path: str, allowed: frozenset[str]) -> bool:
     """Return whether the list has this dotted name, or 'package.*'."""
     return path in allowed or f"{path.partition('.')[0]}.*" in allowed
-
-
-def end_of_pickle(data: bytes | IO[bytes], name: str) -> int:
-    """Return the offset after a pickle's last opcode, without loading the pickle.
-
-    Raise UserError when the data is cut off or not a pickle.
-    """
-    count, end = 0, 0
-    try:
-        for opcode, arg, pos in pickletools.genops(data):
-            count += 1
-            # pickle allocates its memo up to the largest index at once.
-            if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and arg > count:
-                raise ValueError(f"memo index {arg} in operation {count}")
-            if opcode.name in ("EXT1", "EXT2", "EXT4"):
-                # pickle caches registered extensions, so after the first use they bypass find_class.
-                raise ValueError("it asks for a registered extension")
-            if count > MAX_OPERATIONS:
-                raise ValueError(f"more than {MAX_OPERATIONS:,} operations")
-            end = pos + 1
-    except Exception as e:  # pickletools raises a dozen kinds of errors; all of them mean this
-        why = str(e) or type(e).__name__
-        raise UserError(f"{name}: {'truncated or corrupt' if count else 'not a'} pickle ({why[:200]})") from e
-    return end
 
 
 def parse(data: bytes, name: str, extra: Iterable[str] = (), encoding: str = "ASCII") -> tuple[Any, list[str], int]:
@@ -288,7 +276,8 @@ def _open_legacy(file: IO[bytes], name: str, extra: Iterable[str]) -> tuple[Any,
         raise UserError(f"{name}: not a file of torch.save, or not little-endian")
     tree, reader = _parse(file, name, extra)
     keys = _parse(file, name)[0]
-    if not isinstance(keys, list) or len(keys) != len(reader.stored) or set(keys) != reader.stored.keys():
+    texts = isinstance(keys, list) and all(type(key) is str for key in keys)
+    if not texts or len(keys) != len(reader.stored) or set(keys) != reader.stored.keys():
         raise UserError(f"{name}: corrupt, it does not list the storages that it uses")
     # After the pickles, each storage follows: the number of values and the values.
     places, end = {}, file.tell()
@@ -339,8 +328,10 @@ class Resolver:
     def _plain(self, value: Any, depth: int) -> Any:
         self.spend(depth)
         if isinstance(value, dict):
-            return {self._plain(k, depth + 1): self._plain(v, depth + 1) for k, v in value.items()}
-        if isinstance(value, (list, tuple, set, frozenset)):
+            return {self._key(k, depth + 1): self._plain(v, depth + 1) for k, v in value.items()}
+        if isinstance(value, (set, frozenset)):
+            return type(value)(self._key(v, depth + 1) for v in value)
+        if isinstance(value, (list, tuple)):
             return type(value)(self._plain(v, depth + 1) for v in value)
         if isinstance(value, Record):
             return self._value(value, depth)
@@ -348,12 +339,18 @@ class Resolver:
             raise self.fail(f"holds the bare name '{value.path}'")
         return value  # None, bool, int, float, complex, str, bytes or bytearray: pickle itself makes nothing else
 
+    def _key(self, value: Any, depth: int) -> Any:
+        key = self._plain(value, depth)
+        if isinstance(key, complex):
+            raise self.fail("refused, it has a complex number as a key")  # many such numbers have the same hash
+        return key
+
     def _value(self, record: Record, depth: int) -> Any:
         reader = {
             "numpy.core.multiarray.scalar": self._scalar,
             "numpy.core.multiarray._reconstruct": self._reconstructed,
             "numpy.core.numeric._frombuffer": self._frombuffer,
-            "_codecs.encode": self._encoded,
+            "_codecs.encode": self._bytes,
             "argparse.Namespace": lambda namespace: self._plain(namespace.state or {}, depth + 1),
             "torch._utils._rebuild_tensor_v2": self.tensor,
             "torch._utils._rebuild_parameter": self.tensor,
@@ -391,10 +388,15 @@ class Resolver:
         if isinstance(data, Record):
             data = self._encoded(data)
         data = data.encode("latin1") if isinstance(data, str) else data
-        if len(data) != math.prod(shape) * dtype.itemsize:
+        if len(data) != _count(shape) * dtype.itemsize:
             raise ValueError(f"{len(data)} bytes for shape {shape} of {dtype}")
         self.spend(0, len(data))
         return np.frombuffer(bytearray(data), dtype).reshape(shape, order=order)
+
+    def _bytes(self, record: Record) -> bytes:
+        data = self._encoded(record)
+        self.spend(0, len(data))  # each reference to the record makes new bytes
+        return data
 
     def _encoded(self, record: Record) -> bytes:
         # Python 3 writes bytes like this in the older pickle protocols.
@@ -412,14 +414,17 @@ class Resolver:
                 raise ValueError(f"a '{type(record).path}'")
             storage, offset, size, stride = record.args[:4]
             dtype, memory = self._storage(storage)
-            if any(type(n) is not int or n < 0 for n in (offset, *size, *stride)) or len(size) != len(stride):
-                raise ValueError(f"offset {offset}, size {size}, stride {stride}")
+            values = _count(size)
+            if len(size) != len(stride):
+                raise ValueError(f"{len(size)} sizes and {len(stride)} strides")
+            _count(stride)  # only for the check
+            _count((offset,))
             last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
             room = memory.nbytes() // dtype.itemsize
             # Otherwise set_() would enlarge the storage, and strides of 0 would make a huge tensor of a few bytes.
-            if math.prod(size) > room or (0 not in size and last >= room):
+            if values > room or (0 not in size and last >= room):
                 raise ValueError(f"offset {offset}, size {size}, stride {stride} in a storage of {room}")
-            self._shown -= math.prod(size) * dtype.itemsize
+            self._shown -= values * dtype.itemsize
             if self._shown < 0:
                 raise ValueError(f"tensors of more than {SHOWN} times the size of the file")
             import torch
@@ -449,7 +454,7 @@ class Resolver:
             raise ValueError("not a storage")
         kind, key, count = record.args
         dtype = _dtype(kind)
-        if type(count) is not int or not 0 <= count * dtype.itemsize <= self._size:
+        if not 0 <= count * dtype.itemsize <= self._size:
             raise ValueError(f"storage of {count} values in a file of {self._size} bytes")
         nbytes = count * dtype.itemsize
         if read is self._read:
@@ -460,6 +465,13 @@ class Resolver:
         if nbytes and read(key, memoryview(memory.numpy())) != nbytes:
             raise ValueError("a storage is cut off")
         return dtype, memory.untyped_storage()
+
+
+def _count(shape: Any) -> int:
+    # Return the number of values. A text times a number is a longer text, and Python's numbers may have any length.
+    if len(shape) > 64 or any(type(n) is not int or not 0 <= n < 1 << 48 for n in shape):
+        raise ValueError("a shape, stride or offset that no array has")  # not shown: it may be of any size
+    return math.prod(shape)
 
 
 def _dtype(kind: str) -> torch.dtype:
@@ -477,10 +489,11 @@ def load_cifar_batch(data: bytes, name: str) -> dict[str, Any]:
     batch = load(data, name, ARRAYS, encoding="latin1")
     if not isinstance(batch, dict):
         raise UserError(f"{name}: not a CIFAR batch, it holds a {type(batch).__name__} instead of a dict")
-    return {_text(key): _text(value) for key, value in batch.items()}
+    decode = functools.cache(lambda text: text.decode("latin1"))  # once, however often the file refers to a text
 
+    def text(value: Any) -> Any:
+        if isinstance(value, list):
+            return [text(v) for v in value]
+        return decode(value) if isinstance(value, bytes) else value
 
-def _text(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_text(v) for v in value]
-    return value.decode("latin1") if isinstance(value, bytes) else value
+    return {text(key): text(value) for key, value in batch.items()}

@@ -1,7 +1,11 @@
 """The unpickler with a list of allowed names: it returns plain data, tensors and arrays, and refuses all else."""
 
+import _codecs
+import collections
 import io
 import pickle
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -41,6 +45,59 @@ def test_bombs_are_refused(name, data):
         safe_pickle.load(data, "x")
 
 
+LIMITS = "import resource; resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30)); import sys; "
+READ = LIMITS + "from torch_utils import safe_pickle; print(safe_pickle.load(sys.stdin.buffer.read(), 'x', {'a.*'}))"
+LEGACY = torch.ones(3)._typed_storage().__reduce__()[1][0]
+ORDERED = b"\x80\x04ccollections\nOrderedDict\nq\x01"
+
+
+def tuples(wrap, times):
+    return b")" + wrap * times
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"\x80\x04}" + tuples(b"2\x86", 60) + b"Ns.",
+        b"\x80\x04}" + tuples(b"q\x01h\x01\x86", 60) + b"Ns.",
+        b"\x80\x04})" + b"".join(b"\x94h%c\x86" % i for i in range(60)) + b"Ns.",
+        b"\x80\x04}" + tuples(b"\x85", 10**6) + b"Ns.",
+        b"\x80\x04}(K\x01N" + tuples(b"2\x86", 60) + b"Nu.",
+        b"(" + tuples(b"2\x86", 60) + b"Nd.",
+        b"\x80\x04\x8f(" + tuples(b"2\x86", 60) + b"\x90.",
+        b"\x80\x04(" + tuples(b"2\x86", 60) + b"\x91.",
+        b"\x80\x04}(0" + tuples(b"2\x86", 60) + b"Ns.",
+        b"\x80\x04}(N1" + tuples(b"2\x86", 60) + b"Ns.",
+        b"\x80\x04}(" + b"".join(b"\x8a\x0b" + (((1 << 61) - 1) * (1 << 20 | i)).to_bytes(11, "little") + b"N"
+                                 for i in range(200000)) + b"u.",
+        b"\x80\x04}(" + b"".join(b"J" + i.to_bytes(4, "little") + b"\x85N" for i in range(6000)) + b"u.",
+        ORDERED + b"](" + tuples(b"2\x86", 60) + b"N\x86e\x85R.",
+        ORDERED + b"0](" + b"h\x01}(" + b"".join(b"\x8c\x06%06dN" % i for i in range(10**5)) + b"uq\x02\x85R"
+        + b"h\x01h\x02\x85R" * 3000 + b"e.",
+        b"\x80\x04](" + b"".join(b"ca\n%d\n" % i for i in range(10**5)) + b"e.",
+        b"\x80\x04\x8d" + (10**6).to_bytes(8, "little") + b"a" * 10**6 + b"q\x01](" + b"".join(
+            b"h\x01\x8c\x05%05d\x93" % i for i in range(10**4)) + b"e.",
+    ],
+)  # fmt: skip
+def test_what_pickle_hashes_copies_or_names_is_bounded(data):
+    """A process of its own: the unpickler, in C, would never end, end the process, or take gigabytes."""
+    done = subprocess.run([sys.executable, "-c", READ], input=data, capture_output=True, timeout=60, check=False)
+    assert b"UserError: x: " in done.stderr and b"pickle (" in done.stderr, (done.returncode, done.stderr[-300:])
+
+
+@pytest.mark.parametrize("kind", [dict, collections.OrderedDict])
+def test_keys_of_real_files(kind):
+    keys = ["a" * 300, b"b", 1, -(1 << 60), True, 2.5, None, (), ("a", 1, (2, 3)), frozenset({1, ("x", 2)})]
+    value = kind(zip([*keys, *map(str, range(10**4)), *range(2, 10**4)], range(10**5), strict=False))
+    for protocol in (4, 5):  # earlier ones have no sets
+        assert safe_pickle.load(pickle.dumps([value, set(value)], protocol), "x") == [value, set(value)]
+
+
+def test_a_dictionary_of_python_2():
+    data = ORDERED + b"](](U\x01aK\x01e](U\x01bK\x02ee\x85R."
+    assert safe_pickle.load(data, "x") == {"a": 1, "b": 2}
+
+
 @pytest.mark.parametrize(
     "args",
     [
@@ -60,6 +117,48 @@ def test_tensors_stay_inside_their_storage(args):
     data = pickle.dumps([Raw(torch._utils._rebuild_tensor_v2, storage, *args, False, None)])
     with pytest.raises(UserError, match="x: malformed"):
         safe_pickle.load(data, "x", safe_pickle.TENSORS)
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        (0, ("a" * 10**6,) + (10**4,) * 3, (1,) * 4),
+        (0, (1 << 40,) * 100, (1,) * 100),
+        (0, (1,), (1,) * 10**6),
+        (nested(60), (1,), (1,)),
+        (0, nested(60), (1,)),
+        (0, (1,), nested(60)),
+    ],
+)
+def test_numbers_of_tensors_and_arrays_are_numbers(args):
+    """In a process of its own, because a number times a text is a longer text, and a message would never end."""
+    tensor = Raw(torch._utils._rebuild_tensor_v2, Raw(torch.storage._load_from_bytes, LEGACY), *args, False, None)
+    array = Raw(np._core.numeric._frombuffer, b"", np.dtype("u1"), args[1], "C")
+    read = READ.replace("{'a.*'}", "safe_pickle.TENSORS | safe_pickle.ARRAYS")
+    for record in (tensor, array)[: 1 if args[1] == (1,) else 2]:
+        data = pickle.dumps([record])
+        done = subprocess.run([sys.executable, "-c", read], input=data, capture_output=True, timeout=60, check=False)
+        assert b"UserError: x: malformed" in done.stderr and len(done.stderr) < 5000, done.stderr[-300:]
+
+
+def test_bytes_of_older_protocols_do_not_multiply():
+    record = Raw(_codecs.encode, "\xe9" * 10**5, "latin1")
+    assert safe_pickle.load(pickle.dumps([record]), "x", safe_pickle.ARRAYS) == [b"\xe9" * 10**5]
+    with pytest.raises(UserError, match="repeat themselves"):
+        safe_pickle.load(pickle.dumps([record] * 1000), "x", safe_pickle.ARRAYS)
+
+
+def test_texts_of_cifar_do_not_multiply():
+    names = safe_pickle.load_cifar_batch(pickle.dumps({b"names": [b"a" * 10**5] * 100}), "x")["names"]
+    assert names == ["a" * 10**5] * 100 and len({*map(id, names)}) == 1
+
+
+def test_complex_numbers_are_no_keys():
+    number = np.complex128(1)
+    assert safe_pickle.load(pickle.dumps([number]), "x") == [1]
+    for value in ({number: 1}, {number}):
+        with pytest.raises(UserError, match="complex"):
+            safe_pickle.load(pickle.dumps(value), "x")
 
 
 @pytest.mark.parametrize("content", [torch.ones(3)._typed_storage(), torch.ones(3), {"a": 1}])

@@ -1,9 +1,11 @@
 """Training states: an incomplete file is never mistaken for a state."""
 
+import copy
 import errno
 import os
 import pickle
 import resource
+import time
 import types
 import zipfile
 
@@ -103,6 +105,27 @@ def test_states_of_earlier_versions_rely_on_the_container(tmp_path):
         path.write_bytes(data[:position] + bytes([data[position] ^ 4]) + data[position + 1 :])
         with pytest.raises(UserError, match="damaged .checksum"):
             load_state(path)
+
+
+@pytest.mark.parametrize("same_name", [True, False])
+def test_parts_that_overlap_are_not_read(same_name, tmp_path):
+    """Reading each part of a small file would take the square of its size."""
+    path = tmp_path / "training-state-000001.pt"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a", bytes(10**6))
+        for i in range(1, 1000):
+            archive.filelist.append(copy.copy(archive.filelist[0]))
+            if not same_name:
+                archive.filelist[i].filename = f"{i}"
+    start = time.process_time()
+    with pytest.raises(UserError, match="its parts overlap"):
+        load_state(path)
+    assert time.process_time() - start < 0.5
+    with zipfile.ZipFile(path, "w") as archive, pytest.warns(UserWarning, match="Duplicate name"):
+        for _ in range(2):
+            archive.writestr("a", b"")
+    with pytest.raises(UserError, match="its parts overlap"):
+        load_state(path)
 
 
 def test_what_reads_back_differently_replaces_nothing(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """Where networks for other programs are found. tests/scripts/test_export.py writes and reads them."""
 
+import hashlib
 import json
 import os
 
@@ -40,4 +41,24 @@ def test_the_config_of_a_url_lies_beside_it(end, tmp_path, monkeypatch):
     url = f"https://example.com/a/model.safetensors{end}"
     assert portable.is_portable(url) and not portable.is_portable(f"https://example.com/a.pkl{end}")
     assert portable.read(url)[0] == CONFIG
-    assert asked == ["https://example.com/a/config.json", url]
+    query = end.partition("#")[0]
+    assert asked == [url, f"https://example.com/a/config.json{query}"]
+
+
+def test_a_hash_pins_the_config_too(tmp_path, monkeypatch):
+    net = torch.nn.Linear(2, 2)
+    net.init_args, net.init_kwargs, net.network_kind = [2, 2], {}, "denoiser"
+    portable.write(tmp_path, net, dict(info={"T": [float("inf"), "é"]}))
+    config, asked = tmp_path / portable.CONFIG, []
+
+    def read_bytes(url):
+        asked.append(url)
+        return (tmp_path / os.path.basename(url.partition("#")[0])).read_bytes()
+
+    monkeypatch.setattr(dnnlib, "read_bytes", read_bytes)
+    url = "https://example.com/model.safetensors"
+    for name in (f"{url}#sha256={'0' * 64}", url, str(tmp_path / portable.WEIGHTS)):
+        assert portable.read(name)[0]["info"] == {"T": [float("inf"), "é"]}
+    digest = hashlib.sha256(config.read_bytes()).hexdigest()
+    beside = "https://example.com/config.json"
+    assert asked[1::2] == [f"{beside}#sha256={digest}", beside, str(config)]
