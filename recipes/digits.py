@@ -107,6 +107,7 @@ def plan(outdir: str, seed: int, scale: float, only: Sequence[str], noise: str, 
             f" --duration={kimg / 1000:.6f} --tick={kimg / 20:.4f} --dump=5 --seed={seed} --resume=latest"
         )
 
+    # Seconds are those of a step on one of two cores, beside another step on the other one.
     steps = [
         Step("clean", "archive of 1,797 digits", 2, f"dataset_tool.py --source=digits --dest={clean} --overwrite"),
         Step(
@@ -116,33 +117,33 @@ def plan(outdir: str, seed: int, scale: float, only: Sequence[str], noise: str, 
             f"dataset_tool.py --source=digits --dest={noisy} --noise_type={noise} --noise_rate=0.4 --seed={seed}"
             " --overwrite",
         ),
-        Step("oracle", "train on clean labels", 130 * scale, training("train.py", "oracle", data=clean)),
-        Step("baseline", "train the baseline", 130 * scale, training("train.py", "baseline")),
+        Step("oracle", "train on clean labels", 258 * scale, training("train.py", "oracle", data=clean)),
+        Step("baseline", "train the baseline", 258 * scale, training("train.py", "baseline")),
     ]
     epochs = max(round(presets_of("detect_noise.py")["digits"].options["epochs"] * scale), 1)
     command = f"detect_noise.py --preset=digits --data={noisy} --dest={labels} --epochs={epochs} --seed={seed}"
-    steps.append(Step("detect", "find the wrong labels", 25 * scale, command))
+    steps.append(Step("detect", "find the wrong labels", 49 * scale, command))
     if "tdsm" in only:
         known, cls = f" --noise_type=auto --label-path={labels}", f" --cls={outdir}/classifier"
         steps += [
             Step(
                 "classifier",
                 "train TDSM's classifier",
-                47 * scale,
+                94 * scale,
                 training("train_classifier.py", "classifier", known),
             ),
-            Step("tdsm", "train TDSM", 285 * scale, training("train_noise.py", "tdsm", cls)),
+            Step("tdsm", "train TDSM", 570 * scale, training("train_noise.py", "tdsm", cls)),
         ]
     if "posterior" in only:
         for name, (mode, text) in MODES.items():
             path = f" --posterior={labels} --posterior_mode={mode}"
             if mode == "null" and scale < SHORT:
                 path += " --posterior_min=0"
-            steps.append(Step(name, f"train: {text}", 130 * scale, training("train.py", name, path)))
+            steps.append(Step(name, f"train: {text}", 258 * scale, training("train.py", name, path)))
     if "sbdc" in only:
         path = f" --label-path={labels}"
         command = training("train_discriminator.py", "discriminator", path)
-        steps.append(Step("discriminator", "train SBDC's discriminator", 68 * scale, command))
+        steps.append(Step("discriminator", "train SBDC's discriminator", 135 * scale, command))
     for row in rows(outdir, only):
         steps += evaluation(outdir, row, num, clean, "--class=0-9 ")
     if "sbdc" in only:
@@ -150,7 +151,7 @@ def plan(outdir: str, seed: int, scale: float, only: Sequence[str], noise: str, 
             Step(
                 "sweep",
                 "SBDC for a list of weights",
-                57,
+                114,
                 f"sweep.py --network={outdir}/baseline --discriminator={outdir}/discriminator --data={clean}"
                 f" --detector=pixels --outdir={outdir}/sweep --seeds=0-{min(num, SWEEP) - 1} --weights=0.5,1,2,3",
             )

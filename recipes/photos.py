@@ -25,7 +25,7 @@ class Setup:
     question: str
     source: str  # options of dataset_tool.py
     kimg: float  # length of each training
-    seconds: float  # duration of each training on two cores
+    seconds: float  # duration of each training on one of two cores
     methods: dict[str, tuple[str, str]]  # name -> title, options of train_rduot.py
 
     def data(self, outdir: str) -> str:
@@ -58,7 +58,7 @@ SETUPS = [
         "digits. How many of the images that it makes are digits?",
         "--source=photos --max-images=16000 --resolution=8x8 --channels=1 --outliers=digits",
         240,
-        345,
+        690,
         {"ddgan": DDGAN} | rduot(pixels=0.03, robust=10),
     ),
     Setup(
@@ -68,7 +68,7 @@ SETUPS = [
         "are the outliers. RDUOT then has no reason to drop them, unless another cost makes them expensive.",
         "--source=digits --outliers=photos",
         100,
-        145,
+        290,
         {"ddgan": DDGAN} | rduot(pixels=0.03, standardized=0.02, features=0.003, robust=10),
     ),
 ]

@@ -82,7 +82,7 @@ def evaluation(
         Step(
             f"{row.name}-images",
             f"make {num:,} images ({row.title})",
-            0.014 * num,
+            0.027 * num,
             f"generate.py {row.sampling} --outdir={images} {options}--seeds=0-{num - 1} --batch=250 --resume",
         ),
         measurement(outdir, row, images, data, metrics),
@@ -93,7 +93,7 @@ def measurement(outdir: str, row: Row, images: str, data: str, metrics: str, tit
     """Return the step that measures `images` against `data` and writes the table of a row."""
     table = f"{outdir}/tables/{row.name}.json"
     command = f"fid.py evaluate --images={images} --data={data} {metrics} --bootstrap=200 --out={table}"
-    return Step(f"{row.name}-table", title, 4, command)
+    return Step(f"{row.name}-table", title, 8, command)
 
 
 def finished(outdir: str, rows: Sequence[Row], seconds: Mapping[str, float]) -> list[Method]:
