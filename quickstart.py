@@ -66,8 +66,8 @@ PARTS = (*digits.PARTS, "rduot")
     "--minutes",
     metavar="M",
     type=FloatRange(min=0.01),
-    help="Aim for this duration on two cores; scales all training lengths  [default: with --jobs=2, which takes half as "
-    "long, 25 for posterior, tdsm and sbdc together, 9 to 15 for one of them, half an hour more for rduot]",
+    help="Aim for this duration on two cores with --jobs=2; scales all training lengths  "
+    "[default: 25 for posterior, tdsm and sbdc together, 9 to 15 for one of them, half an hour more for rduot]",
 )
 @click.option(
     "--seed", metavar="INT", type=click.IntRange(min=0), default=0, help="Seed of the label noise and all training"
@@ -91,7 +91,7 @@ def main(outdir: str, only: list[str], noise_type: str, minutes: float | None, s
         raise click.UsageError("--noise_type: --only=rduot trains without labels; leave it out")
     scale = 1.0
     if minutes:  # images and tables take the same time however short the trainings are; these get a tenth at least
-        fixed, whole = (sum(step.seconds for step in plan(length)) / min(jobs, 2) for length in (0.0, 1.0))
+        fixed, whole = (sum(step.seconds for step in plan(length)) / 2 for length in (0.0, 1.0))
         scale = max(60 * minutes - fixed, 6 * minutes) / (whole - fixed)
     steps = plan(scale)
     seconds = run_plan(steps, SCRIPTS, outdir, jobs=jobs)
