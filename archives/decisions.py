@@ -144,7 +144,7 @@ def apply_to_labels(found: LabelFile, decisions: Decisions) -> LabelFile:
         score=score,
         suggested=suggested,
         noise_rate=rate,
-        per_class_noise_rate=np.clip(found.per_class_noise_rate + moved, 0, 1),
+        per_class_noise_rate=np.clip(found.per_class_noise_rate + moved, 0, 1).astype(np.float32),
     )
     if found.noise_interval is not None:
         moved = np.clip(np.array(found.noise_interval) + rate - found.noise_rate, 0, 1)

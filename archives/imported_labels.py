@@ -14,7 +14,7 @@ import numpy as np
 import dnnlib
 from archives.classes import name_look_alikes
 from archives.json_lists import in_pieces, load_lists
-from archives.labels import NUMBER, number_classes, plain_labels
+from archives.labels import NUMBER, match_origins, number_classes, plain_labels
 from archives.listing import count_of, quoted, some
 from archives.name_matching import match_names
 from archives.tables import TABLES, Table, file_and_label, is_table, read_table, table_of, unguarded
@@ -246,8 +246,7 @@ def _from_json(
         names += [pair[0] for pair in piece]
         labels += [pair[1] for pair in piece]
     pairs = found.get("source_names") if isinstance(found, dict) else None  # of our archives
-    origins = dict(itertools.chain.from_iterable(in_pieces(pairs) or ()))
-    called = [origins.get(name, name) for name in names]
+    called = names if pairs is None else match_origins(pairs, names, f'{path}: "source_names"')
     return called if len(set(called)) == len(called) else names, labels, where, []
 
 

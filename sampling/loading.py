@@ -75,8 +75,10 @@ def load_denoiser(
     if net.img_channels not in (1, 3):
         raise dnnlib.UserError(f"{path}: makes images of {net.img_channels} channels; PNGs have 1 or 3")
     info = snapshot.get("info") or {}
-    posterior = (info.get("options") or {}).get("posterior") or {}
-    net.unlabeled = getattr(net.model, "label_dropout", 0) > 0 or posterior.get("mode") == "null"
+    mode = info  # a stranger's snapshot may hold anything there
+    for key in ("options", "posterior", "mode"):
+        mode = mode.get(key) if isinstance(mode, dict) else None
+    net.unlabeled = getattr(net.model, "label_dropout", 0) > 0 or mode == "null"
     return net, info.get("class_names")
 
 

@@ -47,6 +47,14 @@ def test_labels_of_an_archive_with_more_images_go_to_the_images_that_they_are_ab
         assert classes_of(tmp_path / "out.zip") == {name: whole[name] for name in there}
 
 
+@pytest.mark.parametrize("pairs", ["x", [["a"]], [["a.jpg", 1]]])
+def test_original_paths_that_are_none_are_refused_in_one_line(tmp_path, pairs):
+    labels = [[name, 0] for name in ("cat/a.png", "dog/b.png", "dog/c.png", "owl/d.png")]
+    path = write(tmp_path / "l.json", json.dumps(dict(labels=labels, source_names=pairs)))
+    with pytest.raises(dnnlib.UserError, match='l.json: "source_names": must be a list'):
+        replace_labels(make_source(), path)
+
+
 def test_the_numbers_of_an_archive_are_not_the_files_of_a_folder(tmp_path):
     """An archive that left out damaged files counts the others."""
     table = write(tmp_path / "l.csv", "file,label\n00000/img00000000.png,cat\n00000/img00000001.png,dog\n")
