@@ -20,17 +20,16 @@ pre{background:#f4f4f4;padding:1rem;overflow-x:auto;font-size:13px}"""
 # there is room for them.
 REPORT_STYLE = """body{max-width:76rem;background:#fff}h1{line-height:1.2;overflow-wrap:anywhere}h2{margin-top:2.5rem}
 section+section{margin-top:4rem}p,li,figcaption{max-width:56rem}.finding{font-size:1.2rem;font-weight:600}
-.scroll{overflow-x:auto}.scroll table{font-variant-numeric:tabular-nums;font-size:15px;white-space:nowrap;
+.scroll{overflow-x:auto}.scroll table{font-variant-numeric:tabular-nums;font-size:14px;white-space:nowrap;
 border-collapse:separate;border-spacing:0}
-.scroll :is(th,td){padding:.3rem .5rem}
-thead th{vertical-align:bottom}tbody th{font-weight:600;position:sticky;left:0;background:#fff}
+.scroll :is(th,td){padding:5px 8px}
+thead th{vertical-align:bottom;white-space:normal}tbody th{font-weight:600;position:sticky;left:0;background:#fff}
 .gallery{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,21rem),1fr));gap:1.5rem}
 .gallery.small{grid-template-columns:repeat(auto-fill,minmax(min(100%,10.5rem),1fr));gap:.8rem}
 figure{margin:0}figcaption{font-size:14px;line-height:1.4;margin-bottom:.4rem}figcaption b{font-size:16px;display:block}
 .gallery img{width:100%;display:block}img{image-rendering:auto}
 @media(max-width:40rem){body{margin:1rem auto}h1{font-size:1.5rem}h2{font-size:1.25rem}.finding{font-size:1.1rem}
-.scroll table{font-size:14px}pre{padding:.6rem}
-tbody th{max-width:8rem;white-space:normal}}"""
+pre{padding:.6rem}tbody th{max-width:8rem;white-space:normal}}"""
 ACROSS = 3  # pictures of a gallery in a row of Markdown
 
 
