@@ -39,7 +39,7 @@ def methods() -> dict[str, type[Objective]]:
 @click.command(cls=dnnlib.cli.Command, help=__doc__, epilog=EXAMPLES + options.preset_help("train.py"))
 @options.run_options("train.py")
 @options.denoiser_options()
-@options.posterior_options("sample")
+@options.posterior_options()
 @outlier_options()
 @click.option("--method", type=click.Choice(list(methods())), default="dsm",
               help="dsm: denoising score matching; cep: with noise on the embeddings of labels; dmis: the denoiser "
@@ -49,7 +49,7 @@ def methods() -> dict[str, type[Objective]]:
 # fmt: on
 def main(**opts) -> None:
     cls = methods()[opts["method"]]
-    posterior = options.posterior_settings(opts, "sample")
+    posterior = options.posterior_settings(opts)
     if opts["gamma"] is not None and cls is not CEP:
         raise click.UsageError("--gamma: belongs to --method=cep")
     if posterior is not None and cls is DMIS:

@@ -36,7 +36,7 @@ Examples:
 @options.run_options("train_noise.py", cond=True)
 @options.denoiser_options()
 @options.noise_options("clean", "sym", "asym", "pair", "matrix")
-@options.posterior_options("relabel")
+@options.posterior_options()
 @outlier_options()
 @click.option("--cls", metavar="PKL|DIR|URL",
               help="Classifier: a snapshot of train_classifier.py, its run directory, or one of TDSM's (required)")
@@ -63,7 +63,7 @@ def main(**opts) -> None:
     cut = [option for option in dnnlib.cli.given_options() if option in ("--tau", "--pairs")]
     if cut and opts["others"] == "sample":
         raise click.UsageError(f"{cut[0]}: shortens the sum over all classes; leave it out or give --others=all")
-    posterior, outliers = options.posterior_settings(opts, "relabel"), outlier_settings(opts)
+    posterior, outliers = options.posterior_settings(opts), outlier_settings(opts)
     if posterior is not None and posterior.mode == "sample":
         raise click.UsageError(
             "--posterior_mode=sample: labels drawn from the posterior leave no noise to correct; "

@@ -56,7 +56,7 @@ PHI = click.Choice(list(CONJUGATES))
 @click.option("--r1_gamma", metavar="FLOAT", type=FloatRange(min=0), default=0.02, help="Weight of the penalty R1")
 @click.option("--lazy_reg", metavar="STEPS", type=COUNT, default=15, help="Apply R1 once in this many steps")
 @options.few_step_options()
-@options.posterior_options("sample")
+@options.posterior_options()
 # fmt: on
 def main(**opts) -> None:
     check_usage(opts)
@@ -74,7 +74,7 @@ def main(**opts) -> None:
         return METHODS[opts["method"]](config, dataset, device, posterior_labels=labels, draw_sheet=save_grid)
 
     sizes = "--ngf, --t_emb_dim, --num_channels_dae, --ch_mult"
-    sections = dict(posterior=options.posterior_settings(opts, "sample"))
+    sections = dict(posterior=options.posterior_settings(opts))
     run.start(opts, opts["method"], make, settings, network_options=sizes, draw_samples=save_samples, **sections)
 
 

@@ -1,7 +1,7 @@
 """Posteriors of clean labels, P(y | x_0, o), cut to the most probable classes of each image.
 
 x_0: image; o: its observed label; y: its clean label. A detector computes the posteriors, `compress` cuts them, label
-files store them, and training draws labels from them (docs/methods/posterior.md).
+files store them, and training takes labels by them (docs/methods/posterior.md).
 """
 
 from __future__ import annotations

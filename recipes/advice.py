@@ -99,9 +99,10 @@ class _Commands:
         own = [f"--preset={self._preset(script)}", f"--outdir={self.run(part)}", "--nosubdir"]
         return shlex.join(["python", script, *own, f"--data={data or self.data}", *length, *rest])
 
-    def posterior(self, foreign: bool) -> str:
+    def posterior(self, foreign: bool, drawn: bool) -> str:
+        mode = ["--posterior_mode=sample"] if drawn else []
         outliers = ["--outliers=drop", f"--outlier_data={self.labels}"] if foreign else []
-        return self.train("train.py", "posterior", f"--posterior={self.labels}", *outliers)
+        return self.train("train.py", "posterior", f"--posterior={self.labels}", *mode, *outliers)
 
     def tdsm(self, known: bool) -> str:
         noise = ["--noise_type=auto", *([f"--label-path={self.labels}"] if known else [])]
@@ -204,13 +205,20 @@ def advise(
         ),
     ]
     if found.posterior is not None:
+        drawn = best == "Posterior"  # the most probable labels may leave a class as empty as cleaning does
         row = Advice(
             "Posterior",
-            "Draws the label of each image anew from its posterior, at each use"
+            (
+                "Draws the label of each image anew from its posterior, at each use"
+                if drawn
+                else "Trains on the most probable label of each image"
+            )
             + (", and leaves out the foreign images." if foreign else "."),
-            "Labels are wrong, and many images are too ambiguous to name one right label.",
+            "Labels are wrong, and cleaning would empty a class."
+            if drawn
+            else "Labels are wrong, and all images are to be learned.",
             f"No detection again, then {model:,} training passes; {foreign:,} of {len(left):,} images are lost",
-            c.posterior(foreign > 0),
+            c.posterior(foreign > 0, drawn),
         )
         rows.insert(2, row)
     for row in rows:

@@ -91,8 +91,9 @@ class PosteriorConfig:
     """Labels by the posterior, in place of the data set's (docs/methods/posterior.md)."""
 
     path: str = named_file("")  # label file that holds the posterior
-    mode: str = "sample"  # what becomes of the labels: sample, relabel, drop or null
-    limit: float | None = None  # null: the least probability of a label that stays
+    mode: str | None = settled(fresh="relabel", before="sample")  # of the labels: sample, relabel, drop or null
+    # Null: the least probability of a label that stays.
+    limit: float | None = settled(fresh=lambda section: 0.5 if section.mode == "null" else None, before=None)
 
 
 @dataclass

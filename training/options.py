@@ -166,12 +166,11 @@ def denoiser_options() -> Callable:
     ])
 
 
-def posterior_options(default: str) -> Callable:
-    """Return a decorator for --posterior, --posterior_mode, which is `default` if not given, and --posterior_min."""
+def posterior_options() -> Callable:
+    """Return a decorator for --posterior, --posterior_mode and --posterior_min."""
     return add_options([
         click.option("--posterior", metavar="NPZ", help="Learn labels by the posterior in this label file of detect_noise.py, in place of the observed labels"),
-        click.option("--posterior_mode", type=click.Choice(MODES), help="sample: draw the label anew at each use; relabel: take the most probable class; drop: leave out images whose label is not the most probable class; null: relabel, and no label where it is uncertain  "
-                     f"[default: {default}]"),
+        click.option("--posterior_mode", type=click.Choice(MODES), help="relabel: take the most probable class; sample: draw the label anew at each use; drop: leave out images whose label is not the most probable class; null: relabel, and no label where it is uncertain  [default: relabel]"),
         click.option("--posterior_min", metavar="P", type=SHARE, help="Least probability of a label that --posterior_mode=null keeps  [default: 0.5]"),
     ])
 
@@ -342,7 +341,7 @@ def resnet(opts: dict[str, Any], dataset: ImageDataset) -> dict[str, Any]:
     return sigma_settings(opts, kwargs | dict(dropout=opts["dropout"]))
 
 
-def posterior_settings(opts: dict[str, Any], default: str) -> PosteriorConfig | None:
+def posterior_settings(opts: dict[str, Any]) -> PosteriorConfig | None:
     """Return what the options of `posterior_options` say; None without a posterior."""
     mode, limit = opts["posterior_mode"], opts["posterior_min"]
     if opts["posterior"] is None:
@@ -351,11 +350,8 @@ def posterior_settings(opts: dict[str, Any], default: str) -> PosteriorConfig | 
         return None
     if not opts["cond"]:
         raise click.UsageError("--posterior: is about labels; give --cond=1")
-    mode = mode or default
     if limit is not None and mode != "null":
-        raise click.UsageError(f"--posterior_min: belongs to --posterior_mode=null, this is {mode}")
-    if mode == "null" and limit is None:
-        limit = 0.5
+        raise click.UsageError("--posterior_min: belongs to --posterior_mode=null")
     return PosteriorConfig(opts["posterior"], mode, limit)
 
 

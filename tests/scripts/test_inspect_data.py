@@ -177,7 +177,9 @@ def test_cleaning_is_not_recommended_where_it_empties_a_class(tmp_path, posterio
     shape = dict(resolution=8, num_channels=1, label_dim=CLASSES, class_names=[f"class {c}" for c in range(CLASSES)])
     path = str(make_archive(tmp_path / "part0.zip", pictures(1)))
     rows, why = advise(SizedDataset(1000, shape), found, path, "l.npz")
-    assert [row.method for row in rows if row.recommended] == ["Posterior" if posterior else "TDSM"]
+    [row] = [row for row in rows if row.recommended]
+    assert row.method == ("Posterior" if posterior else "TDSM")
+    assert ("--posterior_mode=sample" in row.command) == posterior
     assert "Cleaning would leave no image of class 3:" in why
 
 
@@ -199,7 +201,11 @@ def test_a_posterior_is_one_of_the_ways(tmp_path, foreign):
     path = str(make_archive(tmp_path / "mine.zip", pictures(1)))
     [row] = [row for row in advise(SizedDataset(100, shape), found, path, "l.npz")[0] if row.method == "Posterior"]
     check_commands(row.command)
-    assert "--posterior=l.npz" in row.command and f"{foreign} of 100 images are lost" in row.cost
+    assert (
+        "--posterior=l.npz" in row.command
+        and "_mode" not in row.command
+        and f"{foreign} of 100 images are lost" in row.cost
+    )
     assert ("--outliers=drop --outlier_data=l.npz" in row.command) == (foreign > 0)
 
 

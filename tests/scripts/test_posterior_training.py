@@ -52,12 +52,11 @@ def no_pictures(monkeypatch):
         monkeypatch.setattr(script, "save_samples", None)
 
 
+SAMPLE = ["--posterior=labels.npz", "--posterior_mode=sample"]
 OTHERS = [["--method=cep", "--label-dropout=0.3"], ["--method=dmis"]]
 
 
-@pytest.mark.parametrize(
-    "args", [["--posterior=labels.npz"], *(pytest.param(args, marks=pytest.mark.long) for args in OTHERS)]
-)
+@pytest.mark.parametrize("args", [SAMPLE, *(pytest.param(args, marks=pytest.mark.long) for args in OTHERS)])
 def test_runs_resume_bit_for_bit(folder, args, tmp_path, monkeypatch):
     monkeypatch.chdir(folder)
     args = common(folder, *args, "--nosubdir")
@@ -87,6 +86,13 @@ def test_each_rule(folder, tmp_path, mode, said):
     fail(1, *args, "--posterior_mode=sample", f"--resume={tmp_path}/run", "--resume|posterior.mode")
 
 
+def test_labels_are_relabeled_unless_a_continued_run_drew_them(folder, tmp_path):
+    args = common(folder, f"--outdir={tmp_path}/run", "--nosubdir", f"--posterior={folder}/labels.npz")
+    assert '"mode": "relabel"' in succeed(*args, "--duration=0.00003", "--dry-run")
+    assert "the rule 'sample'" in succeed(*args, "--posterior_mode=sample", "--duration=0.00003")
+    assert "the rule 'sample'" in succeed(*args, "--duration=0.00006", f"--resume={tmp_path}/run")
+
+
 def test_foreign_images_that_are_learned_are_counted(folder, tmp_path):
     file = load_label_file(folder / "labels.npz", ImageDataset(str(folder / "d.zip")))
     file.is_outlier = np.arange(96) % 12 == 5
@@ -101,7 +107,7 @@ def test_mistakes_are_named(folder, tmp_path):
     args = common(folder, f"--outdir={tmp_path}", "--duration=0.0001")
     known = f"--posterior={folder}/labels.npz"
     fail(2, *args, "--posterior_mode=drop", "--posterior_mode|go with --posterior")
-    fail(2, *args, known, "--posterior_min=0.5", "--posterior_min|null|sample")
+    fail(2, *args, known, "--posterior_min=0.5", "--posterior_min|--posterior_mode=null")
     fail(2, *args, known, "--cond=0", "--posterior|--cond=1")
     fail(2, *args, known, "--method=dmis", "--method=dmis|--posterior")
     fail(2, *args, "--gamma=1", "--gamma|--method=cep")

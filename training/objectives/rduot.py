@@ -263,7 +263,7 @@ class RDUOT(Objective):
     def choose_labels(self, labels: torch.Tensor, draws: dict, stats: Stats) -> torch.Tensor:
         """Return the labels of a step [n,C], the same in both losses; zeros where a posterior leaves no label.
 
-        A pair of a training image and a label drawn from its posterior is distributed as clean data, at every step of
+        By the rule "sample", a pair of a training image and its label is distributed as clean data, at every step of
         the diffusion and so for the real pairs of the potential (docs/methods/posterior.md).
         """
         if self.posterior_labels is None:
