@@ -123,8 +123,9 @@ def _train(net: torch.nn.Module, images: ImageSource, device: torch.device, seed
     batch = min(BATCH, len(images))
     steps = math.ceil(epochs * len(images) / batch)
     optimizer = make_optimizer(net.parameters(), "adamw", LEARNING_RATE, device)
+    rise = 0.1 if steps != 10 else 0.11  # PyTorch divides by 0 where the rate rises for exactly one step
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.1, cycle_momentum=False
+        optimizer, LEARNING_RATE, total_steps=steps, pct_start=rise, cycle_momentum=False
     )
     stream = BatchStream(images, batch, seed=seed, device=device, workers=WORKERS)
     with tqdm(total=steps * batch, desc="CAS", unit="img", disable=None, leave=False) as bar:

@@ -70,6 +70,11 @@ def test_the_seed_decides_and_nothing_else(files):
     assert len({score(files, "made", epochs=2, seed=s)["accuracy_on_generated"] for s in range(3)}) > 1
 
 
+@pytest.mark.parametrize("epochs", [1, 9, 10, 11])
+def test_trainings_of_a_few_steps(files, epochs):
+    assert 0 <= score(files, "made", epochs=epochs)["accuracy"] <= 1  # 96 images are one step
+
+
 def test_resnet18_is_ours(files):
     assert score(files, "made", arch="resnet18", epochs=1)["arch"] == "resnet18"
 
