@@ -43,13 +43,14 @@ def classification_accuracy_score(
 ) -> dict[str, Any]:
     """Train a classifier on `generated` images and their labels, and measure its accuracy on `test`.
 
-    Test labels are the clean ones if the set has any. `arch` is one of CAS_ARCHS: torchvision's resnet50, or our
-    resnet18 or small. All randomness comes from `seed`. Return a dictionary with `accuracy`, `accuracy_on_generated`
-    (a low one means that the classifier did not learn what it was shown), `arch`, `epochs`, `num_generated` and
-    `num_test`. Raise UserError if the two sets do not fit each other, or if there is no such classifier for them.
+    Test labels are the clean ones if the set has any, and images that it records as outliers do not count. `arch` is
+    one of CAS_ARCHS: torchvision's resnet50, or our resnet18 or small. All randomness comes from `seed`. Return a
+    dictionary with `accuracy`, `accuracy_on_generated` (a low one means that the classifier did not learn what it was
+    shown), `arch`, `epochs`, `num_generated` and `num_test`. Raise UserError if the two sets do not fit each other, or
+    if there is no such classifier for them.
     """
     check_test(generated, test)
-    labels = best_labels(test)
+    rows, labels = _tested(test), best_labels(test)
     device = torch.device(device)
     classes = int(max(labels.max(), generated.labels.max())) + 1
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -57,21 +58,28 @@ def classification_accuracy_score(
         net = _network(arch, generated.image_shape, classes).to(device)
         _train(net, generated, device, seed, epochs)
     return dict(
-        accuracy=_accuracy(net, test, labels, device),
-        accuracy_on_generated=_accuracy(net, generated, generated.labels, device),
+        accuracy=_accuracy(net, test, labels, device, rows),
+        accuracy_on_generated=_accuracy(net, generated, generated.labels, device, np.arange(len(generated))),
         arch=arch,
         epochs=epochs,
         num_generated=len(generated),
-        num_test=len(test),
+        num_test=len(rows),
     )
 
 
 def check_test(generated: ImageSource, test: ImageSource) -> None:
-    """Raise UserError unless both sets have labels and images of the same shape."""
+    """Raise UserError unless both sets have labels and images of the same shape, and `test` images that count."""
     for source, labels in ((test, best_labels(test)), (generated, generated.labels)):
         if labels is None:
             raise dnnlib.UserError(f"{source.path} has no labels")
     check_same_shape(test, generated)
+    if not len(_tested(test)):
+        raise dnnlib.UserError(f"{test.path} records all its images as outliers")
+
+
+def _tested(test: ImageSource) -> np.ndarray:
+    """Return the rows of the images that are no outliers: an outlier shows none of the classes."""
+    return np.arange(len(test)) if test.outliers is None else np.flatnonzero(~test.outliers)
 
 
 def check_arch(arch: str, image_shape: tuple[int, int, int]) -> None:
@@ -144,8 +152,10 @@ def _train(net: torch.nn.Module, images: ImageSource, device: torch.device, seed
 
 
 @torch.no_grad()
-def _accuracy(net: torch.nn.Module, images: ImageSource, labels: np.ndarray, device: torch.device) -> float:
+def _accuracy(
+    net: torch.nn.Module, images: ImageSource, labels: np.ndarray, device: torch.device, rows: np.ndarray
+) -> float:
     net.eval()
-    parts = np.array_split(np.arange(len(images)), math.ceil(len(images) / (4 * BATCH)))
+    parts = np.array_split(rows, math.ceil(len(rows) / (4 * BATCH)))
     logits = [net(to_float(images.images(part).to(device))) for part in parts]
-    return label_accuracy(torch.cat(logits).argmax(dim=1).cpu().numpy(), labels)
+    return label_accuracy(torch.cat(logits).argmax(dim=1).cpu().numpy(), labels[rows])

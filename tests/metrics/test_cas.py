@@ -41,10 +41,14 @@ def files(tmp_path_factory):
     make_archive(
         root / "real.zip", real, [0] * 30, clean_labels=[[f"00000/img{i:08d}.png", int(c)] for i, c in enumerate(clean)]
     )
+    names = [f"00000/img{i:08d}.png" for i in range(30)]
+    foreign = np.where(np.arange(30)[:, None, None, None] < 15, 255 - real, real)  # dark bands
+    make_archive(root / "mixed.zip", foreign, ((clean + (np.arange(30) < 15)) % CLASSES).tolist(), outliers=names[:15])
+    make_archive(root / "foreign.zip", foreign, clean.tolist(), outliers=names)
     found = {name: NpzImages(str(root / f"{name}.npz")) for name in ("made", "wrong", "unlabeled", "rgb", "tiny")}
     return (
         found
-        | {name: ImageDataset(str(root / f"{name}.zip")) for name in ("real",)}
+        | {name: ImageDataset(str(root / f"{name}.zip")) for name in ("real", "mixed", "foreign")}
         | {"zip": ImageDataset(str(root / "made.zip"))}
     )
 
@@ -68,6 +72,11 @@ def test_the_seed_decides_and_nothing_else(files):
     torch.manual_seed(99)
     assert score(files, "zip", epochs=2, seed=4) == first
     assert len({score(files, "made", epochs=2, seed=s)["accuracy_on_generated"] for s in range(3)}) > 1
+
+
+def test_outliers_of_the_test_set_do_not_count(files):
+    found = score(files, "made", "mixed")
+    assert found["accuracy"] > 0.9 and found["num_test"] == 15
 
 
 @pytest.mark.parametrize("epochs", [1, 9, 10, 11])
@@ -94,6 +103,7 @@ def test_resnet50_is_torchvisions(files, made, test):
         ("unlabeled", "made", "small", ["unlabeled.npz has no labels"]),
         ("rgb", "real", "small", ["8x8 gray", "8x8 RGB"]),
         ("tiny", "tiny", "resnet18", ["resnet18", "4 pixels", "choose small"]),
+        ("made", "foreign", "small", ["foreign.zip", "all its images as outliers"]),
         ("made", "real", "resnet50", ["resnet50", "pip install torchvision", "small"]),
     ],
 )
