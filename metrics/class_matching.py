@@ -58,8 +58,13 @@ class MatchedImages:
         return torch.nn.functional.one_hot(torch.from_numpy(self.labels[indices]), self.label_dim).float()
 
 
-def describe_match(names: Sequence[str] | None, others: Sequence[str] | None) -> str | None:
-    """Say in words how the classes `names` are matched with `others`; None if nobody can wonder about it."""
+def describe_match(
+    names: Sequence[str] | None, others: Sequence[str] | None, whose: str = "the reference"
+) -> str | None:
+    """Say in words how the classes `names` are matched with `others`; None if nobody can wonder about it.
+
+    `whose` says to which set the others belong.
+    """
     if not names or not others or list(names) == list(others):
         return None
     numbers = match_names(names, others)
@@ -70,10 +75,12 @@ def describe_match(names: Sequence[str] | None, others: Sequence[str] | None) ->
     if not lacking and (numbers == np.arange(len(names))).all():  # the others are more
         return None
     shown = f"{', '.join(lacking[:5])}{', ...' if len(lacking) > 5 else ''}"
-    return f"by name; the reference has no {shown}" if lacking else "by name"
+    return f"by name; {whose} has no {shown}" if lacking else "by name"
 
 
-def match_classes(sources: Sequence[ImageSource], reference: ImageSource) -> list[ImageSource]:
+def match_classes(
+    sources: Sequence[ImageSource], reference: ImageSource, whose: str = "the reference"
+) -> list[ImageSource]:
     """Return the sets with classes numbered as in `reference`, by name if both have names.
 
     A class that the reference lacks has the same number in all `sources`.
@@ -81,7 +88,7 @@ def match_classes(sources: Sequence[ImageSource], reference: ImageSource) -> lis
     others, matched = reference.class_names, []
     known = {name: number for number, name in enumerate(others or [])}
     for source in sources:
-        names, how = source.class_names, describe_match(source.class_names, others)
+        names, how = source.class_names, describe_match(source.class_names, others, whose)
         if source.labels is None or how is None:
             matched.append(source)
         elif match_names(names, others) is None:

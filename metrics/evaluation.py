@@ -13,7 +13,7 @@ import dnnlib
 from archives.classes import name_class
 from archives.listing import some
 from metrics.cas import classification_accuracy_score
-from metrics.class_matching import MatchedImages, describe_match, match_names
+from metrics.class_matching import MatchedImages, describe_match, match_classes, match_names
 from metrics.detectors import ClassifierDetector, Detector, load_detector
 from metrics.feature_cache import FeatureCache
 from metrics.features import Features, compute_features
@@ -168,9 +168,12 @@ class Comparison:
         )
         if result["judge"] is not None:
             result["judge"]["name"] = inputs.judge.name if inputs.judge else f"SVM on {inputs.detector.name} features"
-        if inputs.test is not None:
+        test = inputs.test
+        if test is not None:
+            if reference.class_names is None:  # what is numbered by it need not fit each other
+                (test,) = match_classes([test], source, "the set of images")
             result["cas"] = classification_accuracy_score(
-                source, inputs.test, settings.cas_arch, self._device, settings.seed, settings.cas_epochs
+                source, test, settings.cas_arch, self._device, settings.seed, settings.cas_epochs
             )
             result["metrics"]["cas"] = result["cas"]["accuracy"]
         add_outlier_ratio(result, inputs.outlier_record, self._known, fake, inputs.detector.name, self._memo)
@@ -181,7 +184,7 @@ class Comparison:
             precision=inputs.detector.precision,
             reference_labels=_describe_labels(reference),
             reference_outliers=self._left_out,
-            class_matching=self._describe_matching(source),
+            class_matching=self._describe_matching(source, test),
             unranked=[
                 name for name, value in result["metrics"].items() if value is not None and self._rewards_mistakes(name)
             ],
@@ -189,11 +192,11 @@ class Comparison:
         )
         return about | result
 
-    def _describe_matching(self, source: ImageSource) -> str | None:
+    def _describe_matching(self, source: ImageSource, test: ImageSource | None) -> str | None:
         inputs = self._inputs
         judge = inputs.judge and describe_match(inputs.judge.class_names, inputs.reference.class_names)
-        test = getattr(inputs.test, "class_matching", None)
-        found = {"": getattr(source, "class_matching", None), "of the test set ": test, "of the judge ": judge}
+        of_sets = (getattr(images, "class_matching", None) for images in (source, test))
+        found = dict(zip(("", "of the test set ", "of the judge "), (*of_sets, judge), strict=True))
         return "; ".join(f"{of}{how}" for of, how in found.items() if how) or None
 
     def _rewards_mistakes(self, metric: str) -> bool:

@@ -112,3 +112,21 @@ def test_what_a_judge_sees_has_the_numbers_of_the_reference(tmp_path):
     more = make_archive(tmp_path / "c.zip", pictures(6), [0, 2, 0, 2, 0, 1], class_names=["a", "c", "b"])
     assert accuracy(["b", "a", "c"], match_classes([ImageDataset(str(more))], reference)[0])[0] == 1  # c, only there
     assert accuracy(["x", "y", "z"])[2].startswith("of the judge by number, since no name occurs in both sets")
+
+
+def test_cas_matches_images_and_test_set_by_name_where_the_reference_has_no_names(tmp_path, monkeypatch):
+    def archive(name, labels, **names):
+        return ImageDataset(str(make_archive(tmp_path / name, pictures(6), labels, **names)))
+
+    reference = archive("reference.zip", [0, 1, 2, 0, 1, 2])
+    made = archive("made.zip", [0, 1, 2, 0, 1, 2], class_names=["cat", "cow", "dog"])
+    test = archive("test.zip", [0, 1, 0, 1, 0, 2], class_names=["cow", "dog", "elk"])
+    seen = []
+    monkeypatch.setattr(evaluation, "classification_accuracy_score", lambda *a: seen.append(a[:2]) or dict(accuracy=1))
+    inputs = Inputs([made], reference, PixelDetector(), None, test, None, FeatureCache(None))
+    settings = EvaluationSettings("reference.zip", "pixels", metrics=("fid",))
+    features = Features(torch.arange(12.0).view(6, 2), None, None)
+    result = Comparison(inputs, settings, "cpu", features)(made, features)
+    ((images, tested),) = seen
+    assert images is made and tested.labels.tolist() == [1, 2, 1, 2, 1, 3]
+    assert result["class_matching"] == "of the test set by name; the set of images has no elk"
