@@ -70,7 +70,9 @@ def format_curve(result: dict[str, Any]) -> str:
     for point in curve:
         value = short(point["value"])
         rows.append([f"{point['number']:g}", value + ("*" if value == best else "")])
-    notes = [] if result["ranked"] else [f"The labels of the reference are {UNRANKED}."]
+    notes = [*dict.fromkeys(note for point in curve for note in point.get("notes", ()))]
+    if not result["ranked"]:
+        notes.append(f"The labels of the reference are {UNRANKED}.")
     return "\n".join([*_columns(rows), "", LEGEND + "; * the best", *notes])
 
 

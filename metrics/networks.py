@@ -42,7 +42,8 @@ def curve_of_files(device: torch.device, out: str | None, **o: Any) -> dict[str,
     """Measure the snapshots that the options name; those that the file `out` knows already are not measured again.
 
     Return the metric, its `unit` of the numbers, `ranked` (may values be ranked?) and the `curve`: for each snapshot
-    its path, `number` and `value`. Processes but rank 0 receive None. Every process must call this function.
+    its path, `number`, `value` and `notes` on which classes the value is about. Processes but rank 0 receive None.
+    Every process must call this function.
     """
     with blame("--metric"):
         fields = metric_settings(o["metric"])
@@ -72,9 +73,8 @@ def curve_of_files(device: torch.device, out: str | None, **o: Any) -> dict[str,
 
     def report(snapshot: Snapshot, measured: dict[str, Any]) -> None:
         value, ranked = measured["metrics"][metric], metric not in measured["unranked"]
-        found[hashes[snapshot.path]] = dict(
-            snapshot=snapshot.path, number=snapshot.number, value=value, ranked=ranked, hash=hashes[snapshot.path]
-        )
+        point = dict(snapshot=snapshot.path, number=snapshot.number, value=value, ranked=ranked)
+        found[hashes[snapshot.path]] = point | dict(hash=hashes[snapshot.path], notes=_notes(metric, measured))
         print(f"{metric}  {value:g}", flush=True)
         if out is not None:
             # Snapshots of an earlier call stay, whatever range this one has.
@@ -112,7 +112,18 @@ def _read_curve(path: str | None, options: dict[str, Any]) -> list[dict[str, Any
 
 def _is_point(point: Any) -> bool:
     kinds = dict(snapshot=str, number=(int, float), value=(int, float), ranked=bool, hash=str)
-    return isinstance(point, dict) and all(isinstance(point.get(key), kind) for key, kind in kinds.items())
+    if not isinstance(point, dict) or not isinstance(point.setdefault("notes", []), list):  # older files have none
+        return False
+    return all(isinstance(point.get(key), kind) for key, kind in kinds.items())
+
+
+def _notes(metric: str, measured: dict[str, Any]) -> list[str]:
+    """Return which classes a value leaves out, and how classes were matched where the metric depends on them."""
+    notes = [measured["notes"][metric]] if metric in measured["notes"] else []
+    by_class = metric.startswith("cw_") or metric == "label_accuracy"
+    if by_class and measured["class_matching"]:
+        notes.append(f"classes matched {measured['class_matching']}")
+    return [f"{metric}: {note}" for note in notes]
 
 
 def _contents(reference: ImageSource, files: dict[str, str]) -> dict[str, dict[str, Any]]:

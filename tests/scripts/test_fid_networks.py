@@ -89,6 +89,16 @@ def test_sweep_gives_what_generate_and_evaluate_give(files, tmp_path):
         assert picture.format == "PNG"
 
 
+def test_sweep_says_which_classes_are_left_out_and_how_they_are_matched(files, tmp_path):
+    few = make_archive(tmp_path / "few.zip", pictures(13, channels=1), [0, 1] * 6 + [2], class_names=["b", "a", "d"])
+    out = tmp_path / "curve.json"
+    for _ in range(2):  # the second call measures nothing
+        text = sweep(files | dict(few=few), f"--out={out}", "--metric=cw_fid", "--kimg_end=200", data="few")
+        assert text.count("mean of 2 of 4 classes; fewer than 2 images on one side: d, c") == 1
+        assert text.count("classes matched by name; the reference has no c") == 1
+    assert "matched" not in sweep(files | dict(few=few), "--metric=fid", "--kimg_end=100", data="few")
+
+
 def test_sweep_goes_on_after_an_interruption(files, tmp_path, monkeypatch):
     out, made = tmp_path / "curve.json", []
     generated = curve.generate_images
