@@ -32,7 +32,7 @@ class SvmJudge:
 
     At most `max_images` are used, chosen by `seed`. `held_out` of them measure the `accuracy` of an SVM that is fitted
     on the rest; `tried` are the classes that it sees in them, and their own. Then the SVM that judges is fitted on all
-    `fitted` images.
+    `fitted` images, which have these `classes`.
 
     If `balanced`, each class has the same weight in the fit and in `accuracy`, however rare it is. A rare class also
     has its share among the held-out images, and if there are too many images, the common classes lose some first.
@@ -58,7 +58,7 @@ class SvmJudge:
         parts = [right == c for c in np.unique(right)] if balanced else [slice(None)]
         self.tried = judged, right
         self.accuracy = float(np.mean([label_accuracy(judged[part], right[part]) for part in parts]))
-        self.fitted = len(x)
+        self.fitted, self.classes = len(x), np.unique(y)
         self._machine = self._fit(x, y)
 
     def _fit(self, x: np.ndarray, y: np.ndarray) -> sklearn.svm.SVC:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from archives.listing import some
 from metrics.bootstrap import LEVEL, interval, resample
 from metrics.class_wise import ClassWise, class_wise
 from metrics.features import Features
@@ -279,7 +280,7 @@ def _add_label_accuracy(
     if table.without_labels:
         return refuse(table.without_labels)
     known = slice(None) if real_labels.min() >= 0 else real_labels >= 0
-    real_labels = real_labels[known]
+    real_labels, note = real_labels[known], None
     if fake.judged is not None:
         judged, on = fake.judged, "reference images, which it may have been trained on"
         tried = real.judged[known], real_labels
@@ -291,11 +292,14 @@ def _add_label_accuracy(
             return refuse(str(e))
         judged, on = machine.predict(fake.features), "held-out reference images"
         accuracy, tried = machine.accuracy, machine.tried
+        unknown = [table.classes[str(c)]["name"] for c in np.setdiff1d(fake_labels, machine.classes).tolist()]
+        if unknown:
+            note = f"the judge never saw these classes, so all their images count as wrong: {some(unknown)}"
     accuracy_of_images = label_accuracy(judged, fake_labels)
     if table.counts is not None:
         replicates = table.counts @ (judged == fake_labels).astype(np.int64) / len(judged)
         accuracy_of_images = np.append(accuracy_of_images, replicates)
-    table.set("label_accuracy", accuracy_of_images)
+    table.set("label_accuracy", accuracy_of_images, note)
     for c, values in table.classes.items():
         if values["num_images"]:
             of_class = fake_labels == int(c)

@@ -27,6 +27,21 @@ def test_an_svm_and_its_held_out_images():
     assert all(c["accuracy"] == 1 and c["num"] > 0 for c in judge["classes"].values()) and len(judge["classes"]) == 3
 
 
+def test_classes_that_the_svm_never_saw_are_named():
+    real, asked, names = np.arange(300) % 2, np.arange(30) % 3, ["cat", "dog", "fox"]
+
+    def note(asked):
+        made = features(asked)
+        table = evaluate_features(
+            features(real), made, real, asked, EvaluationSettings("d", "pixels"), class_names=names
+        )
+        return table["metrics"]["label_accuracy"], table["notes"].get("label_accuracy")
+
+    accuracy, text = note(asked)
+    assert accuracy < 0.7 and text == "the judge never saw these classes, so all their images count as wrong: fox"
+    assert note(asked[asked < 2]) == (1, None)
+
+
 def test_an_svm_errs_in_one_class():
     """A fifth of the images of class 0 are labeled 1 in the reference: the judge contradicts labels of class 1 only."""
     shown = np.arange(300) % 3
