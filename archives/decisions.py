@@ -9,6 +9,7 @@ The CSV names classes so that a person can read it and spreadsheets can open it:
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -71,7 +72,7 @@ def load_decisions(
     by_key = {key: c for c, key in enumerate(keys)}
     if not any(key.isdecimal() for key in keys):  # else 1 could be what a spreadsheet made of the name 001
         by_key |= {str(c): c for c in range(classes)}
-    by_name = {name: row for row, name in enumerate(names)}
+    by_name = _saved_names(names) | {name: row for row, name in enumerate(names)}
     rows = [by_name.get(unguarded(line["file"])) for line in lines]
     stated = [by_key.get(unguarded(line["label"])) for line in lines]
     kinds = [line["decision"].strip().lower() for line in lines]
@@ -119,6 +120,13 @@ def load_decisions(
         return np.array([value for value, k in zip(values, kinds, strict=True) if k == kind], dtype=np.int64)
 
     return Decisions(chosen("keep", rows), chosen("relabel", rows), chosen("relabel", new), chosen("drop", rows))
+
+
+def _saved_names(names: Sequence[str]) -> dict[str, int]:
+    """Return the rows of images whose names are no UTF-8, by what browsers write for them, where it is one image."""
+    saved = {row: text for row, name in enumerate(names) if (text := re.sub("[\ud800-\udfff]", "\ufffd", name)) != name}
+    times = Counter(saved.values())
+    return {text: row for row, text in saved.items() if times[text] == 1}
 
 
 def apply_to_labels(found: LabelFile, decisions: Decisions) -> LabelFile:

@@ -46,6 +46,15 @@ def test_names_may_hold_anything(tmp_path):
     assert load(write(tmp_path, "".join(lines)), names, None).drop.tolist() == list(range(6))
 
 
+def test_names_that_are_no_utf_8_are_what_the_browser_saves(tmp_path):
+    names = ["\udce9t\udce9.png", "\udce8.png", "\udcea.png", "\ufffd.jpg", "\udce9.jpg", "x.png"]
+    path = write(tmp_path, '"\ufffdt\ufffd.png",cat,drop,\n"\ufffd.jpg",dog,keep,\n')
+    found = load(path, names)
+    assert found.drop.tolist() == [0] and found.keep.tolist() == [3]
+    with pytest.raises(dnnlib.UserError, match="not among"):  # may be two images
+        load(write(tmp_path, '"\ufffd.png",dog,keep,\n'), names)
+
+
 def test_a_number_is_no_class_where_names_are_numbers(tmp_path):
     path = write(tmp_path, "img0.png,001,relabel,1\n")  # what a spreadsheet makes of 001
     with pytest.raises(dnnlib.UserError, match="unknown class"):
