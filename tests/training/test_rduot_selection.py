@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 import torch
 
+from archives.dataset import ImageDataset
 from archives.posterior import compress
 from tests.support.objectives import CPU
 from tests.support.rduot import Images, contrasts, make, step
+from tests.support.synth import make_archive
 from training.left_out import Selection
 from training.objectives import rduot
 from training.objectives.posterior_labels import PosteriorLabels
@@ -88,3 +90,13 @@ def test_a_state_keeps_the_selection_and_a_class_that_loses_most_of_its_images_i
     line = next(line for line in other.notes() if line.startswith("Warning: most images of these classes"))
     assert line.count("%") == 1 and " 2 (100%)." in line
     assert not any(line.startswith("Warning: most") for line in make(data, cost="robust", tau=10.0).notes())
+
+
+@pytest.mark.parametrize("labels, named", [([0, 1] * 16 + [2] * 8, True), ([0.5] * 40, False)])
+def test_a_run_without_labels_names_the_classes_of_the_archive(tmp_path, labels, named):
+    pixels = contrasts(0.2, 0.8, n=40).pixels.permute(0, 2, 3, 1).numpy()
+    path = make_archive(tmp_path / "a.zip", pixels, labels, class_names=["cat", "dog", "elk"] if named else None)
+    objective = make(ImageDataset(str(path), use_labels=False, xflip=True), cost="robust", tau=10.0)
+    objective._choose_items(np.arange(80) % 40 < 32)
+    lines = [line for line in objective.notes() if line.startswith("Warning: most")]
+    assert len(lines) == named and all("left out: elk (100%)." in line for line in lines)

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch.nn.functional import logsigmoid, softplus
 
+import dnnlib
 from archives.dataset import ImageDataset, to_float
 from torch_utils import distributed
 from torch_utils.training_stats import Stats
@@ -333,6 +334,8 @@ class RDUOT(Objective):
         if len(self.dataset) < FEW:
             return [f"Warning: of fewer than {FEW} images none can be told from the others, so all stay"]
         labels, names = self.dataset.labels, self.dataset.class_names
+        if labels is None and not self.selected.all():
+            labels, names = _labels_of_archive(self.dataset)
         if labels is None:
             return []
         number = np.bincount(labels)
@@ -412,6 +415,15 @@ class DDGAN(RDUOT):
 
 def _call(net: torch.nn.Module, *args: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return net(*args, labels)
+
+
+def _labels_of_archive(dataset: ImageDataset) -> tuple[np.ndarray | None, list[str] | None]:
+    """Return labels [N] and class names of a data set that was opened without its labels; None where it has none."""
+    try:
+        labeled = ImageDataset(**dataset.kwargs() | dict(use_labels=True))
+    except dnnlib.UserError:  # nobody trains on these labels
+        return None, None
+    return labeled.labels, labeled.class_names
 
 
 def ema_halflife(decay: float, batch_size: int) -> int:
