@@ -290,6 +290,9 @@ def decide(source: Source, path: str) -> None:
     record_cleaning(source, classes, fix="decisions", **counts)
     source.labels = source.labels.copy()
     source.labels[found.relabel] = found.new_labels
+    if source.verified is not None:  # a person has now found these right
+        source.verified = source.verified.copy()
+        source.verified[np.concatenate([found.keep, found.relabel])] = True
     left = np.ones(source.length, dtype=bool)
     left[found.drop] = False
     select_images(source, left, "images are to be dropped")

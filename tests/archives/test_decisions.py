@@ -9,7 +9,7 @@ import pytest
 import dnnlib
 from archives.dataset import ImageDataset
 from archives.decisions import Decisions, addresses, apply_to_labels, class_keys, load_decisions
-from archives.label_file import LabelFile, class_noise_rates
+from archives.label_file import LabelFile, class_noise_rates, load_label_file
 from archives.relabel import clean_source
 from archives.sources import Source
 from tests.support.synth import make_archive, pictures, run_dataset_tool
@@ -189,6 +189,16 @@ def test_dataset_tool_applies_decisions(tmp_path):
         fix="decisions", kept=1, relabeled=1, dropped=1, before=dict(noise_type="sym", outlier_rate=0.3)
     )
     assert record["family"] == "pets" and record["noise_type"] is None
+
+
+def test_a_label_file_beside_the_archive_believes_decisions(tmp_path):
+    np.savez(tmp_path / "a.npz", arr_0=pictures(6), arr_1=LABELS, arr_2=np.array([0, 0, 0, 1, 1, 1]))
+    names = [f"00000/img{i:08d}.png" for i in range(6)]
+    csv = write(tmp_path, f"{names[0]},0,keep,\n{names[1]},1,relabel,2\n{names[3]},1,drop,\n")
+    code, _, err = run_dataset_tool(f"--source={tmp_path / 'a.npz'}", f"--dest={tmp_path / 'b.zip'}", f"--labels={csv}")
+    assert code == 0, err
+    found = load_label_file(tmp_path / "b-labels.npz", ImageDataset(str(tmp_path / "b.zip")))
+    assert found.labels.tolist() == [0, 2, 2, 0, 1] and found.is_clean.tolist() == [True, True, False, True, True]
 
 
 @pytest.mark.parametrize("fix, left", [("drop", [0, 2, 4, 5]), ("relabel", range(6))])
