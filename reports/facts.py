@@ -122,7 +122,7 @@ def summarize(facts: Facts) -> str:
     for title, names in (("Empty", facts.empty), ("Tiny", facts.tiny)):
         if names:
             shown = ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
-            lines.append(f"{title + ' classes:':<13}{shown}")
+            lines.append(f"{title + ' classes:':<12} {shown}")
     lines += [f"Alike:       {c.first} / {c.second}: {c.text}" for c in facts.confusable]
     for row in facts.advice:
         if row.recommended:

@@ -13,7 +13,7 @@ import pytest
 
 from archives.dataset import ImageDataset
 from archives.label_file import LabelFile
-from reports.facts import Advice, Confusable, gather_facts
+from reports.facts import Advice, Confusable, gather_facts, summarize
 from reports.review import most_interesting, write_review
 from tests.support.review import ATTACK, CLASSES, DOUBLE, FOREIGN, LABELS, judge, make_set
 from tests.support.synth import make_archive, pictures
@@ -137,6 +137,7 @@ def test_facts_follow_from_the_label_file(tmp_path):
     assert facts.images == 50 and facts.shape == (3, 8, 8) and facts.counts.tolist() == np.bincount(LABELS).tolist()
     assert facts.flagged.tolist() == [15, 5, 4, 1] and (facts.foreign, facts.duplicates) == (1, 1)
     assert facts.contradictions == 1 and facts.empty == [] and facts.tiny == [CLASSES[2], CLASSES[3]]
+    assert f"Tiny classes: {CLASSES[2]}, {CLASSES[3]}" in summarize(facts)
     page = tmp_path / "report.html"
     write_review(page, dataset, judge(dataset), facts)
     text = Page(page).text
