@@ -163,7 +163,7 @@ def bar_chart(results: Sequence[dict[str, Any]], path: str) -> None:
                 whiskers = low_high and [[max(value - low_high[0], 0)], [max(low_high[1] - value, 0)]]
                 axis.bar(i, value, yerr=whiskers, capsize=3, color=f"C{i % 10}")
         axis.set(title=metric)
-        axis.set_xticks(range(len(names)), names, rotation=30, ha="right", fontsize="small")
+        axis.set_xticks(range(len(names)), names, rotation=30, ha="right", fontsize="small", parse_math=False)
         axis.grid(axis="y", alpha=0.3)
     _save(figure, path)
 

@@ -47,7 +47,7 @@ def test_plots_are_pictures(tmp_path):
     assert drawn() == ("PNG", True)
     results = [
         dict(images="a.zip", metrics=dict(fid=2.0, kid=None), intervals=dict(fid=[1.0, 3.0])),
-        dict(images="b.zip", metrics=dict(fid=None, kid=None), intervals={}),
+        dict(images="b$\\x$.zip", metrics=dict(fid=None, kid=None), intervals={}),
     ]
     bar_chart(results, tmp_path / "new" / "bars.png")
     assert (tmp_path / "new" / "bars.png").read_bytes().startswith(b"\x89PNG")
