@@ -68,7 +68,7 @@ def expensive_group(values: np.ndarray) -> Group | None:
     """
     low, high = np.quantile(values, [0.25, 0.75])
     width = 0.9 * min(float(values.std()), (high - low) / 1.34 or np.inf) * len(values) ** -0.2
-    if width <= 0:
+    if width <= 1e-9 * np.abs(values).max():  # all are alike, up to rounding: copies of each other
         return None
     grid = np.linspace(values.min() - 3 * width, values.max() + 3 * width, GRID)
     step = grid[1] - grid[0]
