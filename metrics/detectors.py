@@ -105,7 +105,8 @@ class ClassifierDetector:
         """See Detector."""
         x = to_float(images)
         features = self.net.features(x, torch.full([len(x)], LOWEST_SIGMA, device=x.device))
-        return features, self.net.logits(features).softmax(dim=1)
+        probabilities = self.net.logits(features).to(torch.float32).softmax(dim=1)
+        return features.to(torch.float32), probabilities  # some networks give what autocast computes in
 
 
 class BFloat16Detector:

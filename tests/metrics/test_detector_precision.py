@@ -13,6 +13,7 @@ from tests.support.synth import make_archive, pictures
 from tests.support.tf32 import SimulatedTF32
 from torch_utils.persistence import save_snapshot
 from torch_utils.precision import tf32
+from training.networks_conv import ConvClassifier
 from training.networks_resnet import Classifier
 
 
@@ -37,7 +38,10 @@ def files(tmp_path_factory):
     torch.nn.init.normal_(net.head.weight)
     save_snapshot(root / "net.pkl", {"ema": net})
     torch.jit.script(FirstProduct()).save(root / "net.pt")
-    return dict(root=root, data=data, images=images, net=root / "net.pkl", script=root / "net.pt")
+    save_snapshot(root / "conv.pkl", {"ema": ConvClassifier(8, 3, 3, model_channels=8)})
+    return dict(
+        root=root, data=data, images=images, net=root / "net.pkl", script=root / "net.pt", conv=root / "conv.pkl"
+    )
 
 
 def run(*args, code=0):
@@ -46,13 +50,13 @@ def run(*args, code=0):
     return result.output
 
 
-@pytest.mark.parametrize("net", ["net", "script"])
+@pytest.mark.parametrize("net", ["net", "script", "conv"])
 def test_features_are_rounded_and_little_else(files, net):
     images = torch.from_numpy(pictures(6)).permute(0, 3, 1, 2)
     exact, half = (in_precision(load_detector(str(files[net]), "cpu"), p, "cpu") for p in ("fp32", "bf16"))
-    (a, _), (b, _) = exact(images), half(images)
+    (a, _), (b, probabilities) = exact(images), half(images)
     assert (exact.precision, half.precision, half.name) == ("fp32", "bf16", exact.name)
-    assert b.dtype == torch.float32
+    assert b.dtype == torch.float32 and (probabilities is None or probabilities.dtype == torch.float32)
     assert 0 < (a - b).abs().max() < 0.03 * a.abs().max()
     assert exact(images)[0].equal(a)  # autocast ends with the call
 
@@ -85,13 +89,14 @@ def test_the_table_says_so_and_the_judge_stays_exact(files):
     assert half["metrics"]["label_accuracy"] == exact["metrics"]["label_accuracy"]
 
 
-def test_kept_features_of_different_precision_never_mix(files, tmp_path):
+@pytest.mark.parametrize("net", ["net", "conv"])
+def test_kept_features_of_different_precision_never_mix(files, tmp_path, net):
     def used(*args):
         text = run(
             "evaluate",
             f"--images={files['images']}",
             f"--data={files['data']}",
-            f"--detector={files['net']}",
+            f"--detector={files[net]}",
             "--judge=none",
             f"--features={tmp_path / 'features.npz'}",
             *args,
