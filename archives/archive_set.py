@@ -195,5 +195,5 @@ def _describe(shape: tuple[int, ...]) -> str:
 
 def _kind(array: np.ndarray | None, what: str) -> str:
     if array is None:
-        return f"no {what}"
+        return f"no {what.removeprefix('a ')}"
     return what if array.ndim == 1 else f"{what} that are vectors of {array.shape[1]}"
