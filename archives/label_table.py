@@ -22,13 +22,26 @@ from archives.tables import guarded, is_table, read_table, unguarded
 if TYPE_CHECKING:  # needs PyTorch, which dataset_tool.py avoids because it loads slowly
     from archives.dataset import ImageDataset
 
-__all__ = ["load_labels_or_table", "load_outliers", "save_label_table"]
+__all__ = ["check_replaced", "load_labels_or_table", "load_outliers", "save_label_table"]
 
 COLUMNS = ("is_label_issue", "label_score", "given_label", "predicted_label")
 OUTLIER = "is_outlier_issue"
 ARCHIVE_NAME = "archive_name"
 EXPECTED = f"expected a table with the columns {', '.join(COLUMNS)} of cleanlab, and perhaps {OUTLIER} and file"
 FLAGS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
+
+
+def check_replaced(path: str | os.PathLike[str]) -> None:
+    """Raise UserError if a file is there that `save_label_table` has not written, such as somebody's own labels."""
+    if not os.path.lexists(path):
+        return
+    try:
+        with open(path, encoding="utf-8", errors="replace") as f:
+            header = f.readline(4096)
+    except OSError as e:
+        raise dnnlib.UserError(f"{path}: cannot be read ({e.strerror})") from None
+    if COLUMNS[0] not in header:
+        raise dnnlib.UserError(f"{path}: exists, and is no table of an earlier detection; choose another name")
 
 
 def save_label_table(path: str | os.PathLike[str], file: LabelFile, class_names: list[str] | None) -> None:

@@ -16,6 +16,7 @@ import torch
 import dnnlib
 from archives.dataset import ImageDataset
 from archives.label_file import LabelFile
+from archives.label_table import check_replaced
 from cleanscore.paths import find_archive
 from cleanscore.samples import Samples
 from detection.classifier import check_labels
@@ -233,6 +234,8 @@ def detect(
         )
     if dest is not None and not os.fspath(dest).lower().endswith(".npz"):
         raise dnnlib.UserError(f"dest: {os.fspath(dest)}: the name of a label file ends in .npz")
+    if dest is not None:
+        check_replaced(f"{os.fspath(dest)[:-4]}.csv")
     path = find_archive(archive)
     settings = _detection.make_context("detect", ["--data", path, *(["--preset", preset] if preset else [])]).params
     given = {name: value for name, value in dict(method=method, epochs=epochs).items() if value is not None}

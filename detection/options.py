@@ -15,7 +15,7 @@ import dnnlib
 from archives.archive_set import SEVERAL
 from archives.dataset import ImageDataset
 from archives.label_file import LabelFile, save_label_file
-from archives.label_table import load_labels_or_table, save_label_table
+from archives.label_table import check_replaced, load_labels_or_table, save_label_table
 from detection import classifier, confident, cores, gce
 from detection.features import FEATURES, load_features
 from detection.features import detect as detect_by_features
@@ -123,8 +123,10 @@ def find_wrong_labels(
 
     `features`: of `open_data`. `path`: the label file that it will become. A training that was killed continues from
     its `training_state` beside that file, which the caller deletes when everything is written. None: no file, and a
-    killed training begins anew.
+    killed training begins anew. UserError: the table beside it would replace a file that is none.
     """
+    if path:
+        check_replaced(f"{os.path.splitext(path)[0]}.csv")
     if o.labels:
         with blame("--labels"):
             return load_labels(o.labels, dataset), None

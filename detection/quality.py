@@ -137,7 +137,8 @@ def describe(dataset: ImageDataset, found: LabelFile) -> str:
     if emptied:
         shown = ", ".join(emptied[:5]) + (" ..." if len(emptied) > 5 else "")
         lines.append(
-            f"Warning: all images labeled {shown} are believed wrong; without them this class may have no image left. "
+            f"Warning: all images labeled {shown} are believed wrong; without them "
+            f"{'this class' if len(emptied) == 1 else 'these classes'} may have no image left. "
             "Look at the picture, or train longer"
         )
     if found.transition is not None:

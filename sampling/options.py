@@ -293,7 +293,8 @@ def check_network(o: dnnlib.EasyDict, net: torch.nn.Module) -> None:
         warn_if_never_unlabeled(net)
     shaping = [option for option in given_options() if option in ("--S_min", "--S_max", "--S_noise")]
     if shaping and not o.S_churn:
-        print0(f"Note: without --S_churn no noise is added, so {' and '.join(shaping)} change nothing")
+        change = "changes" if len(shaping) == 1 else "change"
+        print0(f"Note: without --S_churn no noise is added, so {' and '.join(shaping)} {change} nothing")
 
 
 def find_classes(text: str, classes: int, names: Sequence[str] | None) -> list[int]:

@@ -253,6 +253,12 @@ def test_a_mistake_is_an_error_that_names_no_option(home, net, call, words):
     assert words in error.value.message and not re.search(r"(?<!\S)--\w+: ", error.value.message), error.value.message
 
 
+def test_detect_replaces_no_table_of_somebody_else(home, tmp_path):
+    (tmp_path / "mine.csv").write_text("file,label\n")
+    with pytest.raises(dnnlib.UserError, match="mine.csv: exists"):
+        cleanscore.detect(pets(home), epochs=1, dest=tmp_path / "mine.npz")
+
+
 # evaluate and detect
 
 PIXELS = dict(detector="pixels", judge="none")

@@ -252,6 +252,11 @@ def test_bad_input(data, detected, tmp_path):
     fail(2, f"--data={data}", dest, labels, "--method=cores", "--labels|--method")
     fail(1, f"--data={data}", dest, f"--labels={tmp_path}/none.npz", "--labels|none.npz")
     fail(1, f"--data={data}", dest, f"--decisions={tmp_path}/none.csv", "--decisions|none.csv")
+    mine = tmp_path / "mine.csv"
+    mine.write_text("file,label\na.png,cat\n")
+    fail(1, f"--data={data}", labels, f"--dest={tmp_path}/mine.npz", "mine.csv: exists|choose another name")
+    assert mine.read_text() == "file,label\na.png,cat\n"
+    mine.unlink()
     fail(2, f"--data={data}", f"--dest={tmp_path / 'no' / 'l.npz'}", f"--picture={tmp_path}", "--picture|folder")
     fail(1, f"--data={data}", dest, f"--cleaned={folder}", "choose another name")
     fail(1, f"--data={data}", dest, f"--cls={data}", "d.zip")

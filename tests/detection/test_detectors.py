@@ -333,6 +333,10 @@ def test_a_class_that_would_be_lost_is_named(tmp_path):
         dataset, label_file(dataset, judgment(all_dogs, dataset.labels))
     )
     assert "Warning" not in describe(dataset, label_file(dataset, judgment(one_dog, dataset.labels)))
+    swapped = np.array([[0.1, 0.9], [0.1, 0.9], [0.9, 0.1], [0.9, 0.1]])
+    assert "labeled cat, dog are believed wrong; without them these classes may have no image left" in describe(
+        dataset, label_file(dataset, judgment(swapped, dataset.labels))
+    )
 
 
 @pytest.mark.parametrize(

@@ -70,4 +70,5 @@ def test_settings_of_noise_that_is_not_added_are_noticed(tmp_path):
     persistence.save_snapshot(tmp_path / "net.pkl", dict(ema=random_network(), info={}))
     args = [f"--network={tmp_path / 'net.pkl'}", "--seeds=0", "--S_min=0.05", "--S_noise=1.003"]
     assert "--S_min and --S_noise change nothing" in make(tmp_path / "a", *args)
+    assert "--S_min changes nothing" in make(tmp_path / "c", *args[:-1])
     assert "Note" not in make(tmp_path / "b", *args, "--S_churn=40")
