@@ -45,6 +45,8 @@ Function = Callable[[torch.Tensor], torch.Tensor]
 
 def overlap(net, sigma_min: float, sigma_max: float) -> tuple[float, float]:
     """Return the part of [sigma_min, sigma_max] that the denoiser `net` knows. UserError: there is none."""
+    if sigma_min >= sigma_max:
+        raise dnnlib.UserError(f"sigma_min={sigma_min:g} is not below sigma_max={sigma_max:g}")
     low, high = max(sigma_min, float(net.sigma_min)), min(sigma_max, float(net.sigma_max))
     if not 0 < low < high:
         raise dnnlib.UserError(

@@ -175,6 +175,8 @@ def test_only_noise_levels_that_the_network_knows_are_used_and_the_range_is_clip
     assert max(net.sigmas) > 10  # t_hat of the first step: churn adds noise on top of sigma_max
     with pytest.raises(dnnlib.UserError, match="sigma_min=20.*0.5 to 10"):
         sampler(net, torch.ones([1, 1, 2, 2]), sigma_min=20, sigma_max=80)
+    with pytest.raises(dnnlib.UserError, match="sigma_min=5 is not below sigma_max=1"):
+        sampler(net, torch.ones([1, 1, 2, 2]), sigma_min=5, sigma_max=1)
 
 
 @pytest.mark.parametrize("discretization", DISCRETIZATIONS)
