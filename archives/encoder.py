@@ -181,7 +181,7 @@ class Encoder:
         if self.shape:
             raise dnnlib.UserError(f"{name}: is {size}, images before it are {self.shape[1]}x{self.shape[0]}: {hint}")
         if shape[0] != shape[1]:
-            raise dnnlib.UserError(f"{name}: is {size} after the transform, images must be square: {hint}")
+            raise dnnlib.UserError(f"{name}: is {size}, images must be square: {hint}")
         if shape[0] & (shape[0] - 1):
             raise dnnlib.UserError(f"{name}: is {size}, the side must be a power of two: {hint}")
         self.shape = shape

@@ -123,7 +123,7 @@ BAD = {
     "not integer": (labeled([["a.png", 0.5], ["b.png", 1]]), [ZIP], 1, "label 0.5 is not an integer"),
     "ragged": (labeled([["a.png", [1]], ["b.png", [0, 1]]]), [ZIP], 1, "ragged"),
     "mixed sizes": (tree(PNG, PNG, synth.png(synth.pictures(1, 16)[0])), [TREE], 1, "2.png: is 16x16, images before"),
-    "not square": (tree(synth.png(RGB[0][:4])), [TREE], 1, "0.png: is 8x4 after the transform, images must be square"),
+    "not square": (tree(synth.png(RGB[0][:4])), [TREE], 1, "0.png: is 8x4, images must be square"),
     "power of two": (tree(synth.png(synth.pictures(1, 12)[0])), [TREE], 1, "0.png: is 12x12, the side must be"),
     "alpha": (tree(PNG, synth.png(ALPHA[0])), [TREE], 1, "1.png: has transparent pixels"),
     "gray alpha": (tree(PNG, synth.png(ALPHA[0], "LA")), [TREE], 1, "1.png: has transparent pixels"),

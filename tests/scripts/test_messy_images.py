@@ -76,7 +76,7 @@ def test_images_are_turned_before_they_are_cut_and_measured(tmp_path):
     tall = np.zeros((32, 16, 3), np.uint8)
     tall[8:24] = 255, 0, 0
     put(tmp_path / "in/0.png", PIL.Image.fromarray(tall).transpose(PIL.Image.Transpose.ROTATE_90), exif=exif(6))
-    assert "0.png: is 16x32 after the transform" in refused(f"--source={tmp_path}/in", f"--dest={tmp_path}/a.zip")
+    assert "0.png: is 16x32, images must be square" in refused(f"--source={tmp_path}/in", f"--dest={tmp_path}/a.zip")
     pixels, _, _ = build(tmp_path / "in", "--transform=center-crop-wide", "--resolution=16x8")
     assert pixels.shape == (1, 16, 16, 3) and (pixels[0, 4:12] == [255, 0, 0]).all()
 
