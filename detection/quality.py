@@ -11,6 +11,7 @@ import torch
 from archives.dataset import ImageDataset
 from archives.label_file import LabelFile, class_noise_rates
 from archives.label_noise import row_stochastic
+from archives.listing import some
 from archives.posterior import compress
 from detection.bayes import Judgment, judge
 from sampling.grid import CELL, save_grid
@@ -21,6 +22,7 @@ __all__ = [
     "ROWS",
     "confusion",
     "describe",
+    "disbelieved",
     "label_file",
     "quality",
     "save_picture",
@@ -98,6 +100,11 @@ def quality(is_clean: np.ndarray, labels: np.ndarray, clean_labels: np.ndarray) 
     )
 
 
+def disbelieved(found: LabelFile) -> list[int]:
+    """Return the classes whose labels are all believed wrong."""
+    return np.setdiff1d(found.labels, found.labels[found.is_clean]).tolist()
+
+
 def describe(dataset: ImageDataset, found: LabelFile) -> str:
     """Return a text with the noise rates and the estimated transition.
 
@@ -132,12 +139,9 @@ def describe(dataset: ImageDataset, found: LabelFile) -> str:
     lines += [
         f"  {names[c]:<16.16} {counts[c]:>8,} images, {rates[c]:6.1%} wrong" + in_truth(true_rates[c]) for c in chosen
     ]
-    flagged = np.bincount(labels[~found.is_clean], minlength=len(names))
-    emptied = [names[c] for c in np.flatnonzero((counts > 0) & (flagged == counts))]
-    if emptied:
-        shown = ", ".join(emptied[:5]) + (" ..." if len(emptied) > 5 else "")
+    if emptied := disbelieved(found):
         lines.append(
-            f"Warning: all images labeled {shown} are believed wrong; without them "
+            f"Warning: all images labeled {some([names[c] for c in emptied])} are believed wrong; without them "
             f"{'this class' if len(emptied) == 1 else 'these classes'} may have no image left. "
             "Look at the picture, or train longer"
         )

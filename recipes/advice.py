@@ -17,6 +17,7 @@ from archives.label_file import LabelFile
 from archives.listing import some
 from archives.relabel import CONFIDENCE
 from detection.inspection import confusable_pairs
+from detection.quality import disbelieved
 from reports.facts import Advice, Confusable
 from training.presets import presets_of
 
@@ -155,6 +156,12 @@ def advise(
         best = "TDSM" if found.posterior is None else "Posterior"
         why = f"Cleaning would leave no image of {names}: few of the wrong labels have a right one that is sure."
     stated = f"About {wrong:.1%} of the labels are wrong, and {foreign / len(here):.1%} of the images are foreign."
+    if classes := disbelieved(found):
+        names = some([name_class(c, dataset.class_names) for c in classes], len(classes))
+        why += (
+            f" But all images labeled {names} are believed wrong. Look at the page: if many of them are right, the "
+            "detector has learned too little, and should train for longer."
+        )
     why = f"{stated} {why} {SOURCE}"
     c = _Commands(data, labels, classifier, dataset)
     model = c.passes("train.py")

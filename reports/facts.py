@@ -110,9 +110,11 @@ def summarize(facts: Facts) -> str:
     """Return a short text for the terminal: what the set is, what is wrong with it, and the recommended commands."""
     channels, height, width = facts.shape
     interval = "" if facts.interval is None else f" (between {facts.interval[0]:.1%} and {facts.interval[1]:.1%})"
+    low, high = facts.counts.min(), facts.counts.max()
+    each = f"{low:,} images each" if low == high else f"{low:,} to {high:,} images"
     lines = [
         f"Set:         {facts.images:,} images of {width}x{height}, {'gray' if channels == 1 else 'RGB'}, "
-        f"{len(facts.counts):,} classes of {facts.counts.min():,} to {facts.counts.max():,} images",
+        f"{len(facts.counts):,} classes of {each}",
         f"Labels:      about {facts.noise_rate:.1%} are wrong{interval}",
     ]
     worst = np.argsort(-facts.class_rates, kind="stable")[:SHOWN]

@@ -183,6 +183,16 @@ def test_cleaning_is_not_recommended_where_it_empties_a_class(tmp_path, posterio
     assert "Cleaning would leave no image of class 3:" in why
 
 
+def test_classes_whose_labels_are_all_believed_wrong_are_named(tmp_path):
+    clean, labels = noisy(100, 0.4)
+    found = judged(labels, clean, CLASSES)
+    shape = dict(resolution=8, num_channels=1, label_dim=CLASSES, class_names=None)
+    path = str(make_archive(tmp_path / "part0.zip", pictures(1)))
+    assert "are believed wrong" not in advise(SizedDataset(100, shape), found, path, "l.npz")[1]
+    found.is_clean[np.isin(labels, [2, 5])] = False
+    assert "all images labeled 2, 5 are believed wrong" in advise(SizedDataset(100, shape), found, path, "l.npz")[1]
+
+
 def test_a_cleaned_archive_is_no_part_of_the_set(tmp_path):
     clean, labels = noisy(100, 0.4)
     shape = dict(resolution=8, num_channels=1, label_dim=CLASSES, class_names=None)
