@@ -24,6 +24,7 @@ from detection.inspection import look_for_foreign
 from detection.options import METHODS, detect_options, find_wrong_labels, save_results
 from metrics.detectors import INCEPTION
 from metrics.options import evaluate_files
+from metrics.protocols import PROTOCOLS
 from sampling.ddgan import is_generator
 from sampling.generation import generate_images
 from sampling.guidance import ClassifierFreeGuidance
@@ -168,10 +169,16 @@ def evaluate(
     images     what `sample` returned, an array uint8 [N,H,W,C], or a folder, ZIP, `.npz` or URL
     reference  real images: an archive, its URL, or the directory of a run that was trained on it
     detector   what turns images into features: Inception-v3 by default, or "pixels", a classifier's path or URL, ...
-    settings   further fields of `metrics.settings.EvaluationSettings`: `num`, `bootstrap`, `judge`, ...
+    settings   further fields of `metrics.settings.EvaluationSettings`: `num`, `bootstrap`, `judge`, ...; a `protocol`
+               chooses those that are not given
 
-    UserError: the images do not fit each other, or there is no such detector.
+    UserError: the images do not fit each other, or there is no such detector or protocol.
     """
+    protocol = settings.get("protocol")
+    if protocol is not None:
+        if protocol not in PROTOCOLS:
+            raise dnnlib.UserError(f"protocol: there is no {protocol!r}; there are {', '.join(PROTOCOLS)}")
+        settings = {**PROTOCOLS[protocol].settings, **settings}
     data, device = find_archive(reference), _device(device)
     with tempfile.TemporaryDirectory() as folder, tf32(False):
         path = name = "images"

@@ -283,6 +283,17 @@ def test_evaluate_gives_the_numbers_of_fid(home, net, tmp_path):
     assert without["metrics"]["fid"] == pytest.approx(theirs["metrics"]["fid"]) and without["images"] == "images"
 
 
+def test_a_protocol_chooses_settings(home, monkeypatch):
+    used = []
+    monkeypatch.setattr(
+        cleanscore.api, "evaluate_files", lambda paths, device, **settings: used.append(settings) or [{}]
+    )
+    cleanscore.evaluate(pets(home), pets(home), protocol="tdsm", num=30, **PIXELS)
+    assert used[0]["nearest_k"] == 3 and used[0]["num"] == 30
+    with pytest.raises(dnnlib.UserError, match="no 'fid'.*edm, tdsm"):
+        cleanscore.evaluate(pets(home), pets(home), protocol="fid", **PIXELS)
+
+
 def test_evaluate_matches_classes_by_name(home, net, tmp_path):
     """The reference numbers them in another order."""
     dataset = ImageDataset(str(pets(home)))
