@@ -185,7 +185,7 @@ def _settings(results: Sequence[Result]) -> list[str]:
 def _runs(results: Sequence[Result], setting: str, keys: Sequence[str]) -> dict[str, list[Result]]:
     """Return the rows of a table that there are: key -> results, one for each seed, in the order of the seeds.
 
-    Real images come first, then the best row.
+    Real images come first, then the best row: by the ratio to the oracle of the same seed, since seeds differ.
     """
     found = {}
     for key in keys:
@@ -194,11 +194,28 @@ def _runs(results: Sequence[Result], setting: str, keys: Sequence[str]) -> dict[
         if first:
             found[key] = [first[seed] for seed in sorted(first)]
 
+    oracle = _oracle(found)
+    reached = _mean(oracle)["metrics"][RANKING] if oracle else None
+
     def rank(key: str) -> tuple[bool, float]:
-        value = _mean(found[key])["metrics"][RANKING]
-        return bool(ROWS[key].run), math.inf if value is None else value
+        value, ratio = _mean(found[key])["metrics"][RANKING], _ratio(found[key], oracle)
+        if value is not None and ratio is None and reached:
+            ratio = value / reached
+        best = value if ratio is None else ratio
+        return bool(ROWS[key].run), math.inf if best is None else best
 
     return {key: found[key] for key in sorted(found, key=rank)}
+
+
+def _oracle(runs: dict[str, list[Result]]) -> list[Result]:
+    return next((results for key, results in runs.items() if ROWS[key].role == ORACLE), [])
+
+
+def _same_seeds(runs: dict[str, list[Result]]) -> dict[str, list[Result]]:
+    """Return the rows with the seeds that all trained ones have, as far as there are any: what can be compared."""
+    seeds = [{result.about["seed"] for result in results} for key, results in runs.items() if ROWS[key].run]
+    shared = set.intersection(*seeds) if seeds else set()
+    return {key: [r for r in results if r.about["seed"] in shared] or results for key, results in runs.items()}
 
 
 def _title(setting: str, title: str) -> str:
@@ -206,14 +223,16 @@ def _title(setting: str, title: str) -> str:
 
 
 def _section(title: str, runs: dict[str, list[Result]]) -> Section:
-    oracle = next((results for key, results in runs.items() if ROWS[key].role == ORACLE), [])
+    oracle = _oracle(runs)
+    alike = _same_seeds(runs)
     header, body, scores = ["row"], [], []
     for name, metric in METRICS.items():
         header += [metric, "/ oracle's"] if oracle and name == RANKING else [metric]
     for key, results in runs.items():
-        value, low_high = _mean(results)["metrics"][RANKING], _mean(results)["intervals"].get(RANKING)
+        table = _mean(alike[key])
+        value, low_high = table["metrics"][RANKING], table["intervals"].get(RANKING)
         if ROWS[key].run and value is not None:
-            scores.append(Score(ROWS[key].title, value, low_high if len(results) == 1 else None, ROWS[key].role))
+            scores.append(Score(ROWS[key].title, value, low_high if len(alike[key]) == 1 else None, ROWS[key].role))
         body.append(_row(key, results, oracle))
     header += ["images", "passes per image", "training", "sampling"]
     everything = [result for results in runs.values() for result in results]
@@ -233,6 +252,8 @@ def _section(title: str, runs: dict[str, list[Result]]) -> Section:
         notes.append(
             f"Rows with several seeds ({', '.join(map(str, seeds))}): the mean, the lowest and the highest value."
         )
+    if alike != runs:
+        notes.append("The sentence above, the chart and the accuracy by class are about the seeds that all rows have.")
     return Section(
         title,
         "Class-conditional diffusion models are trained on wrong labels. Do they make what they are asked for?",
@@ -266,11 +287,16 @@ def _cell(results: Sequence[Result], metric: str) -> str:
 
 
 def _relative(results: Sequence[Result], oracle: Sequence[Result]) -> str:
-    """Return the mean ratio of a row to the oracle, over the seeds that both have."""
+    ratio = _ratio(results, oracle)
+    return "n/a" if ratio is None else f"{ratio:.2f}"
+
+
+def _ratio(results: Sequence[Result], oracle: Sequence[Result]) -> float | None:
+    """Return the mean ratio of a row to the oracle, over the seeds that both have; None without such a seed."""
     best = {result.about["seed"]: result.table["metrics"][RANKING] for result in oracle}
     pairs = [(result.table["metrics"][RANKING], best.get(result.about["seed"])) for result in results]
     ratios = [value / reached for value, reached in pairs if value is not None and reached]
-    return f"{np.mean(ratios):.2f}" if ratios else "n/a"
+    return float(np.mean(ratios)) if ratios else None
 
 
 def _mean(results: Sequence[Result]) -> dict[str, Any]:
@@ -307,7 +333,8 @@ def write(outdir: str, results: Sequence[Result], commands: Sequence[str] = ()) 
         if section is None or not runs:
             continue
         methods = [
-            Method(ROWS[key].title, {}, "", _mean(of_seeds), 0.0, 0.0, ROWS[key].role) for key, of_seeds in runs.items()
+            Method(ROWS[key].title, {}, "", _mean(of_seeds), 0.0, 0.0, ROWS[key].role)
+            for key, of_seeds in _same_seeds(runs).items()
         ]
         section.pictures = [chart_distances(outdir, methods, name=setting), accuracy_by_class(methods)]
         data = f"{folder}/datasets/{place('noisy', setting)}.zip"

@@ -179,6 +179,17 @@ def test_seeds_become_one_row_and_the_oracle_serves_all_settings(tmp_path):
         assert "| oracle (2 seeds) | 0.700 (0.600 to 0.800) | 1.00 |" in text and f"| drop | {drop} |" in text
 
 
+def test_rows_of_several_seeds_compare_by_the_oracle_of_the_same_seed(tmp_path):
+    write_run(tmp_path / "a", {"oracle": 2.0, "drop": 1.9, "relabel": 1.8, "baseline": 20.0})
+    write_run(tmp_path / "b", {"oracle": 3.0, "relabel": 2.4}, seed=1)  # on average above the one seed of drop
+    results = fashion_tables.load(str(tmp_path / "a")) + fashion_tables.load(str(tmp_path / "b"))
+    section, *_ = fashion_tables.sections(results)
+    order = ["relabel (2 seeds)", "drop", "oracle (2 seeds)", "baseline"]
+    assert [cells[0] for cells in section.rows] == order
+    assert "its class-wise FD is 1.80, the oracle's 2.00" in section.finding and "10.0 times" in section.finding
+    assert any("the seeds that all rows have" in note for note in section.notes)
+
+
 def test_results_travel_as_one_file(tmp_path):
     write_run(tmp_path / "a", {"real-clean": 0.3, "oracle": 0.6, "tdsm-paper": 1.5})
     write_run(tmp_path / "b", {"oracle": 0.8, "drop": 1.0}, seed=1)
