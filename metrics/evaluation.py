@@ -195,8 +195,11 @@ class Comparison:
     def _describe_matching(self, source: ImageSource, test: ImageSource | None) -> str | None:
         inputs = self._inputs
         judge = inputs.judge and describe_match(inputs.judge.class_names, inputs.reference.class_names)
-        of_sets = (getattr(images, "class_matching", None) for images in (source, test))
-        found = dict(zip(("", "of the test set ", "of the judge "), (*of_sets, judge), strict=True))
+        found = {
+            "": getattr(source, "class_matching", None),
+            "of the test set ": getattr(test, "class_matching", None),
+            "of the judge ": judge,
+        }
         return "; ".join(f"{of}{how}" for of, how in found.items() if how) or None
 
     def _rewards_mistakes(self, metric: str) -> bool:

@@ -80,6 +80,13 @@ def test_rules_that_leave_nothing_are_refused():
         PosteriorLabels(compress(POSTERIOR[:2], OBSERVED[:2]), "drop", CPU)
 
 
+@pytest.mark.parametrize("mode, said", [("sample", ""), ("relabel", "class 1,"), ("drop", "classes 1, 2,")])
+def test_classes_that_a_rule_loses_are_named(mode, said):
+    p = np.array([[0.9, 0.1, 0.0], [0.6, 0.4, 0.0], [0.0, 0.1, 0.9], [0.7, 0.0, 0.3]])
+    notes = "\n".join(PosteriorLabels(compress(p, np.array([0, 1, 0, 2])), mode, CPU).notes())
+    assert said in notes and ("Warning" in notes) == (mode != "sample")
+
+
 def test_what_remains_of_the_noise():
     np.testing.assert_array_equal(labels_of("sample").transition(), np.eye(5))
     for mode, labels, rows in (("relabel", [1, 2, 2, 3], [0, 1, 2, 3]), ("drop", [2, 3], [2, 3])):

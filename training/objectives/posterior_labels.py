@@ -19,6 +19,7 @@ import torch
 
 import dnnlib
 from archives.label_noise import row_stochastic
+from archives.listing import some
 from archives.posterior import TopPosterior
 from torch_utils import misc
 from torch_utils.precision import widest
@@ -80,6 +81,14 @@ class PosteriorLabels:
             f"Labels by the posterior: {1 - right.mean():.1%} of {len(best):,} are wrong by it; "
             f"the rule '{mode}' {counts[mode]}."
         ]
+        kept = ~changed if mode == "drop" else ~uncertain
+        lost = [] if mode == "sample" else np.setdiff1d(posterior.labels, best[kept]).tolist()
+        if lost:
+            self._notes.append(
+                f"Warning: the rule '{mode}' leaves no image of {'class' if len(lost) == 1 else 'classes'} "
+                f"{some(map(str, lost), len(lost))}, so the network does not learn "
+                f"{'it' if len(lost) == 1 else 'them'}; the rule 'sample' does not lose classes."
+            )
         number = 0 if foreign is None else int(np.sum(foreign if self.train_indices is None else foreign & ~changed))
         if number:
             self._notes.append(
