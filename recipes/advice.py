@@ -200,7 +200,8 @@ def advise(
             "anew until the label is right.",
             "A model is trained already, and training again is too expensive. Leave out the first command then.",
             ("No" if c.classifier else f"{c.passes('train_discriminator.py'):,}")
-            + f" training passes besides the baseline's {model:,}; sampling takes 1 / (1 - noise rate) times as long",
+            + f" training passes besides the baseline's {model:,}; sampling takes at least 1 / (1 - noise rate) times as "
+            "long",
             c.correct(),
         ),
         Advice(
