@@ -132,7 +132,7 @@ def load(o: dnnlib.EasyDict, device: torch.device) -> tuple:
     with blame("--discriminator"):
         net = guide(
             net,
-            load_discriminator(o.discriminator, device, trust_pickle=o.trust_pickle),
+            load_discriminator(o.discriminator, device, class_names=class_names, trust_pickle=o.trust_pickle),
             device,
             mode=o.dg_mode,
             weights=(o.dg_weight_1st_order, o.dg_weight_2nd_order),

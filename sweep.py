@@ -95,7 +95,8 @@ def load(
         if not net.label_dim:
             raise dnnlib.UserError(f"{o.network}: was trained without labels, so there are none to correct")
     with blame("--discriminator"):
-        discriminator = load_discriminator(o.discriminator, device, trust_pickle=o.trust_pickle)
+        given = dict(class_names=class_names, trust_pickle=o.trust_pickle)
+        discriminator = load_discriminator(o.discriminator, device, **given)
         form = dict(gate=gate(o), noise_rate=o.noise_rate)
         networks = {
             (mode, weight): guide(net, discriminator, device, mode=mode, weights=(weight, weight), **form)

@@ -136,9 +136,9 @@ def find_partners(
     """Return which images SiMix mixes with each image, int64 [N,2]; none of those `held_out`. Collective."""
 
     def load() -> torch.nn.Module:
-        net = persistence.load_snapshot(path, trust_pickle=trust_pickle, kind="classifier")["ema"].to(device)
-        check_classifier(net, dataset, path)
-        return net
+        snapshot = persistence.load_snapshot(path, trust_pickle=trust_pickle, kind="classifier")
+        check_classifier(snapshot, dataset, path)
+        return snapshot["ema"].to(device)
 
     with blame("--cls"):
         classifier = None if path is None else distributed.together(load)

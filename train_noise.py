@@ -84,7 +84,7 @@ def main(**opts) -> None:
         if path is not None:
             with blame("--cls"):
                 snapshot = persistence.load_snapshot(path, trust_pickle=opts["trust_pickle"], kind="classifier")
-                check_classifier(snapshot["ema"], dataset, path)
+                check_classifier(snapshot, dataset, path)
                 check_noise_levels(snapshot, path)
                 temperature = Temperature.read(snapshot["info"].get("temperature"), path)
         stated = options.stated_transition(**options.noise_settings(opts), dataset=dataset)

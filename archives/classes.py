@@ -10,7 +10,7 @@ import numpy as np
 import dnnlib
 from archives.listing import some
 
-__all__ = ["check_number", "compact", "describe_empty", "name_class", "name_look_alikes"]
+__all__ = ["check_class_numbers", "check_number", "compact", "describe_empty", "name_class", "name_look_alikes"]
 
 SHOWN = 10  # classes in a message
 
@@ -18,6 +18,20 @@ SHOWN = 10  # classes in a message
 def name_class(number: int, names: Sequence[str] | None) -> str:
     """Return what messages call a class: its name, or its number where it has none."""
     return str(number) if names is None else names[number]
+
+
+def check_class_numbers(theirs: Sequence[str] | None, path: str, ours: Sequence[str] | None, where: str) -> None:
+    """Raise UserError if the network of `path` and the data or network `where` number a class differently.
+
+    `theirs` and `ours` are their class names. None: they have none, and the numbers are all there is.
+    """
+    numbers = {name: number for number, name in enumerate(ours or ())}
+    for number, name in enumerate(theirs or ()):
+        if numbers.get(name, number) != number:
+            raise dnnlib.UserError(
+                f"class {name!r} is number {number} of {path}, but number {numbers[name]} of {where}; their classes "
+                "must have the same order"
+            )
 
 
 def name_look_alikes(names: Sequence[str]) -> list[str]:

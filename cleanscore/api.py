@@ -116,7 +116,7 @@ def sample(
     device, names = next(inner.parameters()).device, getattr(inner, "class_names", None)
     wanted = None if classes is None else _numbers(classes, net.label_dim, names)
     for one in sorted(guidances, key=lambda one: not isinstance(one, Real)):  # SBDC's gate stands outermost
-        net = _guided(net, one, device)
+        net = _guided(net, one, device, names)
     sampler = choose_sampler(net, **given)
     before = net.given_up if isinstance(net, Rejection) else 0
     seeds = list(range(seed, seed + n))
@@ -128,7 +128,9 @@ def sample(
     return Samples(np.concatenate(images), None if labels[0] is None else np.concatenate(labels), seeds, names)
 
 
-def _guided(net: Callable[..., torch.Tensor], guidance: Guidance, device: torch.device) -> Callable[..., torch.Tensor]:
+def _guided(
+    net: Callable[..., torch.Tensor], guidance: Guidance, device: torch.device, class_names: Sequence[str] | None
+) -> Callable[..., torch.Tensor]:
     if isinstance(net, Rejection):
         raise dnnlib.UserError(
             "guidance: the network draws by rejection already, which nothing may guide; guide net.net"
@@ -138,7 +140,7 @@ def _guided(net: Callable[..., torch.Tensor], guidance: Guidance, device: torch.
             warn_if_never_unlabeled(net)
         return ClassifierFreeGuidance(net, float(guidance))
     if not isinstance(guidance, TrainedDiscriminator):
-        guidance = load_discriminator(os.fspath(guidance), device)
+        guidance = load_discriminator(os.fspath(guidance), device, class_names=class_names)
     return guide(net, guidance, device)
 
 

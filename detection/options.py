@@ -165,7 +165,7 @@ def detect_by_snapshot(cls: str, trust_pickle: bool, dataset: ImageDataset, devi
     with blame("--cls"):
         path = persistence.find_snapshot(cls)
         snapshot = persistence.load_snapshot(path, trust_pickle=trust_pickle, kind="classifier")
-        check_classifier(snapshot["ema"], dataset, path)
+        check_classifier(snapshot, dataset, path)
     found = classifier.detect(snapshot["ema"], snapshot["info"].get("posterior", "noisy"), dataset, device)
     found.classifier = dnnlib.content_hash(path)
     return found

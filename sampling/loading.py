@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 import dnnlib
+from archives.classes import check_class_numbers
 from archives.label_noise import check_matrix
 from sampling.evaluations import Stopwatch
 from sampling.guidance import AsPublished, Evidence, GatedGuidance, gated_discriminator
@@ -172,13 +173,17 @@ class TrainedDiscriminator:
     noisy_images: bool = True  # whether it knows images at all noise levels
 
 
-def load_discriminator(path: str, device: torch.device, *, trust_pickle: bool = False) -> TrainedDiscriminator:
+def load_discriminator(
+    path: str, device: torch.device, *, class_names: Sequence[str] | None = None, trust_pickle: bool = False
+) -> TrainedDiscriminator:
     """Return the discriminator of a snapshot, or a detector's classifier as one.
 
-    UserError: the file is missing, damaged or of another kind.
+    `class_names`: those of the network whose images it will judge. UserError: the file is missing, damaged or of
+    another kind, or numbers these classes differently.
     """
     snapshot = _load(path, trust_pickle, ("discriminator", "classifier"))
     info = snapshot.get("info") or {}
+    check_class_numbers(info.get("class_names"), path, class_names, "the network")
     if getattr(snapshot["ema"], "network_kind", None) == "classifier":
         return _as_discriminator(path, snapshot["ema"].to(device), info, device)
     options = info.get("options") or {}

@@ -76,6 +76,18 @@ def refuse(outdir, *args):
     return result.stderr
 
 
+def test_a_discriminator_that_numbers_the_classes_differently_is_refused(guide, tmp_path):
+    names, paths = dict(net=["cat", "dog", "cow"], judge=["dog", "cat", "cow"]), {}
+    for option, (name, own) in zip(guide, names.items(), strict=False):
+        snapshot = persistence.load_snapshot(option.partition("=")[2])
+        snapshot["info"]["class_names"] = own
+        paths[name] = tmp_path / f"{name}.pkl"
+        persistence.save_snapshot(paths[name], snapshot)
+    found = refuse(tmp_path / "out", f"--network={paths['net']}", f"--discriminator={paths['judge']}", guide[2])
+    assert "--discriminator" in found and "class 'dog' is number 0 of" in found
+    make(tmp_path / "out", guide[0], f"--discriminator={paths['judge']}", guide[2], "--seeds=0")
+
+
 @pytest.fixture
 def detector(tmp_path):
     """The classifier of a detector, as detect_noise.py writes it, and its parts."""

@@ -198,7 +198,13 @@ def test_transition_and_classifier_are_checked():
         classifier = FixedClassifier()
         setattr(classifier, field, 99)
         with pytest.raises(UserError, match=f"{word}.*99"):
-            check_classifier(classifier, data, "c.pkl")
+            check_classifier(dict(ema=classifier, info={}), data, "c.pkl")
+    data.class_names = ["cat", "dog", "cow", "hen"]
+    for names in (None, ["cat", "dog", "cow", "hen"], ["a cat", "dog", "cow", "hen"]):
+        check_classifier(dict(ema=FixedClassifier(), info=dict(class_names=names)), data, "c.pkl")
+    with pytest.raises(UserError, match="class 'dog' is number 0 of c.pkl, but number 1 of toy"):
+        swapped = dict(class_names=["dog", "cat", "cow", "hen"])
+        check_classifier(dict(ema=FixedClassifier(), info=swapped), data, "c.pkl")
 
 
 def test_forward_correction_and_learned_transition():

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 import dnnlib
+from archives.classes import check_class_numbers
 from archives.dataset import ImageDataset, to_float
 from archives.label_noise import check_matrix, check_observed
 from archives.posterior import TopPosterior
@@ -249,8 +250,9 @@ class ClassifierObjective(Objective):
         return lines
 
 
-def check_classifier(classifier: torch.nn.Module, dataset: ImageDataset, path: str) -> None:
+def check_classifier(snapshot: dict[str, Any], dataset: ImageDataset, path: str) -> None:
     """Raise UserError unless the classifier of the snapshot `path` fits the data's resolution, channels and classes."""
+    classifier = snapshot["ema"]
     theirs = (classifier.img_resolution, classifier.img_channels, classifier.label_dim)
     ours = (dataset.resolution, dataset.num_channels, dataset.label_dim)
     for name, a, b in zip(("resolution", "number of channels", "number of classes"), theirs, ours, strict=True):
@@ -258,6 +260,7 @@ def check_classifier(classifier: torch.nn.Module, dataset: ImageDataset, path: s
             raise dnnlib.UserError(
                 f"the {name} of {path} is {a}, of {dataset.name} {b}; train the classifier on this data set"
             )
+    check_class_numbers(snapshot["info"].get("class_names"), path, dataset.class_names, dataset.name)
 
 
 def check_noise_levels(snapshot: dict[str, Any], path: str) -> None:
