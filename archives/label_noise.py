@@ -27,6 +27,7 @@ __all__ = [
     "inverse_transition",
     "load_matrix",
     "row_stochastic",
+    "seen_rows",
     "transition_matrix",
     "used_classes",
 ]
@@ -170,6 +171,16 @@ def row_stochastic(counts: np.ndarray) -> np.ndarray:
     """Return the rows divided by their sums, float64 [C,C]; an empty row becomes the identity's."""
     sums = counts.sum(axis=1, keepdims=True)
     return np.where(sums > 0, counts / np.where(sums > 0, sums, 1), np.eye(len(counts)))
+
+
+def seen_rows(mass: np.ndarray, observed: np.ndarray) -> np.ndarray:
+    """Return `row_stochastic` of what the images of each class add up to, [C,C], where there is anything to see.
+
+    A class that no label int64 [N] of `observed` names, or that has less than half an image, gets the identity's row:
+    its few crumbs of probability are rounding and doubt about other classes' images.
+    """
+    named = np.bincount(observed, minlength=len(mass)) > 0
+    return row_stochastic(np.where((named & (mass.sum(axis=1) >= 0.5))[:, None], mass, 0))
 
 
 def load_matrix(path: str, num_classes: int | None = None) -> np.ndarray:

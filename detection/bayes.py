@@ -30,7 +30,7 @@ import numpy as np
 import scipy.optimize
 import torch
 
-from archives.label_noise import row_stochastic
+from archives.label_noise import row_stochastic, seen_rows
 from training.objectives.tdsm import posterior_weights
 from training.transition_estimate import estimate_transition, noise_rate
 
@@ -88,7 +88,7 @@ def judge(
         rows[:] = weights.numpy()
         right += float(np.take_along_axis(rows, given[:, None], 1).sum(dtype=np.float64))
     rate = 1 - right / max(n, 1)
-    confusion /= np.maximum(confusion.sum(axis=1, keepdims=True), 1e-30)
+    confusion = seen_rows(confusion, observed)
     return Judgment(log_probs, T, rate, _interval(n, rate, implied, certain), confusion, temp)
 
 
@@ -110,8 +110,8 @@ def judge_seen(log_probs: np.ndarray, observed: np.ndarray) -> Judgment:
         right += float(np.take_along_axis(rows, given[:, None], 1).sum(dtype=np.float64))
         less_probable += int((rows.argmax(axis=1) != given).sum())
     rate = 1 - right / max(n, 1)
-    T = row_stochastic(np.maximum(row_stochastic(labels), TINY))
-    confusion /= np.maximum(confusion.sum(axis=1, keepdims=True), 1e-30)
+    T = row_stochastic(np.maximum(seen_rows(labels, observed), TINY))
+    confusion = seen_rows(confusion, observed)
     return Judgment(log_probs, T, rate, _interval(n, rate, less_probable / max(n, 1)), confusion)
 
 

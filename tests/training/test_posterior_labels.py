@@ -92,11 +92,22 @@ def test_what_remains_of_the_noise():
     for mode, labels, rows in (("relabel", [1, 2, 2, 3], [0, 1, 2, 3]), ("drop", [2, 3], [2, 3])):
         counts = np.zeros([5, 5])
         np.add.at(counts.T, labels, POSTERIOR[rows])
-        T = labels_of(mode).transition()
-        np.testing.assert_allclose(T * counts.sum(axis=1, keepdims=True), counts, atol=1e-12)
+        images, T = counts.sum(axis=1), labels_of(mode).transition()
+        seen = (images >= 0.5) & (np.arange(5) < 4)  # no label names class 4
+        np.testing.assert_allclose(T[seen] * images[seen, None], counts[seen], atol=1e-12)
+        np.testing.assert_array_equal(T[~seen], np.eye(5)[~seen])
         np.testing.assert_allclose(T.sum(axis=1), 1)
     certain = labels_of("null", limit=0.9).transition()  # image 1 alone: nothing is known of the other classes
     np.testing.assert_array_equal(certain, np.eye(5))
+
+
+def test_a_class_without_images_is_no_noise():
+    """The crumbs of probability that a classifier gives to a fourth class, which no label names."""
+    p = np.repeat(np.eye(4)[:3], 200, axis=0) * 0.99 + 0.0025
+    labels = PosteriorLabels(compress(p, np.repeat([0, 1, 2], 200), 4, np.array([1, 1, 1, 0]) / 3), "relabel", CPU)
+    T = labels.transition()
+    np.testing.assert_array_equal(T[3], np.eye(4)[3])
+    np.testing.assert_allclose(np.diagonal(T)[:3], 0.9925 / 0.9975, rtol=1e-3)
 
 
 # What a denoiser learns: ten Gaussian classes N(MEANS[y], SPREAD^2) in one dimension, 40% symmetric noise.

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 import dnnlib
-from archives.label_noise import row_stochastic
+from archives.label_noise import seen_rows
 from archives.listing import some
 from archives.posterior import TopPosterior
 from torch_utils import misc
@@ -138,7 +138,7 @@ class PosteriorLabels:
             T[y, l]  is proportional to  sum of P(y | x_0, o) over the images with label l
 
         It takes the posterior for exact. With 'sample' it is the identity: (x_0, label) is distributed as clean data. A
-        class that no image has by the posterior keeps its label.
+        class that no label of the set names, or that has less than half an image, keeps its label.
         """
         c = len(self.prior)
         if self.mode == "sample":
@@ -149,4 +149,4 @@ class PosteriorLabels:
         counts = torch.zeros([c, c], dtype=self.prior.dtype, device=self.prior.device)  # [label, class]
         for items in used.nonzero()[:, 0].split(misc.block_rows(c, used.device)):
             counts.index_add_(0, self.best[items], self.expand(items))
-        return row_stochastic(counts.T.cpu().double().numpy())
+        return seen_rows(counts.T.cpu().double().numpy(), self.observed.cpu().numpy())
