@@ -63,6 +63,8 @@ def main(
         useless = [option for option in dnnlib.cli.given_options() if option not in ("--outdir", "--merge")]
         if useless:
             raise click.UsageError(f"{useless[0]}: --merge runs nothing; leave it out")
+        with dnnlib.cli.blame("--outdir"):
+            fashion_tables.check_page(outdir)
         with dnnlib.cli.blame("--merge"):
             results = [result for folder in merge.split(",") for result in fashion_tables.load(folder)]
             page = fashion_tables.write(outdir, results)

@@ -79,13 +79,14 @@ def main(**opts) -> None:
     decisions = None
     if o.decisions:
         with blame("--decisions"):
-            names = dataset.class_names, dataset.label_dim
             images = addresses(dataset.file_names, dataset.source_names)
-            decisions = load_decisions(o.decisions, images, dataset.labels, *names)
+            decisions = load_decisions(o.decisions, images, dataset.labels, dataset.class_names, dataset.label_dim)
     found, snapshot = find_wrong_labels(o, dataset, device, o.dest, features)
 
     def write() -> None:
         lines = look_for_foreign(dataset, found, o.seed, features) if o.foreign else []
+        if o.drop_foreign and found.is_outlier is None:  # decisions know about some images only
+            raise dnnlib.UserError("--drop_foreign: nobody has looked which images are foreign")
         judged = found if decisions is None else apply_to_labels(found, decisions)
         source = None
         if o.cleaned:  # before anything is written: there may be nothing left
@@ -104,7 +105,8 @@ def main(**opts) -> None:
         if decisions is not None:
             kept, relabeled, dropped = (len(x) for x in (decisions.keep, decisions.relabel, decisions.drop))
             print(f"Decisions:   {kept:,} kept, {relabeled:,} relabeled, {dropped:,} dropped")
-        pathlib.Path(training_state(o.dest)).unlink(missing_ok=True)
+        if not (o.labels or o.cls):
+            pathlib.Path(training_state(o.dest)).unlink(missing_ok=True)
         print(f"Written to:  {', '.join(written)}")
 
     distributed.on_rank0(write)
@@ -119,7 +121,7 @@ def clean(source: Source, found: LabelFile, decisions: Decisions | None, classes
         found = replace(found, is_outlier=dropped)
         drop_foreign = True
     settings = dict(confidence=o.confidence, unsure=o.unsure, decided=decided)
-    with blame("--drop_foreign" if drop_foreign and found.is_outlier is None else f"--fix={o.fix}"):
+    with blame(f"--fix={o.fix}"):
         c = clean_source(source, found, classes, o.fix, drop_foreign, **settings)
     text = f"Cleaned:     {c.relabeled:,} relabeled, {c.left_out:,} left out"
     if o.fix == "keep":

@@ -63,16 +63,22 @@ def main(**opts) -> None:
         facts = gather_facts(dataset, found, name_confusable(dataset, found), advice, why)
         report = os.path.join(o.outdir, "report.html")
         write_review(report, dataset, found, facts, o.images)
-        pathlib.Path(training_state(labels)).unlink(missing_ok=True)
+        if not (o.labels or o.cls):
+            pathlib.Path(training_state(labels)).unlink(missing_ok=True)
         print("\n".join([summarize(facts), *lines, f"Written to:  {', '.join([report, *written])}"]))
 
     distributed.on_rank0(write)
 
 
 def check_outdir(outdir: str) -> None:
-    """Raise UserError when the folder holds files that are not from an earlier call or decisions about its page."""
+    """Raise UserError when nothing can be written there, or the folder holds files of others.
+
+    Its own ones are those of an earlier call, and decisions about its page.
+    """
     if os.path.lexists(outdir) and not os.path.isdir(outdir):
         raise dnnlib.UserError(f"{outdir}: is a file, expected a folder")
+    if not dnnlib.cli.writable(outdir):
+        raise dnnlib.UserError(f"{outdir}: cannot be written")
     for name in sorted(os.listdir(outdir)) if os.path.isdir(outdir) else []:
         mine = name in OWN or (name.startswith(".") and name.endswith(".tmp"))  # also what a killed call has left
         if not mine and not (name.startswith("decisions") and name.endswith(".csv")):

@@ -182,4 +182,6 @@ def _read(path: str) -> tuple[list[dict[str, str]], Callable[[int], str]]:
     columns = [table.column(field) for field in COLUMNS]
     if not columns[0]:
         raise dnnlib.UserError(f"{path}: holds no decisions")
-    return [dict(zip(COLUMNS, cells, strict=True)) for cells in zip(*columns, strict=True)], table.line
+    # Not all tables are text: JSON and Parquet know numbers and empty cells.
+    texts = [["" if cell is None else str(cell) for cell in column] for column in columns]
+    return [dict(zip(COLUMNS, cells, strict=True)) for cells in zip(*texts, strict=True)], table.line

@@ -16,12 +16,11 @@ import torch
 import dnnlib
 from archives.dataset import ImageDataset
 from archives.label_file import LabelFile
-from archives.label_table import check_replaced
 from cleanscore.paths import find_archive
 from cleanscore.samples import Samples
 from detection.classifier import check_labels
 from detection.inspection import look_for_foreign
-from detection.options import METHODS, detect_options, find_wrong_labels, save_results
+from detection.options import METHODS, check_beside, detect_options, find_wrong_labels, save_results
 from metrics.detectors import INCEPTION
 from metrics.options import evaluate_files
 from metrics.protocols import PROTOCOLS
@@ -244,7 +243,7 @@ def detect(
     if dest is not None and not os.fspath(dest).lower().endswith(".npz"):
         raise dnnlib.UserError(f"dest: {os.fspath(dest)}: the name of a label file ends in .npz")
     if dest is not None:
-        check_replaced(f"{os.fspath(dest)[:-4]}.csv")
+        check_beside(os.fspath(dest), trains=cls is None)
     path = find_archive(archive)
     settings = _detection.make_context("detect", ["--data", path, *(["--preset", preset] if preset else [])]).params
     given = {name: value for name, value in dict(method=method, epochs=epochs).items() if value is not None}

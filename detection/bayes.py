@@ -30,6 +30,7 @@ import numpy as np
 import scipy.optimize
 import torch
 
+import dnnlib
 from archives.label_noise import row_stochastic, seen_rows
 from training.objectives.tdsm import posterior_weights
 from training.transition_estimate import estimate_transition, noise_rate
@@ -67,6 +68,7 @@ def judge(
     deviations of a count of N labels.
     """
     n, c = log_probs.shape
+    _check_finite(log_probs)
     if T is None:
         T = estimate_transition(log_probs, observed)
     T = row_stochastic(np.maximum(T, TINY))  # nothing is impossible: every observed label has a cause
@@ -99,6 +101,7 @@ def judge_seen(log_probs: np.ndarray, observed: np.ndarray) -> Judgment:
     interval holds the share of labels that are not the most probable class, too.
     """
     n, c = log_probs.shape
+    _check_finite(log_probs)
     labels, confusion = np.zeros([c, c]), np.zeros([c, c])  # what images of each class carry, and what they look like
     right, less_probable = 0.0, 0
     for start in range(0, n, ROWS):
@@ -113,6 +116,11 @@ def judge_seen(log_probs: np.ndarray, observed: np.ndarray) -> Judgment:
     T = row_stochastic(np.maximum(seen_rows(labels, observed), TINY))
     confusion = seen_rows(confusion, observed)
     return Judgment(log_probs, T, rate, _interval(n, rate, less_probable / max(n, 1)), confusion)
+
+
+def _check_finite(log_probs: np.ndarray) -> None:
+    if np.isnan(log_probs.sum(dtype=np.float64)):
+        raise dnnlib.UserError("the classifier's answers are not numbers, so it has diverged; lower its learning rate")
 
 
 def _interval(n: int, *estimates: float) -> tuple[float, float]:

@@ -30,6 +30,7 @@ from training.options import preset_option
 from training.presets import ARCHS
 
 __all__ = [
+    "check_beside",
     "check_usage",
     "detect_options",
     "find_wrong_labels",
@@ -112,6 +113,23 @@ def training_state(path: str) -> str:
     return f"{os.path.splitext(path)[0]}-training.pt"
 
 
+def check_beside(path: str, trains: bool) -> None:
+    """Raise UserError if writing the label file X.npz would replace files beside it that no detection has written.
+
+    These are X.csv, X.png and, if a classifier `trains`, X-classifier.pkl; the last two count as ours where a label file
+    or an unfinished training is there.
+    """
+    stem = os.path.splitext(path)[0]
+    check_replaced(f"{stem}.csv")
+    if not os.path.lexists(path) and not os.path.lexists(training_state(path)):
+        for other in (f"{stem}.png", *([f"{stem}-classifier.pkl"] if trains else [])):
+            if os.path.lexists(other):
+                raise dnnlib.UserError(
+                    f"{other}: exists, and would be replaced, but without {path} no detection has written it; choose "
+                    "another name"
+                )
+
+
 def find_wrong_labels(
     o: dnnlib.EasyDict,
     dataset: ImageDataset,
@@ -123,10 +141,10 @@ def find_wrong_labels(
 
     `features`: of `open_data`. `path`: the label file that it will become. A training that was killed continues from
     its `training_state` beside that file, which the caller deletes when everything is written. None: no file, and a
-    killed training begins anew. UserError: the table beside it would replace a file that is none.
+    killed training begins anew. UserError: files beside it would replace others (`check_beside`).
     """
     if path:
-        check_replaced(f"{os.path.splitext(path)[0]}.csv")
+        check_beside(path, trains=not (o.labels or o.cls))
     if o.labels:
         with blame("--labels"):
             return load_labels(o.labels, dataset), None

@@ -61,7 +61,10 @@ class Trainer:
             net = ConvClassifier(*shape, dropout=DROPOUT, **conv_kwargs(dataset.num_channels))
         else:
             encoder = settings.arch if settings.arch in DEPTHS else None
-            net = Classifier(*shape, dropout=DROPOUT, **resnet_kwargs(settings.arch, *shape, encoder=encoder))
+            try:
+                net = Classifier(*shape, dropout=DROPOUT, **resnet_kwargs(settings.arch, *shape, encoder=encoder))
+            except ValueError as e:
+                raise dnnlib.UserError(f"{dataset.name}: {e}; the architecture {CONV} takes any size") from None
         self.trained = TrainedNetwork(
             net,
             device,

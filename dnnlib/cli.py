@@ -32,6 +32,7 @@ __all__ = [
     "given_options",
     "output_file",
     "parse_int_list",
+    "writable",
 ]
 
 _MAX_INTS = 10_000_000
@@ -113,14 +114,20 @@ def output_file(_ctx: click.Context, param: click.Parameter, value: str | None) 
     if value is not None:
         if not value:
             raise click.BadParameter("is empty, expected a file name", param=param)
-        folder = os.path.dirname(os.path.abspath(value))
-        while not os.path.lexists(folder):
-            folder = os.path.dirname(folder)
         if os.path.isdir(value):
             raise click.BadParameter(f"{value} is a folder, expected a file name", param=param)
-        if not os.path.isdir(folder) or not os.access(folder, os.W_OK):
+        folder = os.path.dirname(os.path.abspath(value))
+        if not writable(folder):
             raise click.BadParameter(f"{value}: cannot be written in {folder}", param=param)
     return value
+
+
+def writable(folder: str) -> bool:
+    """Return whether files can be written in a folder, or in the nearest one above it if it is not there yet."""
+    folder = os.path.abspath(folder)
+    while not os.path.lexists(folder):
+        folder = os.path.dirname(folder)
+    return os.path.isdir(folder) and os.access(folder, os.W_OK)
 
 
 class _FloatList(click.ParamType):

@@ -155,7 +155,10 @@ def advise(
         names = some((name_class(c, dataset.class_names) for c in emptied.tolist()), len(emptied))
         best = "TDSM" if found.posterior is None else "Posterior"
         why = f"Cleaning would leave no image of {names}: few of the wrong labels have a right one that is sure."
-    stated = f"About {wrong:.1%} of the labels are wrong, and {foreign / len(here):.1%} of the images are foreign."
+    share = f"{foreign / len(here):.1%} of the images are foreign"
+    if found.is_outlier is None:
+        share = "nobody has looked for foreign ones"
+    stated = f"About {wrong:.1%} of the labels are wrong, and {share}."
     if classes := disbelieved(found):
         names = some([name_class(c, dataset.class_names) for c in classes], len(classes))
         why += (
@@ -200,8 +203,8 @@ def advise(
             "anew until the label is right.",
             "A model is trained already, and training again is too expensive. Leave out the first command then.",
             ("No" if c.classifier else f"{c.passes('train_discriminator.py'):,}")
-            + f" training passes besides the baseline's {model:,}; sampling takes at least 1 / (1 - noise rate) times as "
-            "long",
+            + f" training passes besides the baseline's {model:,}; "
+            "sampling takes at least 1 / (1 - noise rate) times as long",
             c.correct(),
         ),
         Advice(

@@ -20,7 +20,7 @@ from reports.page import Report, Section
 from torch_utils import safe_files
 from training.objectives.dmis import LEVELS
 
-__all__ = ["Result", "load", "sections", "write"]
+__all__ = ["Result", "check_page", "load", "sections", "write"]
 
 CLASSES = 10
 METRICS = {
@@ -54,6 +54,15 @@ class Result:
     images: float | None = None  # that trained the denoiser; None: nothing was trained
     passes: float | None = None  # network passes per image of that training, in plain training steps
     outdir: str = ""  # where its images and its table are; "": not known
+
+
+def check_page(outdir: str) -> None:
+    """Raise UserError if `write` would replace files in a folder that it has not written."""
+    path = os.path.join(outdir, FILE)
+    if os.path.lexists(path):
+        load(path)
+    elif os.path.lexists(page := os.path.join(outdir, "report.html")):
+        raise dnnlib.UserError(f"{page}: exists, and is no page of this recipe; choose another folder")
 
 
 def load(path: str) -> list[Result]:
@@ -237,14 +246,14 @@ def _section(title: str, runs: dict[str, list[Result]]) -> Section:
     header += ["images", "passes per image", "training", "sampling"]
     everything = [result for results in runs.values() for result in results]
     about, side = everything[0].about, everything[0].about["resolution"]
-    judges = {result.table["judge"]["accuracy"]: result.table["judge"] for result in everything}
+    judges = {_judge(result): result.table["judge"] for result in everything}
     notes = [
         f"{about['num']:,} images per row, {side}x{side} pixels.",
         *(
             f"The judge is right on {judge['accuracy']:.1%} of the {judge['num']:,} test images."
             for judge in judges.values()
         ),
-        *(["The runs have different judges, so their values do not compare."] if len(judges) > 1 else []),
+        *(["The runs have different judges, so their rows do not compare."] if len(judges) > 1 else []),
         "A pass with gradients counts as 1, one without them as 1/3. The training time includes all that a row needs.",
     ]
     seeds = sorted({result.about["seed"] for result in everything})
@@ -260,7 +269,7 @@ def _section(title: str, runs: dict[str, list[Result]]) -> Section:
         header,
         body,
         notes,
-        finding=say_finding(scores, METRICS[RANKING]),
+        finding=say_finding(scores, METRICS[RANKING]) if len(judges) == 1 else "",
     )
 
 
@@ -292,11 +301,16 @@ def _relative(results: Sequence[Result], oracle: Sequence[Result]) -> str:
 
 
 def _ratio(results: Sequence[Result], oracle: Sequence[Result]) -> float | None:
-    """Return the mean ratio of a row to the oracle, over the seeds that both have; None without such a seed."""
-    best = {result.about["seed"]: result.table["metrics"][RANKING] for result in oracle}
-    pairs = [(result.table["metrics"][RANKING], best.get(result.about["seed"])) for result in results]
+    """Return the mean ratio of a row to the oracle, over the seeds where both have one judge; None without any."""
+    best = {(result.about["seed"], _judge(result)): result.table["metrics"][RANKING] for result in oracle}
+    pairs = [(r.table["metrics"][RANKING], best.get((r.about["seed"], _judge(r)))) for r in results]
     ratios = [value / reached for value, reached in pairs if value is not None and reached]
     return float(np.mean(ratios)) if ratios else None
+
+
+def _judge(result: Result) -> float:
+    """Return what tells judges apart: two that were trained differently are not right on the same images."""
+    return result.table["judge"]["accuracy"]
 
 
 def _mean(results: Sequence[Result]) -> dict[str, Any]:
@@ -320,8 +334,8 @@ def _mean(results: Sequence[Result]) -> dict[str, Any]:
 def write(outdir: str, results: Sequence[Result], commands: Sequence[str] = ()) -> str:
     """Write the tables as report.html and report.md into a folder, and return the path of the latter.
 
-    A chart and the accuracy by class follow the table of each setting; where all results come from one run, its samples
-    do as well. The folder also gets the results themselves, for `load`.
+    A chart and the accuracy by class follow the table of each setting, unless its rows have different judges; where all
+    results come from one run, its samples do as well. The folder also gets the results themselves, for `load`.
     """
     found = sections(results)
     os.makedirs(outdir, exist_ok=True)
@@ -330,7 +344,7 @@ def write(outdir: str, results: Sequence[Result], commands: Sequence[str] = ()) 
     for setting in _settings(results):
         runs = _runs(results, setting, [key for key in EQUAL_IMAGES if ROWS[key].run])
         section = next((s for s in found if s.title == _title(setting, "equal images")), None)
-        if section is None or not runs:
+        if section is None or not runs or len({_judge(r) for of_seeds in runs.values() for r in of_seeds}) > 1:
             continue
         methods = [
             Method(ROWS[key].title, {}, "", _mean(of_seeds), 0.0, 0.0, ROWS[key].role)

@@ -126,7 +126,8 @@ def chart_distances(directory: str, methods: Sequence[Method], *, name: str = ""
     path = _Place(directory, name).path("distances")
     values = {m.title: (m.result["metrics"][RANKING], m.result["intervals"].get(RANKING)) for m in methods}
     compare_values(values, METRICS[RANKING], path, next((m.title for m in methods if m.role == ORACLE), None))
-    text = "Lower is better. The line is the oracle. Bars are the intervals."
+    line = "The line is the oracle. " if any(m.role == ORACLE for m in methods) else ""
+    text = f"Lower is better. {line}Bars are the intervals."
     return Picture(path, "Distance from real images, class by class", text, width=640)
 
 

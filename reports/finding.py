@@ -32,7 +32,10 @@ def say_finding(scores: Sequence[Score], metric: str) -> str:
     oracle, baseline = (next((s for s in known if s.role == role), None) for role in (ORACLE, BASELINE))
     others = sorted((s for s in known if s.role not in (ORACLE, BASELINE)), key=lambda score: score.value)
     if not others:
-        return f"Nothing can be said: no method has a {metric}."
+        if not oracle or not baseline:
+            return f"Nothing can be said yet: no method has a {metric} that could be compared."
+        text = f"No method yet besides the baseline, whose {metric} is {short(baseline.value)}"
+        return text + f", {_times(baseline, oracle)}the oracle's {short(oracle.value)}."
     best = others[0]
     if baseline and baseline.value <= best.value:
         text = f"No method helped: the baseline, which believes every label, has the lowest {metric}"

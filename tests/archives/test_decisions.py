@@ -39,6 +39,15 @@ def test_lines_become_rows(tmp_path):
     ]  # fmt: skip
 
 
+def test_tables_that_are_not_text_have_numbers_and_empty_cells(tmp_path):
+    lines = [dict(file="img1.png", label=1, decision="keep"), dict(file="img0.png", label=0, decision="relabel")]
+    lines[1]["new_label"] = 1
+    path = tmp_path / "decisions.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = load(str(path))
+    assert [found.keep.tolist(), found.relabel.tolist(), found.new_labels.tolist()] == [[1], [0], [1]]
+
+
 def test_names_may_hold_anything(tmp_path):
     names = ['a,"b".png', "=1.png", "'=1.png", "two\r\nlines.png", "'tis.png", "\u00e4.png"]
     guarded = ['a,""b"".png', "'=1.png", "''=1.png", "two\r\nlines.png", "'tis.png", "\u00e4.png"]

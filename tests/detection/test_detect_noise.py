@@ -154,7 +154,17 @@ def test_foreign_images_and_duplicates_are_written_and_left_out(data, detected, 
     found.is_outlier = found.outlier_score = None
     save_label_file(tmp_path / "l.npz", found)
     fail(1, *args, "--foreign=0", f"--cleaned={tmp_path}/d.zip", "--drop_foreign", "--drop_foreign|which images")
+    line = f"{found.names[0]},{dataset.class_names[dataset.labels[0]]},drop,"
+    (tmp_path / "d.csv").write_text(f"file,label,decision,new_label\n{line}\n")
+    fail(1, *args, "--foreign=0", f"--cleaned={tmp_path}/d.zip", "--drop_foreign", f"--decisions={tmp_path}/d.csv",
+         "--drop_foreign|which images")  # fmt: skip
     assert not (tmp_path / "d.zip").exists()
+
+
+def test_a_look_leaves_an_unfinished_training_alone(data, detected, tmp_path):
+    (tmp_path / "l-training.pt").write_bytes(b"of a long training")
+    succeed(f"--data={data}", f"--labels={detected[0] / 'new' / 'labels.npz'}", f"--dest={tmp_path}/l.npz")
+    assert (tmp_path / "l-training.pt").read_bytes() == b"of a long training"
 
 
 @pytest.mark.parametrize("fix", ["relabel", "drop"])
@@ -252,11 +262,19 @@ def test_bad_input(data, detected, tmp_path):
     fail(2, f"--data={data}", dest, labels, "--method=cores", "--labels|--method")
     fail(1, f"--data={data}", dest, f"--labels={tmp_path}/none.npz", "--labels|none.npz")
     fail(1, f"--data={data}", dest, f"--decisions={tmp_path}/none.csv", "--decisions|none.csv")
+    tiny = make_archive(tmp_path / "u.zip", pictures(4)[:, :4, :4], [0, 1, 0, 1])
+    fail(1, f"--data={tiny}", dest, "--method=cores", "levels are too many for images of 4 pixels|conv")
     mine = tmp_path / "mine.csv"
     mine.write_text("file,label\na.png,cat\n")
     fail(1, f"--data={data}", labels, f"--dest={tmp_path}/mine.npz", "mine.csv: exists|choose another name")
     assert mine.read_text() == "file,label\na.png,cat\n"
     mine.unlink()
+    for name, how in (("mine.png", [labels]), ("mine-classifier.pkl", ["--epochs=1"])):
+        mine = tmp_path / name
+        mine.write_text("not yours")
+        fail(1, f"--data={data}", *how, f"--dest={tmp_path}/mine.npz", f"{name}: exists|choose another name")
+        assert mine.read_text() == "not yours"
+        mine.unlink()
     fail(2, f"--data={data}", f"--dest={tmp_path / 'no' / 'l.npz'}", f"--picture={tmp_path}", "--picture|folder")
     fail(1, f"--data={data}", dest, f"--cleaned={folder}", "choose another name")
     fail(1, f"--data={data}", dest, f"--cls={data}", "d.zip")

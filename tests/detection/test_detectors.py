@@ -13,6 +13,7 @@ from detection.bayes import Judgment, judge, judge_seen
 from detection.classifier import log_posterior
 from detection.quality import describe, label_file, quality
 from detection.trainer import Settings
+from dnnlib import UserError
 from sampling.grid import image_sheet
 from tests.support.synth import make_archive, pictures
 from torch_utils import distributed
@@ -240,6 +241,14 @@ def test_a_posterior_that_has_seen_the_labels_counts_as_it_is():
     looks = (p.T @ p) / p.sum(axis=0)[:, None]
     np.testing.assert_allclose(judged.confusion, [*looks[:2], [0, 0, 1]], rtol=1e-5)
     assert judged.interval[0] < min(judged.rate, 2 / 3) and judged.interval[1] == 1  # two are not the most probable
+
+
+@pytest.mark.parametrize("rule", [judge, judge_seen])
+def test_a_classifier_that_has_diverged_judges_nothing(rule):
+    log_probs = np.log(np.full([9, 3], 1 / 3, dtype=np.float32))
+    log_probs[4] = np.nan
+    with pytest.raises(UserError, match="diverged"):
+        rule(log_probs, np.arange(9) % 3)
 
 
 @pytest.mark.parametrize("noise", ["symmetric", "one class turns into the next", "none"])

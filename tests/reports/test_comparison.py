@@ -52,9 +52,16 @@ BASELINE_IS = Score("baseline", 6.0, (5.5, 6.5), BASELINE)
             "TDSM came closest to the oracle, the same model trained on clean labels: its FD is 1.50, beside the "
             "oracle's 0.00; the baseline, which believes every label, has 6.00.",
         ),
-        ([ORACLE_IS, Score("drop", None)], "Nothing can be said: no method has a FD."),
+        (
+            [ORACLE_IS, Score("drop", None)],
+            "Nothing can be said yet: no method has a FD that could be compared.",
+        ),
+        (
+            [ORACLE_IS, BASELINE_IS],
+            "No method yet besides the baseline, whose FD is 6.00, 6.00 times the oracle's 1.00.",
+        ),
     ],
-    ids=["closest", "far", "reached", "nothing helped", "no oracle", "oracle 0", "no values"],
+    ids=["closest", "far", "reached", "nothing helped", "no oracle", "oracle 0", "no values", "no method"],
 )
 def test_finding(scores, sentence):
     assert say_finding(scores, "FD") == sentence

@@ -270,12 +270,26 @@ def test_runs_of_other_recipes_are_refused(tmp_path):
 
 
 def test_runs_with_different_judges_are_marked(tmp_path):
-    write_run(tmp_path / "a", {"oracle": 0.6})
+    write_run(tmp_path / "a", {"oracle": 0.6, "posterior": 0.6})
     write_run(tmp_path / "b", {"drop": 0.8}, right=0.9)
     for names, marked in (("a", False), ("ab", True)):
         succeed(f"--outdir={tmp_path}/page", "--merge=" + ",".join(f"{tmp_path}/{name}" for name in names))
         text = (tmp_path / "page/report.md").read_text()
         assert ("different judges" in text) == ("right on 90.0% of" in text) == marked and "right on 91.0% of" in text
+        assert ("reached the oracle" in text) == (not marked) and "1.33" not in text
+
+
+def test_a_page_does_not_replace_the_files_of_others(tmp_path):
+    write_run(tmp_path / "a", {"oracle": 0.6})
+    for name in ("results.json", "report.html"):
+        (tmp_path / "mine").mkdir(exist_ok=True)
+        mine = tmp_path / "mine" / name
+        mine.write_text("{}")
+        fail(1, f"--outdir={tmp_path}/mine", f"--merge={tmp_path}/a", f"--outdir|{name}")
+        assert mine.read_text() == "{}" and len(list(mine.parent.iterdir())) == 1
+        mine.unlink()
+    succeed(f"--outdir={tmp_path}/mine", f"--merge={tmp_path}/a")
+    succeed(f"--outdir={tmp_path}/mine", f"--merge={tmp_path}/a")
 
 
 def test_runs_that_do_not_compare_are_refused(tmp_path):

@@ -113,6 +113,7 @@ def test_without_foreign_nothing_is_looked_for(data, tmp_path):
     output = succeed(f"--data={data}", f"--labels={tmp_path}/l.npz", f"--outdir={tmp_path}/check", "--foreign=0")
     found = load_label_file(tmp_path / "check" / "labels.npz", dataset)
     assert found.is_outlier is None and found.duplicate_of is None and "Foreign" not in output
+    assert "nobody has looked for foreign ones" in (tmp_path / "check" / "report.html").read_text()
 
 
 CLASSES = 10
