@@ -124,7 +124,7 @@ def load(o: dnnlib.EasyDict, device: torch.device) -> tuple:
         net = ClassifierFreeGuidance(net, o.cfg)
     if o.network_2 is not None:
         with blame("--network_2"):
-            networks.append(load_denoiser(o.network_2, device, **form)[0])
+            networks.append(load_denoiser(o.network_2, device, class_names=class_names, **form)[0])
             net = AffineGuidance(net, networks[1], o.affine_weight)
     if o.discriminator is None:  # no stopwatch either: some devices wait for it
         return net, class_names, EvaluationMeter(*networks), None

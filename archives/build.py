@@ -18,7 +18,7 @@ import numpy as np
 
 import dnnlib
 from archives import label_noise
-from archives.classes import check_number, name_class
+from archives.classes import check_name_count, check_number, name_class
 from archives.decode import Color
 from archives.encoder import Encoder
 from archives.label_file import flagged_labels, save_label_file
@@ -29,6 +29,8 @@ from archives.summary import Summary
 from archives.tables import guarded
 from archives.writer import ArchiveWriter, Transform, check_destination, is_zip
 from dnnlib.threads import usable_cores
+
+SKIPPED = ["file", "problem"]  # columns of the list of damaged images
 
 __all__ = ["Noise", "Outliers", "build_archive", "count_classes", "plan_noise", "plan_outliers"]
 
@@ -132,6 +134,7 @@ def count_classes(source: Source, max_images: int | None = None) -> int:
     if source.labels is None:
         return 0
     if source.labels.ndim == 2:
+        check_name_count(source.class_names, source.labels.shape[1], source.path)
         return source.labels.shape[1]
     images = count_images(source, max_images)
     known = [labels for labels in (source.labels, source.clean_labels) if labels is not None and labels.ndim == 1]
@@ -181,6 +184,10 @@ def build_archive(
     label_file = None if source.verified is None else beside(dest, "labels.npz")
     if label_file is not None and os.path.exists(label_file) and not overwrite:
         raise dnnlib.UserError(f"{label_file}: exists already, and the labels that people looked at would go there")
+    skipped = beside(dest, "skipped.csv")
+    ours = not os.path.lexists(skipped) or dnnlib.read_bytes(skipped).startswith(",".join(SKIPPED).encode())
+    if skip_damaged and not ours:
+        raise dnnlib.UserError(f"{skipped}: exists already, and the list of damaged images would go there")
     count = count_images(source, max_images)
     classes = count_classes(source, max_images)
     foreign = {} if outliers is None else outliers.images
@@ -205,9 +212,9 @@ def build_archive(
             archive.add_metadata(make_metadata(record, encoder.names, source.class_names, origins))
         if encoder.skipped:
             found = [(guarded(error.file.removeprefix(f"{source.path}: ")), error.problem) for error in encoder.skipped]
-            dnnlib.write_csv(beside(dest, "skipped.csv"), ["file", "problem"], found)
-        elif overwrite:
-            pathlib.Path(beside(dest, "skipped.csv")).unlink(missing_ok=True)  # of what was there
+            dnnlib.write_csv(skipped, SKIPPED, found)
+        elif overwrite and ours:
+            pathlib.Path(skipped).unlink(missing_ok=True)  # of what was there
         if label_file is not None:
             right = source.verified[kept] & (record.labels == source.labels[kept])  # noise makes right labels wrong
             save_label_file(label_file, flagged_labels(encoder.names, record.labels, right, classes))
@@ -223,7 +230,7 @@ def build_archive(
         images=len(kept),
         left_out=count - len(kept) - damaged,
         damaged=damaged,
-        skipped_list=beside(dest, "skipped.csv") if damaged else None,
+        skipped_list=skipped if damaged else None,
         label_file=label_file,
         oblong=encoder.oblong,
         classes=classes,

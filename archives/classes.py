@@ -10,7 +10,15 @@ import numpy as np
 import dnnlib
 from archives.listing import some
 
-__all__ = ["check_class_numbers", "check_number", "compact", "describe_empty", "name_class", "name_look_alikes"]
+__all__ = [
+    "check_class_numbers",
+    "check_name_count",
+    "check_number",
+    "compact",
+    "describe_empty",
+    "name_class",
+    "name_look_alikes",
+]
 
 SHOWN = 10  # classes in a message
 
@@ -23,15 +31,25 @@ def name_class(number: int, names: Sequence[str] | None) -> str:
 def check_class_numbers(theirs: Sequence[str] | None, path: str, ours: Sequence[str] | None, where: str) -> None:
     """Raise UserError if the network of `path` and the data or network `where` number a class differently.
 
-    `theirs` and `ours` are their class names. None: they have none, and the numbers are all there is.
+    `theirs` and `ours` are their class names. None: they have none, and the numbers are all there is. Names that occur
+    twice say nothing.
     """
-    numbers = {name: number for number, name in enumerate(ours or ())}
-    for number, name in enumerate(theirs or ()):
-        if numbers.get(name, number) != number:
+    theirs, ours = list(theirs or ()), list(ours or ())
+    numbers = {name: number for number, name in enumerate(ours) if ours.count(name) == 1}
+    for number, name in enumerate(theirs):
+        if numbers.get(name, number) != number and theirs.count(name) == 1:
             raise dnnlib.UserError(
                 f"class {name!r} is number {number} of {path}, but number {numbers[name]} of {where}; their classes "
                 "must have the same order"
             )
+
+
+def check_name_count(names: Sequence[str] | None, count: int, path: str) -> None:
+    """Raise UserError unless each of `count` entries of the label vectors of an archive has one name, or none has."""
+    if names is not None and len(names) != count:
+        raise dnnlib.UserError(
+            f'{path}: "class_names" has {len(names)} names, but labels are vectors of length {count}'
+        )
 
 
 def name_look_alikes(names: Sequence[str]) -> list[str]:

@@ -13,7 +13,7 @@ import torch
 
 import dnnlib
 from archives.archive_set import open_archives
-from archives.classes import check_number, describe_empty
+from archives.classes import check_name_count, check_number, describe_empty
 from archives.contents import describe_contents
 from archives.decode import image_shape
 from archives.labels import describe_truth
@@ -94,6 +94,7 @@ class ImageDataset:
         if labels is not None:
             self.class_names = reader.class_names()
             if labels.ndim == 2:
+                check_name_count(self.class_names, labels.shape[1], path)
                 self.label_dim, self._vectors, labels = labels.shape[1], labels, _from_onehot(labels)
             else:
                 self.label_dim = self._count_classes(labels, clean)

@@ -51,7 +51,9 @@ def class_keys(class_names: Sequence[str] | None, classes: int) -> list[str]:
 
 
 def holds_decisions(path: str) -> bool:
-    """Return whether a file is a CSV with a column `decision`, and not one of labels."""
+    """Return whether a file is a table with a column `decision`, and not one of labels."""
+    if path.lower().endswith((".jsonl", ".ndjson", ".parquet")):
+        return "decision" in [field.lower() for field in read_table(dnnlib.read_bytes(path), path).fields]
     if not path.lower().endswith((".csv", ".tsv")):
         return False
     head = dnnlib.read_bytes(path)[:1000].split(b"\n")[0].lower()

@@ -64,11 +64,16 @@ def replace_labels(
         may_lack=(lambda _row: True) if skip_unlabeled else _may_lack(source, skip_damaged),
         rename=True, ordered=source.names is None,
     )  # fmt: skip
-    old, renamed = source.labels, source.class_names not in (None, found.class_names)
+    old, known = source.labels, source.class_names
+    if known is None and old is not None and found.class_names is not None:
+        classes = f"numbers from {old.min()} to {old.max()}" if old.ndim == 1 else "vectors"
+    else:
+        classes = "" if known in (None, found.class_names) else some(quoted(known), len(known))
+    renamed = bool(classes)  # then old and new numbers do not mean the same classes
     if renamed and source.clean_labels is not None:
         raise dnnlib.UserError(
             f"{path}: none of its labels is a class of {source.path}, to which the clean labels on record belong; its "
-            f"classes are {some(quoted(source.class_names), len(source.class_names))}"
+            f"classes are {classes}"
         )
     _check_classes(path, found, source.class_names)
     source.notes += found.notes
@@ -76,8 +81,7 @@ def replace_labels(
         source.notes += [f"{path}: {text}" for text in name_look_alikes(found.class_names or [])]
     if renamed:
         source.notes.append(
-            f"{path}: none of its labels is a class of {source.path}, so the old classes are given up: "
-            f"{some(quoted(source.class_names), len(source.class_names))}"
+            f"{path}: none of its labels is a class of {source.path}, so the old classes are given up: {classes}"
         )
         old = None
     elif old is not None and old.shape == found.labels.shape:

@@ -154,16 +154,19 @@ class Comparison:
         reference = inputs.reference
         # Behind the reference's classes come those that only these images have.
         names = source.class_names if isinstance(source, MatchedImages) else reference.class_names
-        fake = self._renumber(fake, names)
+        fake, real, memo = self._renumber(fake, names or source.class_names), self._real, self._memo
+        if reference.class_names is None:  # its numbers count as those of these images
+            real = self._renumber(real, source.class_names)
+            memo = memo if real is self._real else Memo()
         result = evaluate_features(
-            self._real,
+            real,
             fake,
             self._labels,
             source.labels,
             settings,
             class_names=names,
             device=self._device,
-            memo=self._memo,
+            memo=memo,
             judge_labels=self._judge_labels,
         )
         if result["judge"] is not None:
@@ -194,7 +197,8 @@ class Comparison:
 
     def _describe_matching(self, source: ImageSource, test: ImageSource | None) -> str | None:
         inputs = self._inputs
-        judge = inputs.judge and describe_match(inputs.judge.class_names, inputs.reference.class_names)
+        names = inputs.reference.class_names or source.class_names
+        judge = inputs.judge and describe_match(inputs.judge.class_names, names)
         found = {
             "": getattr(source, "class_matching", None),
             "of the test set ": getattr(test, "class_matching", None),

@@ -60,6 +60,7 @@ def load_denoiser(
     trust_pickle: bool = False,
     kinds: Sequence[str] = ("denoiser",),
     published: Mapping[str, Any] | None = None,
+    class_names: Sequence[str] | None = None,
 ) -> tuple[torch.nn.Module, list[str] | None]:
     """Return the network of a snapshot, ready to sample on `device`, and its class names or None.
 
@@ -68,14 +69,17 @@ def load_denoiser(
     trust_pickle  run code that the snapshot contains
     kinds         what the snapshot may hold: 'denoiser', 'generator'
     published     settings that a published generator does not record (training.published_ddgan.SETTINGS)
+    class_names   those of another network that it will work with
 
-    UserError: the file is missing, damaged or of another kind, or its images are neither gray nor RGB.
+    UserError: the file is missing, damaged or of another kind, its images are neither gray nor RGB, or it numbers the
+    classes differently.
     """
     snapshot = _load(path, trust_pickle, kinds, published)
     net = prepare(snapshot["ema"].to(device), precision, compile)
     if net.img_channels not in (1, 3):
         raise dnnlib.UserError(f"{path}: makes images of {net.img_channels} channels; PNGs have 1 or 3")
     info = snapshot.get("info") or {}
+    check_class_numbers(info.get("class_names"), path, class_names, "the network")
     mode = info  # a stranger's snapshot may hold anything there
     for key in ("options", "posterior", "mode"):
         mode = mode.get(key) if isinstance(mode, dict) else None

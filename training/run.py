@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 import dnnlib
+from archives.classes import check_class_numbers
 from archives.dataset import ImageDataset
 from dnnlib.cli import blame
 from torch_utils import checkpoint, distributed, persistence
@@ -128,7 +129,14 @@ def transfer(objective: Objective, pattern: str, trust_pickle: bool) -> None:
         if published.potential is not None and "potential" in objective.trained:
             sources["potential"] = build_potential(published.potential, path)
     else:
-        sources = {"net": persistence.load_snapshot(path, trust_pickle=trust_pickle)["ema"]}
+        snapshot = persistence.load_snapshot(path, trust_pickle=trust_pickle)
+        sources = {"net": snapshot["ema"]}
+        data = objective.dataset
+        if getattr(snapshot["ema"], "label_dim", 0) == data.label_dim:  # else it has no embeddings to transfer
+            try:
+                check_class_numbers(snapshot["info"].get("class_names"), path, data.class_names, data.name)
+            except dnnlib.UserError as error:
+                print0(f"Warning: {error}, or the new run first has to unlearn it")
     count = sum(objective.trained[name].transfer(source, path) for name, source in sources.items())
     print0(f"Transferred {count} tensors from {path}")
 

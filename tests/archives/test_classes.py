@@ -11,7 +11,7 @@ import dnnlib
 import train
 import train_classifier
 from archives import label_noise
-from archives.classes import describe_empty
+from archives.classes import check_class_numbers, describe_empty
 from archives.dataset import ImageDataset
 from archives.relabel import compact_labels
 from archives.source import Source
@@ -30,6 +30,24 @@ def build(source, dest, *args):
     code, out, err = run(f"--source={source}", f"--dest={dest}", *args)
     assert code == 0, err
     return ImageDataset(str(dest)), " ".join(out.split())
+
+
+def test_networks_and_data_number_their_classes_alike():
+    names = ["heron", "crane", "maillot", "crane"]  # as in ImageNet
+    for theirs in (names, None, ["heron", "bird", "crane", "ship"], ["stork"]):
+        check_class_numbers(theirs, "c.pkl", names, "d.zip")
+        check_class_numbers(names, "c.pkl", theirs, "d.zip")
+    with pytest.raises(dnnlib.UserError, match="class 'maillot' is number 0 of c.pkl, but number 2 of d.zip"):
+        check_class_numbers(["maillot", "heron"], "c.pkl", names, "d.zip")
+
+
+def test_vectors_have_a_name_for_each_entry(tmp_path):
+    vectors = np.eye(3)[[0, 1, 2, 0]].tolist()
+    path = make(tmp_path, vectors, class_names=["a", "b"])
+    with pytest.raises(dnnlib.UserError, match='"class_names" has 2 names, but labels are vectors of length 3'):
+        ImageDataset(path)
+    code, _, err = run(f"--source={path}", f"--dest={tmp_path}/out.zip")
+    assert code == 1 and "vectors of length 3" in err and not (tmp_path / "out.zip").exists()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

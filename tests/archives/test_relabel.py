@@ -85,6 +85,14 @@ def test_other_classes_replace_folders_but_not_a_record(tmp_path):
     assert source.previous_labels is None and "given up: 'cat', 'dog', 'owl'" in " ".join(source.notes)
     with pytest.raises(dnnlib.UserError, match="to which the clean labels on record belong"):
         replace_labels(make_source(clean_labels=LABELS), table)
+    # Numbers without names: nobody knows whether class 0 was "blue", so they are not compared with the new ones.
+    source = make_source(class_names=None)
+    replace_labels(source, table)
+    assert source.previous_labels is None and "given up: numbers from 0 to 2" in " ".join(source.notes)
+    with pytest.raises(dnnlib.UserError, match="had no labels of these classes"):
+        declare_clean(source, "source", None, replaced=True)
+    with pytest.raises(dnnlib.UserError, match="its classes are numbers from 0 to 2"):
+        replace_labels(make_source(class_names=None, clean_labels=LABELS), table)
     typo = write(tmp_path / "t.csv", "a.jpg,cat\nb.jpg,dgo\nc.jpg,dog\nd.jpg,owl\n")
     with pytest.raises(dnnlib.UserError, match="1 of 4 different labels are none of the 3 classes: 'dgo'"):
         replace_labels(make_source(), typo)
@@ -129,6 +137,10 @@ def test_decisions_and_the_labels_that_they_correct_are_not_both_right(tmp_path)
     assert code == 1 and "holds decisions, which correct labels of the source" in err and err.count("\n") == 1
     clean = write(tmp_path / "c.csv", "".join(f"{name},{i % 3}\n" for i, name in enumerate(names)))
     assert run(*args, f"--clean_labels={clean}")[0] == 0
+    (tmp_path / "o.zip").unlink()
+    line = json.dumps(dict(file=names[0], label=0, decision="drop", new_label=None))
+    args[2] = f"--labels={write(tmp_path / 'd.jsonl', line)}"
+    assert run(*args)[0] == 0 and len(ImageDataset(str(tmp_path / "o.zip"))) == 3
 
 
 def test_original_paths_stay_through_everything(tmp_path):

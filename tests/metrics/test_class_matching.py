@@ -95,9 +95,9 @@ def test_what_a_judge_sees_has_the_numbers_of_the_reference(tmp_path):
     path = make_archive(tmp_path / "a.zip", pictures(6), [0, 1, 0, 1, 0, 1], class_names=["a", "b"])
     reference = ImageDataset(str(path))
 
-    def accuracy(names, source=reference):
+    def accuracy(names, source=reference, reference=reference):
         judge = SimpleNamespace(class_names=names, name="judge.pkl")
-        inputs = Inputs([reference], reference, PixelDetector(), judge, None, None, FeatureCache(None))
+        inputs = Inputs([source], reference, PixelDetector(), judge, None, None, FeatureCache(None))
         seen = Features(torch.arange(12.0).view(6, 2), None, np.array([1, 0, 1, 0, 1, 2]))  # turned round, one wrong
         settings = EvaluationSettings("a.zip", "pixels", metrics=("label_accuracy",))
         result = Comparison(inputs, settings, "cpu", seen)(source, seen)
@@ -112,6 +112,9 @@ def test_what_a_judge_sees_has_the_numbers_of_the_reference(tmp_path):
     more = make_archive(tmp_path / "c.zip", pictures(6), [0, 2, 0, 2, 0, 1], class_names=["a", "c", "b"])
     assert accuracy(["b", "a", "c"], match_classes([ImageDataset(str(more))], reference)[0])[0] == 1  # c, only there
     assert accuracy(["x", "y", "z"])[2].startswith("of the judge by number, since no name occurs in both sets")
+    # The numbers of a reference without names are those of the images.
+    nameless = ImageDataset(str(make_archive(tmp_path / "n.zip", pictures(6), [0, 1, 0, 1, 0, 1])))
+    assert accuracy(["b", "a", "c"], reference, nameless) == accuracy(["b", "a", "c"])
 
 
 def test_cas_matches_images_and_test_set_by_name_where_the_reference_has_no_names(tmp_path, monkeypatch):

@@ -271,6 +271,17 @@ def test_networks_of_another_shape_have_nothing_to_transfer(files, tmp_path):
     assert "no parameter" in stderr and not (tmp_path / "new").exists()
 
 
+def test_networks_that_number_the_classes_differently(files, tmp_path):
+    for name, names in dict(a=["cat", "dog"], b=["dog", "cat"]).items():
+        net = EDMPrecond(8, 1, label_dim=2, model_type="SongUNet", model_channels=8, channel_mult=[1], num_blocks=1)
+        persistence.save_snapshot(tmp_path / f"{name}.pkl", dict(ema=net, info=dict(class_names=names)))
+    line = f"--network={tmp_path}/a.pkl --network_2={tmp_path}/b.pkl --affine_weight=1 --outdir={tmp_path}/new"
+    fails(1, ["--network_2", "class 'dog' is number 0 of", "but number 1 of the network"], "generate", line, **files)
+    persistence.save_snapshot(tmp_path / "few.pkl", dict(ema=net, info=dict(class_names=["dog"])))
+    line = f"--network={tmp_path}/few.pkl --outdir={tmp_path}/new"
+    fails(1, ["--network", "2 classes, but 1 class_names"], "generate", line, **files)
+
+
 # ---- devices and pipes
 
 

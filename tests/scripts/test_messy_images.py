@@ -235,8 +235,17 @@ def test_bytes_of_the_rest_do_not_change(tmp_path):
         (source / name).unlink()
     build(source, "--noise_type=sym", "--noise_rate=0.5", dest=tmp_path / "b.zip")
     assert (tmp_path / "a.zip").read_bytes() == (tmp_path / "b.zip").read_bytes()
-    build(source, "--skip_damaged", dest=tmp_path / "c.zip")
-    assert not (tmp_path / "c-skipped.csv").exists()
+    mine = tmp_path / "c-skipped.csv"
+    mine.write_text("date,mood\n")
+    build(source, dest=tmp_path / "c.zip")
+    build(source, "--overwrite", dest=tmp_path / "c.zip")
+    code, _, err = synth.run_dataset_tool(
+        f"--source={source}", f"--dest={tmp_path}/c.zip", *("--skip_damaged", "--overwrite")
+    )
+    assert code == 1 and "c-skipped.csv: exists already" in err and mine.read_text() == "date,mood\n"
+    mine.unlink()
+    build(source, "--skip_damaged", "--overwrite", dest=tmp_path / "c.zip")
+    assert not mine.exists()
 
 
 def test_a_member_that_a_zip_has_lost(tmp_path):

@@ -42,6 +42,10 @@ def test_where_nothing_is_foreign_the_robust_cost_trains_as_ddgan_does():
     assert not any(torch.equal(before[name], wants[name]) for name in before if name.startswith("net."))
 
 
+def test_a_set_of_one_image():
+    assert "of 1 training images" in "".join(make(Images(n=1), cost="robust", tau=10.0, balanced=True).notes())
+
+
 def test_a_share_as_of_clean_sets_stays(monkeypatch):
     data = contrasts(0.2, 0.8)
     for clean in (True, False):

@@ -161,7 +161,7 @@ class RDUOT(Objective):
         if c.tau > 0:
             # By item; where nothing is selected, of the images that the log describes.
             self.costs = self.costs_of(torch.arange(len(dataset)) if selects else self.cost.sample)
-            sample = self.costs[self.cost.sample] if selects else self.costs
+            sample = self.costs[self.cost.sample.numpy()] if selects else self.costs
             self.selection = Selection(sample, c.tau, *(slope(CONJUGATES[phi]) for phi in (c.phi1, c.phi2)))
         self.looks_clean = False
         self._choose_items(self._select(sample) if selects else None)
@@ -302,7 +302,7 @@ class RDUOT(Objective):
         lines = [] if self.posterior_labels is None else self.posterior_labels.notes()
         cost = self.cost
         if self.selection is not None:
-            costs = self.costs if self.selected is None else self.costs[cost.sample]
+            costs = self.costs if self.selected is None else self.costs[cost.sample.numpy()]
             found, self.cost_statistics = describe_costs(costs, self._weights(costs), cost.before_limit(costs))
             name = cost.kind if cost.distance is None else f"{cost.kind}: ln d^2; what is below 0 costs nothing"
             lines += [f"Transport cost ({name}) of {len(costs):,} training images:", *found]
