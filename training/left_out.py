@@ -96,8 +96,6 @@ def is_clean(weights: np.ndarray, values: np.ndarray) -> bool:
 
     The arguments are those of `describe_costs`.
     """
-    if len(values) < 2:  # there are no others, among which it could be foreign
-        return True
     return _expected_share(weights) <= TAIL and expensive_group(values) is None
 
 

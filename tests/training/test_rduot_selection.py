@@ -6,6 +6,7 @@ import torch
 
 from archives.dataset import ImageDataset
 from archives.posterior import compress
+from dnnlib import UserError
 from tests.support.objectives import CPU
 from tests.support.rduot import Images, contrasts, make, step
 from tests.support.synth import make_archive
@@ -43,7 +44,8 @@ def test_where_nothing_is_foreign_the_robust_cost_trains_as_ddgan_does():
 
 
 def test_a_set_of_one_image():
-    assert "of 1 training images" in "".join(make(Images(n=1), cost="robust", tau=10.0, balanced=True).notes())
+    with pytest.raises(UserError, match="compares images, and there is only one"):
+        make(Images(n=1), cost="robust", tau=10.0)
 
 
 def test_a_share_as_of_clean_sets_stays(monkeypatch):

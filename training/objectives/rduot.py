@@ -154,6 +154,8 @@ class RDUOT(Objective):
         self.posterior_labels, self.draw_sheet = posterior_labels, draw_sheet
         c = config.rduot
         selects = c.cost == "robust" and c.distance != "pixels" and c.tau > 0
+        if selects and len(dataset) < 2:
+            raise dnnlib.UserError(f"{dataset.name}: the robust cost compares images, and there is only one")
         self.steps = DiffusionSteps(c.num_timesteps, c.beta_min, c.beta_max, device, bool(c.geometric))
         self.cost = TransportCost(c.cost, dataset, self.steps, device, by_pixels=c.distance == "pixels")
         self.cost_statistics: dict[str, float] = {}  # about the costs of the training images, not logged yet
