@@ -102,7 +102,7 @@ def dataset_options() -> Callable:
         click.option("--channels", type=click.Choice(["1", "3"]), help="Make all images gray (1) or RGB (3)"),
         click.option("--outliers", metavar="PATH|digits|photos", help="Replace some of the images by images of this source"),
         click.option("--perturb_percent", type=FloatRange(0, 100), metavar="FLOAT", help="How many of them, in percent"),
-        click.option("--labels", metavar="FILE", help="Replace the labels by those in a table (.csv, .tsv, .jsonl, .parquet), .json, .npy, .npz or .pt file, or follow the decisions in a .csv"),
+        click.option("--labels", metavar="FILE", help="Replace the labels by those in a table (.csv, .tsv, .jsonl, .parquet), .json, .npy, .npz or .pt file, or follow the decisions in such a table"),
         click.option("--label_key", metavar="NAME", help="Entry or column of the --labels file, if it has several; without --labels, the labels of a source that has several kinds (CelebA: an attribute)"),
         click.option("--skip_unlabeled", is_flag=True, help="Leave out images without a label in the --labels file"),
         click.option("--clean_labels", metavar="FILE|source", help="Declare these labels clean, for measuring: those in a file, or those that the source had before --labels"),
