@@ -30,9 +30,9 @@ from archives.tables import guarded
 from archives.writer import ArchiveWriter, Transform, check_destination, is_zip
 from dnnlib.threads import usable_cores
 
-SKIPPED = ["file", "problem"]  # columns of the list of damaged images
-
 __all__ = ["Noise", "Outliers", "build_archive", "count_classes", "plan_noise", "plan_outliers"]
+
+SKIPPED = ["file", "problem"]  # columns of the list of damaged images
 
 
 @dataclass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -34,10 +35,11 @@ def check_class_numbers(theirs: Sequence[str] | None, path: str, ours: Sequence[
     `theirs` and `ours` are their class names. None: they have none, and the numbers are all there is. Names that occur
     twice say nothing.
     """
-    theirs, ours = list(theirs or ()), list(ours or ())
-    numbers = {name: number for number, name in enumerate(ours) if ours.count(name) == 1}
-    for number, name in enumerate(theirs):
-        if numbers.get(name, number) != number and theirs.count(name) == 1:
+    once = [{name for name, count in Counter(names or ()).items() if count == 1} for names in (theirs, ours)]
+    known = once[0] & once[1]
+    numbers = {name: number for number, name in enumerate(ours or ()) if name in known}
+    for number, name in enumerate(theirs or ()):
+        if numbers.get(name, number) != number:
             raise dnnlib.UserError(
                 f"class {name!r} is number {number} of {path}, but number {numbers[name]} of {where}; their classes "
                 "must have the same order"

@@ -17,7 +17,7 @@ import numpy as np
 
 import dnnlib
 from archives.label_file import LabelFile
-from archives.tables import read_table, unguarded
+from archives.tables import is_table, read_table, unguarded
 
 __all__ = ["Decisions", "addresses", "apply_to_labels", "class_keys", "holds_decisions", "load_decisions"]
 
@@ -52,10 +52,10 @@ def class_keys(class_names: Sequence[str] | None, classes: int) -> list[str]:
 
 def holds_decisions(path: str) -> bool:
     """Return whether a file is a table with a column `decision`, and not one of labels."""
-    if path.lower().endswith((".jsonl", ".ndjson", ".parquet")):
-        return "decision" in [field.lower() for field in read_table(dnnlib.read_bytes(path), path).fields]
-    if not path.lower().endswith((".csv", ".tsv")):
+    if not is_table(path):
         return False
+    if not path.lower().endswith((".csv", ".tsv")):
+        return "decision" in [field.lower() for field in read_table(dnnlib.read_bytes(path), path).fields]
     head = dnnlib.read_bytes(path)[:1000].split(b"\n")[0].lower()
     return b"decision" in [cell.strip(b'" \r\xef\xbb\xbf') for cell in re.split(rb"[,;|\t]", head)]
 

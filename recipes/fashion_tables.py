@@ -261,7 +261,7 @@ def _section(title: str, runs: dict[str, list[Result]]) -> Section:
         notes.append(
             f"Rows with several seeds ({', '.join(map(str, seeds))}): the mean, the lowest and the highest value."
         )
-    if alike != runs:
+    if alike != runs and len(judges) == 1:
         notes.append("The sentence above, the chart and the accuracy by class are about the seeds that all rows have.")
     return Section(
         title,
@@ -309,7 +309,7 @@ def _ratio(results: Sequence[Result], oracle: Sequence[Result]) -> float | None:
 
 
 def _judge(result: Result) -> float:
-    """Return what tells judges apart: two that were trained differently are not right on the same images."""
+    """Return what tells judges apart: the share of test images on which one is right."""
     return result.table["judge"]["accuracy"]
 
 

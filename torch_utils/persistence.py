@@ -361,7 +361,7 @@ class _Reader(safe_pickle.Resolver):
         if isinstance(nimg, int) and nimg < 1000:
             distributed.print0(f"Warning: {self._name} has seen only {nimg} images, so it has learned nearly nothing")
         net = build()
-        if names is not None and len(names) < getattr(net, "label_dim", 0):
+        if names is not None and len(names) < (getattr(net, "label_dim", 0) or 0):
             raise self.fail(f"it has {net.label_dim} classes, but {len(names)} class_names")
         return {
             "ema": net,
