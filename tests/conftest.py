@@ -5,6 +5,8 @@ import pathlib
 import signal
 import sys
 
+import pytest
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
@@ -21,6 +23,15 @@ LONGEST = """
     test_training.py test_quickstart test_train test_faults test_sharding test_published test_fid scripts/
     test_objectives test_benchmark_gpu test_sampling_speed test_detect_noise gpu/
 """.split()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_runs():
+    from tests.support.quick import quicken  # imports torch, which reads the environment above
+
+    with pytest.MonkeyPatch.context() as patch:
+        quicken(patch.setattr)
+        yield
 
 
 def pytest_collection_modifyitems(items):

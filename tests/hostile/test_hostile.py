@@ -153,6 +153,17 @@ def honest(tmp_path_factory):
     return files
 
 
+@pytest.fixture
+def tmp_path(tmp_path):
+    """Two folders below the test's own, so that what leads out of them still ends where `tree` looks."""
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    return tmp_path / "a" / "b"
+
+
+def around(tmp_path, honest):
+    return tree(tmp_path.parents[1]) | tree(honest["zip"].parent)
+
+
 @contextlib.contextmanager
 def extensions():
     """Register extension codes, as a program may have done, for the opcodes EXT1, EXT2 and EXT4."""
@@ -171,14 +182,14 @@ def tree(folder):
 def refused(kind, door, path, honest, tmp_path):
     """Return the line that a script prints for a file. Fail if it prints more, or if it writes anything outside."""
     script, args = DOORS[kind][door]
-    before = tree(tmp_path.parent)
+    before = around(tmp_path, honest)
     names = {"file": path, "new": tmp_path / "new", **honest}
     result = CliRunner().invoke(script.main, shlex.split(args.format(**names)))
     assert result.exception is None or isinstance(result.exception, SystemExit), repr(result.exception)
     assert result.exit_code == 1, result.output
     assert result.stderr.startswith("Error: ") and result.stderr.count("\n") == 1, result.stderr
     assert path.name in result.stderr and len(result.stderr) < 5000 and "\x1b" not in result.stderr
-    assert tree(tmp_path.parent) == before
+    assert around(tmp_path, honest) == before
     assert (
         not list(tmp_path.glob("new*")) or script is train
     )  # train.py makes the run directory before it reads the images

@@ -309,5 +309,5 @@ def test_examples_of_the_help_run(tmp_path, monkeypatch):
     commands = {line.strip() for line in lines if line.strip().startswith("python dataset_tool.py")}
     assert len(commands) >= 6
     for command in commands:
-        code, _, err = run(*shlex.split(command)[2:])
+        code, _, err = run(*shlex.split(command)[2:], "--max-images=200")
         assert code == 0, f"{command}: {err}"

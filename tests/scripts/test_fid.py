@@ -352,7 +352,7 @@ def test_two_processes_give_the_same_table(files, tmp_path):
         "--bootstrap=20",
         "--splits=9",
         f"--test={files['data']}",
-        "--cas_arch=small",
+        *"--cas_arch=small --cas_epochs=2".split(),
     ]
     one, _ = evaluate(files, "zip", *args, detector=files["small"])
     out, cache = tmp_path / "two.json", tmp_path / "features.npz"

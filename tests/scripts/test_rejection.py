@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from archives.label_noise import transition_matrix
+from sampling import rejection
 from tests.support.generated import FAST, make, random_network, read, run
 from torch_utils import persistence
 from training.networks_conv import ConvClassifier
@@ -64,9 +65,11 @@ def test_images_that_were_not_rejected_are_not_mixed_in(guide, tmp_path):
     make(tmp_path / "right", *guide, *args, "--resume")
 
 
-def test_what_is_never_accepted_is_counted(guide, tmp_path):
+def test_what_is_never_accepted_is_counted(guide, tmp_path, monkeypatch):
+    assert rejection.TRIES == 100
+    monkeypatch.setattr(rejection, "TRIES", 10)
     out = make(tmp_path / "out", *guide, "--seeds=0-2", "--noise_rate=1")
-    assert "WARNING: 3 images were not accepted in 100 draws" in out and drawn(out) == 300
+    assert "WARNING: 3 images were not accepted in 10 draws" in out and drawn(out) == 30
     assert len(read(tmp_path / "out")[0]) == 3
 
 

@@ -147,10 +147,11 @@ def test_published_flags(data, tmp_path):
 
 
 def test_other_methods_and_settings(data, tmp_path):
-    args = [f"--data={data}", "--num_epoch=1", *(option for option in TINY if not option.startswith("--ema"))]
+    args = [f"--data={data}", *(option for option in TINY if not option.startswith("--ema")), "--tick=1"]
     succeed(
         train_rduot,
         *args,
+        "--num_epoch=1",
         f"--outdir={tmp_path}/a",
         "--method=ddgan",
         "--num_timesteps=2",
@@ -176,6 +177,7 @@ def test_other_methods_and_settings(data, tmp_path):
             *args,
             f"--outdir={tmp_path}/{cost}",
             f"--cost={cost}",
+            "--duration=0.000016",
             "--phi1=kl",
             "--phi2=chi",
             "--batch_gpu=4",

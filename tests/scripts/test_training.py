@@ -262,6 +262,8 @@ if what in ('step', 'term', 'int'):
     number = dict(step=signal.SIGKILL, term=signal.SIGTERM, int=signal.SIGINT)[what]
     Objective.step = killing(Objective.step, number=number)
 import importlib
+from tests.support.quick import quicken
+quicken()
 importlib.import_module(script).main()
 """
 
@@ -313,8 +315,9 @@ def test_killed_run_resumes_bit_exactly(what, count, data, trained, tmp_path):
     assert not list(run_dir.glob("*.tmp*"))
 
 
-# Between saves, and in the middle of the second one.
-@pytest.mark.parametrize(("what", "count"), [("step", 7), pytest.param("save", 2, marks=pytest.mark.long)])
+# Between saves, and in the middle of the second one. tests/training/test_sharding.py has it without the launcher.
+@pytest.mark.long
+@pytest.mark.parametrize(("what", "count"), [("step", 7), ("save", 2)])
 def test_two_processes_killed_and_resumed(what, count, data, tmp_path):
     args = ["train", f"--data={data}", "--cond=1", "--duration=0.0003", *TINY]
     whole = run_killed(tmp_path, "none", 0, *args, f"--outdir={tmp_path}/whole", processes=2)

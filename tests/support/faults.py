@@ -33,6 +33,7 @@ import train_noise
 import train_rduot
 from dnnlib.signals import ENDING
 from sampling.grid import save_grid
+from tests.support.quick import quicken
 from torch_utils import checkpoint
 from torch_utils.persistence import persistent_class
 from training import options, run
@@ -323,6 +324,7 @@ def answer(request, folder):
 
 
 if __name__ == "__main__":
+    quicken()
     torch.optim.Adam([torch.zeros(1)])  # its imports take a second or two, which the children then need not repeat
     for line in sys.stdin:
         print(json.dumps(answer(json.loads(line), sys.argv[1])), flush=True)

@@ -114,20 +114,20 @@ def train_gaussians(cls, **kwargs):
     class Toy(cls):
         def build(self):
             return {
-                "net": self.trained_network(AffineDenoiser(), lr_factor=lambda nimg: 1.0 if nimg < 1_500_000 else 0.05)
+                "net": self.trained_network(AffineDenoiser(), lr_factor=lambda nimg: 1.0 if nimg < 700_000 else 0.05)
             }
 
         def prepare(self, images, draws):
             return images, None
 
-    config = make_config(optimizer=dict(name="adam", lr=5e-3), ema_halflife_nimg=200_000, batch_size=1024)
+    config = make_config(optimizer=dict(name="adam", lr=5e-3), ema_halflife_nimg=100_000, batch_size=1024)
     data = Data(n=2, classes=2)
     data.labels = np.array([0, 1])
     toy = ready(Toy, config, data, CPU, **kwargs)
     toy.noise_levels = OneLevel()
     g = torch.Generator().manual_seed(1)
     stats = Stats(CPU)
-    for step in range(2000):
+    for step in range(1000):
         y = torch.randint(2, [1024], generator=g)
         x0 = MEANS[y] + SPREAD * torch.randn(1024, 2, generator=g)
         o = torch.multinomial(torch.from_numpy(NOISE)[y], 1, generator=g).flatten()

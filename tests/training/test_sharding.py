@@ -213,13 +213,16 @@ def test_bad_gradients_are_counted_once_for_all_processes(run, tmp_path):
     assert_same_run(tmp_path / "1", tmp_path / "0")
 
 
-def test_killed_while_saving_and_resumed_bit_for_bit(run, tmp_path):
-    sharded = ("tiny", "--augment=0", "--shard=1")
-    undisturbed = run(tmp_path / "whole", *sharded, steps=4)
+KILLED_RUNS = {"shards": ("tiny", "--augment=0", "--shard=1"), "train.py": ("train", *TINY, "--dropout=0.1")}
+
+
+@pytest.mark.parametrize("args", KILLED_RUNS.values(), ids=KILLED_RUNS)
+def test_killed_while_saving_and_resumed_bit_for_bit(args, run, tmp_path):
+    undisturbed = run(tmp_path / "whole", *args, steps=4)
     at = max(i for i, what in enumerate(undisturbed["operations"]) if what == "replace") - 2  # before the last state
-    killed = run(tmp_path / "killed", *sharded, steps=4, fault=dict(kind="kill", at=at), codes=None)
+    killed = run(tmp_path / "killed", *args, steps=4, fault=dict(kind="kill", at=at), codes=None)
     assert killed["codes"] == [KILLED, 1]
-    run(tmp_path / "killed", *sharded, "--resume=latest", steps=4)
+    run(tmp_path / "killed", *args, "--resume=latest", steps=4)
     assert_same(state(tmp_path / "killed"), state(tmp_path / "whole"))
 
 
