@@ -248,18 +248,26 @@ class ImageDataset:
         return self._pixels
 
     def hold(self, device: torch.device | str, workers: int = 1, limit: int = MEMORY_LIMIT) -> bool:
-        """Decode all images and keep them on `device`. Return False if `limit` (bytes) or `cache` forbids it."""
-        if not self.cache or self.nbytes > limit:
+        """Decode all images and keep them on `device`. Return False if `limit` (bytes) or `cache` forbids it.
+
+        A GPU gives a quarter of its free memory at most: the networks need the rest.
+        """
+        if torch.device(device).type == "cuda" and self._held is None:
+            limit = min(limit, torch.cuda.mem_get_info(device)[0] // 4)
+        if not self.cache or (self.nbytes > limit and self._held is None):
             return False
         if self._held is None:
-            self._held = self.load(workers).to(device)
+            pixels, self._pixels = self.load(workers), None
+            self._held = pixels.to(device)
+            if self._held.device.type == "cpu":
+                self._pixels = self._held
         return True
 
     def images_on(self, device: torch.device | str, items: torch.Tensor) -> torch.Tensor:
         """Return a batch of images, uint8 [B, C, H, W] on `device`, decoded now unless `hold` did it."""
         if self._held is not None:
-            return _take(self._held, items.to(device, non_blocking=True), self._copies)
-        return self.images(items.cpu()).to(device, non_blocking=True)
+            return _take(self._held, items.to(device), self._copies)
+        return self.images(items.cpu()).to(device)
 
     def _empty(self, n: int) -> torch.Tensor:
         return torch.empty([n, *self.image_shape], dtype=torch.uint8)
@@ -343,7 +351,7 @@ class BatchStream:
             nimg, items = self._position - self._before, self._next_indices()
             self._pending.append((items, self._pool.submit(self._fetch, items, nimg)))
         self.items, pending = self._pending.popleft()
-        images, labels, *rest = (x.to(self._device, non_blocking=True) for x in pending.result())
+        images, labels, *rest = (x.to(self._device) for x in pending.result())
         self.companions = rest[0] if rest else None
         return images, labels
 

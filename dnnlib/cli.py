@@ -148,7 +148,7 @@ class _FloatList(click.ParamType):
 
 
 class _ClassList(click.ParamType):
-    """Names, numbers and ranges of numbers with commas between them; only who knows the names can read the text."""
+    """Names, numbers and ranges of numbers with commas between them. The caller knows the names and reads the text."""
 
     name = "LIST"
 
@@ -289,9 +289,10 @@ class _OneLineErrors:
             _fail("interrupted", 130)
         except (MemoryError, RuntimeError) as e:
             # PyTorch raises a RuntimeError when memory runs out. Any other RuntimeError is a bug: show its traceback.
-            if not standalone_mode or not (isinstance(e, MemoryError) or "allocate memory" in str(e)):
+            memory = isinstance(e, MemoryError) or any(text in str(e) for text in ("allocate memory", "out of memory"))
+            if not (standalone_mode and memory):
                 raise
-            _fail("not enough memory for this", 1)
+            _fail("not enough memory for this; smaller batches or images need less", 1, lone=True)
         except OSError as e:
             if not standalone_mode:
                 raise

@@ -13,7 +13,7 @@ import secrets
 import shutil
 import stat
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -109,7 +109,8 @@ def format_time(seconds: float) -> str:
 class Logger:
     """Copies what the program prints on stdout to a file, line by line, until it is closed.
 
-    `mode` 'a' appends to an existing log. With `file_name` None nothing is copied: only one process keeps a log.
+    `mode` 'a' appends to an existing log. With `file_name` None nothing is copied: only one process keeps a log. A disk
+    that refuses the log ends the copying, with a warning, and not the program.
     """
 
     def __init__(self, file_name: str | os.PathLike[str] | None, mode: str = "w"):
@@ -129,24 +130,34 @@ class Logger:
         return getattr(self.__dict__["_stdout"], name)  # isatty, fileno and encoding are the terminal's
 
     def write(self, text: str) -> int:
-        if self._file is not None:
-            self._file.write(text)
-        return self._stdout.write(text)
+        length = self._stdout.write(text)
+        self._log(lambda file: file.write(text))
+        return length
 
     def flush(self) -> None:
-        if self._file is not None:
-            self._file.flush()
         self._stdout.flush()
+        self._log(lambda file: file.flush())
+
+    def _log(self, act: Callable[[IO[str]], Any]) -> None:
+        if self._file is None:
+            return
+        file = self._file
+        try:
+            act(file)
+        except OSError as e:
+            self._file = None
+            with contextlib.suppress(OSError):  # closing it writes what is left
+                file.close()
+            self._stdout.write(f"Warning: {file.name}: {e.strerror or e}; from here on only the screen has the log\n")
 
     def close(self) -> None:
         """Restore stdout. A second call does nothing."""
-        if self._file is None:
-            return
-        self.flush()
         if sys.stdout is self:
             sys.stdout = self._stdout
-        self._file.close()
-        self._file = None
+        if self._file is not None:
+            self.flush()
+            self._log(lambda file: file.close())
+            self._file = None
 
 
 def sync_directory(path: Path) -> None:

@@ -29,6 +29,7 @@ __all__ = [
     "remove_leftovers",
     "require_space",
     "save_state",
+    "set_aside_later_states",
     "size_of",
     "states",
     "warn_if_older",
@@ -195,7 +196,7 @@ def latest_state(run_dir: str | os.PathLike[str]) -> str | None:
 def warn_if_older(path: str | os.PathLike[str], net: torch.nn.Module) -> None:
     """Print a warning when a training state beside the snapshot `path` of `net` is newer than it.
 
-    Of a classifier the best snapshot is kept, which is older than the last state more often than not.
+    Classifiers keep their best snapshot, which is usually older than the last state.
     """
     if getattr(net, "network_kind", None) == "classifier":
         return
@@ -230,6 +231,18 @@ def prune_states(run_dir: str | os.PathLike[str], keep: int) -> None:
     """Delete all states in `run_dir` but the newest `keep`, or the newest one if `keep` is 0."""
     for path in states(run_dir)[max(keep, 1) :]:
         path.unlink(missing_ok=True)
+
+
+def set_aside_later_states(run_dir: str | os.PathLike[str], nimg: int) -> None:
+    """Rename the states beyond `nimg` images, from where the run in this folder goes on.
+
+    They are damaged, or the user went back on purpose. `prune_states` and the next resume must not prefer them.
+    """
+    for path in states(run_dir):
+        if int(path.stem.rpartition("-")[2]) > nimg // 1000:
+            aside = path.with_name(f"outdated-{path.name}")
+            os.replace(path, aside)
+            distributed.print0(f"{path.name} lies beyond this point; it is now {aside.name}")
 
 
 def remove_leftovers(run_dir: str | os.PathLike[str]) -> None:

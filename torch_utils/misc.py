@@ -40,8 +40,8 @@ def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
     A copy from memory that the system may move would wait, so the tensor goes through pinned memory first.
     """
     if device.type == "cuda" and x.device.type == "cpu":
-        x = x.pin_memory()
-    return x.to(device, non_blocking=True)
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)  # on MPS, a copy that did not wait could read memory that has been freed
 
 
 def count_parameters(module: torch.nn.Module) -> int:

@@ -254,7 +254,7 @@ def load_snapshot(
 
 
 def build_network(name: str, cls: type, kwargs: dict[str, Any], tensors: dict[str, torch.Tensor]) -> torch.nn.Module:
-    """Return a network in eval mode that has exactly these tensors. UserError that names the file: none has."""
+    """Return a network in eval mode with exactly these tensors. UserError that names the file: they do not fit."""
     return _Reader(name, sys.maxsize).construct(cls, (), kwargs, tensors)
 
 

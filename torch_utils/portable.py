@@ -59,10 +59,10 @@ def plain_json(settings: dict[str, Any]) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Return plain data with lists in place of tuples. TypeError: a key is no text, which JSON would make it."""
+    """Return plain data with lists in place of tuples. TypeError: a key is not a string."""
     if isinstance(value, dict):
         if other := [key for key in value if not isinstance(key, str)]:
-            raise TypeError(f"the key {other[0]!r} is no text")
+            raise TypeError(f"the key {other[0]!r} is not a string")
         return {key: _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 

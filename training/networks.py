@@ -337,6 +337,8 @@ class UNet(torch.nn.Module):
         resolutions = [img_resolution >> level for level in range(len(widths))]
         if not resolutions or resolutions[-1] < 1:
             raise ValueError(f"channel_mult: {len(widths)} levels do not fit images of {img_resolution} pixels")
+        if min(widths) < 1:
+            raise ValueError("channel_mult: every level needs at least one channel")
         self.levels = [f"{res}x{res}" for res in resolutions]
         self.num_blocks, self.label_dropout = num_blocks, label_dropout
         plan = [(self.levels[level], widths[level], res in attn_resolutions) for level, res in enumerate(resolutions)]
@@ -557,7 +559,7 @@ class DhariwalUNet(UNet):
         )
 
         self.map_noise = PositionalEmbedding(model_channels)
-        self.map_augment = Linear(augment_dim, model_channels, bias=False, **init) if augment_dim else None
+        self.map_augment = Linear(augment_dim, model_channels, bias=False, **init_zero) if augment_dim else None
         self.map_layer0 = Linear(model_channels, emb_channels, **init)
         self.map_layer1 = Linear(emb_channels, emb_channels, **init)
         init_label = dict(init_mode="kaiming_normal", init_weight=label_dim**0.5)

@@ -96,6 +96,8 @@ class _ResNet(torch.nn.Module):
     ):  # fmt: skip
         if img_resolution >> (len(channel_mult) - 1) < 1:
             raise ValueError(f"{len(channel_mult)} levels are too many for images of {img_resolution} pixels")
+        if min(channel_mult, default=0) < 1:
+            raise ValueError("channel_mult: every level needs at least one channel")
         super().__init__()
         self.img_resolution, self.img_channels, self.label_dim = img_resolution, img_channels, label_dim
         self.augment_dim, self.precond, self.dropout = augment_dim, precond, dropout

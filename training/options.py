@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 import textwrap
 from collections.abc import Callable
 from typing import Any
@@ -78,7 +79,7 @@ def run_options(script: str, *, cond: bool = False, duration: float = 200.0, bat
         click.option("--bench", type=BOOL, default=True, help="Let cuDNN search for the fastest algorithms"),
         click.option("--compile", type=BOOL, default=False, help="Compile the network with torch.compile"),
         click.option("--shard", type=BOOL, default=False, help="Share weights, gradients and optimizer state between the processes of a machine (FSDP2)"),
-        click.option("--cache", type=BOOL, default=True, help="Keep decoded images in memory, on the device where they fit"),
+        click.option("--cache", type=BOOL, default=True, help="Keep decoded images in memory: up to 4 GiB, and a quarter of a GPU's free memory"),
         click.option("--workers", metavar="INT", type=COUNT, default=1, help="Threads that read images when they are not cached"),
         click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto", help="Where to train"),
         click.option("--desc", metavar="STR", help="Text for the end of the run directory's name"),
@@ -151,7 +152,7 @@ def few_step_options() -> Callable:
         click.option("--num_res_blocks", metavar="INT", type=COUNT, default=2, help="Generator: residual blocks per level"),
         click.option("--attn_resolutions", metavar="LIST", type=INT_LIST, help="Generator: levels with attention, by their size in pixels; 0: none  [default: 16, where there is this level]"),
         click.option("--embedding_type", type=click.Choice(["positional", "fourier"]), default="positional", help="How both networks see the time step"),
-        click.option("--centered", metavar="BOOL", type=BOOL, is_flag=False, flag_value="0", default=True, help="The generator sees x; 0: it sees 2 x - 1. Without a value it means 0, as published"),
+        click.option("--centered", metavar="BOOL", type=BOOL, is_flag=False, flag_value="0", default=True, help="1: the generator sees x; 0: it sees 2 x - 1. A bare --centered means 0, as in the published code"),
         click.option("--not_use_tanh", is_flag=True, help="Generator: no tanh at the end"),
         click.option("--ngf", metavar="INT", type=COUNT, default=64, help="Potential: channels of level 1"),
         click.option("--t_emb_dim", metavar="INT", type=COUNT, help="Potential: width of the time embedding; published is 256  [default: twice --ngf]"),
@@ -232,6 +233,8 @@ def check_usage(opts: dict[str, Any], method: str, require_labels: bool) -> None
         raise click.UsageError(f"--fp16=1 contradicts --precision={opts['precision']}")
     if opts.get("precond", "edm") != "edm" and {"--P_mean", "--P_std"} & {*given_options()}:
         raise click.UsageError(f"--P_mean and --P_std belong to --precond=edm, not {opts['precond']}")
+    if re.search(r"[/\\\0]", opts["desc"] or ""):
+        raise click.UsageError(f"--desc={opts['desc']} becomes part of a folder's name; leave out slashes")
     for name in ("tensorboard", "wandb"):
         if opts[name]:
             try:

@@ -76,12 +76,14 @@ def start(
             state, path, run_dir = find_state(opts["resume"], opts["outdir"], opts["nosubdir"])
             config.seed = choose_seed(opts["seed"], state)
             settle(config, None if state is None else state["config"])
+            fresh = state is None
             if state is not None:
                 if config.transfer is None:  # the weights come from the state, which remembers where they began
                     config.transfer = state["config"].get("transfer")
                 check_same_run(state["config"], config, opts["resume"])
+        numbered = run_dir is None and not opts["nosubdir"]
         if run_dir is None:
-            run_dir = opts["outdir"] if opts["nosubdir"] else new_run_dir(opts["outdir"], dataset, config)
+            run_dir = new_run_dir(opts["outdir"], dataset, config) if numbered else opts["outdir"]
         if opts["dry_run"]:
             print_summary(config, dataset, run_dir, device, notes)
             print0("Dry run; exiting.")
@@ -95,18 +97,22 @@ def start(
         if state is not None:
             with blame("--resume"):
                 nimg, best = load_state(objective, state)
-        if opts["transfer"] and state is None:
+            state = None  # it is as large as the networks and the optimizers
+        if opts["transfer"] and fresh:
             with blame("--transfer"):
                 transfer(objective, opts["transfer"], opts["trust_pickle"])
         with blame("--outdir"):
             home = None if path is None else os.path.dirname(os.path.realpath(path))
-            fresh, again = home != os.path.realpath(run_dir), opts["resume"] == "latest"
-            distributed.on_rank0(functools.partial(make_run_dir, run_dir, config, fresh, again))
+            elsewhere, again = home != os.path.realpath(run_dir), opts["resume"] == "latest"
+            make = functools.partial(make_run_dir, run_dir, config, elsewhere, again, numbered)
+            run_dir = distributed.from_rank0(make)
+            if not elsewhere:
+                distributed.on_rank0(lambda: checkpoint.set_aside_later_states(run_dir, nimg))
             best = distributed.from_rank0(lambda: fetch_best(best, home, run_dir))
         log_file = os.path.join(run_dir, "log.txt") if distributed.get_rank() == 0 else None
         with dnnlib.Logger(log_file, mode="a"):
             print_summary(config, dataset, run_dir, device, notes)
-            if state is None:
+            if fresh:
                 objective.begin()
             print0("".join(f"{line}\n" for line in objective.notes()), end="")
             training_loop(objective, dataset, config, run_dir, device, nimg, best, draw_samples)
@@ -122,23 +128,38 @@ def start(
 
 def transfer(objective: Objective, pattern: str, trust_pickle: bool) -> None:
     """Start from the weights of a snapshot or of a published X.pth, as far as names and shapes agree."""
-    path = persistence.find_snapshot(pattern)
-    if is_checkpoint(path):
+
+    def read() -> tuple[str, dict[str, torch.nn.Module], dict[str, Any]]:
+        path = persistence.find_snapshot(pattern)
+        if not is_checkpoint(path):
+            snapshot = persistence.load_snapshot(path, trust_pickle=trust_pickle)
+            return path, {"net": snapshot["ema"]}, snapshot
         published = load_checkpoint(path)
         sources = {"net": build_generator(published, image_size=objective.dataset.resolution)}
         if published.potential is not None and "potential" in objective.trained:
             sources["potential"] = build_potential(published.potential, path)
-    else:
-        snapshot = persistence.load_snapshot(path, trust_pickle=trust_pickle)
-        sources = {"net": snapshot["ema"]}
-        data = objective.dataset
+        return path, sources, {}
+
+    path, sources, snapshot = distributed.together(read, rank0_first=True)  # one process downloads, all read
+    data = objective.dataset
+    if snapshot:
         if getattr(snapshot["ema"], "label_dim", 0) == data.label_dim:  # else it has no embeddings to transfer
             try:
                 check_class_numbers(snapshot["info"].get("class_names"), path, data.class_names, data.name)
             except dnnlib.UserError as error:
                 print0(f"Warning: {error}, or the new run first has to unlearn it")
-    count = sum(objective.trained[name].transfer(source, path) for name, source in sources.items())
-    print0(f"Transferred {count} tensors from {path}")
+    copied, left = {}, {}  # sizes of parameters by name
+    for name, source in sources.items():
+        for found, sizes in zip((copied, left), objective.trained[name].transfer(source), strict=True):
+            found |= {f"{name}.{key}": size for key, size in sizes.items()}
+    if not copied:
+        raise dnnlib.UserError(f"{path} has no parameter of the same name and shape as the new network")
+    values, more = sum(copied.values()), sum(left.values())
+    print0(f"Transferred {len(copied)} tensors with {values:,} values from {path}")
+    if left:
+        some = ", ".join(list(left)[:3]) + (", ..." if len(left) > 3 else "")
+        kind = "Warning" if values < more else "Note"
+        print0(f"{kind}: {len(left)} tensors with {more:,} values of the new networks begin at random: {some}")
 
 
 # Resuming.
@@ -223,7 +244,7 @@ def check_same_run(old: dict[str, Any], config: RunConfig, name: str) -> None:
     if found:
         raise dnnlib.UserError(
             f"{name}: that run had other options or data ({'; '.join(found)}); give the same ones, or start a new run "
-            "from its weights: train.py --transfer=network-snapshot-*.pkl"
+            "from its weights: this command with --transfer=network-snapshot-*.pkl in place of --resume"
         )
     before = old.get("num_processes")
     if before != config.num_processes:
@@ -253,12 +274,7 @@ def load_state(objective: Objective, state: dict[str, Any]) -> tuple[int, Best]:
 
 def new_run_dir(outdir: str, dataset: ImageDataset, config: RunConfig) -> str:
     """Return `NNNNN-<dataset>-<cond>-<arch>-<precond>-gpus<N>-batch<B>-<dtype>[-desc]` with the next free number."""
-    if distributed.get_rank() != 0:
-        return distributed.broadcast_object(None)
-    entries = os.listdir(outdir) if os.path.isdir(outdir) else []
-    taken = [int(match.group()) for entry in entries if (match := re.match(r"\d+", entry))]
     parts = [
-        f"{max(taken, default=-1) + 1:05d}",
         dataset.name,
         "cond" if config.dataset.use_labels else "uncond",
         config.network.arch,
@@ -268,15 +284,31 @@ def new_run_dir(outdir: str, dataset: ImageDataset, config: RunConfig) -> str:
         config.precision,
         config.desc,
     ]
-    return distributed.broadcast_object(os.path.join(outdir, "-".join(filter(None, parts))))
+    return distributed.from_rank0(lambda: next_path(outdir, "-".join(filter(None, parts))))
 
 
-def make_run_dir(run_dir: str, config: RunConfig, fresh: bool, again: bool = False) -> None:
-    """Create the directory with `training_options.json`.
+def next_path(outdir: str, name: str) -> str:
+    """Return `NNNNN-<name>` in `outdir` with the next free number."""
+    entries = os.listdir(outdir) if os.path.isdir(outdir) else []
+    taken = [int(match.group()) for entry in entries if (match := re.match(r"\d+", entry))]
+    return os.path.join(outdir, f"{max(taken, default=-1) + 1:05d}-{name}")
 
-    UserError: a run that is `fresh` here, where another run's files are. `again` allows that for this very
-    run, interrupted before its first state.
+
+def make_run_dir(run_dir: str, config: RunConfig, fresh: bool, again: bool = False, numbered: bool = False) -> str:
+    """Create the directory with `training_options.json` and return it.
+
+    A `numbered` directory that another run has taken meanwhile gets the next free number. UserError: a run that is
+    `fresh` here, where another run's files are. `again` allows that for this very run, interrupted before its first
+    state.
     """
+    while numbered:
+        outdir, name = os.path.split(run_dir)
+        os.makedirs(outdir or ".", exist_ok=True)
+        try:
+            os.mkdir(run_dir)
+            break
+        except FileExistsError:
+            run_dir = next_path(outdir, name.partition("-")[2])
     if fresh and os.path.isdir(run_dir):
         used = any(re.match(r"(network-snapshot|training-state)-", entry) for entry in os.listdir(run_dir))
         if used and not (again and interrupted_early(run_dir, config)):
@@ -288,6 +320,7 @@ def make_run_dir(run_dir: str, config: RunConfig, fresh: bool, again: bool = Fal
     checkpoint.remove_leftovers(run_dir)
     with dnnlib.atomic_open(os.path.join(run_dir, "training_options.json"), "wt") as f:
         json.dump(to_dict(config), f, indent=2)
+    return run_dir
 
 
 def interrupted_early(run_dir: str, config: RunConfig) -> bool:

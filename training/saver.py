@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import re
 from collections.abc import Callable
@@ -32,7 +33,7 @@ class Best:
 
 
 def fetch_best(best: Best, home: str | None, run_dir: str) -> Best:
-    """Return the `best` snapshot of a state that lies in `home`, once it lies in `run_dir`; none where it is gone."""
+    """Make sure that the `best` snapshot of a state is in `run_dir`: copy it from `home`. Return none if it is gone."""
     if best.name is None or os.path.isfile(target := os.path.join(run_dir, best.name)):
         return best
     if not os.path.isfile(source := os.path.join(home, best.name)):
@@ -74,10 +75,11 @@ class Saver:
 
         def save() -> None:
             report()
-            if snapshot:
-                self.save_snapshot(nimg, value, data)
+            kept = snapshot and self.save_snapshot(nimg, value, data)
             if state:
                 self.save_state(nimg, weights)
+            if kept:  # at last: pictures take time, and a network that makes none may still be trained further
+                self.show(nimg, data)
 
         self._on_rank0(save)
 
@@ -100,32 +102,40 @@ class Saver:
 
         distributed.on_rank0(rank0)
 
-    def save_snapshot(self, nimg: int, value: float | None, data: dict, interim: bool = False) -> None:
-        """Write `network-snapshot-NNNNNN.pkl` and a picture; with a validation value, keep only the best snapshot.
+    def save_snapshot(self, nimg: int, value: float | None, data: dict, interim: bool = False) -> bool:
+        """Write `network-snapshot-NNNNNN.pkl`; with a validation value, keep only the best. Return whether it is kept.
 
-        An `interim` snapshot comes without a picture, which takes time, and never becomes the best.
+        An `interim` snapshot never becomes the best.
         """
         best, name = self.best, f"network-snapshot-{nimg // 1000:06d}.pkl"
         if self.objective.snapshot_on_best:
-            if best.value is not None and not value < best.value:
+            if best.value is not None and not value < best.value and not math.isnan(best.value):
                 print0(f"Validation loss {value:.4f}; the best stays {best.value:.4f} ({best.name})")
-                return
+                return False
             print0(f"Validation loss {value:.4f}: {name} is the best so far")
         data["info"].update(nimg=nimg, validation_loss=value, version=dnnlib.__version__, options=to_dict(self.config))
         path = os.path.join(self.run_dir, name)
         checkpoint.require_space(path, checkpoint.size_of(data))
         persistence.save_snapshot(path, data)
         if interim:
-            return
+            return True
         outdated, best.value, best.name = best.name, value, name
         if self.objective.snapshot_on_best and outdated not in (None, name, self._best_of_state):
             with contextlib.suppress(FileNotFoundError):
                 os.remove(os.path.join(self.run_dir, outdated))
+        return True
+
+    def show(self, nimg: int, data: dict) -> None:
+        """Write a picture of samples, and show a snapshot to the trackers."""
         picture = None
         if self.draw_samples is not None and nimg > self.config.batch_size:
-            with self.objective.trained["net"].exported_here() as net:
-                picture = os.path.join(self.run_dir, f"samples-{nimg // 1000:06d}.png")
-                self.draw_samples(net, picture, self.objective.dataset.class_names)
+            path = os.path.join(self.run_dir, f"samples-{nimg // 1000:06d}.png")
+            try:
+                with self.objective.trained["net"].exported_here() as net:
+                    self.draw_samples(net, path, self.objective.dataset.class_names)
+                picture = path
+            except (dnnlib.UserError, torch.OutOfMemoryError) as e:
+                print0(f"Warning: no picture of samples: {dnnlib.one_line(e)}")
         if self.trackers is not None:
             self.trackers.snapshot(data["info"], picture, nimg)
 

@@ -39,7 +39,7 @@ class Temperature:
 
     @classmethod
     def read(cls, value: Any, path: str) -> Temperature | None:
-        """Return the temperature that `plain` made; None for None. UserError names `path` when it is none."""
+        """Return the temperature that `plain` made; None for None. UserError that names `path`: any other value."""
         if value is None:
             return None
         try:

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 import torch
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
-import dnnlib
 from torch_utils import distributed
 from training.loss_scale import LossScale
 from training.sharding import UNITS, Shards
@@ -189,19 +188,19 @@ class TrainedNetwork:
         count, self.bad_grads = self.bad_grads, torch.zeros_like(self.bad_grads)
         return count
 
-    def transfer(self, source: torch.nn.Module, name: str) -> int:
-        """Copy parameters and buffers of equal name and shape from `source` into network and EMA; return how many.
+    def transfer(self, source: torch.nn.Module) -> tuple[dict[str, int], dict[str, int]]:
+        """Copy parameters and buffers of equal name and shape from `source` into network and EMA.
 
-        `name` names the source in the UserError for a network of which none fits.
+        Return the sizes of the parameters that were copied and of those that were not, by name.
         """
-        theirs = source.state_dict()
-        ours = self.net.state_dict()
+        theirs, ours = source.state_dict(), self.net.state_dict()
         common = {k: v for k, v in theirs.items() if k in ours and ours[k].shape == v.shape}
-        if not common:
-            raise dnnlib.UserError(f"{name} has no parameter of the same name and shape as the new network")
+        copied, left = {}, {}
+        for key, parameter in self.net.named_parameters():  # buffers are the same in most networks
+            (copied if key in common else left)[key] = parameter.numel()
         for module in (self.net, self.ema):
             self._load(module, common, strict=False)
-        return len(common)
+        return copied, left
 
     def export(self) -> torch.nn.Module | None:
         """Return the EMA as a whole network. Collective when sharded: on the CPU of rank 0, None elsewhere."""

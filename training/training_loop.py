@@ -85,13 +85,19 @@ def training_loop(
     ):
         while nimg < total:
             images, labels = next(stream)
-            objective.step(images, labels, nimg, stats, stream.items, stream.companions)
-            first, previous, nimg = nimg == 0, nimg, nimg + batch
+            try:
+                objective.step(images, labels, nimg, stats, stream.items, stream.companions)
+            except torch.OutOfMemoryError:
+                at_a_time = config.batch_gpu or batch // world
+                hint = "--batch-gpu takes fewer of a batch" if at_a_time > 1 else "it needs a smaller network"
+                message = f"{device} has too little memory for {at_a_time} images at a time; {hint}"
+                raise dnnlib.UserError(message) from None
+            first, before, nimg = nimg == 0, nimg // tick_nimg, nimg + batch
             bar.update(batch)
             stopping = stop.agreed()
             done = nimg >= total
             tick = nimg // tick_nimg
-            full = first or done or tick > previous // tick_nimg  # the tick was not cut short by a signal
+            full = first or done or tick > before  # the tick was not cut short by a signal
             due = full or stopping
             # Looking at the device's count waits for it: a tenth of the allowed bad steps is often enough.
             few = max(config.max_bad_steps // 10, 1)
@@ -113,8 +119,9 @@ def training_loop(
                     left=max(total - nimg, 0) * (now - start_time) / (nimg - start_nimg),
                 )
                 line = functools.partial(log.write, values, tick, nimg, pace)
-            snapshot = done or (full and tick % config.snapshot_ticks == 0)
-            keep = stopping or done or (tick > 0 and tick % config.state_ticks == 0)
+            # A step may be longer than a tick: what counts is that a multiple was reached.
+            snapshot = done or first or tick // config.snapshot_ticks > before // config.snapshot_ticks
+            keep = stopping or done or tick // config.state_ticks > before // config.state_ticks
             if snapshot and bad < few:
                 check_agreement(objective, nimg)
             report = line and (lambda line=line: bar.write(line(), file=sys.stdout))
@@ -257,7 +264,7 @@ class TickLog:
         kept = [tick for tick in logged_ticks(self.path) if tick[1] <= nimg]
         self.before = kept[-1][2] if kept else 0.0
         with dnnlib.atomic_open(self.path, "w") as f:
-            f.writelines(line for line, *_ in kept)
+            f.writelines(line.rstrip("\n") + "\n" for line, *_ in kept)
 
     def write(self, values: dict[str, dict[str, float]], tick: int, nimg: int, pace: Pace) -> str:
         """Append one object to `stats.jsonl` and return the line for the screen."""

@@ -366,3 +366,13 @@ def test_nothing_travels_to_a_device_that_holds_the_data(archive, monkeypatch):
         images, labels = next(stream)
         assert (images.device.type, labels.device.type, stream.items.device.type) == ("meta",) * 3
     assert set(moved) <= {"meta"}
+
+
+def test_a_gpu_gives_images_a_part_of_its_free_memory(archive, monkeypatch):
+    data = ImageDataset(str(archive[0]))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (4 * data.nbytes - 1, 1 << 40))
+    assert not data.hold("cuda")
+    monkeypatch.setattr(data, "load", lambda workers: torch.empty(0, device="meta"))
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, device: self)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (4 * data.nbytes, 1 << 40))
+    assert data.hold("cuda")

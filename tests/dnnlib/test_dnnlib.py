@@ -78,6 +78,7 @@ def command(ctx, data, **options):
         "full": OSError(28, "No space left"),
         "memory": MemoryError(),
         "tensor": RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to"),
+        "gpu": RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB"),
         "ctrl-c": KeyboardInterrupt(),
         "bug": ZeroDivisionError("bug"),
         "eof": EOFError("a bug as well"),
@@ -113,8 +114,9 @@ def test_dashes_and_underscores_are_interchangeable(rampup, images):
         (["--data=usage"], 2, "--class=7: there are 3"),
         (["--data=file"], 1, "x.zip: No such file or directory"),
         (["--data=full"], 1, "No space left"),
-        (["--data=memory"], 1, "not enough memory for this"),
-        (["--data=tensor"], 1, "not enough memory for this"),
+        (["--data=memory"], 1, "not enough memory for this; smaller batches or images need less"),
+        (["--data=gpu"], 1, "not enough memory for this; smaller batches or images need less"),
+        (["--data=tensor"], 1, "not enough memory for this; smaller batches or images need less"),
         (["--data=ctrl-c"], 130, "interrupted"),
         ([], 2, "Missing option '--data'."),
         (["--data=exit", "--max-images=x"], 2, "Invalid value for '--max-images': 'x' is not a valid integer."),
@@ -210,6 +212,16 @@ def test_logger_tees_and_appends(tmp_path, capsys):
     with dnnlib.Logger(None):
         print("three")
     assert log.read_text() == "one\ntwo" and capsys.readouterr().out == "one\ntwothree\n"
+    assert not isinstance(sys.stdout, dnnlib.Logger)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full")
+def test_a_disk_that_refuses_the_log_ends_the_copying_only(capsys):
+    with dnnlib.Logger("/dev/full"):
+        print("one")
+        print("two")
+    out = capsys.readouterr().out
+    assert out.startswith("one\n") and out.endswith("two\n") and out.count("Warning: /dev/full: No space left") == 1
     assert not isinstance(sys.stdout, dnnlib.Logger)
 
 

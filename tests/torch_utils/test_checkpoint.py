@@ -22,6 +22,8 @@ from torch_utils.checkpoint import (
     prune_states,
     remove_leftovers,
     save_state,
+    set_aside_later_states,
+    states,
     warn_if_older,
 )
 
@@ -227,6 +229,16 @@ def test_prune_states(tmp_path):
     assert names(tmp_path) == ["training-state-000010.pt", "training-state-1000000.pt"]
     prune_states(tmp_path, 0)
     assert checkpoint.latest_state(tmp_path) == str(tmp_path / "training-state-1000000.pt")
+
+
+def test_states_beyond_the_point_where_a_run_goes_on_are_set_aside(tmp_path, capsys):
+    """A damaged one, or one of a branch that the user left, would otherwise outlive the new states."""
+    for number in (100, 150, 200):
+        save_state(tmp_path / f"training-state-{number:06d}.pt", {"a": number})
+    set_aside_later_states(tmp_path, 100_900)
+    assert [path.name for path in states(tmp_path)] == ["training-state-000100.pt"]
+    assert load_state(tmp_path / "outdated-training-state-000200.pt") == {"a": 200}
+    assert capsys.readouterr().out.count("lies beyond this point") == 2
 
 
 def test_remove_leftovers(tmp_path):

@@ -34,6 +34,15 @@ def test_statistics_match_closed_forms_and_start_again():
     assert stats.reduce() == {"number": {"num": 1, "mean": 4.0, "std": 0.0}}
 
 
+def test_names_of_one_process_agree_also_in_float32():
+    """As on MPS, which has nothing wider: the check of the names must not be rounded into a difference."""
+    stats = Stats("cpu")
+    stats._dtype = torch.float32
+    for name in ("Health/bad_gradients", "Health/bad_losses", "Loss/loss"):
+        stats.add(name, 2.0)
+    assert [value["mean"] for value in stats.reduce().values()] == [2.0] * 3
+
+
 def test_many_names():
     stats = Stats("cpu")
     for i in range(150):
