@@ -22,8 +22,8 @@ from dnnlib import UserError, atomic_open
 from torch_utils import distributed, safe_pickle
 
 __all__ = [
-    "latest_run",
     "latest_state",
+    "latest_state_of_runs",
     "load_state",
     "prune_states",
     "remove_leftovers",
@@ -210,10 +210,10 @@ def warn_if_older(path: str | os.PathLike[str], net: torch.nn.Module) -> None:
             )
 
 
-def latest_run(outdir: str | os.PathLike[str]) -> str | None:
-    """Return the newest run directory `NNNNN-...` under `outdir` that has an undamaged state.
+def latest_state_of_runs(outdir: str | os.PathLike[str]) -> str | None:
+    """Return the newest undamaged state of the newest run directory `NNNNN-...` under `outdir` that has one.
 
-    Without one, return `outdir` if it has such a state itself, else None.
+    Without one, return that of `outdir` itself, or None.
     """
     runs = []
     if os.path.isdir(outdir):
@@ -222,8 +222,8 @@ def latest_run(outdir: str | os.PathLike[str]) -> str | None:
             if match and path.is_dir():
                 runs.append((int(match[0]), path))
     for path in [path for _, path in sorted(runs, reverse=True)] + [Path(outdir)]:
-        if latest_state(path) is not None:
-            return str(path)
+        if (state := latest_state(path)) is not None:
+            return state
     return None
 
 

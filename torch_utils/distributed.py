@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import datetime
 import os
 import socket
 import sys
@@ -105,12 +106,12 @@ def _store() -> dist.Store:
     return dist.PrefixStore(f"life{_env('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 
-def init(device: str = "auto") -> torch.device:
+def init(device: str = "auto", patience: datetime.timedelta = datetime.timedelta(days=1)) -> torch.device:
     """Choose this process's device and, under torchrun, join the other processes (NCCL on GPUs, gloo on CPUs).
 
     `device` is the value of the option --device: auto, cpu, cuda or mps. The environment says RANK, WORLD_SIZE and
-    LOCAL_RANK. Later calls return the device of the first call. Raises click.UsageError, which names the option, when
-    there is no such device.
+    LOCAL_RANK. Processes wait for each other no longer than `patience`. Later calls return the device of the first
+    call. Raises click.UsageError, which names the option, when there is no such device.
     """
     global _device
     if _device is not None:
@@ -124,7 +125,7 @@ def init(device: str = "auto") -> torch.device:
     if world_size > 1 and not dist.is_initialized():
         # Objects travel over gloo even beside NCCL, so that they need no GPU memory and no GPU synchronization.
         backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=_store(), rank=get_rank(), world_size=world_size)
+        dist.init_process_group(backend, store=_store(), rank=get_rank(), world_size=world_size, timeout=patience)
         atexit.register(_at_exit)
         _processes[:] = all_gather_object((socket.gethostname(), os.getpid()))
     _device = chosen

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import functools
 import json
 import os
@@ -50,7 +51,8 @@ def start(
     options.check_usage(opts, method, require_labels)
     with contextlib.ExitStack() as at_end:
         at_end.callback(distributed.shutdown)
-        device = distributed.init(opts["device"])
+        # Steps take seconds. A process that waits longer waits for one that hangs.
+        device = distributed.init(opts["device"], datetime.timedelta(minutes=30))
         options.check_precision(opts, device)
         if opts["shard"] and distributed.get_world_size() > 1:
             with blame("--shard=1"):
@@ -191,12 +193,11 @@ def find_state(resume: str | None, outdir: str, nosubdir: bool) -> tuple[dict[st
 
 def _search_state(resume: str, outdir: str, nosubdir: bool) -> tuple[str, str | None] | None:
     if resume == "latest":
-        run_dir = outdir if nosubdir else checkpoint.latest_run(outdir)
-        path = checkpoint.latest_state(run_dir) if run_dir else None
+        path = checkpoint.latest_state(outdir) if nosubdir else checkpoint.latest_state_of_runs(outdir)
         if path is None:
             print0(f"--resume=latest: {outdir} has no complete training state; starting a new run")
             return None
-        return path, run_dir
+        return path, os.path.dirname(path)
     if not os.path.exists(resume):
         found = dnnlib.match_paths(resume)
         if len(found) > 1:

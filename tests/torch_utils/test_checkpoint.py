@@ -16,8 +16,8 @@ import torch
 from dnnlib import EasyDict, UserError
 from torch_utils import checkpoint
 from torch_utils.checkpoint import (
-    latest_run,
     latest_state,
+    latest_state_of_runs,
     load_state,
     prune_states,
     remove_leftovers,
@@ -211,6 +211,10 @@ def test_latest_state_skips_what_cannot_be_read(tmp_path, monkeypatch, capsys):
 
 
 def test_latest_run(tmp_path):
+    def latest_run(outdir):
+        path = latest_state_of_runs(outdir)
+        return path and os.path.dirname(path)
+
     assert latest_run(tmp_path) is None and latest_run(tmp_path / "none") is None
     save(tmp_path / "00002-a", "000001")
     save(tmp_path / "00010-b", "000001")
