@@ -15,7 +15,6 @@ __all__ = [
     "check_class_numbers",
     "check_name_count",
     "check_number",
-    "compact",
     "describe_empty",
     "name_class",
     "name_look_alikes",
@@ -79,15 +78,3 @@ def check_number(classes: int, images: int, names: Sequence[str] | None, where: 
             f"{where}: labels go up to {classes - 1:,}, so there would be {classes:,} classes for {images:,} images: "
             "renumber the labels with dataset_tool.py --compact_labels"
         )
-
-
-def compact(
-    labels: np.ndarray, clean: np.ndarray | None, names: Sequence[str] | None
-) -> tuple[np.ndarray, np.ndarray | None, list[str]]:
-    """Renumber labels and clean labels, int64 [N], so that every class from 0 on has images.
-
-    Return both, and the names of the classes: what they were called, or their old numbers.
-    """
-    used = np.unique(labels if clean is None else np.concatenate([labels, clean]))
-    new = np.searchsorted(used, labels), None if clean is None else np.searchsorted(used, clean)
-    return *new, [name_class(c, names) for c in used.tolist()]

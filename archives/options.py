@@ -66,7 +66,7 @@ class Background(click.ParamType):
 
 
 class Resolution(click.ParamType):
-    """The type of an option that reads WxH and returns (width, height)."""
+    """The type of an option that reads WxH, or W,H as EDM does, and returns (width, height)."""
 
     name = "WxH"
 
@@ -75,7 +75,7 @@ class Resolution(click.ParamType):
     ) -> tuple[int, int]:
         if isinstance(value, tuple):
             return value
-        match = re.fullmatch(r"([1-9]\d{0,4})[xX]([1-9]\d{0,4})", value)
+        match = re.fullmatch(r"([1-9]\d{0,4})[xX,]([1-9]\d{0,4})", value)
         if match is None:
             self.fail(f"'{value}' is not of the form WxH, such as 64x64", param, ctx)
         return int(match[1]), int(match[2])
@@ -97,7 +97,7 @@ def dataset_options() -> Callable:
         click.option("--max-images", type=click.IntRange(min=1), metavar="INT", help="Use only the first images of the source"),
         click.option("--transform", type=click.Choice(TRANSFORMS), help="Crop to a square, crop to W:H in a black square, or pad to a square"),
         click.option("--resolution", type=Resolution(), help="Size of the images in pixels  [default: that of the source]"),
-        click.option("--background", type=Background(), metavar="white|black|R,G,B", help="Color behind transparent pixels, which are refused without it, and around images that --transform=pad pads (black)"),
+        click.option("--background", type=Background(), metavar="white|black|R,G,B", help="Color to put behind transparent pixels; images with such pixels are refused without it. --transform=pad also fills its border with it (default there: black)."),
         click.option("--skip_damaged", is_flag=True, help="Leave out images that are damaged, and list them in a CSV beside --dest"),
         click.option("--channels", type=click.Choice(["1", "3"]), help="Make all images gray (1) or RGB (3)"),
         click.option("--outliers", metavar="PATH|digits|photos", help="Replace some of the images by images of this source"),

@@ -30,6 +30,11 @@ class Choice:
         for what, wish, known in (("part", self.part, parts), ("kind of labels", self.labels, labels)):
             if wish is not None and wish not in known:
                 there = f"there are: {', '.join(known)}" if known else "there is nothing to choose"
+                if what != "part" and not known:
+                    there = (
+                        f"it has at most one kind, so {there}; for a column of a table, name the table, too: "
+                        "dataset_tool.py --labels=FILE"
+                    )
                 raise dnnlib.UserError(f"{path}: has no {what} '{wish}' ({there})")
 
 

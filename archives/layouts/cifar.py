@@ -45,9 +45,10 @@ def _is_tar(path: str) -> bool:
 
 def open_cifar(path: str, choice: Choice) -> Source:
     """Open the training or the test part of CIFAR. UserError: it is damaged, lacks a batch, or is something else."""
-    batches, meta, family = {}, {}, None
+    batches, meta, family, known = {}, {}, None, False
     for name, where, data in _files(path):
         match = BATCH_NAME.fullmatch(name)
+        known = known or match is not None
         if match is None or match[1 if choice.test else 2]:
             continue
         batch = safe_pickle.load_cifar_batch(data(), where)
@@ -58,8 +59,9 @@ def open_cifar(path: str, choice: Choice) -> Source:
             choice.check(path, test=True, labels=["fine", COARSE] if family == "cifar100" else [])
             batches[name] = _arrays(batch, where, choice.labels == COARSE)
     if not batches:
-        raise dnnlib.UserError(f"{path}: holds no CIFAR-10 or CIFAR-100 {'test' if choice.test else 'training'} batches"
-                               " (of the version for Python)")  # fmt: skip
+        what = f"holds no CIFAR-10 or CIFAR-100 {'test' if choice.test else 'training'} batches"
+        other = "" if known else "; if it holds images, unpack it, and name the folder that it makes"
+        raise dnnlib.UserError(f"{path}: {what} (of the version for Python){other}")
     if family == "cifar10" and not choice.test and batches.keys() != set(TRAINING):
         odd = sorted(batches.keys() ^ set(TRAINING))
         raise dnnlib.UserError(f"{path}: lacks or adds {', '.join(odd)}; CIFAR-10 has {len(TRAINING)} training batches")

@@ -133,6 +133,12 @@ def test_folder_of_classes_with_mixed_formats(tmp_path):
     assert (tmp_path / "out/00000/img00000002.png").exists()
 
 
+def test_a_resolution_as_edm_spells_it(tmp_path):
+    for name, size in (("a.zip", "16x16"), ("b.zip", "16,16")):
+        build("digits", tmp_path / name, f"--resolution={size}", "--max-images=5")
+    assert (tmp_path / "a.zip").read_bytes() == (tmp_path / "b.zip").read_bytes()
+
+
 def test_an_archive_passes_through_unchanged(tmp_path):
     first = build("digits", tmp_path / "a.zip", "--noise_type=asym", "--noise_rate=0.4", "--max-images=300", "--seed=5")
     second = build(tmp_path / "a.zip", tmp_path / "b")

@@ -104,7 +104,8 @@ BAD = {
     "resolution power": ({}, [DIGITS, "--resolution=48x48"], 2, "48 must be a power of two"),
     "resolution tall": ({}, [DIGITS, "--transform=center-crop-wide", "--resolution=16x32"], 2, "must not exceed"),
     "transform alone": ({}, [DIGITS, "--transform=center-crop"], 2, "needs --resolution"),
-    "label key alone": ({}, [DIGITS, "--label_key=a"], 1, "--source --label_key=a: digits: has no kind of labels 'a'"),
+    "label key alone": ({}, [DIGITS, "--label_key=a"], 1, "--source --label_key=a: digits: has no kind of labels 'a' "
+                        "(it has at most one kind, so there is nothing to choose; for a column of a table, name the "),
     "part": ({}, [DIGITS, "--part=a"], 1, "--source --part=a: digits: has no part 'a'"),
     "max images": ({}, [DIGITS, "--max-images=0"], 2, "--max-images"),
     "workers": ({}, [DIGITS, "--workers=-1"], 2, "--workers"),
@@ -134,7 +135,8 @@ BAD = {
     "bomb": (tree(PNG[:16] + (50000).to_bytes(4, "big") * 2 + PNG[24:]), [TREE], 1, "50000x50000 is more than"),
     "eval": ({}, [DIGITS, "--eval"], 1, "--eval: digits has no test part"),
     "tar cut": (cifar_files(cut=-2000), [CIFAR], 1, "c.tar.gz: damaged or incomplete"),
-    "tar of others": (cifar_files(**{"a/b.txt": b"x"}), [CIFAR], 1, "c.tar.gz: holds no CIFAR"),
+    "tar of others": (cifar_files(**{"a/b.png": PNG}), [CIFAR], 1, "c.tar.gz: holds no CIFAR-10 or CIFAR-100 training "
+                      "batches (of the version for Python); if it holds images, unpack it, and name the folder"),
     "tar without test": (
         cifar_files(**{"data_batch_1": b""}), [CIFAR, "--eval"], 1, "c.tar.gz: holds no CIFAR-10 or CIFAR-100 test"),
     "batch garbage": (cifar_files(data_batch_1=b"garbage"), [CIFAR], 1, "data_batch_1"),
