@@ -79,7 +79,7 @@ def check_outdir(outdir: str) -> None:
         raise dnnlib.UserError(f"{outdir}: is a file, expected a folder")
     if not dnnlib.cli.writable(outdir):
         raise dnnlib.UserError(f"{outdir}: cannot be written")
-    for name in sorted(os.listdir(outdir)) if os.path.isdir(outdir) else []:
+    for name in dnnlib.list_contents(outdir) if os.path.isdir(outdir) else []:
         mine = name in OWN or (name.startswith(".") and name.endswith(".tmp"))  # also what a killed call has left
         if not mine and not (name.startswith("decisions") and name.endswith(".csv")):
             raise dnnlib.UserError(f"{outdir}: holds {name}; choose an empty folder")

@@ -310,7 +310,7 @@ def check_cleaned(path: str, archives: Sequence[str]) -> None:
     if os.path.realpath(path) in map(os.path.realpath, archives):
         raise dnnlib.UserError(f"{path}: is the set itself; choose another name")
     check_destination(path, overwrite=True)
-    if os.path.exists(path) and (os.path.isfile(path) or os.listdir(path)):
+    if os.path.exists(path) and (os.path.isfile(path) or dnnlib.list_contents(path)):
         try:
             fix = (open_archives(path).corruption().get("cleaned") or {}).get("fix")
         except dnnlib.UserError:

@@ -20,7 +20,7 @@ import PIL.Image
 import dnnlib
 from archives.decode import PNG_SIGNATURE, Color
 from archives.reader import METADATA
-from archives.zip_directory import check_name
+from archives.zip_directory import check_name, list_names
 from archives.zip_writer import ZipWriter
 
 __all__ = [
@@ -35,8 +35,10 @@ __all__ = [
 ]
 
 _OTHER = "choose another name, or replace it with dataset_tool.py --overwrite"
+_STAYS = "so it is no archive of this tool and stays; choose another name"
 TRANSFORMS = ("center-crop", "center-crop-wide", "pad")
 FOLDER = re.compile(r"\d{5,}")  # the folders of `image_names`
+MEMBER = re.compile(r"\d{5,}/|\d{6,}\.png$")  # how the names of images in our ZIPs begin, also in those of samples
 Transform = Callable[[np.ndarray], "np.ndarray | None"]
 
 
@@ -271,24 +273,35 @@ def is_zip(path: str) -> bool:
 def check_destination(path: str, overwrite: bool = False) -> None:
     """Raise UserError when an archive cannot be written to `path`, or would replace what is there.
 
-    With `overwrite` it may replace an archive: a ZIP, or a folder that holds `dataset.json`, folders with numbers as
-    names, and nothing else.
+    With `overwrite` it may replace an archive: a ZIP or a folder that holds `dataset.json`, folders with numbers as
+    names, and nothing else; a ZIP may also hold images with numbers as names. Other images may be somebody's originals.
     """
     if is_zip(path):
         if os.path.isdir(path):
             raise dnnlib.UserError(f"{path}: is a folder, expected the name of a ZIP file")
         if os.path.lexists(path) and not overwrite:
             raise dnnlib.UserError(f"{path}: exists already, {_OTHER}")
+        if os.path.exists(path):
+            try:
+                names = list_names(path)
+            except dnnlib.UserError as e:
+                raise dnnlib.UserError(f"{e.message}, {_STAYS}") from None
+            _check_ours(path, names, [name for name in names if name != METADATA and not MEMBER.match(name)])
     elif os.path.isdir(path):
-        found = sorted(os.listdir(path))
-        foreign = [name for name in found if name != METADATA and not FOLDER.fullmatch(name)]
+        found = dnnlib.list_contents(path)
         if found and not overwrite:
             raise dnnlib.UserError(f"{path}: folder is not empty, {_OTHER}")
-        if foreign or (found and METADATA not in found):
-            what = f"holds '{foreign[0]}'" if foreign else f"has no {METADATA}"
-            raise dnnlib.UserError(f"{path}: {what}, so it is no archive of this tool and stays; choose another name")
+        if found:
+            _check_ours(path, found, [name for name in found if name != METADATA and not FOLDER.fullmatch(name)])
     elif os.path.lexists(path):
         raise dnnlib.UserError(f"{path}: exists and is not a folder; the name of a ZIP must end in .zip")
+
+
+def _check_ours(path: str, names: list[str], foreign: list[str]) -> None:
+    """Raise UserError if there are `foreign` ones among the `names` in a ZIP or folder, or no `dataset.json`."""
+    if foreign or METADATA not in names:
+        what = f"holds '{foreign[0]}'" if foreign else f"has no {METADATA}"
+        raise dnnlib.UserError(f"{path}: {what}, {_STAYS}")
 
 
 def _move_folder(source: str, path: str) -> None:

@@ -19,7 +19,7 @@ import numpy as np
 
 import dnnlib
 
-__all__ = ["ENTRY", "ENTRY_FIELDS", "check_name", "find_directory", "plain_names", "read_members"]
+__all__ = ["ENTRY", "ENTRY_FIELDS", "check_name", "find_directory", "list_names", "plain_names", "read_members"]
 
 # Where a member is and how it is stored. Members of 4 GiB or more are stated as 4 GiB: no image is as large.
 ENTRY = np.dtype(
@@ -65,6 +65,19 @@ def find_directory(fd: int, size: int) -> tuple[int, int, int]:
     if length > end or offset > end - length:
         raise zipfile.BadZipFile
     return end - length, length, end - length - offset
+
+
+def list_names(path: str) -> list[str]:
+    """Return the names of the files in a ZIP, sorted. UserError: the file is no readable ZIP, or lies about itself."""
+    with dnnlib.open_file(path) as file:
+        try:
+            start, length, ahead = find_directory(file.fileno(), os.fstat(file.fileno()).st_size)
+            file.seek(start)
+            return [
+                name.decode("utf-8", "surrogateescape") for name in read_members(file.read(length), path, ahead).names
+            ]
+        except (zipfile.BadZipFile, ValueError, struct.error, OSError, OverflowError):
+            raise dnnlib.UserError(f"{path}: not a ZIP file (or an incomplete one)") from None
 
 
 def read_members(data: bytes, path: str, ahead: int = 0) -> Members:

@@ -26,6 +26,7 @@ __all__ = [
     "atomic_folder",
     "atomic_open",
     "format_time",
+    "list_contents",
     "no_garbage",
     "one_line",
     "open_file",
@@ -34,6 +35,8 @@ __all__ = [
     "temporary_folder",
 ]
 
+# Files that operating systems put into the folders which people look at.
+LITTER = re.compile(r"\.DS_Store|\.localized|\._.*|(?:eh)?thumbs\.db|desktop\.ini", re.IGNORECASE | re.DOTALL)
 _MAX_LINE = 4000  # characters of an error message; a name in a stranger's file may have millions
 
 
@@ -185,6 +188,11 @@ def open_file(path: str | os.PathLike[str]) -> IO[bytes]:
     return file
 
 
+def list_contents(path: str | os.PathLike[str]) -> list[str]:
+    """Return the names in a folder, sorted, without the files that operating systems put there by themselves."""
+    return sorted(name for name in os.listdir(path) if not LITTER.fullmatch(name))
+
+
 @contextlib.contextmanager
 def no_garbage() -> Iterator[None]:
     """Turn off the cyclic garbage collector, which slows down code that creates very many objects without cycles."""
@@ -254,12 +262,15 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     Missing parent folders are made. UserError, before anything is made: `path` is a file, or a folder with files in it.
     """
     path = Path(os.path.abspath(path))
-    if os.path.lexists(path) and not (path.is_dir() and not any(path.iterdir())):
+    if os.path.lexists(path) and not (path.is_dir() and not list_contents(path)):
         raise UserError(f"{path}: exists already; choose another name or delete it first")
     path.parent.mkdir(parents=True, exist_ok=True)
     folder, held = temporary_folder(path)
     try:
         yield folder
+        for name in os.listdir(path) if path.is_dir() else []:
+            if LITTER.fullmatch(name):
+                os.unlink(path / name)
         os.rename(folder, path)  # also over an empty folder
         sync_directory(path.parent)
     finally:

@@ -338,7 +338,7 @@ class Journal:
             if not same:
                 raise dnnlib.UserError(f"{outdir} holds a run with other options; choose another folder")
             self.seconds, self.before = known["seconds"], known.get("interrupted", {})
-        elif os.path.isdir(outdir) and {*os.listdir(outdir)} - {LOCK}:
+        elif os.path.isdir(outdir) and {*dnnlib.list_contents(outdir)} - {LOCK}:
             raise dnnlib.UserError(f"{outdir} holds files that are not of such a run; choose another folder")
 
     def log(self, name: str) -> str:

@@ -50,6 +50,8 @@ def check_free(path: str, advice: str = "") -> None:
         raise dnnlib.UserError(f"{path}: is a file; give a folder, or a name that ends in .zip")
     for folder, _, files in os.walk(path):
         for name in files:
+            if dnnlib.util.LITTER.fullmatch(name):
+                continue
             if name == METADATA or os.path.splitext(name)[1].lower() in EXTENSIONS:
                 found = os.path.relpath(os.path.join(folder, name), path)
                 message = f"{path}: holds {found}, and the new images would mix with it; choose an empty folder{advice}"

@@ -109,3 +109,11 @@ def test_brackets_in_a_path_are_letters_where_they_exist(tmp_path, monkeypatch):
         assert dnnlib.match_paths(f"{tmp_path}/{pattern}") == [f"{tmp_path}/{name}" for name in expected], pattern
     monkeypatch.chdir(tmp_path)
     assert dnnlib.match_paths("runs*/1-*") == ["runs [1]/1-b"] and dnnlib.match_paths("") == []
+
+
+def test_a_folder_with_files_of_the_operating_system_is_empty(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".DS_Store").write_bytes(b"")
+    with dnnlib.atomic_folder(tmp_path / "out") as folder:
+        (folder / "a").write_text("")
+    assert os.listdir(tmp_path / "out") == ["a"] and os.listdir(tmp_path) == ["out"]

@@ -247,6 +247,9 @@ def test_classes_that_look_alike_are_named():
 def test_bad_input(data, tmp_path):
     out = f"--outdir={tmp_path}/check"
     (tmp_path / "full").mkdir()
+    for name in (".DS_Store", "._report.html", "Desktop.ini", "Thumbs.db"):  # which are nobody's
+        (tmp_path / "full" / name).write_text("")
+    inspect_data.check_outdir(tmp_path / "full")
     (tmp_path / "full" / "notes.txt").write_text("mine")
     fail(1, f"--data={data}", f"--outdir={tmp_path}/full", "--outdir|notes.txt|empty")
     fail(1, f"--data={data}", f"--outdir={data}", "--outdir|is a file")

@@ -316,21 +316,6 @@ def test_an_archive_is_replaced_only_on_request(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "a.zip", "in.zip"]
 
 
-@pytest.mark.parametrize(
-    "names", [["thesis.txt"], ["dataset.json", "thesis.txt"], ["00000"], ["photos", "dataset.json"]]
-)
-def test_a_folder_that_is_no_archive_stays(tmp_path, names):
-    for name in names:
-        if "." in name:
-            (tmp_path / "a").mkdir(exist_ok=True)
-            (tmp_path / "a" / name).write_text("{}")
-        else:
-            put(tmp_path / "a" / name / "x.png", RGB[0])
-    before = sorted(tmp_path.rglob("*"))
-    assert "is no archive of this tool and stays" in refused("--source=digits", f"--dest={tmp_path}/a", "--overwrite")
-    assert sorted(tmp_path.rglob("*")) == before
-
-
 @pytest.mark.parametrize("name", ["a.zip", "a"])
 def test_a_failure_leaves_the_old_archive(tmp_path, name):
     build(synth.make_archive(tmp_path / "in.zip", RGB), dest=tmp_path / name)
