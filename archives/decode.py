@@ -36,6 +36,7 @@ FORMATS = {
     "PPM": (".ppm", ".pgm", ".pbm", ".pnm", ".pfm"),
 }
 EXTENSIONS = frozenset(extension for extensions in FORMATS.values() for extension in extensions)
+UNKNOWN = f"not an image in a supported format ({', '.join(FORMATS)})"
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 # What Pillow raises for damaged images.
 DAMAGED = (OSError, EOFError, ValueError, ArithmeticError, RuntimeError, struct.error, zlib.error, SyntaxError,
@@ -94,8 +95,9 @@ def decode_image(data: bytes, where: object, background: Color | None = None) ->
     1-bit images become gray. Alpha that is opaque everywhere is dropped. Transparent pixels are blended with the
     `background`; a gray image becomes RGB if that has a color.
 
-    DamagedFile names the file (`where`) when it is truncated or damaged. UserError: it has transparent pixels and there
-    is no background, more than 8 bits per channel, or more pixels than `PIL.Image.MAX_IMAGE_PIXELS`.
+    DamagedFile names the file (`where`) when it is truncated or damaged, or in another format. UserError: it has
+    transparent pixels and there is no background, more than 8 bits per channel, or more pixels than
+    `PIL.Image.MAX_IMAGE_PIXELS`.
     """
     kind = _png_kind(data)
     if kind is not None:
@@ -110,7 +112,7 @@ def decode_image(data: bytes, where: object, background: Color | None = None) ->
             except (RuntimeError, ValueError, MemoryError):
                 raise DamagedFile(where) from None
     try:
-        with _open_image(data) as image:
+        with _open_image(data, where) as image:
             _check_pixels(*image.size, where)
             _check_mode(image, where)
             image.load()  # a PNG may have its EXIF data after the pixels
@@ -136,8 +138,8 @@ def image_shape(data: bytes, where: str, background: Color | None = None) -> tup
     return decode_image(data, where, background).shape
 
 
-def _open_image(data: bytes) -> PIL.ImageFile.ImageFile:
-    """Read the header of an image in one of `FORMATS`. ValueError for other formats.
+def _open_image(data: bytes, where: object) -> PIL.ImageFile.ImageFile:
+    """Read the header of an image in one of `FORMATS`. DamagedFile for other formats; ValueError if nothing is there.
 
     `PIL.Image.open` does the same, but warns of sizes above its limit and raises only at twice the limit. Warnings are
     settings of the whole process, so we open the image without that check: `_check_pixels` has one limit.
@@ -148,6 +150,8 @@ def _open_image(data: bytes) -> PIL.ImageFile.ImageFile:
         factory, accept = PIL.Image.OPEN[kind]
         if accept(data[:16]) is True:  # a text says that this Pillow was built without the decoder
             return factory(io.BytesIO(data), "")
+    if any(data):  # else it was never written, although it may have its size
+        raise DamagedFile(where, UNKNOWN)
     raise ValueError
 
 

@@ -71,7 +71,7 @@ def test_gif_with_a_frame_larger_than_its_canvas(monkeypatch):
 
 def test_formats_are_told_by_content():
     data = encoded(PIL.Image.fromarray(synth.pictures(1)[0]), "TGA")  # Pillow knows it, we do not ask for it
-    with pytest.raises(dnnlib.UserError, match=r"x\.png: truncated or damaged"):
+    with pytest.raises(dnnlib.UserError, match=r"x\.png: not an image in a supported format \(PNG, JPEG, W"):
         decode.decode_image(data, "x.png")
 
 
@@ -101,7 +101,7 @@ def test_image_formats(monkeypatch, fast):
     buffer = io.BytesIO()
     PIL.Image.fromarray(rgb).convert("CMYK").save(buffer, "jpeg")
     assert decode.decode_image(buffer.getvalue(), "").shape == (8, 8, 3)
-    for bad in (synth.png(rgb)[:-40], b"\x89PNG\r\n\x1a\n", b"", b"hello", synth.png(rgb)[:60] + bytes(200)):
+    for bad in (synth.png(rgb)[:-40], b"\x89PNG\r\n\x1a\n", b"", bytes(99), synth.png(rgb)[:60] + bytes(200)):
         with pytest.raises(dnnlib.UserError, match="x.png: truncated or damaged"):
             decode.decode_image(bad, "x.png")
 
