@@ -100,6 +100,9 @@ def main(**options) -> None:
     if summary.oblong and o.transform is None:
         shapes = f"{summary.oblong:,} of {summary.images:,} images are not square and were squashed"
         notes.append(f"{shapes} (--transform=center-crop crops them, --transform=pad pads them)")
+    if summary.enlarged:
+        below = f"{summary.enlarged:,} of {summary.images:,} images are smaller than the resolution and were enlarged"
+        notes.append(f"{below} (a lower --resolution avoids that)")
     dnnlib.print_notes(notes)
     print(describe(summary))
 

@@ -233,6 +233,7 @@ def build_archive(
         skipped_list=skipped if damaged else None,
         label_file=label_file,
         oblong=encoder.oblong,
+        enlarged=encoder.enlarged,
         classes=classes,
         counts=None
         if record.labels is None or record.labels.ndim > 1

@@ -29,6 +29,7 @@ class Encoded(NamedTuple):
     size: int  # bytes of the PNGs
     images: list[np.ndarray]  # their pixels, if wanted
     oblong: int  # how many of them were not square in the source
+    enlarged: int  # how many of them the transform has enlarged
     damaged: list[DamagedFile]  # what is wrong with the other images
     animated: int  # image files with several frames, of which the first was taken
     examples: list[str]  # what some of these are called
@@ -46,8 +47,8 @@ class Encoder:
     skip_damaged  leave out damaged images, and list them in `skipped`
 
     After `run`, `shape` is [H, W, C] of the images that were written, `names` are their names, `oblong` says how many
-    of them were not square in the source, and `animated` how many files had several frames, of which `examples` names
-    some.
+    of them were not square in the source, `enlarged` how many the transform has enlarged, and `animated` how many files
+    had several frames, of which `examples` names some.
     """
 
     def __init__(
@@ -63,7 +64,7 @@ class Encoder:
         self.shape: tuple[int, ...] = ()
         self.names: list[str] = []
         self.images: np.ndarray | None = None
-        self.oblong = self.animated = 0
+        self.oblong = self.enlarged = self.animated = 0
         self.examples: list[str] = []
         self.skipped: list[DamagedFile] = []
 
@@ -94,6 +95,7 @@ class Encoder:
                 self._check_shape(shape, index)
             kept.append(found.kept)
             self.oblong += found.oblong
+            self.enlarged += found.enlarged
             self.animated += found.animated
             self.examples += found.examples[: SHOWN - len(self.examples)]
             first = len(self.names)
@@ -139,7 +141,7 @@ class Encoder:
 
     def _encode_images(self, part: range) -> tuple[Encoded, list[bytes]]:
         pngs: list[bytes] = []
-        kept, shapes, images, oblong, damaged = [], {}, [], 0, []
+        kept, shapes, images, oblong, enlarged, damaged = [], {}, [], 0, 0, []
         for index in part:
             try:
                 image = self._source.image(index)
@@ -158,11 +160,12 @@ class Encoder:
             pngs.append(encode_png(image))
             kept.append(index)
             oblong += height != width
+            enlarged += self._transform.enlarges(height, width)
             shapes.setdefault(image.shape, index)
             if self._keep:
                 images.append(image)
         size = sum(map(len, pngs))
-        return Encoded(np.array(kept, dtype=np.int64), shapes, size, images, oblong, damaged, 0, []), pngs
+        return Encoded(np.array(kept, dtype=np.int64), shapes, size, images, oblong, enlarged, damaged, 0, []), pngs
 
     def _same_channels(self, image: np.ndarray, index: int) -> np.ndarray:
         """Return an image with the common number of channels. RGB becomes gray only when asked for: it loses color."""

@@ -27,6 +27,7 @@ class Summary:
     damaged: int  # images that were left out because they are damaged
     skipped_list: str | None  # the CSV that lists these
     oblong: int  # images that are not square in the source
+    enlarged: int  # images that the transform has enlarged
     classes: int  # 0 without labels
     counts: np.ndarray | None  # int64 [classes], images per class; None where images have no classes
     class_names: list[str] | None  # of the classes; None: they are numbers

@@ -12,7 +12,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import PIL.Image
@@ -39,7 +39,6 @@ _STAYS = "so it is no archive of this tool and stays; choose another name"
 TRANSFORMS = ("center-crop", "center-crop-wide", "pad")
 FOLDER = re.compile(r"\d{5,}")  # the folders of `image_names`
 MEMBER = re.compile(r"\d{5,}/|\d{6,}\.png$")  # how the names of images in our ZIPs begin, also in those of samples
-Transform = Callable[[np.ndarray], "np.ndarray | None"]
 
 
 def image_names(start: int, stop: int) -> list[str]:
@@ -51,6 +50,16 @@ def image_names(start: int, stop: int) -> list[str]:
 # Transforms, uint8 [H, W, C] -> uint8 [H', W', C].
 
 
+class Transform(NamedTuple):
+    """What becomes of each image, see `make_transform`."""
+
+    apply: Callable[[np.ndarray], np.ndarray | None]  # image -> image; None: it is left out
+    enlarges: Callable[[int, int], bool]  # whether an image of this height and width is enlarged
+
+    def __call__(self, image: np.ndarray) -> np.ndarray | None:
+        return self.apply(image)
+
+
 def make_transform(name: str | None, resolution: tuple[int, int] | None, background: Color = (0, 0, 0)) -> Transform:
     """Return the transform of this name (None or one of TRANSFORMS) and this resolution (width, height).
 
@@ -60,13 +69,24 @@ def make_transform(name: str | None, resolution: tuple[int, int] | None, backgro
                       returns None for images that it would have to enlarge: they are left out
     pad               resizes the whole image until it just fits, and centers it on the `background`
     """
-    if name is None:
-        return (lambda image: image) if resolution is None else (lambda image: _resize(image, *resolution))
+    if resolution is None:
+        return Transform(lambda image: image, lambda _rows, _columns: False)
     width, height = resolution
     return {
-        "center-crop": lambda image: _resize(_crop(image, *[min(image.shape[:2])] * 2), width, height),
-        "center-crop-wide": lambda image: _center_crop_wide(image, width, height),
-        "pad": lambda image: _pad(image, width, height, background),
+        None: Transform(
+            lambda image: _resize(image, width, height), lambda rows, columns: rows < height or columns < width
+        ),
+        "center-crop": Transform(
+            lambda image: _resize(_crop(image, *[min(image.shape[:2])] * 2), width, height),
+            lambda rows, columns: min(rows, columns) < max(width, height),
+        ),
+        "center-crop-wide": Transform(
+            lambda image: _center_crop_wide(image, width, height), lambda _rows, _columns: False
+        ),
+        "pad": Transform(
+            lambda image: _pad(image, width, height, background),
+            lambda rows, columns: rows < height and columns < width,
+        ),
     }[name]
 
 

@@ -155,11 +155,21 @@ def test_squashing_is_mentioned_and_padding_keeps_the_shape(tmp_path):
         wide, square, tall = (pixels == 200).all(axis=3)
         assert wide[2:6].all() and wide.sum() == 32 and square.all() and tall[:, 3:5].all() and tall.sum() == 16
         assert set(np.unique(pixels)) == {color, 200}
+    (tmp_path / "in/2.png").unlink()
     for transform in ("center-crop", "pad"):
         assert not build(tmp_path / "in", f"--transform={transform}", "--resolution=8x8", "--overwrite")[2]
     assert (
         "squashed" not in build(synth.make_archive(tmp_path / "square.zip", RGB), "--resolution=4x4", "--overwrite")[2]
     )
+
+
+@pytest.mark.parametrize("transform, number", [("center-crop", 2), ("center-crop-wide", 0), ("pad", 1), (None, 2)])
+def test_enlarging_is_mentioned(tmp_path, transform, number):
+    for i, shape in enumerate([(8, 8, 3), (8, 16, 3), (16, 16, 3), (20, 40, 3)]):
+        put(tmp_path / f"in/{i}.png", np.full(shape, 200, np.uint8))
+    _, out, err = build(tmp_path / "in", "--resolution=16x16", *([f"--transform={transform}"] if transform else []))
+    note = f"{number} of 4 images are smaller than the resolution and were enlarged (a lower --resolution avoids that)"
+    assert note in err if number else ("enlarged" not in err and "1 (3 too small)" in out)
 
 
 def test_padding_of_extreme_shapes_and_of_gray():
