@@ -17,7 +17,7 @@ import numpy as np
 
 import dnnlib
 from archives.label_file import LabelFile
-from archives.tables import is_table, read_table, unguarded
+from archives.tables import SEPARATOR, is_table, read_table, unguarded
 
 __all__ = ["Decisions", "addresses", "apply_to_labels", "class_keys", "holds_decisions", "load_decisions"]
 
@@ -56,8 +56,9 @@ def holds_decisions(path: str) -> bool:
         return False
     if not path.lower().endswith((".csv", ".tsv")):
         return "decision" in [field.lower() for field in read_table(dnnlib.read_bytes(path), path).fields]
-    head = dnnlib.read_bytes(path)[:1000].split(b"\n")[0].lower()
-    return b"decision" in [cell.strip(b'" \r\xef\xbb\xbf') for cell in re.split(rb"[,;|\t]", head)]
+    text = dnnlib.read_bytes(path)[:1000].removeprefix(b"\xef\xbb\xbf").decode("latin1")
+    head = SEPARATOR.sub("", text, count=1).split("\n")[0].lower()
+    return "decision" in [cell.strip('" \r') for cell in re.split(r"[,;|\t]", head)]
 
 
 def load_decisions(

@@ -49,12 +49,16 @@ def replace_labels(
     Nobody said that the old labels are right, so they are not taken for clean ones, but a file of CIFAR-N says it. With
     `skip_unlabeled`, images may have no label in the file: return which have one, bool [N], if some have none. With
     `skip_damaged`, images that will be left out as damaged need none. A CSV with a column `decision` holds decisions
-    about single images instead (see `decide`).
+    about single images instead (see `decide`), and takes neither a `key` nor `skip_unlabeled`.
     UserError: the file does not fit the source, or a label is none of its classes.
     """
     if holds_decisions(path):
         if key is not None:
             raise dnnlib.UserError(f"{path}: has no entry '{key}', it holds decisions")
+        if skip_unlabeled:
+            raise dnnlib.UserError(
+                f"{path}: holds decisions, and images without one keep their labels: leave out --skip_unlabeled"
+            )
         decide(source, path)
         return None
     clean = published_clean_labels(source, path)

@@ -6,6 +6,7 @@ import csv
 import io
 import itertools
 import os
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,10 +14,13 @@ import dnnlib
 from archives.decode import EXTENSIONS
 from torch_utils.safe_files import decode_text, load_json
 
-__all__ = ["TABLES", "Table", "file_and_label", "guarded", "is_table", "read_table", "table_of", "unguarded"]
+__all__ = ["SEPARATOR", "TABLES", "Table", "file_and_label", "guarded", "is_table", "read_table", "table_of",
+           "unguarded"]  # fmt: skip
 
 TABLES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
 DELIMITERS = ",;\t|"
+# The line in front of a CSV that tells Excel its delimiter. Programs that do not know it take it for a row of cells.
+SEPARATOR = re.compile(r'\A"?sep=([^\w\s"]|\t)"?\1*\r?\n', re.IGNORECASE)
 ROWS = 1 << 14  # that are read at a time
 MOST_COLUMNS = 10_000
 MOST_ROWS = 1 << 22  # in a small parquet file
@@ -143,8 +147,11 @@ def _read_csv(data: bytes, name: str, tabs: bool) -> Table:
     if "\0" in text:
         line = text.count("\n", 0, text.index("\0")) + 1
         raise dnnlib.UserError(f"{name}: is not a CSV in UTF-8: line {line} holds a null character")
+    stated = SEPARATOR.match(text)
+    skipped = 0 if stated is None else 1  # lines in front of the table
+    text = text[stated.end() :] if stated else text
     head = text[:MOST_TEXT].split("\n", 1)[0]
-    delimiter = "\t" if tabs else max(DELIMITERS, key=head.count)
+    delimiter = stated[1] if stated else "\t" if tabs else max(DELIMITERS, key=head.count)
 
     def lines() -> Any:
         return csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
@@ -157,7 +164,7 @@ def _read_csv(data: bytes, name: str, tabs: bool) -> Table:
             if row < -1:  # the header is the first
                 break
             before = reader.line_num
-        return f"line {before + 1}"
+        return f"line {skipped + before + 1}"
 
     reader, count = lines(), 0
     try:
@@ -176,7 +183,7 @@ def _read_csv(data: bytes, name: str, tabs: bool) -> Table:
             for column, cells in zip(columns, zip(*rows, strict=True), strict=False):  # no rows: nothing to append
                 column.extend(cells)
     except csv.Error as e:
-        raise dnnlib.UserError(f"{name}: is not a CSV in UTF-8: line {reader.line_num}: {e}") from None
+        raise dnnlib.UserError(f"{name}: is not a CSV in UTF-8: line {skipped + reader.line_num}: {e}") from None
     return Table(name, fields, columns.__getitem__, place)
 
 

@@ -8,7 +8,7 @@ import pytest
 
 import dnnlib
 from archives.dataset import ImageDataset
-from archives.decisions import Decisions, addresses, apply_to_labels, class_keys, load_decisions
+from archives.decisions import Decisions, addresses, apply_to_labels, class_keys, holds_decisions, load_decisions
 from archives.label_file import LabelFile, class_noise_rates, load_label_file
 from archives.relabel import clean_source
 from archives.sources import Source
@@ -121,6 +121,15 @@ def test_decisions_that_were_applied_are_refused(tmp_path):
     (tmp_path / "b.zip").rename(tmp_path / "first.zip")
     code, _, err = run_dataset_tool(f"--source={tmp_path / 'first.zip'}", *args)
     assert code == 1 and "file '00000/img00000001.png'; images are called as '00000/img00000000.png' is" in err
+
+
+def test_decisions_behind_the_line_that_excel_writes(tmp_path):
+    path = tmp_path / "d.csv"
+    for head in ("sep=,\r\n", '\ufeff"sep=,"\n'):
+        path.write_text(f"{head}{HEADER}img0.png,0,drop,\n", encoding="utf-8")
+        assert holds_decisions(str(path))
+    path.write_text("sep=,\nfile,label\ndecision,1\n", encoding="utf-8")
+    assert not holds_decisions(str(path))
 
 
 @pytest.mark.parametrize("header", ["", "file,label,decision\n"])

@@ -33,6 +33,7 @@ KINDS = {
     "a.csv": csv_of(ROWS),
     "b.csv": "\ufeff" + csv_of(ROWS, "File Name,class").replace("\n", "\r\n"),
     "semicolons.csv": csv_of(ROWS, comma=";"),
+    "excel.csv": "\ufeffsep=;\r\n" + csv_of(ROWS, "path;label", comma=";").replace("\n", "\r\n"),
     "quotes.csv": '"path","label"\n' + "".join(f'"{name}"," {label} "\n\n' for name, label in ROWS),
     "no_header.csv": csv_of(ROWS[1:], ",".join(ROWS[0])),
     "label_first.csv": csv_of([row[::-1] for row in ROWS], "species,photo"),
@@ -55,6 +56,15 @@ def test_every_kind_of_table_says_the_same(tmp_path, file):
     assert found.labels.tolist() == [0, 0, 1, 2] and found.class_names == ["cat", "dog", "owl"]
     assert found.labels.dtype == np.int64 and not found.missing.any()
     assert all("column 'label'" in note for note in found.notes)  # said where there are more columns than needed
+
+
+@pytest.mark.parametrize("rows, message", [
+    ("a.png;cat\n\nb.png\n", "a.csv: line 5 has 1 cells, but the header has 2"),
+    ('a.png;cat\nb.png;"c"x\n', "a.csv: is not a CSV in UTF-8: line 4: "),
+])  # fmt: skip
+def test_lines_are_counted_behind_the_one_that_excel_writes(tmp_path, rows, message):
+    with pytest.raises(dnnlib.UserError, match=message):
+        load(tmp_path, "a.csv", f"sep=;\nfile;label\n{rows}")
 
 
 def test_parquet(tmp_path):
