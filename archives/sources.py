@@ -60,10 +60,17 @@ def open_source(
     need_labels   whether labels of a folder or ZIP that are wrong are an error; else it has none, and a note says why
 
     Folders and ZIPs can be several, which are one set (`find_archives`).
-    UserError: the source is missing, unreadable, of an unknown kind, lacks one of its files, or lacks what was chosen.
+    UserError: the source is missing, unreadable, of an unknown kind, lacks one of its files, or lacks what was chosen;
+    a built-in one is also a file or folder here.
     """
     choice = Choice(test, part, label_kind, background)
     if path in BUILT_IN:
+        if os.path.exists(path):
+            kind = "folder" if os.path.isdir(path) else "file"
+            raise dnnlib.UserError(
+                f"{path}: is a built-in source, and also a {kind} here: write ./{path} for the {kind}; for the "
+                f"built-in source, rename the {kind} or work in another folder"
+            )
         choice.check(path)
         return open_digits() if path == "digits" else open_photos(number, seed)
     archives = find_archives(path)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import functools
-import os
+import contextlib
 import threading
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -28,20 +28,29 @@ def open_lsun(path: str, choice: Choice) -> Source:
         import lmdb  # optional dependency
     except ImportError:
         raise dnnlib.UserError(f"{path}: reading an LMDB needs the package lmdb: pip install lmdb") from None
-    open_env = functools.partial(lmdb.open, path, readonly=True, lock=False, readahead=False, max_readers=1024)
-    try:
-        with open_env() as env, env.begin() as transaction:
-            keys = list(transaction.cursor().iternext(keys=True, values=False))
-    except lmdb.Error as err:
-        raise dnnlib.UserError(f"{path}: not a readable LMDB ({err})") from None
+    lock = threading.Lock()
+
+    # A process may have an LMDB open only once, and a forked one takes what its parent has open for its own (lmdb 2.0).
+    # So it is open only while something is read, which takes little of the time in which an image is decoded.
+    @contextlib.contextmanager
+    def reading() -> Iterator[lmdb.Transaction]:
+        try:
+            with lock, lmdb.open(path, readonly=True, lock=False, readahead=False) as env, env.begin() as transaction:
+                yield transaction
+        except lmdb.Error as err:
+            raise dnnlib.UserError(f"{path}: not a readable LMDB ({err})") from None
+
+    with reading() as transaction:
+        keys = list(transaction.cursor().iternext(keys=True, values=False))
     if not keys:
         raise dnnlib.UserError(f"{path}: LMDB without images")
-    local = threading.local()  # a transaction belongs to one thread, and an environment to one process
 
     def image(index: int) -> np.ndarray:
-        if getattr(local, "process", None) != os.getpid():
-            local.process, local.transaction = os.getpid(), open_env().begin()
-        return decode_image(bytes(local.transaction.get(keys[index])), f"{path}: {names[index]}", choice.background)
+        with reading() as transaction:
+            data = transaction.get(keys[index])
+        if data is None:
+            raise dnnlib.UserError(f"{path}: {names[index]}: is no longer in the LMDB")
+        return decode_image(bytes(data), f"{path}: {names[index]}", choice.background)
 
     names = [key.decode("latin1") for key in keys]
     return Source(path, len(keys), image, names=names, corruption=dict(family="lsun"))

@@ -14,8 +14,11 @@ import pytest
 import torch
 
 import dataset_tool
-from archives import label_noise, writer
+import dnnlib
+from archives import encoder, label_noise, writer
 from archives.dataset import ImageDataset
+from archives.sources import open_source
+from archives.workers import ordered_map
 from tests.support import synth
 from tests.support.paths import ROOT
 from tests.support.synth import run_dataset_tool as run
@@ -50,6 +53,20 @@ def test_digits(tmp_path):
     assert set(np.unique(data.pixels)) == {round(v * 255 / 16) for v in range(17)}
     assert data.class_names == list("0123456789") and data.clean_labels is None
     assert "1,797" in data.out and "10" in data.out and "8x8" in data.out and "digits.zip" in data.out
+
+
+def test_a_folder_that_is_called_like_a_built_in_source(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    images = synth.pictures(3)
+    (tmp_path / "photos").mkdir()
+    for i in range(3):
+        (tmp_path / "photos" / f"{i}.png").write_bytes(synth.png(images[i]))
+    for args in (["--source=photos"], ["--source=digits", "--outliers=photos", "--perturb_percent=5"]):
+        code, _, err = run(*args, "--dest=a.zip")
+        assert (
+            code == 1 and "photos: is a built-in source, and also a folder here: write ./photos for the folder" in err
+        )
+    np.testing.assert_array_equal(build("./photos", "a.zip").pixels, chw(images))
 
 
 def test_the_readme_command(tmp_path, monkeypatch):
@@ -108,6 +125,25 @@ def test_lsun(tmp_path):
     data = build(folder, tmp_path / "a.zip", "--transform=center-crop", "--resolution=16x16", "--workers=2")
     assert data.family == "lsun" and not data.has_labels and metadata(tmp_path / "a.zip")["labels"] is None
     np.testing.assert_allclose(data.pixels.mean((1, 2, 3)), [0, 50, 100], atol=2)
+
+
+def test_lsun_is_read_by_several_processes_and_threads(tmp_path, monkeypatch):
+    lmdb = pytest.importorskip("lmdb")
+    monkeypatch.setattr(encoder, "PART", 1)  # each image is a task
+    images = [np.full([16, 16, 3], 20 * i, dtype=np.uint8) for i in range(6)]
+    folder = synth.make_lsun(tmp_path / "lsun", images)
+    data = build(folder, tmp_path / "a.zip", "--workers=3")
+    np.testing.assert_allclose(data.pixels.mean((1, 2, 3)), range(0, 120, 20), atol=2)
+    source = open_source(str(folder))
+    threads = ordered_map(source.image, range(6), 3)
+    np.testing.assert_allclose([image.mean() for image in threads], range(0, 120, 20), atol=2)
+    with lmdb.open(str(folder)) as env, env.begin(write=True) as transaction:
+        transaction.delete(f"{3:040x}".encode())
+    with pytest.raises(dnnlib.UserError, match="0003: is no longer in the LMDB"):
+        source.image(3)
+    (folder / "data.mdb").write_bytes(b"x")
+    with pytest.raises(dnnlib.UserError, match="lsun: not a readable LMDB"):
+        source.image(0)
 
 
 def test_lsun_without_lmdb(tmp_path, monkeypatch):
