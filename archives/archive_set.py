@@ -10,7 +10,10 @@ from typing import Any
 import numpy as np
 
 import dnnlib
+from archives.classes import name_look_alikes
 from archives.decode import Color, DamagedFile, image_shape
+from archives.folder_labels import MANY, note_numbers
+from archives.listing import some
 from archives.reader import ArchiveReader
 
 __all__ = ["SEVERAL", "ArchiveSet", "find_archives", "open_archives"]
@@ -47,10 +50,13 @@ def find_archives(data: str) -> list[str]:
     return found
 
 
-def open_archives(data: str, background: Color | None = None) -> ArchiveReader | ArchiveSet:
-    """Return a reader of what `data` names (see `find_archives`), with this `background` behind transparent pixels."""
+def open_archives(data: str, background: Color | None = None, alike: bool = True) -> ArchiveReader | ArchiveSet:
+    """Return a reader of what `data` names (see `find_archives`), with this `background` behind transparent pixels.
+
+    `alike`: see `ArchiveSet`.
+    """
     paths = find_archives(data)
-    return ArchiveReader(paths[0], background) if len(paths) == 1 else ArchiveSet(data, paths, background)
+    return ArchiveReader(paths[0], background) if len(paths) == 1 else ArchiveSet(data, paths, background, alike)
 
 
 class SetNames(Sequence[str]):
@@ -81,16 +87,23 @@ class SetNames(Sequence[str]):
 class ArchiveSet:
     """The images of several archives, one after the other, as `ArchiveReader` gives those of one.
 
+    Those of a set for training must be `alike`. Others may differ in the size and channels of their images. If none of
+    them has a `dataset.json`, they may differ in their classes, too: the set has the classes of all, in alphabetical
+    order as those of one folder.
+
     UserError: an archive cannot be used, or they differ in the size or channels of their images, in class names, or in
     what they know about them: labels, clean labels, outliers.
     """
 
-    def __init__(self, data: str, paths: list[str], background: Color | None = None):
+    def __init__(self, data: str, paths: list[str], background: Color | None = None, alike: bool = True):
         self.path, self.paths = data, paths
         self.readers = [ArchiveReader(path, background) for path in paths]
         self._starts = [0, *np.cumsum([len(reader) for reader in self.readers]).tolist()]
         self.names = SetNames(self.readers, self._starts)
-        self._agree("images of ", lambda reader: _describe(_first_shape(reader, background)))
+        self._may_join = not alike and not any(reader.has_list for reader in self.readers)
+        self._joined: list[str] | None = None  # the classes of all archives, if these have different ones
+        if alike:
+            self._agree("images of ", lambda reader: _describe(_first_shape(reader, background)))
 
     def _agree(self, what: str, find: Callable[[ArchiveReader], Any]) -> list[Any]:
         """Return what `find` says of each archive. UserError: two archives differ in that."""
@@ -108,7 +121,19 @@ class ArchiveSet:
     @property
     def notes(self) -> list[str]:
         """What was left out of the archives or may be a mistake, one line each."""
-        return [note for reader in self.readers for note in reader.notes]
+        notes = [note for reader in self.readers for note in reader.notes]
+        if self._joined is None:
+            return notes
+        own = [note for reader in self.readers for note in note_numbers(reader.class_names() or [], reader.path)]
+        known = {note.removeprefix(f"{reader.path}: ") for reader in self.readers for note in reader.notes}
+        alike = [text for text in name_look_alikes(self._joined) if text not in known]
+        classes = some(self._joined, shown=MANY)
+        return [
+            *(note for note in notes if note not in own),  # these numbers are not those of the set
+            f"{self.path}: these differ in their classes, so the set has those of all: {classes}",
+            *note_numbers(self._joined, self.path),
+            *(f"{self.path}: {text}" for text in alike),
+        ]
 
     def close(self) -> None:
         """Close the archives."""
@@ -155,7 +180,13 @@ class ArchiveSet:
         self.class_names()
         if key == "previous_labels" and any(reader.labels(key) is None for reader in self.readers):
             return None
-        return self._join(key.replace("_", " "), lambda reader: reader.labels(key))
+        return self._join(key.replace("_", " "), lambda reader: self._renumber(reader, reader.labels(key)))
+
+    def _renumber(self, reader: ArchiveReader, labels: np.ndarray | None) -> np.ndarray | None:
+        if self._joined is None or labels is None:
+            return labels
+        number = {name: c for c, name in enumerate(self._joined)}
+        return np.array([number[name] for name in reader.class_names()])[labels]
 
     def outliers(self) -> np.ndarray | None:
         """Return which images came from another source, bool [N]; None without a record."""
@@ -167,6 +198,12 @@ class ArchiveSet:
 
     def class_names(self) -> list[str] | None:
         """Return the names of the classes, None without names."""
+        if self._may_join and self._joined is None:
+            found = [reader.class_names() for reader in self.readers]
+            if None not in found and any(names != found[0] for names in found):
+                self._joined = sorted(set().union(*found))
+        if self._joined is not None:
+            return list(self._joined)
         return self._agree("the class names ", lambda reader: reader.class_names())[0]
 
     def corruption(self) -> dict[str, Any]:

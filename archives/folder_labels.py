@@ -15,7 +15,7 @@ import numpy as np
 from archives.classes import name_look_alikes
 from archives.listing import as_text, count_of, endings, some
 
-__all__ = ["FolderLabels", "find_parts", "label_by_folder"]
+__all__ = ["FolderLabels", "find_parts", "label_by_folder", "note_numbers"]
 
 Path = tuple[bytes, ...]  # a folder, as the names of the folders from the root to it
 
@@ -140,15 +140,21 @@ def _name_empty_folders(
 def _name_doubtful_classes(found: FolderLabels, places: list[Path], path: str) -> None:
     """Note what may be a mistake about the classes: their folders from the class on are `places`."""
     found.notes += [f"{path}: {text}" for text in name_look_alikes(found.class_names or [])]
-    numbers = [name for name in found.class_names or [] if name.isdecimal() and len(name) < 19]
-    moved = [(name, label) for label, name in enumerate(numbers) if int(name) != label]
-    if moved and len(numbers) == len(found.class_names):
-        found.notes.append(
-            f"{path}: classes are numbered in the alphabetical order of their folders: {moved[0][0]} has the label "
-            f"{moved[0][1]}, and so on"
-        )
+    found.notes += note_numbers(found.class_names or [], path)
     below = sorted({as_text(place[1]) for place in places if len(place) > 1})
     if len(below) > 1 and all(len(place) > 1 for place in places):
         found.notes.append(
             f"{path}: the classes are the folders {some(found.class_names or [])}, not those below them ({some(below)})"
         )
+
+
+def note_numbers(class_names: list[str], path: str) -> list[str]:
+    """Return a note if the folders of all classes are called by numbers, but not by those of the classes."""
+    numbers = [name for name in class_names if name.isdecimal() and len(name) < 19]
+    moved = [(name, label) for label, name in enumerate(numbers) if int(name) != label]
+    if not moved or len(numbers) < len(class_names):
+        return []
+    return [
+        f"{path}: classes are numbered in the alphabetical order of their folders: {moved[0][0]} has the label "
+        f"{moved[0][1]}, and so on"
+    ]

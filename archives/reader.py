@@ -305,6 +305,11 @@ class ArchiveReader:
             return text_classes([self._metadata.get(key) for key in LABELS[:2]], f"{self.path}: {METADATA}")
         return names
 
+    @property
+    def has_list(self) -> bool:
+        """Whether `dataset.json` numbers the classes; else they have the alphabetical order of folders or texts."""
+        return self._metadata is not None or self._list is not None
+
     def outliers(self) -> np.ndarray | None:
         """Return which images came from another source, bool [N]; None without a record."""
         return self._find("outliers", self._find_outliers)

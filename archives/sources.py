@@ -59,7 +59,8 @@ def open_source(
     background    what is behind transparent pixels
     need_labels   whether labels of a folder or ZIP that are wrong are an error; else it has none, and a note says why
 
-    Folders and ZIPs can be several, which are one set (`find_archives`).
+    Folders and ZIPs can be several, which are one set (`find_archives`). Sizes of images and classes of folders may
+    differ (`ArchiveSet`).
     UserError: the source is missing, unreadable, of an unknown kind, lacks one of its files, or lacks what was chosen;
     a built-in one is also a file or folder here.
     """
@@ -100,7 +101,7 @@ def open_archive(path: str, background: Color | None = None, need_labels: bool =
 
     `need_labels`: see `open_source`.
     """
-    reader = open_archives(path, background)
+    reader = open_archives(path, background, alike=False)
     problems: list[str] = []
 
     def found(find: Callable[..., Any], *args: str) -> Any:

@@ -161,3 +161,46 @@ def test_kept_features_belong_to_every_archive(shards, tmp_path):
     touched = _version_of_images(ImageDataset(name))
     os.utime(tmp_path / "f" / "00000" / "img00000001.png", (1, 1))
     assert _version_of_images(ImageDataset(name)) != touched
+
+
+def folder(path, classes, side=8):
+    """Write a folder of two images per class. An image has the brightness of its class everywhere."""
+    for name, value in classes.items():
+        (path / name).mkdir(parents=True)
+        for i in range(2):
+            (path / name / f"{i}.png").write_bytes(synth.png(np.full((side, side, 3), value, np.uint8)))
+    return str(path)
+
+
+def test_folders_with_different_sizes_and_classes_are_one_source(tmp_path):
+    parts = [folder(tmp_path / "a", dict(cat=40, dog=80)), folder(tmp_path / "b", dict(bird=120, cat=40), side=12)]
+    source, dest = ",".join(parts), tmp_path / "out.zip"
+    code, out, err = synth.run_dataset_tool(f"--source={source}", f"--dest={dest}", "--resolution=4x4")
+    assert code == 0 and "bird (2), cat (4), dog (2)" in out, err
+    assert f"Note: {source}: these differ in their classes, so the set has those of all: bird, cat, dog\n" == err
+    data = ImageDataset(str(dest))
+    assert data.class_names == ["bird", "cat", "dog"] and data.labels.tolist() == [1, 1, 2, 2, 0, 0, 1, 1]
+    assert data.images(range(8))[:, 0, 0, 0].tolist() == [40, 40, 80, 80, 120, 120, 40, 40]
+    assert data.source_names[4] == "b/bird/0.png"
+    code, _, err = synth.run_dataset_tool(f"--source={source}", f"--dest={tmp_path}/o.zip")
+    assert code == 1 and "b/bird/0.png: is 12x12, images before it are 8x8: convert all with" in err
+    with pytest.raises(dnnlib.UserError, match="archives of one set must agree"):
+        ImageDataset(source)  # training resizes nothing
+
+
+def test_notes_about_class_numbers_are_about_those_of_the_set(tmp_path):
+    source = ",".join([folder(tmp_path / "a", {"1": 0, "2": 0}), folder(tmp_path / "b", {"0": 0, "1": 0})])
+    found = open_source(source)
+    assert found.labels.tolist() == [1, 1, 2, 2, 0, 0, 1, 1] and len(found.notes) == 1
+    parts = [folder(tmp_path / "c", {"Cat": 0, "10": 0}), folder(tmp_path / "d", {"cat": 0, "9": 0})]
+    found = open_source(",".join(parts))
+    assert found.class_names == ["10", "9", "Cat", "cat"] and "'Cat', 'cat' are different classes" in found.notes[1]
+    found = open_source(",".join([folder(tmp_path / "e", {"3": 0, "10": 0}), folder(tmp_path / "f", {"3": 0, "7": 0})]))
+    assert found.class_names == ["10", "3", "7"] and "10 has the label 0" in found.notes[1] and len(found.notes) == 2
+
+
+def test_archives_with_a_list_of_labels_must_have_the_same_classes(tmp_path):
+    """Their numbers may be on record elsewhere: in a matrix of label noise, in label files."""
+    first = archive(tmp_path / "a.zip", range(3))
+    with pytest.raises(dnnlib.UserError, match="b has the class names .'a', 'z'., but"):
+        open_source(f"{first},{folder(tmp_path / 'b', dict(a=0, z=0))}")
