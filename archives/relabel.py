@@ -57,7 +57,8 @@ def replace_labels(
             raise dnnlib.UserError(f"{path}: has no entry '{key}', it holds decisions")
         if skip_unlabeled:
             raise dnnlib.UserError(
-                f"{path}: holds decisions, and images without one keep their labels: leave out --skip_unlabeled"
+                f"{path}: holds decisions, and images without one keep their labels: call dataset_tool.py without "
+                "--skip_unlabeled"
             )
         decide(source, path)
         return None

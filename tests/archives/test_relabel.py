@@ -134,7 +134,7 @@ def test_decisions_and_the_labels_that_they_correct_are_not_both_right(tmp_path)
     decisions = write(tmp_path / "d.csv", f"file,label,decision,new_label\n{names[0]},0,relabel,1\n")
     args = [f"--source={tmp_path}/first.zip", f"--dest={tmp_path}/o.zip", f"--labels={decisions}"]
     code, _, err = run(*args, "--skip_unlabeled")
-    assert code == 1 and "images without one keep their labels: leave out --skip_unlabeled" in err
+    assert code == 1 and "images without one keep their labels: call dataset_tool.py without" in err
     code, _, err = run(*args, "--clean_labels=source")
     assert code == 1 and "holds decisions, which correct labels of the source" in err and err.count("\n") == 1
     clean = write(tmp_path / "c.csv", "".join(f"{name},{i % 3}\n" for i, name in enumerate(names)))
