@@ -6,6 +6,9 @@ import zipfile
 import pytest
 
 import dataset_tool
+from dnnlib import UserError
+from recipes.steps import Journal
+from sampling.output import check_free
 from tests.support.commands import callers
 from tests.support.synth import make_archive, pictures, png
 
@@ -60,3 +63,14 @@ def test_files_of_the_operating_system_hinder_no_archive(tmp_path):
         (tmp_path / "a" / ".DS_Store").write_text("")
         succeed(f"--source={source}", f"--dest={tmp_path}/a", *more)
         assert sorted(os.listdir(tmp_path / "a")) == ["00000", "dataset.json"]
+
+
+def test_files_of_the_operating_system_hinder_no_samples_and_no_plan(tmp_path):
+    for name in (".DS_Store", "._000000.png"):
+        (tmp_path / name).write_text("")
+    check_free(str(tmp_path))
+    Journal(str(tmp_path), [])
+    (tmp_path / "000000.png").write_bytes(IMAGE)
+    for call in (lambda: check_free(str(tmp_path)), lambda: Journal(str(tmp_path), [])):
+        with pytest.raises(UserError, match="choose (an empty|another) folder"):
+            call()
