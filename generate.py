@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dnnlib.before_torch
 
+import functools
 import time
 
 import click
@@ -13,7 +14,7 @@ import dnnlib
 from dnnlib.cli import Command, blame
 from dnnlib.signals import ENDING, catching, exit_in_order
 from sampling.evaluations import EvaluationMeter, Stopwatch, report, start_over
-from sampling.generation import generate_images, share_of
+from sampling.generation import generate_images
 from sampling.guidance import AffineGuidance, ClassifierFreeGuidance
 from sampling.loading import guide, load_denoiser, load_discriminator
 from sampling.options import (
@@ -28,7 +29,7 @@ from sampling.options import (
 )
 from sampling.output import Batches, check_free, progress, save_images, save_sheet
 from sampling.rejection import LabelJudge, Rejection
-from sampling.resume import find_earlier
+from sampling.resume import check_others, find_earlier
 from sampling.samplers import choose_sampler
 from sampling.trajectory import Trajectories
 from torch_utils import distributed
@@ -71,14 +72,14 @@ def run(o: dnnlib.EasyDict, device: torch.device) -> None:
         form = dict(batch=o.batch, sampler=sampler, same_shape=o.compile)
         return generate_images(net, some, device=device, class_idx=classes, **form)
 
-    earlier = None
+    earlier, asked = None, (o.subdirs, net, device, o.classes, make)
     if o.resume:
         with blame("--outdir"):
-            earlier = find_earlier(o.outdir, o.subdirs, net, device, o.classes, make)
+            earlier = find_earlier(o.outdir, *asked)
         there = set(earlier.seeds)
         missing = [seed for seed in seeds if seed not in there]
         print0(f"{len(seeds) - len(missing)} of {len(seeds)} images are there already")
-    own = share_of(missing, distributed.get_rank(), distributed.get_world_size())
+    own = [missing[i] for i in distributed.share(len(missing))]
     if o.classes and class_names:
         print0(f"Classes: {', '.join(f'{class_names[c]} ({c})' for c in dict.fromkeys(o.classes))}")
     print0(f"Generating {len(missing)} images to {o.outdir}")
@@ -89,10 +90,10 @@ def run(o: dnnlib.EasyDict, device: torch.device) -> None:
         with catching(exit_in_order, *ENDING):
             batches = progress(make(own), len(missing))
             batches = batches if trajectories is None else trajectories.watch(batches)
-            if earlier is None:
-                save_images(batches, o.outdir, o.subdirs, class_names)
-            else:
-                save_images(batches, earlier.folder, o.subdirs, class_names, lambda new: earlier.list_all(seeds, new))
+            folder = earlier.folder if earlier else o.outdir
+            order = functools.partial(earlier.list_all, seeds) if earlier else None
+            save_images(batches, folder, o.subdirs, class_names, order, functools.partial(check_others, folder, *asked))
+            if earlier:
                 distributed.on_rank0(earlier.pack)
     except (KeyboardInterrupt, SystemExit):
         print0("Interrupted: " + ("the same command goes on" if o.resume else "with --resume, the images would stay"))

@@ -22,7 +22,7 @@ from dnnlib.cli import Command, blame
 from metrics.options import evaluate_files
 from metrics.sure_labels import JudgeLabels, choose_judge_labels
 from reports.tradeoff import write_tradeoff
-from sampling.generation import generate_images, share_of
+from sampling.generation import generate_images
 from sampling.loading import DEFAULT_WEIGHTS, TrainedDiscriminator, guide, load_denoiser, load_discriminator
 from sampling.options import check_guidance, gate, sweep_options
 from sampling.output import progress, save_images
@@ -115,7 +115,7 @@ def choose_judge(o: dnnlib.EasyDict, discriminator: TrainedDiscriminator) -> Jud
 
 def generate(o: dnnlib.EasyDict, device: torch.device, net: Callable, class_names: list[str] | None, path: str) -> None:
     """Write the images of one setting to `path`. Collective."""
-    own = share_of(o.seeds, distributed.get_rank(), distributed.get_world_size())
+    own = [o.seeds[i] for i in distributed.share(len(o.seeds))]
     classes = [seed % net.label_dim for seed in own]
     sampler = choose_sampler(net, num_steps=o.num_steps)
     batches = generate_images(net, own, device=device, class_idx=classes, batch=o.batch, sampler=sampler)

@@ -2,6 +2,7 @@
 
 from dnnlib import cli
 from dnnlib.downloads import content_hash, is_url, open_url, read_bytes
+from dnnlib.locks import locked
 from dnnlib.paths import match_paths
 from dnnlib.util import (
     EasyDict,
@@ -32,6 +33,7 @@ __all__ = [
     "format_time",
     "is_url",
     "list_contents",
+    "locked",
     "match_paths",
     "no_garbage",
     "one_line",

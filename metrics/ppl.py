@@ -21,7 +21,6 @@ import dnnlib
 from metrics.detectors import Detector
 from metrics.network_detectors import FidelityDetector, TorchScriptDetector, as_rgb
 from sampling.ddgan import ddgan_sampler
-from sampling.generation import share_of
 from sampling.seeds import StackedRandomGenerator
 from torch_utils import distributed
 from torch_utils.precision import widest
@@ -91,7 +90,7 @@ def path_distances(
     The steps of a seed do not depend on the batch or the process. Every process must call this function; each does a
     share, and all receive the whole.
     """
-    own = share_of(seeds, distributed.get_rank(), distributed.get_world_size())
+    own = [seeds[i] for i in distributed.share(len(seeds))]
 
     def work() -> dict[str, list[np.ndarray]]:
         found: dict[str, list[np.ndarray]] = {end: [] for end in ends}

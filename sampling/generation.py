@@ -16,7 +16,7 @@ from sampling.rejection import Rejection
 from sampling.samplers import heun_sampler
 from sampling.seeds import StackedRandomGenerator
 
-__all__ = ["batch_size", "drawn_classes", "generate_images", "share_of"]
+__all__ = ["batch_size", "drawn_classes", "generate_images"]
 
 
 def generate_images(
@@ -109,8 +109,3 @@ def _broken(part: list[int], e: Exception) -> dnnlib.UserError:
 def batch_size(n: int, batch: int) -> int:
     """Return the batch size that gives `n` images as few batches as `batch` does, and fills the last one best."""
     return max(math.ceil(n / max(math.ceil(n / batch), 1)), 1)
-
-
-def share_of(items: Sequence, rank: int, world_size: int) -> Sequence:
-    """Return the share of process `rank`: shares are contiguous, in the order of ranks, and equal but for one item."""
-    return items[len(items) * rank // world_size : len(items) * (rank + 1) // world_size]

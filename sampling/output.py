@@ -1,6 +1,7 @@
 """Where generated images go: a folder or a ZIP with `dataset.json`, itself a labeled data set (docs/formats.md).
 
-All or nothing: a run that fails or is interrupted takes back what it wrote. All processes write into one folder.
+All or nothing: a run that fails or is interrupted takes back what it wrote. All processes write into one folder, and so
+may several calls with seeds of their own.
 """
 
 from __future__ import annotations
@@ -8,10 +9,12 @@ from __future__ import annotations
 import contextlib
 import glob
 import io
+import json
 import os
 import pathlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -23,8 +26,9 @@ from archives.writer import ArchiveWriter, is_zip
 from dnnlib.threads import usable_cores
 from sampling.grid import save_class_grid
 from torch_utils import distributed
+from torch_utils.safe_files import load_json
 
-__all__ = ["PARTIAL", "check_free", "image_name", "progress", "save_images", "save_sheet"]
+__all__ = ["PARTIAL", "check_free", "image_name", "progress", "read_list", "save_images", "save_sheet"]
 
 PARTIAL = ".partial"  # behind the name of a ZIP: the folder that holds its images until all are made
 
@@ -64,13 +68,20 @@ def save_images(
     subdirs: bool = False,
     class_names: Sequence[str] | None = None,
     order: Callable[[list[list]], list[list]] | None = None,
+    check_others: Callable[[Collection[str]], None] | None = None,
 ) -> None:
     """Write the batches of `generate_images` as PNGs with `dataset.json` into `path`, a folder or X.zip. Collective.
 
-    Every process passes its own batches (`share_of`); `dataset.json` lists the images in the order of ranks. Into a ZIP
-    rank 0 writes; the others write a part each beside it, which rank 0 appends. `order` is for a folder that holds
-    images already: it makes the list of all, [name, class or None], from that of the new ones, and the new ones stay
-    when this fails. OSError: the disk refuses; also whatever the batches raise.
+    Every process passes its own batches (`distributed.share`); `dataset.json` lists the images in the order of ranks.
+    Into a ZIP rank 0 writes; the others write a part each beside it, which rank 0 appends. `order` is for a folder that
+    holds images already: it makes the list of all, [name, class or None], from that of the new ones, and the new ones
+    stay when this fails.
+
+    Another call may write into the same folder meanwhile. The call that ends last lists the images of both; before that
+    `check_others` receives the names of its own images on rank 0, and looks at the others.
+
+    UserError: another call has written one of the new images, or a ZIP of this name, or images with other classes.
+    OSError: the disk refuses; also whatever the batches raise.
     """
     path, rank = os.path.normpath(path), distributed.get_rank()
     parts = [_part(path, other) for other in range(1, distributed.get_world_size())] if is_zip(path) else []
@@ -83,7 +94,7 @@ def save_images(
 
         def write() -> list[list]:
             writing.enter_context(archive)
-            entries = _write(batches, archive, subdirs)
+            entries = _write(batches, archive, subdirs, None if order is not None or is_zip(path) else path)
             if part is not None:
                 end.callback(pathlib.Path(part).unlink, missing_ok=True)
                 writing.close()  # now rank 0 can read it
@@ -93,7 +104,18 @@ def save_images(
             for other in parts:
                 archive.append(other)
             labels = entries if entries and entries[0][1] is not None else None
-            archive.add_metadata(dict(labels=labels) | ({} if class_names is None else dict(class_names=class_names)))
+            about = dict(labels=labels) | ({} if class_names is None else dict(class_names=list(class_names)))
+            if is_zip(path):
+                if order is None:
+                    _check_untaken(path)
+                archive.add_metadata(about)
+                writing.close()
+                return
+            with dnnlib.locked(os.path.join(path, METADATA)):
+                if os.path.exists(os.path.join(path, METADATA)):
+                    _join_list(path, about, {name for name, _ in entries}, check_others)
+                else:
+                    archive.add_metadata(about)
             writing.close()
 
         entries = distributed.all_gather_object(distributed.together(write))
@@ -114,11 +136,16 @@ def _remove_parts(path: str) -> None:
         part.unlink()
 
 
-def _write(batches: Batches, archive: ArchiveWriter, subdirs: bool) -> list[list]:
-    """Write all batches; return [name, class or None] of each image. Threads work while the network makes more."""
+def _write(batches: Batches, archive: ArchiveWriter, subdirs: bool, empty: str | None) -> list[list]:
+    """Write all batches; return [name, class or None] of each image. Threads work while the network makes more.
+
+    `empty` is a folder that held no image, None where there may be some.
+    """
 
     def store(names: list[str], pngs: Iterable[bytes]) -> None:
         for name, png in zip(names, pngs, strict=True):
+            if empty is not None:
+                _check_untaken(os.path.join(empty, name))
             archive.add(name, png)
 
     entries, stored = [], None
@@ -133,6 +160,45 @@ def _write(batches: Batches, archive: ArchiveWriter, subdirs: bool) -> list[list
         if stored is not None:
             stored.result()
     return entries
+
+
+def _check_untaken(path: str) -> None:
+    if os.path.lexists(path):
+        raise dnnlib.UserError(f"{path}: another call has written it meanwhile; give each its own seeds or output")
+
+
+def read_list(folder: str) -> tuple[dict[str, int] | None, list[str] | None]:
+    """Return the labels by name that the `dataset.json` of a folder lists, None without labels, and its class names.
+
+    UserError: it is none of a call that made images.
+    """
+    path = os.path.join(folder, METADATA)
+    found = load_json(dnnlib.read_bytes(path), path)
+    try:
+        return None if found["labels"] is None else dict(found["labels"]), found.get("class_names")
+    except (AttributeError, LookupError, TypeError, ValueError):
+        raise dnnlib.UserError(f"{path}: lists no labels of images; choose another folder") from None
+
+
+def _join_list(
+    path: str, about: dict[str, Any], own: Collection[str], check_others: Callable[[Collection[str]], None] | None
+) -> None:
+    """Write the `dataset.json` of a folder that has one, and keep what another call has listed there meanwhile.
+
+    UserError: the two disagree. What the folder has stays then: it belongs to the other call.
+    """
+    labels, class_names = read_list(path)
+    ours = about["labels"] and dict(about["labels"])
+    kept = [[name, c] for name, c in (labels or {}).items() if name not in own and os.path.exists(f"{path}/{name}")]
+    alike = (labels is None) == (ours is None) and class_names in (None, about.get("class_names"))
+    if (kept and not alike) or any((labels or {}).get(name, c) != c for name, c in (ours or {}).items()):
+        raise dnnlib.UserError(f"{path}: another call has written images with other classes; choose another folder")
+    if check_others is not None and (kept or ours is None):
+        check_others(own)
+    if kept:
+        about = about | dict(labels=about["labels"] + kept)
+    with dnnlib.atomic_open(os.path.join(path, METADATA)) as file:
+        file.write(json.dumps(about, separators=(",", ":")).encode())
 
 
 def _png(image: np.ndarray) -> bytes:

@@ -9,7 +9,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -21,12 +21,12 @@ from archives.reader import METADATA, ArchiveReader
 from archives.workers import ordered_map
 from archives.writer import ArchiveWriter, is_zip
 from sampling.generation import drawn_classes
-from sampling.output import PARTIAL, Batches, image_name
+from sampling.output import PARTIAL, Batches, image_name, read_list
 from sampling.rejection import Rejection
 from torch_utils import distributed
-from torch_utils.safe_files import load_json
+from torch_utils.distributed import print0
 
-__all__ = ["Earlier", "find_earlier"]
+__all__ = ["Earlier", "check_others", "find_earlier"]
 
 # Images that are made again. Those of rejection whose first draw is accepted are those of any other discriminator, too.
 SAMPLE, SAMPLE_OF_REJECTION = 8, 64
@@ -65,7 +65,7 @@ class Earlier:
 
         Of the largest samples one image may differ: rounding decides on its acceptance.
         """
-        known = _labels(self.folder)
+        known = read_list(self.folder)[0] or {} if os.path.exists(os.path.join(self.folder, METADATA)) else {}
         wrong = [s for s, c in zip(self.seeds, self._classes(), strict=True) if known.get(self._name(s), c) != c]
         if self.seeds and not wrong:
             sample = [self.seeds[i] for i in np.unique(np.linspace(0, len(self.seeds) - 1, number).astype(int))]
@@ -105,14 +105,11 @@ def find_earlier(
     folder = f"{path}{PARTIAL}" if is_zip(path) else path
 
     def find() -> Earlier:
-        seeds = _find_seeds(path, folder, subdirs, (net.img_resolution, net.img_resolution, net.img_channels))
+        seeds = _find_seeds(path, folder, subdirs, _shape(net))
         if not seeds and os.path.exists(os.path.join(folder, METADATA)):
             message = f"{path}: holds {METADATA}, but no image that this command makes; choose another folder"
             raise dnnlib.UserError(message)
-        classes = [turns[s % len(turns)] for s in seeds] if turns else drawn_classes(net, seeds, device)
-        earlier = Earlier(path, folder, subdirs, seeds, classes)
-        earlier.check(remake, SAMPLE_OF_REJECTION if isinstance(net, Rejection) else SAMPLE)
-        return earlier
+        return _checked(path, folder, subdirs, seeds, net, device, turns, remake)
 
     def unpack_and_find() -> Earlier:
         if os.path.lexists(folder) and not os.path.isdir(folder):
@@ -128,6 +125,42 @@ def find_earlier(
             raise
 
     return distributed.from_rank0(unpack_and_find)
+
+
+def check_others(
+    path: str,
+    subdirs: bool,
+    net: Callable[..., torch.Tensor],
+    device: torch.device,
+    turns: Sequence[int] | None,
+    remake: Callable[[list[int]], Batches],
+    own: Collection[str],
+) -> None:
+    """Raise UserError unless the images in a folder besides `own` are such as this call makes. As `find_earlier`."""
+    seeds = [s for s in _find_seeds(path, path, subdirs, _shape(net)) if image_name(s, subdirs) not in own]
+    if seeds:
+        print0(f"{path}: holds images of another call, too; some are made again, to see whether they fit")
+    _checked(path, path, subdirs, seeds, net, device, turns, remake)
+
+
+def _checked(
+    path: str,
+    folder: str,
+    subdirs: bool,
+    seeds: list[int],
+    net: Callable[..., torch.Tensor],
+    device: torch.device,
+    turns: Sequence[int] | None,
+    remake: Callable[[list[int]], Batches],
+) -> Earlier:
+    classes = [turns[s % len(turns)] for s in seeds] if turns else drawn_classes(net, seeds, device)
+    earlier = Earlier(path, folder, subdirs, seeds, classes)
+    earlier.check(remake, SAMPLE_OF_REJECTION if isinstance(net, Rejection) else SAMPLE)
+    return earlier
+
+
+def _shape(net: Callable[..., torch.Tensor]) -> tuple[int, int, int]:
+    return net.img_resolution, net.img_resolution, net.img_channels
 
 
 def _find_seeds(path: str, folder: str, subdirs: bool, shape: tuple[int, int, int]) -> list[int]:
@@ -176,15 +209,3 @@ def _add(folder: str, name: str, content: Callable[[], bytes]) -> None:
         os.makedirs(os.path.dirname(target), exist_ok=True)
         with open(target, "wb") as file:
             file.write(content())
-
-
-def _labels(folder: str) -> dict[str, int]:
-    """Return the labels by name that the `dataset.json` of a folder lists; empty without one."""
-    path = os.path.join(folder, METADATA)
-    if not os.path.exists(path):
-        return {}
-    found = load_json(dnnlib.read_bytes(path), path)
-    try:
-        return dict(found["labels"] or ())
-    except (LookupError, TypeError, ValueError):
-        raise dnnlib.UserError(f"{path}: lists no labels of images; choose another folder") from None

@@ -8,6 +8,7 @@ import zipfile
 import numpy as np
 import pytest
 
+import generate
 from sampling import output
 from tests.support.generated import FAST, make, random_network, read, run
 from torch_utils import persistence
@@ -169,3 +170,53 @@ def test_parts_of_a_killed_call_are_removed(tmp_path):
             pass
     output.save_images([([0], np.zeros([1, 8, 8, 1], np.uint8), np.array([1]))], str(tmp_path / "a[1].zip"))
     assert os.listdir(tmp_path) == ["a[1].zip"]
+
+
+def during(monkeypatch, other):
+    """Let `other()` run once when a call of generate.py is about to make its first image."""
+    progress, calls = generate.progress, [other]
+
+    def wait(*args):
+        if calls:
+            calls.pop()()
+        yield from progress(*args)
+
+    monkeypatch.setattr(generate, "progress", wait)
+
+
+@pytest.mark.parametrize("resume", [[], ["--resume"]])
+def test_calls_that_run_at_the_same_time_list_the_images_of_both(pkl, whole, tmp_path, monkeypatch, resume):
+    args = [f"--network={pkl['cond']}", "--subdirs", *resume]
+    during(monkeypatch, lambda: make(tmp_path / "out", *args, "--seeds=7-11"))
+    assert "holds images of another call" in make(tmp_path / "out", *args, "--seeds=0-6")
+    assert same(tmp_path, whole, "out")
+
+
+@pytest.mark.parametrize(
+    "words, args",
+    [
+        ("000006.png of another network, class or setting", ["--network=other", "--seeds=6-7"]),
+        ("of another network, class or setting", ["--class=one", "--seeds=6-7"]),
+        ("000003.png: another call has written it meanwhile", ["--seeds=3-7"]),
+    ],
+)
+def test_calls_at_the_same_time_must_fit_each_other(pkl, tmp_path, monkeypatch, words, args):
+    args = [f"--network={pkl[arg[10:]]}" if arg.startswith("--network") else arg for arg in args]
+    network, held = f"--network={pkl['cond']}", []
+
+    def other():
+        make(tmp_path / "out", network, *args)
+        held.append(files(tmp_path))
+
+    during(monkeypatch, other)
+    result = run(f"--outdir={tmp_path}/out", network, "--seeds=0-4", *FAST)
+    assert result.exit_code == 1 and words in result.output, result.output
+    assert files(tmp_path) == held[0]
+
+
+def test_a_zip_of_another_call_is_not_replaced(pkl, tmp_path, monkeypatch):
+    args = [f"--network={pkl['cond']}"]
+    during(monkeypatch, lambda: make(tmp_path / "out.zip", *args, "--seeds=0-2"))
+    result = run(f"--outdir={tmp_path}/out.zip", *args, "--seeds=3-4", *FAST)
+    assert result.exit_code == 1 and "out.zip: another call has written it meanwhile" in result.output
+    assert len(read(tmp_path / "out.zip")[0]) == 3 and os.listdir(tmp_path) == ["out.zip"]

@@ -17,12 +17,12 @@ from archives import writer
 from archives.writer import ArchiveWriter
 from sampling import output, sheet
 from sampling.arrival import Arrival
-from sampling.generation import generate_images, share_of
+from sampling.generation import generate_images
 from sampling.grid import image_sheet, save_class_grid, save_grid
 from sampling.output import save_images
 from tests.support.generated import FAST, assert_same_images, make, random_network, read, run
 from tests.support.runs import torchrun
-from torch_utils import persistence
+from torch_utils import distributed, persistence
 from training.networks_resnet import Classifier
 
 NAMES = ["zero", "one", "two"]
@@ -112,7 +112,7 @@ def test_two_processes_and_one_seed(pkl, tmp_path, monkeypatch):
     def gather(mine):
         return [mine, (5, 0.0, 0.0, 0, 0)] if isinstance(mine, tuple) else [mine]
 
-    monkeypatch.setattr(generate, "share_of", lambda seeds, rank, processes: [])
+    monkeypatch.setattr(generate.distributed, "share", lambda count: range(0))
     monkeypatch.setattr(generate.distributed, "all_gather_object", gather)
     assert "5 network evaluations per image" in make(tmp_path / "out", f"--network={pkl['cond']}", "--seeds=7")
 
@@ -218,8 +218,9 @@ def test_rounding_to_gray_levels():
 
 
 @pytest.mark.parametrize("n, world_size", [(20, 3), (1, 4), (7, 7)])
-def test_shares_cover_everything_once_and_evenly(n, world_size):
-    shares = [share_of(range(n), rank, world_size) for rank in range(world_size)]
+def test_shares_cover_everything_once_and_evenly(n, world_size, monkeypatch):
+    monkeypatch.setattr(distributed, "get_world_size", lambda: world_size)
+    shares = [distributed.share(n, rank) for rank in range(world_size)]
     assert [i for share in shares for i in share] == list(range(n))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 

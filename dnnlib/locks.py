@@ -1,0 +1,45 @@
+"""One call at a time: for files that several calls read, change and replace."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Iterator
+
+__all__ = ["locked"]
+
+
+@contextlib.contextmanager
+def locked(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Wait until no other process is in such a block for the file `path`.
+
+    The lock is the file `.NAME.lock` beside it, which is deleted at the end of the block. Where the file system has no
+    locks, or the folder takes no files, nothing waits.
+    """
+    folder, name = os.path.split(os.path.abspath(path))
+    lock, fd = os.path.join(folder, f".{name}.lock"), None
+    with contextlib.suppress(OSError):
+        fd = _acquire(lock)
+    try:
+        yield
+    finally:
+        if fd is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(lock)  # before the lock goes: who waits for it then sees that it has to make a new file
+            os.close(fd)
+
+
+def _acquire(lock: str) -> int:
+    """Return a descriptor that holds the lock. OSError: the file cannot be made."""
+    while True:
+        fd = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        try:
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(fd, fcntl.LOCK_EX)
+            if os.fstat(fd).st_nlink:
+                return fd
+        except BaseException:  # a signal while it waits
+            os.close(fd)
+            raise
+        os.close(fd)
