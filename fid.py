@@ -64,7 +64,7 @@ def calc(
         reference.check_precision(precision)
     extractor = open_detector(detector, precision, device)
     with blame("--images"):
-        source = open_images(images, num, seed)
+        source = open_images(images, num, seed, use_labels=False)
     with blame("--ref"):
         reference.check_width(feature_width(source, extractor, device))
     distributed.print0(f"Calculating FID of {len(source)} images in {images}...")
@@ -87,7 +87,7 @@ def ref(data: str, dest: str, detector: str | None, precision: str, batch: int, 
     """
     device = distributed.init(device)
     with blame("--data"):
-        source = open_images(data)
+        source = open_images(data, use_labels=False)
     extractor = open_detector(detector, precision, device)
     count, mu, sigma, *more = compute_statistics(source, extractor, batch, device, spatial=True)
     if distributed.get_rank() == 0:

@@ -170,6 +170,11 @@ class ArchiveSet:
         reader, row = self._place(row)
         return reader.read(row)
 
+    def file(self, row: int) -> str:
+        """Return the path of the file that an image is in."""
+        reader, row = self._place(row)
+        return reader.file(row)
+
     def image(self, row: int) -> np.ndarray:
         """Return a decoded image, uint8 [H, W, C] with C = 1 or 3."""
         reader, row = self._place(row)

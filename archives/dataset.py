@@ -19,7 +19,7 @@ from archives.decode import image_shape
 from archives.labels import describe_truth
 from archives.workers import ordered_map
 
-__all__ = ["MEMORY_LIMIT", "BatchStream", "ImageDataset", "to_float"]
+__all__ = ["MEMORY_LIMIT", "BatchStream", "ImageDataset", "draw_subset", "to_float"]
 
 MEMORY_LIMIT = 4 << 30  # bytes of decoded images up to which they stay in memory instead of being decoded again
 
@@ -27,6 +27,13 @@ MEMORY_LIMIT = 4 << 30  # bytes of decoded images up to which they stay in memor
 def to_float(images: torch.Tensor) -> torch.Tensor:
     """Return uint8 images of any shape as float32 in [-1, 1], as all networks take them."""
     return images.to(torch.float32) / 127.5 - 1
+
+
+def draw_subset(total: int, count: int, seed: int) -> np.ndarray:
+    """Return `count` of the numbers 0 .. total - 1, sorted: those that EDM's data set draws with this seed."""
+    order = np.arange(total)
+    np.random.RandomState(seed % (1 << 31)).shuffle(order)
+    return np.sort(order[:count])
 
 
 class ImageDataset:
@@ -38,7 +45,7 @@ class ImageDataset:
                 them, which are one set: a glob or a list with commas (see `find_archives`)
     use_labels  False ignores the labels of the archive
     resolution  expected side in pixels; None accepts any
-    max_size    use a random subset of this many images, chosen by `seed`
+    max_size    use a random subset of this many images, chosen by `seed` as in EDM
     xflip       append the mirrored images, which doubles the length
     cache       whether a `BatchStream` may keep the decoded images in memory if they fit
     square      refuse images that are not square with a power of two as side, which the U-Nets cannot take
@@ -107,7 +114,7 @@ class ImageDataset:
         if max_size is not None and max_size < len(reader):
             if max_size < 1:
                 raise dnnlib.UserError(f"{path}: a subset must have at least 1 image, found {max_size}")
-            self._raw = np.sort(np.random.default_rng(seed).permutation(len(reader))[:max_size])
+            self._raw = draw_subset(len(reader), max_size, seed)
             self.num_raw = max_size
         self._copies = 2 if xflip else 1
         self.labels = self._select(labels)
@@ -146,6 +153,12 @@ class ImageDataset:
         """The image names in the archive, one per item."""
         names = self._reader.names
         return (list(names) if self._raw is None else [names[i] for i in self._raw]) * self._copies
+
+    @property
+    def files(self) -> list[str]:
+        """The paths of the files that the images are in, one per item."""
+        rows = range(self.num_raw) if self._raw is None else self._raw.tolist()
+        return [self._reader.file(row) for row in rows] * self._copies
 
     @property
     def source_names(self) -> list[str] | None:

@@ -212,6 +212,10 @@ class ArchiveReader:
         name = self._root + name
         return os.path.join(self.path, self._disk.get(os.fsencode(name), name) if self._disk else name)
 
+    def file(self, row: int) -> str:
+        """Return the path of the file that an image is in: of the ZIP, or its own in a folder."""
+        return self._disk_path(self.names[row]) if self._file is None else self.path
+
     def _read_file(self, name: str) -> bytes:
         try:
             with open(self._disk_path(name), "rb") as f:

@@ -75,7 +75,7 @@ def evaluate(inputs: Inputs, settings: EvaluationSettings, device: torch.device 
     reference, record = inputs.reference, inputs.outlier_record
     # All features come before all metrics: after them, the other processes are done and need not wait for rank 0.
     real = features_of(inputs, settings, device, reference, "reference images")
-    choice = None if settings.num is None else settings.seed
+    choice = None if settings.num is None else f"{settings.seed}, as EDM draws"  # earlier files have another draw
     fakes = [features_of(inputs, settings, device, source, "generated images", choice) for source in inputs.images]
     known = real
     if record not in (None, reference):
@@ -93,7 +93,7 @@ def features_of(
     device: torch.device | str,
     source: ImageSource,
     text: str,
-    choice: int | None = None,
+    choice: str | None = None,
 ) -> Features | None:
     """Return the features of a set of images, from the cache or computed; None on all processes but rank 0.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
 from collections.abc import Callable
 from typing import Any
 
@@ -30,20 +31,24 @@ class FeatureCache:
     `1.features`, and so on. A set is used again if the images, their number and choice, the detector, its precision,
     and the judge are the same. Files are the same if their size and their time of change are.
 
-    Rank 0 reads and writes the file, but every process must call the methods. Raise UserError if the file holds
-    something else.
+    Rank 0 reads and writes the file, but every process must call the methods. Several calls may share the file at the
+    same time: what another one has added meanwhile stays. Raise UserError if the file holds something else.
     """
 
     def __init__(self, path: str | None):
         self.path = path
         self._sets: list[tuple[dict[str, Any], dict[str, np.ndarray]]] = []
-        self._changed = False
+        self._new: list[dict[str, Any]] = []  # which of these sets the file does not have yet
+        self._seen: list[int] | None = None  # version of the file that was read
         if path is not None:
             distributed.on_rank0(self._read)
 
     def _read(self) -> None:
-        if not os.path.exists(self.path):
+        """Read the file. Sets that are not in it yet stay, and take the place of older ones of the same images."""
+        self._seen = _version(self.path)
+        if self._seen is None:
             return
+        new, self._sets = [(what, parts) for what, parts in self._sets if what in self._new], []
         expected = "expected features of 'fid.py evaluate', or no such file yet"
         arrays = safe_files.read_npz(self.path, expected)
         try:
@@ -54,6 +59,15 @@ class FeatureCache:
                 self._sets.append((what, parts))
         except (KeyError, TypeError, ValueError):
             raise dnnlib.UserError(f"{self.path} holds {', '.join(arrays) or 'nothing'}; {expected}") from None
+        for what, parts in new:
+            self._add(what, parts)
+
+    def _add(self, what: dict[str, Any], parts: dict[str, np.ndarray]) -> bool:
+        """Add a set, and return whether it takes the place of one of an older version of the images."""
+        same = {key: what[key] for key in ("images", "count", "choice")}
+        old = [other for other, _ in self._sets if other | same == other and other["version"] != what["version"]]
+        self._sets = [(other, kept) for other, kept in self._sets if other not in (*old, what)] + [(what, parts)]
+        return bool(old)
 
     def get(
         self,
@@ -93,15 +107,10 @@ class FeatureCache:
             return Features(features, probs, known.get("judged"), spatial)
         found = compute()
         if distributed.get_rank() == 0:
-            same = {key: what[key] for key in ("images", "count", "choice")}
-            stale = [other for other, _ in self._sets if other | same == other and other["version"] != what["version"]]
-            if stale:
-                print(f"Features of {source.path}: computed again, the images have changed since {self.path} was made")
-                self._sets = [(other, parts) for other, parts in self._sets if other not in stale]
             arrays = ((part, getattr(found, part)) for part in PARTS)
-            self._sets = [(other, parts) for other, parts in self._sets if other != what]
-            self._sets.append((what, {part: np.asarray(array) for part, array in arrays if array is not None}))
-            self._changed = True
+            if self._add(what, {part: np.asarray(array) for part, array in arrays if array is not None}):
+                print(f"Features of {source.path}: computed again, the images have changed since {self.path} was made")
+            self._new.append(what)
         return found
 
     def save(self) -> None:
@@ -109,11 +118,16 @@ class FeatureCache:
 
         def work() -> None:
             os.makedirs(os.path.dirname(os.path.abspath(self.path)), exist_ok=True)
-            arrays = {f"{i}.{part}": array for i, (_, parts) in enumerate(self._sets) for part, array in parts.items()}
-            with dnnlib.atomic_open(self.path) as file:
-                np.savez(file, **{SETS: json.dumps([what for what, _ in self._sets])}, **arrays)
+            with dnnlib.locked(self.path):
+                if _version(self.path) != self._seen:
+                    self._read()
+                sets = self._sets
+                arrays = {f"{i}.{part}": array for i, (_, parts) in enumerate(sets) for part, array in parts.items()}
+                with dnnlib.atomic_open(self.path) as file:
+                    np.savez(file, **{SETS: json.dumps([what for what, _ in sets])}, **arrays)
+                self._seen, self._new = _version(self.path), []
 
-        distributed.together(lambda: work() if self._changed else None)
+        distributed.together(lambda: work() if self._new else None)
 
 
 def _tensor(array: np.ndarray | None) -> torch.Tensor | None:
@@ -138,6 +152,7 @@ def _version_of_images(source: ImageSource) -> Any:
     if not any(map(os.path.isdir, source.archives)):
         return versions[0] if len(versions) == 1 else versions
     files = [[path, _version(path)] for path in source.archives] if len(versions) > 1 else []
-    root = os.path.commonpath(map(os.path.abspath, source.archives))
-    files += [[name, _version(os.path.join(root, name))] for name in source.file_names]
+    files += [[name, _version(file)] for name, file in zip(source.file_names, source.files, strict=True)]
+    if any(version is None for _, version in files):
+        return secrets.token_hex()  # what cannot be looked up counts as changed
     return hashlib.sha256(json.dumps(files).encode()).hexdigest()

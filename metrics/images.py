@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 import dnnlib
-from archives.dataset import ImageDataset
+from archives.dataset import ImageDataset, draw_subset
 from archives.labels import plain_labels
 from torch_utils import distributed, safe_files
 
@@ -50,12 +50,13 @@ class NpzImages:
     """Images of an `.npz`: `arr_0` holds images [N,H,W,C] uint8, `arr_1` their labels [N] if it is present.
 
     Raise UserError for any other content. `max_size` images are chosen by `seed` if there are more.
+    Without `use_labels`, the labels are ignored.
     """
 
-    def __init__(self, path: str, max_size: int | None = None, seed: int = 0):
+    def __init__(self, path: str, max_size: int | None = None, seed: int = 0, use_labels: bool = True):
         self.path, self.archives = path, [path]
         arrays = safe_files.read_npz(path, "expected arr_0, images [N,H,W,C] uint8")
-        images, labels = arrays.get("arr_0"), arrays.get("arr_1")
+        images, labels = arrays.get("arr_0"), arrays.get("arr_1") if use_labels else None
         if images is None or images.ndim != 4 or images.dtype != np.uint8 or images.shape[3] not in (1, 3):
             found = f"holds {', '.join(arrays)}" if images is None else f"arr_0 is {images.dtype} {list(images.shape)}"
             raise dnnlib.UserError(f"{path}: {found}; expected arr_0, images [N,H,W,C] uint8, C = 1 or 3")
@@ -65,7 +66,7 @@ class NpzImages:
             labels = plain_labels(labels.tolist(), f"{path}: arr_1")
         chosen = np.arange(len(images))
         if max_size is not None and max_size < len(images):
-            chosen = np.sort(np.random.default_rng(seed).permutation(len(images))[:max_size])
+            chosen = draw_subset(len(images), max_size, seed)
         self._images, self._chosen, self.cache = images, chosen, False
         self.image_shape = (images.shape[3], *images.shape[1:3])
         self.labels = labels if labels is None else labels[chosen]
@@ -84,15 +85,16 @@ class NpzImages:
         return torch.nn.functional.one_hot(torch.from_numpy(self.labels[indices]), self.label_dim).float()
 
 
-def open_images(path: str, num: int | None = None, seed: int = 0) -> ImageSource:
+def open_images(path: str, num: int | None = None, seed: int = 0, use_labels: bool = True) -> ImageSource:
     """Open a folder, a ZIP archive or an `.npz` as a set of `num` images, chosen by `seed` (None: all images).
 
+    `use_labels=False` ignores labels, also such as cannot be used.
     Raise UserError if there are fewer than `num`, or fewer than 2.
     """
     if path.endswith(".npz"):
-        source: ImageSource = NpzImages(path, max_size=num, seed=seed)
+        source: ImageSource = NpzImages(path, num, seed, use_labels)
     else:
-        source = ImageDataset(path, max_size=num, seed=seed, square=False)
+        source = ImageDataset(path, use_labels, max_size=num, seed=seed, square=False)
         if distributed.get_rank() == 0:
             dnnlib.print_notes(source.notes)
     if len(source) < (num or 2):

@@ -319,6 +319,20 @@ def test_ref_and_calc(files, tmp_path):
     assert calc(files["npz"], "--num", 20, "--seed", 5) != calc(files["npz"], "--num", 20, "--seed", 6)
 
 
+def test_ref_and_calc_need_no_labels(files, tmp_path):
+    """Folders with subfolders in two places tell no classes, and `dataset.json` may miss images."""
+    ref = f"--ref={tmp_path / 'ref.npz'}"
+    for name in ("train/a", "train/b", "test/a", "test/b"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for i, image in enumerate(files["real"][:5]):
+            (tmp_path / "data" / name / f"{i}.png").write_bytes(png(image))
+    half = write_zip(tmp_path / "half.zip", files["real"][:20], labels=[["00000/img00000000.png", 0]])
+    np.savez(tmp_path / "half.npz", files["real"][:20, ..., None], np.zeros(3))
+    run("ref", f"--data={tmp_path / 'data'}", f"--dest={ref[6:]}", "--detector=pixels")
+    for images in (tmp_path / "data", half, tmp_path / "half.npz"):
+        run("calc", f"--images={images}", ref, "--detector=pixels", "--num=20")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Two processes.
 
