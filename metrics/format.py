@@ -25,7 +25,7 @@ HIGHER = {"is", "precision", "recall", "density", "coverage", "label_accuracy", 
 LOWER = {"fid", "sfid", "kid", "mifid", "outlier_ratio", "ppl_full", "ppl_end"}  # better when lower
 ARROWS = {1: " ↑", -1: " ↓", 0: ""}
 LEGEND = "↑ better when higher, ↓ better when lower"
-UNRANKED = "not known to be clean. Figures by class then reward repeating the mistakes, so do not rank by them"
+UNRANKED = "may be wrong, so these metrics reward images that repeat the mistakes; do not rank by them"
 
 
 def format_table(result: dict[str, Any]) -> str:
@@ -72,7 +72,7 @@ def format_curve(result: dict[str, Any]) -> str:
         rows.append([f"{point['number']:g}", value + ("*" if value == best else "")])
     notes = [*dict.fromkeys(note for point in curve for note in point.get("notes", ()))]
     if not result["ranked"]:
-        notes.append(f"The labels of the reference are {UNRANKED}.")
+        notes.append(f"The reference labels {UNRANKED}: {metric}")
     return "\n".join([*_columns(rows), "", LEGEND + "; * the best", *notes])
 
 

@@ -8,9 +8,10 @@ import numpy as np
 
 from metrics.fid import as_float64
 
-__all__ = ["IS_SPLIT", "inception_score"]
+__all__ = ["IS_SPLIT", "MIN_SPLIT", "inception_score"]
 
 IS_SPLIT = 5000  # images per split; published scores use 50,000 images in 10 splits
+MIN_SPLIT = 100  # smaller splits give a much lower score; who asks for them may mean the number of splits
 
 
 def inception_score(probs: Any, split: int = IS_SPLIT, seed: int | None = None) -> float:

@@ -12,7 +12,7 @@ import torch
 
 import dnnlib
 from archives.archive_set import SEVERAL
-from dnnlib.cli import FloatRange, add_options, blame, output_file
+from dnnlib.cli import FloatRange, add_options, blame, given_options, output_file
 from metrics.bootstrap import LEVEL
 from metrics.cas import CAS_ARCHS, check_arch, check_test
 from metrics.class_matching import match_classes
@@ -104,16 +104,16 @@ ref_options = add_options([
 
 # What `fid.py evaluate` and `fid.py compare` share: the fields of EvaluationSettings, --device.
 evaluation_options = add_options([
-    click.option("--protocol", type=click.Choice(list(PROTOCOLS)), is_eager=True, callback=_set_protocol, help="Measure as a paper does: the default of --num, and where it says so those of --nearest_k and --splits, become its choices, and the table states them"),
+    click.option("--protocol", type=click.Choice(list(PROTOCOLS)), is_eager=True, callback=_set_protocol, help="Use the settings of a paper as defaults for --num and, where the paper states them, --nearest_k and --splits. The table lists them"),
     click.option("--data", metavar="PATH", required=True, help=f"Archive of real images, the reference. Its clean labels are used if it has any, and the outliers that it records are left out. {SEVERAL}"),
     detector_option,
     precision_option,
     click.option("--num", type=click.IntRange(min=2), help="Number of generated images to use  [default: all]"),
-    click.option("--num_reference", type=click.IntRange(min=2), help="Compare at most this many reference images pair by pair, for KID, precision, recall, density and coverage of the whole sets. Their time grows with its square  [default: all]"),
+    click.option("--num_reference", type=click.IntRange(min=2), help="Use at most this many reference images for KID, precision, recall, density and coverage of the whole sets, which take time quadratic in their number  [default: all]"),
     seed_option,
     batch_option,
     click.option("--nearest_k", type=POSITIVE, default=D.nearest_k, help="Precision, recall, density and coverage use the distance to this nearest neighbor"),
-    click.option("--splits", metavar="IMAGES", type=POSITIVE, default=D.splits, help="Images per split of the inception score"),
+    click.option("--splits", metavar="IMAGES", type=POSITIVE, default=D.splits, help="Images per split of the inception score; not the number of splits"),
     click.option("--bootstrap", metavar="DRAWS", type=click.IntRange(min=10), help=f"Add {LEVEL:.0%} intervals from this many resampled sets of the images, for example 200  [default: no intervals]"),
     judge_option,
     click.option("--mifid", is_flag=True, help="Add MiFID: FID made worse if images are copies of reference images"),
@@ -199,8 +199,17 @@ def evaluate_files(
     to.
     """
     settings = EvaluationSettings(**options)
+    _check_usage(settings)
     inputs = replace(open_inputs(images, settings, device), judge_labels=judge_labels)
     return evaluate(inputs, settings, device)
+
+
+def _check_usage(settings: EvaluationSettings) -> None:
+    """Raise UsageError for options of CAS without --test, which asks for it."""
+    if settings.test is None and click.get_current_context(silent=True) is not None:
+        for option in given_options():
+            if option in ("--cas_arch", "--cas_epochs"):
+                raise click.UsageError(f"{option}: is for CAS, which needs --test")
 
 
 def open_inputs(images: Sequence[str], settings: EvaluationSettings, device: torch.device) -> Inputs:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -13,7 +14,7 @@ from metrics.bootstrap import LEVEL, interval, resample
 from metrics.class_wise import ClassWise, class_wise
 from metrics.features import Features
 from metrics.fid import fid_from_features
-from metrics.inception_score import inception_score
+from metrics.inception_score import MIN_SPLIT, inception_score
 from metrics.kid import kid_from_features
 from metrics.label_accuracy import SvmJudge, label_accuracy
 from metrics.memo import Memo
@@ -97,6 +98,12 @@ def evaluate_features(
         table.refuse(["is", "cw_is"], "the detector gives no class probabilities")
     else:
         table.add_alone("is", lambda p: inception_score(p, settings.splits, settings.seed), fake.probs)
+        if table.wants("is") and settings.splits < min(MIN_SPLIT, len(y)):
+            splits = math.ceil(len(y) / settings.splits)
+            table.notes["is"] = (
+                f"mean over {splits:,} splits of size {settings.splits}, too small for this score; "
+                f"size {splits:,} would make {settings.splits}"
+            )
     table.add(
         [f"{name}_k{k}" for name in ("precision", "recall", "density", "coverage")],
         lambda a, b, *counts, memo: {f"{name}_k{k}": v for name, v in prdc(a, b, k, *counts, memo=memo).items()},

@@ -12,6 +12,7 @@ import torch
 import dnnlib
 from archives.classes import check_class_numbers
 from archives.label_noise import check_matrix
+from sampling.ddgan import is_generator
 from sampling.evaluations import Stopwatch
 from sampling.guidance import AsPublished, Evidence, GatedGuidance, gated_discriminator
 from sampling.rejection import LabelJudge, Rejection
@@ -48,6 +49,8 @@ TINY = 1e-6  # smallest share of wrong or right labels that a detector's classif
 MODES = (*DEFAULT_WEIGHTS, "rejection")
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 LOWER = {"bf16": torch.bfloat16, "fp16": torch.float16}
+FORM = ("img_channels", "img_resolution", "label_dim")  # what every network here states
+PARTS = ("model", *FORM, "sigma_min", "sigma_max", "round_sigma")  # of a denoiser
 BRANCH = ("conv0", "conv1", "qkv", "proj")  # the layers of the residual branches: nearly all of a U-Net's arithmetic
 
 
@@ -75,6 +78,8 @@ def load_denoiser(
     classes differently.
     """
     snapshot = _load(path, trust_pickle, kinds, published)
+    if not is_generator(snapshot["ema"]):
+        _check_parts(path, snapshot["ema"], PARTS)
     net = prepare(snapshot["ema"].to(device), precision, compile)
     if net.img_channels not in (1, 3):
         raise dnnlib.UserError(f"{path}: makes images of {net.img_channels} channels; PNGs have 1 or 3")
@@ -85,6 +90,15 @@ def load_denoiser(
         mode = mode.get(key) if isinstance(mode, dict) else None
     net.unlabeled = getattr(net.model, "label_dropout", 0) > 0 or mode == "null"
     return net, info.get("class_names")
+
+
+def _check_parts(path: str, net: torch.nn.Module, parts: Sequence[str]) -> None:
+    """Raise UserError for a network of another family, which only `trust_pickle` can build."""
+    if lacking := [name for name in parts if not hasattr(net, name)]:
+        raise dnnlib.UserError(
+            f"{path}: {type(net).__name__} lacks {', '.join(lacking)}; networks of other families than EDM's cannot be "
+            "used here"
+        )
 
 
 def warn_if_never_unlabeled(net: Callable[..., torch.Tensor]) -> None:
@@ -190,6 +204,7 @@ def load_discriminator(
     check_class_numbers(info.get("class_names"), path, class_names, "the network")
     if getattr(snapshot["ema"], "network_kind", None) == "classifier":
         return _as_discriminator(path, snapshot["ema"].to(device), info, device)
+    _check_parts(path, snapshot["ema"], FORM)
     options = info.get("options") or {}
     levels = options.get("noise_levels") or {}
     sigma = TrainedDiscriminator.sigma

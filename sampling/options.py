@@ -107,7 +107,7 @@ def batch_option(default: int) -> Callable:
 def discriminator_option(required: bool = False) -> Callable:
     """Return the option --discriminator."""
     default = "" if required else "  [default: no guidance]"
-    return click.option("--discriminator", metavar="PKL|DIR|URL", required=required, help=f"Snapshot of train_discriminator.py, its run directory, a published snapshot of SBDC, or the classifier that detect_noise.py writes, which only rejects: it corrects what the network learned from wrong labels{default}")
+    return click.option("--discriminator", metavar="PKL|DIR|URL", required=required, help=f"Correct what the network learned from wrong labels. Takes a snapshot or run directory of train_discriminator.py, a published SBDC snapshot, or a classifier of detect_noise.py (for rejection only){default}")
 
 
 network_option = click.option("--network", metavar="PKL|DIR|URL", required=True, help="Snapshot to sample, its run directory, or a published generator of RDUOT or DDGAN, netG_1200.pth")
@@ -117,7 +117,7 @@ device_option = click.option("--device", type=click.Choice(["auto", "cpu", "cuda
 trust_option = click.option("--trust_pickle", is_flag=True, help="Run code that a snapshot contains; only for files that you trust")
 clip_options = add_options([
     click.option("--S_clip_min", "S_clip_min", metavar="SIGMA", type=NOT_NEGATIVE, help="Lowest noise level that the discriminator corrects  [default: 0]"),
-    click.option("--S_clip_max", "S_clip_max", metavar="SIGMA", type=NOT_NEGATIVE, help="Highest noise level that it corrects  [default: inf]"),
+    click.option("--S_clip_max", "S_clip_max", metavar="SIGMA", type=NOT_NEGATIVE_OR_INF, help="Highest noise level that it corrects  [default: inf]"),
 ])
 
 image_options = add_options([
@@ -152,7 +152,7 @@ guidance_options = add_options([
     click.option("--dg_mode", type=click.Choice(MODES), help="How it corrects: by its gradient with a constant weight, or with one that is calibrated by the probability that the label is wrong for this image, or by rejection, which draws an image until the label is right for it  [default: constant if the discriminator is not calibrated; else calibrated if a weight or --S_clip_min or --S_clip_max is given, and rejection if not]"),
     click.option("--dg_weight_1st_order", metavar="W", type=FloatRange(), help="Weight at the first evaluation of each step  [default: constant 2, calibrated 1]"),
     click.option("--dg_weight_2nd_order", metavar="W", type=FloatRange(), help="Weight at the second evaluation of each step of --solver=heun  [default: constant 0, calibrated 1]"),
-    click.option("--dg_published", metavar="BOOL", type=BOOL, help="Ask the discriminator as SBDC's published sampling does, for comparison: with the time of the VP process for the noise level, and constant weights  [default: 0]"),
+    click.option("--dg_published", metavar="BOOL", type=BOOL, help="Ask the discriminator as SBDC's published sampling does, for comparison: with the time of the VP process in place of the noise level, and constant weights  [default: 0]"),
     clip_options,
     noise_rate_option,
 ])

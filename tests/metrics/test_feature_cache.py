@@ -4,7 +4,6 @@ import json
 import zipfile
 
 import numpy as np
-import pytest
 
 from metrics.detectors import PixelDetector
 from metrics.feature_cache import FeatureCache
@@ -58,13 +57,3 @@ def test_calls_at_the_same_time_keep_the_features_of_both(tmp_path):
         assert not computed and len(np.unique(features)) == 1
     with np.load(path) as file:
         assert len(json.loads(str(file["sets"]))) == 3
-
-
-@pytest.mark.parametrize("seed, edm", [(0, [2, 4, 8, 9]), (2**31 + 3, [1, 2, 4, 5])])
-def test_a_subset_is_that_of_edm(tmp_path, seed, edm):
-    synth.make_archive(tmp_path / "a.zip", synth.pictures(10))
-    np.savez(tmp_path / "b.npz", synth.pictures(10))
-    names = open_images(str(tmp_path / "a.zip"), 4, seed).file_names
-    assert [int(name[-6:-4]) for name in names] == edm
-    images = open_images(str(tmp_path / "b.npz"), 4, seed).images(range(4)).permute(0, 2, 3, 1).numpy()
-    assert np.array_equal(images, synth.pictures(10)[edm])

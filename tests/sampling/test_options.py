@@ -2,9 +2,11 @@
 
 import click
 import pytest
+import torch
 
 from sampling.options import find_classes
-from tests.support.generated import make, random_network
+from tests.support.generated import make, random_network, run
+from tests.support.pickles import module_state, persistent, write
 from torch_utils import persistence
 
 NAMES = ["zero", "one", "two"]
@@ -72,3 +74,37 @@ def test_settings_of_noise_that_is_not_added_are_noticed(tmp_path):
     assert "--S_min and --S_noise change nothing" in make(tmp_path / "a", *args)
     assert "--S_min changes nothing" in make(tmp_path / "c", *args[:-1])
     assert "Note" not in make(tmp_path / "b", *args, "--S_churn=40")
+
+
+def test_the_gate_may_be_open_at_the_top(tmp_path):
+    """The value is the default that --help states."""
+    result = run("--network=network.pkl", f"--outdir={tmp_path}/out", "--S_clip_max=inf")
+    assert result.exit_code == 2 and "--S_clip_max=inf: needs --discriminator" in result.output
+
+
+FOREIGN = """
+import torch
+class Foreign(torch.nn.Module):
+    pass
+"""
+
+
+@pytest.mark.parametrize(
+    "option, lacking",
+    [
+        ("network", "model, img_resolution, sigma_min, sigma_max, round_sigma"),
+        ("discriminator", "img_resolution"),
+    ],
+)
+def test_a_network_of_another_family_is_refused(tmp_path, option, lacking):
+    """As those of EDM2, whose code runs when it is trusted."""
+    persistence.save_snapshot(tmp_path / "network.pkl", dict(ema=random_network()))
+    net = torch.nn.Module()
+    net.img_channels, net.label_dim, net.unet = 1, 3, torch.nn.Conv2d(1, 1, 1)
+    write(tmp_path / "foreign.pkl", dict(ema=persistent("Foreign", module_state(net), FOREIGN)))
+    files = dict(network="network.pkl") | {option: "foreign.pkl"}
+    options = [f"--{name}={tmp_path / file}" for name, file in files.items()]
+    result = run(*options, f"--outdir={tmp_path}/out", "--trust_pickle", "--device=cpu")
+    (line,) = [line for line in result.output.splitlines() if line.startswith("Error: ")]
+    assert result.exit_code == 1 and f"Foreign lacks {lacking}; networks of other families" in line
+    assert line.startswith(f"Error: --{option}: ")

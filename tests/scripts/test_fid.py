@@ -231,6 +231,7 @@ def test_intervals_splits_and_cas(files):
         assert low < result["metrics"][name] < high, name
         assert f"[{short(low)}, {short(high)}]" in next(x for x in text.splitlines() if x.startswith(f"{name} "))
     assert result["bootstrap"]["seed"] == 7 and "95% of 30 bootstrap draws" in text
+    assert "is: mean over 4 splits of size 10, too small for this score; size 4 would make 10" in text
     whole, _ = evaluate(files, "zip", detector=files["classifier"])
     assert whole["intervals"] == {} and whole["bootstrap"] is None and "cas" not in whole["metrics"]
     assert result["metrics"]["is"] != whole["metrics"]["is"] and result["metrics"]["fid"] == whole["metrics"]["fid"]
@@ -317,20 +318,6 @@ def test_ref_and_calc(files, tmp_path):
     expected = evaluate(files, "zip")[0]["metrics"]["fid"]
     assert calc(files["zip"], "--num", 37, "--batch", 10) == pytest.approx(expected, rel=1e-5)
     assert calc(files["npz"], "--num", 20, "--seed", 5) != calc(files["npz"], "--num", 20, "--seed", 6)
-
-
-def test_ref_and_calc_need_no_labels(files, tmp_path):
-    """Folders with subfolders in two places tell no classes, and `dataset.json` may miss images."""
-    ref = f"--ref={tmp_path / 'ref.npz'}"
-    for name in ("train/a", "train/b", "test/a", "test/b"):
-        (tmp_path / "data" / name).mkdir(parents=True)
-        for i, image in enumerate(files["real"][:5]):
-            (tmp_path / "data" / name / f"{i}.png").write_bytes(png(image))
-    half = write_zip(tmp_path / "half.zip", files["real"][:20], labels=[["00000/img00000000.png", 0]])
-    np.savez(tmp_path / "half.npz", files["real"][:20, ..., None], np.zeros(3))
-    run("ref", f"--data={tmp_path / 'data'}", f"--dest={ref[6:]}", "--detector=pixels")
-    for images in (tmp_path / "data", half, tmp_path / "half.npz"):
-        run("calc", f"--images={images}", ref, "--detector=pixels", "--num=20")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -490,6 +477,8 @@ def bad(files, tmp_path_factory):
         ("{evaluate} --images={zip} --judge={rgb}", 1, ["8x8 RGB"]),
         ("evaluate --images={zip} --data={data} --detector=pixels --nearest-k=0", 2, ["nearest"]),
         ("evaluate --images={zip} --data={data} --detector=pixels --splits=0", 2, ["--splits"]),
+        ("evaluate --images={zip} --data={data} --detector=pixels --cas_epochs=3", 2, ["--cas_epochs: ", "--test"]),
+        ("compare --images={zip} --data={data} --detector=pixels --cas-arch=small", 2, ["--cas_arch: ", "--test"]),
         ("evaluate --images={zip} --data={data} --detector=pixels --bootstrap=3", 2, ["--bootstrap", "10"]),
         ("{evaluate} --images={zip} --features={npz}", 1, ["--features: ", "arr_0", "features"]),
         ("{evaluate} --images={zip} --features={text}", 1, ["--features: ", "text.npz"]),
