@@ -100,10 +100,9 @@ def evaluate_features(
         table.add_alone("is", lambda p: inception_score(p, settings.splits, settings.seed), fake.probs)
         if table.wants("is") and settings.splits < min(MIN_SPLIT, len(y)):
             splits = math.ceil(len(y) / settings.splits)
-            table.notes["is"] = (
-                f"mean over {splits:,} splits of size {settings.splits}, too small for this score; "
-                f"size {splits:,} would make {settings.splits}"
-            )
+            meant = f"; size {splits:,} would make {settings.splits} splits" if splits >= MIN_SPLIT else ""
+            note = f"mean over {splits:,} splits of size {settings.splits}, too small for this score{meant}"
+            table.notes["is"] = note
     table.add(
         [f"{name}_k{k}" for name in ("precision", "recall", "density", "coverage")],
         lambda a, b, *counts, memo: {f"{name}_k{k}": v for name, v in prdc(a, b, k, *counts, memo=memo).items()},

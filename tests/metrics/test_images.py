@@ -1,11 +1,15 @@
-"""Sets of images for the metrics: which images are drawn, and when labels matter."""
+"""What the metrics take: which images are drawn, when labels matter, and settings that are easily mistaken."""
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 
 import fid
+from metrics.features import Features
 from metrics.images import open_images
+from metrics.settings import EvaluationSettings
+from metrics.table import evaluate_features
 from tests.support import synth
 
 
@@ -37,3 +41,27 @@ def test_ref_and_calc_need_no_labels(tmp_path):
     run("ref", f"--data={tmp_path / 'data'}", f"--dest={tmp_path / 'ref.npz'}")
     for name in ("data", "half.zip", "half.npz"):
         run("calc", f"--images={tmp_path / name}", f"--ref={tmp_path / 'ref.npz'}", "--num=20")
+
+
+@pytest.mark.parametrize(
+    "splits, note",
+    [
+        (10, "mean over 100 splits of size 10, too small for this score; size 100 would make 10 splits"),
+        (50, "mean over 20 splits of size 50, too small for this score"),
+        (100, None),
+        (5000, None),
+    ],
+)
+def test_a_number_of_splits_is_not_taken_for_their_size_in_silence(splits, note):
+    probs = torch.from_numpy(np.random.default_rng(0).dirichlet(np.ones(4), 1000))
+    sets = [Features(torch.zeros(len(p), 2), p, None) for p in (probs[:9], probs)]
+    settings = EvaluationSettings("data.zip", "net", judge="none", splits=splits, metrics=("is",))
+    assert evaluate_features(*sets, None, None, settings)["notes"].get("is") == note
+
+
+@pytest.mark.parametrize("command", ["evaluate", "compare"])
+@pytest.mark.parametrize("option", ["--cas_arch=small", "--cas_epochs=3"])
+def test_options_of_cas_need_a_test_set(command, option):
+    args = [command, "--images=a.zip", "--data=b.zip", "--detector=pixels", option]
+    result = CliRunner().invoke(fid.main, args, catch_exceptions=False)
+    assert result.exit_code == 2 and f"{option.split('=')[0]}: is for CAS, which needs --test" in result.output
