@@ -11,16 +11,20 @@ __all__ = ["locked"]
 
 
 @contextlib.contextmanager
-def locked(path: str | os.PathLike[str]) -> Iterator[None]:
+def locked(path: str | os.PathLike[str], wait: bool = True) -> Iterator[None]:
     """Wait until no other process is in such a block for the file `path`.
 
     The lock is the file `.NAME.lock` beside it, which is deleted at the end of the block. Where the file system has no
-    locks, or the folder takes no files, nothing waits.
+    locks, or the folder takes no files, nothing waits. BlockingIOError: without `wait`, another process is in a block.
     """
     folder, name = os.path.split(os.path.abspath(path))
     lock, fd = os.path.join(folder, f".{name}.lock"), None
-    with contextlib.suppress(OSError):
-        fd = _acquire(lock)
+    try:
+        fd = _acquire(lock, wait)
+    except BlockingIOError:
+        raise
+    except OSError:
+        pass
     try:
         yield
     finally:
@@ -30,13 +34,17 @@ def locked(path: str | os.PathLike[str]) -> Iterator[None]:
             os.close(fd)
 
 
-def _acquire(lock: str) -> int:
+def _acquire(lock: str, wait: bool) -> int:
     """Return a descriptor that holds the lock. OSError: the file cannot be made."""
     while True:
         fd = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         try:
-            with contextlib.suppress(OSError):  # a file system without locks
-                fcntl.flock(fd, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise
+            except OSError:  # a file system without locks
+                pass
             if os.fstat(fd).st_nlink:
                 return fd
         except BaseException:  # a signal while it waits

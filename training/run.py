@@ -106,7 +106,7 @@ def start(
         with blame("--outdir"):
             home = None if path is None else os.path.dirname(os.path.realpath(path))
             elsewhere, again = home != os.path.realpath(run_dir), opts["resume"] == "latest"
-            make = functools.partial(make_run_dir, run_dir, config, elsewhere, again, numbered)
+            make = functools.partial(make_run_dir, run_dir, config, at_end, elsewhere, again, numbered)
             run_dir = distributed.from_rank0(make)
             if not elsewhere:
                 distributed.on_rank0(lambda: checkpoint.set_aside_later_states(run_dir, nimg))
@@ -295,12 +295,19 @@ def next_path(outdir: str, name: str) -> str:
     return os.path.join(outdir, f"{max(taken, default=-1) + 1:05d}-{name}")
 
 
-def make_run_dir(run_dir: str, config: RunConfig, fresh: bool, again: bool = False, numbered: bool = False) -> str:
-    """Create the directory with `training_options.json` and return it.
+def make_run_dir(
+    run_dir: str,
+    config: RunConfig,
+    at_end: contextlib.ExitStack,
+    fresh: bool,
+    again: bool = False,
+    numbered: bool = False,
+) -> str:
+    """Create the directory with `training_options.json` and return it. It is this run's alone until `at_end`.
 
     A `numbered` directory that another run has taken meanwhile gets the next free number. UserError: a run that is
-    `fresh` here, where another run's files are. `again` allows that for this very run, interrupted before its first
-    state.
+    `fresh` here, where another run's files are, or a run that is not over. `again` allows the files of this very run,
+    interrupted before its first state.
     """
     while numbered:
         outdir, name = os.path.split(run_dir)
@@ -318,6 +325,10 @@ def make_run_dir(run_dir: str, config: RunConfig, fresh: bool, again: bool = Fal
                 f"--resume={run_dir}"
             )
     os.makedirs(run_dir, exist_ok=True)
+    try:
+        at_end.enter_context(dnnlib.locked(os.path.join(run_dir, "run"), wait=False))
+    except BlockingIOError:
+        raise dnnlib.UserError(f"{run_dir}: another training is running here; stop it first") from None
     checkpoint.remove_leftovers(run_dir)
     with dnnlib.atomic_open(os.path.join(run_dir, "training_options.json"), "wt") as f:
         json.dump(to_dict(config), f, indent=2)

@@ -9,7 +9,7 @@ import torch
 from click.testing import CliRunner
 
 import train
-from dnnlib import UserError
+from dnnlib import UserError, locked
 from sampling import sheet
 from tests.support.runs import TINY
 from tests.support.synth import make_archive, pictures
@@ -98,6 +98,16 @@ def test_runs_that_begin_at_the_same_moment_get_folders_of_their_own(archive, tm
     result = CliRunner().invoke(train.main, args)
     assert result.exit_code == 0, result.output + repr(result.exception)
     assert not list((outdir / name).iterdir()) and (outdir / name.replace("00000", "00001") / "log.txt").exists()
+
+
+def test_a_folder_in_which_a_training_runs_is_refused(archive, tmp_path):
+    run = tmp_path / "run"
+    assert start(archive, run, "--duration=0.00003").exit_code == 0
+    with locked(run / "run"):
+        refused = start(archive, run, "--duration=0.00006", "--resume=latest")
+    assert refused.exit_code == 1 and "another training is running here" in refused.stderr
+    assert start(archive, run, "--duration=0.00006", "--resume=latest").exit_code == 0
+    assert not (run / ".run.lock").exists()
 
 
 def test_going_back_leaves_nothing_that_the_next_resume_prefers(archive, tmp_path):
