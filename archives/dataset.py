@@ -279,8 +279,8 @@ class ImageDataset:
     def images_on(self, device: torch.device | str, items: torch.Tensor) -> torch.Tensor:
         """Return a batch of images, uint8 [B, C, H, W] on `device`, decoded now unless `hold` did it."""
         if self._held is not None:
-            return _take(self._held, items.to(device), self._copies)
-        return self.images(items.cpu()).to(device)
+            return _take(self._held, items.to(device, non_blocking=_may_run_ahead(device)), self._copies)
+        return self.images(items.cpu()).to(device, non_blocking=_may_run_ahead(device))
 
     def _empty(self, n: int) -> torch.Tensor:
         return torch.empty([n, *self.image_shape], dtype=torch.uint8)
@@ -296,6 +296,11 @@ class ImageDataset:
                 f"{self._reader.where(row)}: image is {found}, the first one is {width}x{height} with {channels}{hint}"
             )
         return np.ascontiguousarray(image.transpose(2, 0, 1))
+
+
+def _may_run_ahead(device: torch.device | str) -> bool:
+    """Return whether a copy to `device` keeps its source until it is done; on MPS it may read freed memory."""
+    return torch.device(device).type == "cuda"
 
 
 class BatchStream:
@@ -364,7 +369,8 @@ class BatchStream:
             nimg, items = self._position - self._before, self._next_indices()
             self._pending.append((items, self._pool.submit(self._fetch, items, nimg)))
         self.items, pending = self._pending.popleft()
-        images, labels, *rest = (x.to(self._device) for x in pending.result())
+        ahead = _may_run_ahead(self._device)
+        images, labels, *rest = (x.to(self._device, non_blocking=ahead) for x in pending.result())
         self.companions = rest[0] if rest else None
         return images, labels
 

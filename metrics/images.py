@@ -88,15 +88,22 @@ class NpzImages:
 def open_images(path: str, num: int | None = None, seed: int = 0, use_labels: bool = True) -> ImageSource:
     """Open a folder, a ZIP archive or an `.npz` as a set of `num` images, chosen by `seed` (None: all images).
 
-    `use_labels=False` ignores labels, also such as cannot be used.
+    Without `use_labels`, a note replaces the error for labels that cannot be used.
     Raise UserError if there are fewer than `num`, or fewer than 2.
     """
     if path.endswith(".npz"):
         source: ImageSource = NpzImages(path, num, seed, use_labels)
     else:
-        source = ImageDataset(path, use_labels, max_size=num, seed=seed, square=False)
+        wanted, unusable = dict(max_size=num, seed=seed, square=False), []
+        try:
+            source = ImageDataset(path, **wanted)
+        except dnnlib.UserError as error:
+            if use_labels:
+                raise
+            source = ImageDataset(path, use_labels=False, **wanted)  # raises again what is not about the labels
+            unusable = [f"{error.message}; the labels are ignored"]
         if distributed.get_rank() == 0:
-            dnnlib.print_notes(source.notes)
+            dnnlib.print_notes([*source.notes, *unusable])
     if len(source) < (num or 2):
         needed = f"num = {num} asks for more" if num else "metrics need at least 2"
         raise dnnlib.UserError(f"found {len(source)} images in {path}, {needed}")

@@ -18,7 +18,7 @@ from archives import build, zip_writer
 from archives.reader import ArchiveReader
 from archives.sources import Source, open_source
 from archives.workers import AHEAD, work_in_order
-from archives.writer import make_transform
+from archives.writer import Transform, make_transform
 from archives.zip_writer import ZipWriter
 from tests.support import synth
 from tests.support.paths import ROOT
@@ -138,9 +138,10 @@ def test_images_move_up_when_others_are_left_out(tmp_path, dest):
     images = synth.pictures(40, 64)
     source = lambda: Source("x", 40, images.__getitem__, np.arange(40))  # noqa: E731
 
-    def transform(image):
+    def apply(image):
         return None if int(image.sum()) % 3 == 0 else image
 
+    transform = Transform(apply, enlarges=lambda rows, columns: False)
     kept = [i for i in range(40) if int(images[i].sum()) % 3]
     assert 5 < len(kept) < 35
     for workers in (1, 3):

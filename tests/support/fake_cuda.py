@@ -169,6 +169,7 @@ class FakeCuda:
             "torch.cuda.Event": Event,
             "torch.cuda.current_stream": lambda device=None: None,
             "torch.cuda.synchronize": lambda device=None: fake.wait("the host waits for the GPU"),
+            "torch.cuda.mem_get_info": lambda device=None: (1 << 40, 1 << 40),
             "torch.cuda.manual_seed_all": lambda seed: None,
             # Threads that read data pin it too, where no mode is active.
             "torch.Tensor.pin_memory": lambda x: fake._mark(fake.pinned, x.clone()),

@@ -138,7 +138,7 @@ def test_posterior_of_each_image_takes_the_place_of_its_label():
     torch.testing.assert_close(found, torch.nn.functional.cross_entropy(logits, exact[items], reduction="none"))
 
     # A network that knows the posterior of each image, but is too sure by a factor of two.
-    order = iter(objective.val_indices.repeat(-(-4096 // len(objective.val_indices))).split(256))
+    order = iter(objective.val_indices.repeat(-(-classifier.VALIDATION_DRAWS // len(objective.val_indices))).split(256))
     objective.trained["net"].ema = lambda x, sigma: 2 * exact[next(order)].clamp_min(1e-4).log()
     loss, info = objective.validate(), objective.info()
     sure = torch.log_softmax(2 * exact.clamp_min(1e-4).log(), dim=1)
