@@ -1,33 +1,23 @@
 """Snapshots whose numbers, names and references ask for more than is stored, read in a process with little memory."""
 
 import pickle
-import subprocess
-import sys
 
 import pytest
 import torch
 
 import training.networks
 import training.networks_ddgan
+from tests.support.forks import run_apart
 from tests.support.pickles import persistent
 from torch_utils import build_limits
 from torch_utils.persistence import load_snapshot, save_snapshot
 
-READ = """
-import resource, sys, time
-import training.networks, training.networks_ddgan
-from torch_utils import persistence
-size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (size + (1 << 30),) * 2)
-resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time()) + 10,) * 2)
-persistence.load_snapshot(sys.argv[1])
-"""
 SMALL = dict(img_resolution=8, img_channels=1, model_channels=32, channel_mult=[1], num_blocks=1, attn_resolutions=[])
 
 
 def refused(path, words):
-    done = subprocess.run([sys.executable, "-c", READ, path], capture_output=True, timeout=100, check=False)
-    assert b"UserError" in done.stderr and words in done.stderr, (done.returncode, done.stderr[-300:])
+    status, err = run_apart(lambda: load_snapshot(path))
+    assert b"UserError" in err and words in err, (status, err[-300:])
 
 
 @pytest.mark.parametrize(
