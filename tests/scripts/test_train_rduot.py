@@ -231,14 +231,14 @@ def test_sampling(trained, data, tmp_path):
     ones = read(tmp_path / "c")
     assert (ones[1] == 1).all() and np.array_equal(ones[0][labels == 1], images[labels == 1])  # the same noise
     assert (ones[0][labels == 0] != images[labels == 0]).any()
-    torchrun(
-        "generate.py",
-        *base,
-        "--seeds=0-12",
-        "--batch=4",
-        f"--outdir={tmp_path}/d",
-    )
-    assert_same_images(read(tmp_path / "d")[0], images)
+
+
+@pytest.mark.long  # tests/scripts/test_generate.py has it for the sampler of denoisers
+def test_images_do_not_depend_on_the_number_of_processes(trained, tmp_path):
+    args = [f"--network={trained}", "--device=cpu", "--seeds=0-12"]
+    succeed(generate, *args, f"--outdir={tmp_path}/one")
+    torchrun("generate.py", *args, "--batch=4", f"--outdir={tmp_path}/two")
+    assert_same_images(read(tmp_path / "two")[0], read(tmp_path / "one")[0])
 
 
 @pytest.mark.parametrize(
