@@ -130,7 +130,7 @@ class ArchiveSet:
         classes = some(self._joined, shown=MANY)
         return [
             *(note for note in notes if note not in own),  # these numbers are not those of the set
-            f"{self.path}: these differ in their classes, so the set has those of all: {classes}",
+            f"{self.path}: the classes differ between the folders; the set has all of them: {classes}",
             *note_numbers(self._joined, self.path),
             *(f"{self.path}: {text}" for text in alike),
         ]

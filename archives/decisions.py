@@ -57,8 +57,10 @@ def holds_decisions(path: str) -> bool:
     if not path.lower().endswith((".csv", ".tsv")):
         return "decision" in [field.lower() for field in read_table(dnnlib.read_bytes(path), path).fields]
     text = dnnlib.read_bytes(path)[:1000].removeprefix(b"\xef\xbb\xbf").decode("latin1")
-    head = SEPARATOR.sub("", text, count=1).split("\n")[0].lower()
-    return "decision" in [cell.strip('" \r') for cell in re.split(r"[,;|\t]", head)]
+    stated = SEPARATOR.match(text)
+    head = (text[stated.end() :] if stated else text).split("\n")[0].lower()
+    delimiters = re.escape(stated[1]) if stated else r"[,;|\t]"
+    return "decision" in [cell.strip('" \r') for cell in re.split(delimiters, head)]
 
 
 def load_decisions(

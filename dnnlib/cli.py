@@ -292,7 +292,11 @@ class _OneLineErrors:
             memory = isinstance(e, MemoryError) or any(text in str(e) for text in ("allocate memory", "out of memory"))
             if not (standalone_mode and memory):
                 raise
-            _fail("not enough memory for this; smaller batches or images need less", 1, lone=True)
+            _fail(
+                "not enough memory for this; smaller batches or images need less",
+                1,
+                lone=not getattr(e, "shared", False),
+            )
         except OSError as e:
             if not standalone_mode:
                 raise

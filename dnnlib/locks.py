@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 from collections.abc import Iterator
 
 __all__ = ["locked"]
+
+TRIES = 1000  # a file system may show another file than the one that is open
 
 
 @contextlib.contextmanager
@@ -30,13 +33,13 @@ def locked(path: str | os.PathLike[str], wait: bool = True) -> Iterator[None]:
     finally:
         if fd is not None:
             with contextlib.suppress(OSError):
-                os.unlink(lock)  # before the lock goes: who waits for it then sees that it has to make a new file
+                os.unlink(lock)  # before it is unlocked, so that a process that waits notices and makes a new file
             os.close(fd)
 
 
 def _acquire(lock: str, wait: bool) -> int:
     """Return a descriptor that holds the lock. OSError: the file cannot be made."""
-    while True:
+    for _ in range(TRIES):
         fd = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         try:
             try:
@@ -45,9 +48,11 @@ def _acquire(lock: str, wait: bool) -> int:
                 raise
             except OSError:  # a file system without locks
                 pass
-            if os.fstat(fd).st_nlink:
-                return fd
+            with contextlib.suppress(FileNotFoundError):  # the process that had the lock has just deleted the file
+                if os.path.samestat(os.fstat(fd), os.stat(lock)):
+                    return fd
         except BaseException:  # a signal while it waits
             os.close(fd)
             raise
         os.close(fd)
+    raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK), lock)

@@ -190,7 +190,12 @@ def open_file(path: str | os.PathLike[str]) -> IO[bytes]:
 
 def list_contents(path: str | os.PathLike[str]) -> list[str]:
     """Return the names in a folder, sorted, without the files that operating systems put there by themselves."""
-    return sorted(name for name in os.listdir(path) if not LITTER.fullmatch(name))
+    with os.scandir(path) as entries:
+        return sorted(entry.name for entry in entries if not _is_litter(entry))
+
+
+def _is_litter(entry: os.DirEntry[str]) -> bool:
+    return LITTER.fullmatch(entry.name) is not None and entry.is_file(follow_symlinks=False)
 
 
 @contextlib.contextmanager
@@ -268,9 +273,8 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     folder, held = temporary_folder(path)
     try:
         yield folder
-        for name in os.listdir(path) if path.is_dir() else []:
-            if LITTER.fullmatch(name):
-                os.unlink(path / name)
+        for name in os.listdir(path) if path.is_dir() else []:  # litter: the folder was empty but for that
+            os.unlink(path / name)
         os.rename(folder, path)  # also over an empty folder
         sync_directory(path.parent)
     finally:

@@ -233,13 +233,17 @@ def prune_states(run_dir: str | os.PathLike[str], keep: int) -> None:
         path.unlink(missing_ok=True)
 
 
-def set_aside_later_states(run_dir: str | os.PathLike[str], nimg: int) -> None:
+def set_aside_later_states(run_dir: str | os.PathLike[str], nimg: int, damaged_only: bool = False) -> None:
     """Rename the states beyond `nimg` images, from where the run in this folder goes on.
 
     They are damaged, or the user went back on purpose. `prune_states` and the next resume must not prefer them.
+    With `damaged_only` the user wanted the newest one. UserError: then one of them is undamaged, so that another
+    process has written it since this one looked.
     """
     for path in states(run_dir):
         if int(path.stem.rpartition("-")[2]) > nimg // 1000:
+            if damaged_only and _damage(path) is None:
+                raise UserError(f"{path}: another training has gone on here meanwhile; give the command again")
             aside = path.with_name(f"outdated-{path.name}")
             os.replace(path, aside)
             distributed.print0(f"{path.name} lies beyond this point; it is now {aside.name}")

@@ -339,8 +339,8 @@ def _describe(error: Exception) -> str:
 def shutdown() -> None:
     """Leave the other processes and forget the device. This is allowed at any time.
 
-    While an error passes, as in a `finally` clause, this does not wait for the other processes: NCCL would, for up to
-    half an hour, and they may be waiting for this one. The process then ends hard, once it has reported the error.
+    While an error passes, as in a `finally` clause, this does not wait for the other processes: NCCL would, for as long
+    as `init` says, and they may be waiting for this one. The process then ends hard, once it has reported the error.
     """
     global _device, _exit_code
     error = sys.exc_info()[1]

@@ -223,7 +223,7 @@ class Objective:
         share = self.config.batch_size // distributed.get_world_size()
         n = min(self.config.batch_gpu or share, share)
         items = torch.arange(n) % len(self.dataset)
-        images, labels = self.dataset.images(items).to(self.device), self.dataset.onehot(items).to(self.device)
+        images, labels = self.dataset.images_on(self.device, items), self.dataset.onehot(items).to(self.device)
         seed = (self.config.seed, 0, nimg)
         torch.manual_seed(misc.step_seed(*seed, stream=5))
         draws = self.draw(images, misc.step_generator(*seed, self.device, stream=6))

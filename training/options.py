@@ -79,7 +79,7 @@ def run_options(script: str, *, cond: bool = False, duration: float = 200.0, bat
         click.option("--bench", type=BOOL, default=True, help="Let cuDNN search for the fastest algorithms"),
         click.option("--compile", type=BOOL, default=False, help="Compile the network with torch.compile"),
         click.option("--shard", type=BOOL, default=False, help="Share weights, gradients and optimizer state between the processes of a machine (FSDP2)"),
-        click.option("--cache", type=BOOL, default=True, help="Keep decoded images in memory: up to 4 GiB, and a quarter of a GPU's free memory"),
+        click.option("--cache", type=BOOL, default=True, help="Keep decoded images in memory: at most 4 GiB, and on a GPU at most a quarter of its free memory"),
         click.option("--workers", metavar="INT", type=COUNT, default=1, help="Threads that read images when they are not cached"),
         click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto", help="Where to train"),
         click.option("--desc", metavar="STR", help="Text for the end of the run directory's name"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import functools
 import json
 import os
 import re
@@ -105,11 +104,16 @@ def start(
                 transfer(objective, opts["transfer"], opts["trust_pickle"])
         with blame("--outdir"):
             home = None if path is None else os.path.dirname(os.path.realpath(path))
-            elsewhere, again = home != os.path.realpath(run_dir), opts["resume"] == "latest"
-            make = functools.partial(make_run_dir, run_dir, config, at_end, elsewhere, again, numbered)
+            named = opts["resume"] not in (None, "latest") and not os.path.isdir(opts["resume"])
+
+            def make() -> str:
+                elsewhere = home != os.path.realpath(run_dir)
+                made = make_run_dir(run_dir, config, at_end, elsewhere, opts["resume"] == "latest", numbered)
+                if not elsewhere:
+                    checkpoint.set_aside_later_states(made, nimg, damaged_only=not named)
+                return made
+
             run_dir = distributed.from_rank0(make)
-            if not elsewhere:
-                distributed.on_rank0(lambda: checkpoint.set_aside_later_states(run_dir, nimg))
             best = distributed.from_rank0(lambda: fetch_best(best, home, run_dir))
         log_file = os.path.join(run_dir, "log.txt") if distributed.get_rank() == 0 else None
         with dnnlib.Logger(log_file, mode="a"):
@@ -151,8 +155,9 @@ def transfer(objective: Objective, pattern: str, trust_pickle: bool) -> None:
             except dnnlib.UserError as error:
                 print0(f"Warning: {error}, or the new run first has to unlearn it")
     copied, left = {}, {}  # sizes of parameters by name
-    for name, source in sources.items():
-        for found, sizes in zip((copied, left), objective.trained[name].transfer(source), strict=True):
+    for name, trained in objective.trained.items():
+        source = sources.get(name, torch.nn.Module())
+        for found, sizes in zip((copied, left), trained.transfer(source), strict=True):
             found |= {f"{name}.{key}": size for key, size in sizes.items()}
     if not copied:
         raise dnnlib.UserError(f"{path} has no parameter of the same name and shape as the new network")
@@ -197,7 +202,7 @@ def _search_state(resume: str, outdir: str, nosubdir: bool) -> tuple[str, str | 
         if path is None:
             print0(f"--resume=latest: {outdir} has no complete training state; starting a new run")
             return None
-        return path, os.path.dirname(path)
+        return path, os.path.dirname(path) or "."
     if not os.path.exists(resume):
         found = dnnlib.match_paths(resume)
         if len(found) > 1:
@@ -328,7 +333,8 @@ def make_run_dir(
     try:
         at_end.enter_context(dnnlib.locked(os.path.join(run_dir, "run"), wait=False))
     except BlockingIOError:
-        raise dnnlib.UserError(f"{run_dir}: another training is running here; stop it first") from None
+        message = f"{run_dir}: another training is running here; stop it first (if there is none, delete .run.lock)"
+        raise dnnlib.UserError(message) from None
     checkpoint.remove_leftovers(run_dir)
     with dnnlib.atomic_open(os.path.join(run_dir, "training_options.json"), "wt") as f:
         json.dump(to_dict(config), f, indent=2)

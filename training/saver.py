@@ -75,11 +75,10 @@ class Saver:
 
         def save() -> None:
             report()
-            kept = snapshot and self.save_snapshot(nimg, value, data)
+            if snapshot and self.save_snapshot(nimg, value, data):
+                self.show(nimg, data)
             if state:
                 self.save_state(nimg, weights)
-            if kept:  # at last: pictures take time, and a network that makes none may still be trained further
-                self.show(nimg, data)
 
         self._on_rank0(save)
 
@@ -126,7 +125,10 @@ class Saver:
         return True
 
     def show(self, nimg: int, data: dict) -> None:
-        """Write a picture of samples, and show a snapshot to the trackers."""
+        """Write a picture of samples, and show a snapshot to the trackers.
+
+        A network that makes no picture, such as one with infinite values for a while, may still be trained further.
+        """
         picture = None
         if self.draw_samples is not None and nimg > self.config.batch_size:
             path = os.path.join(self.run_dir, f"samples-{nimg // 1000:06d}.png")

@@ -89,7 +89,7 @@ def training_loop(
                 objective.step(images, labels, nimg, stats, stream.items, stream.companions)
             except torch.OutOfMemoryError:
                 at_a_time = config.batch_gpu or batch // world
-                hint = "--batch-gpu takes fewer of a batch" if at_a_time > 1 else "it needs a smaller network"
+                hint = "choose a smaller --batch-gpu" if at_a_time > 1 else "it needs a smaller network"
                 message = f"{device} has too little memory for {at_a_time} images at a time; {hint}"
                 raise dnnlib.UserError(message) from None
             first, before, nimg = nimg == 0, nimg // tick_nimg, nimg + batch

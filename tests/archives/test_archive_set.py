@@ -177,7 +177,7 @@ def test_folders_with_different_sizes_and_classes_are_one_source(tmp_path):
     source, dest = ",".join(parts), tmp_path / "out.zip"
     code, out, err = synth.run_dataset_tool(f"--source={source}", f"--dest={dest}", "--resolution=4x4")
     assert code == 0 and "bird (2), cat (4), dog (2)" in out, err
-    assert f"Note: {source}: these differ in their classes, so the set has those of all: bird, cat, dog\n" == err
+    assert f"Note: {source}: the classes differ between the folders; the set has all of them: bird, cat, dog\n" == err
     data = ImageDataset(str(dest))
     assert data.class_names == ["bird", "cat", "dog"] and data.labels.tolist() == [1, 1, 2, 2, 0, 0, 1, 1]
     assert data.images(range(8))[:, 0, 0, 0].tolist() == [40, 40, 80, 80, 120, 120, 40, 40]

@@ -239,6 +239,8 @@ def test_states_beyond_the_point_where_a_run_goes_on_are_set_aside(tmp_path, cap
     """A damaged one, or one of a branch that the user left, would otherwise outlive the new states."""
     for number in (100, 150, 200):
         save_state(tmp_path / f"training-state-{number:06d}.pt", {"a": number})
+    with pytest.raises(UserError, match="another training has gone on here meanwhile"):
+        set_aside_later_states(tmp_path, 100_900, damaged_only=True)
     set_aside_later_states(tmp_path, 100_900)
     assert [path.name for path in states(tmp_path)] == ["training-state-000100.pt"]
     assert load_state(tmp_path / "outdated-training-state-000200.pt") == {"a": 200}

@@ -77,7 +77,7 @@ def test_a_network_that_makes_no_picture_is_trained_further(archive, tmp_path, m
     assert list((tmp_path / "run").glob("training-state-*.pt"))
 
 
-@pytest.mark.parametrize("more, hint", [([], "--batch-gpu takes fewer"), (["--batch-gpu=1"], "a smaller network")])
+@pytest.mark.parametrize("more, hint", [([], "choose a smaller --batch-gpu"), (["--batch-gpu=1"], "a smaller network")])
 def test_too_little_memory_is_said_in_one_line(archive, tmp_path, monkeypatch, more, hint):
     def fail(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")

@@ -195,7 +195,7 @@ class ClassifierObjective(Objective):
         total = torch.zeros([], dtype=torch.float64, device=self.device)
         rows, kept = [], 0
         for part in indices.split(max(self.config.batch_size, 256)):
-            y = to_float(self.dataset.images(part).to(self.device))
+            y = to_float(self.dataset.images_on(self.device, part))
             labels = self.dataset.onehot(part).to(self.device)
             sigma = self.noise_levels.sample(len(part), generator, self.device)
             x = y + sigma.reshape(-1, 1, 1, 1) * torch.randn(y.shape, generator=generator, device=self.device)

@@ -278,7 +278,7 @@ class DiscriminatorObjective(Objective):
         size = self.config.batch_gpu or 8 * self.config.batch_size // distributed.get_world_size()
         rows = []
         for part in self.held_out.split(max(self.config.batch_size // repeats, 32)):
-            y = to_float(self.dataset.images(part).to(self.device)).repeat(repeats, 1, 1, 1)
+            y = to_float(self.dataset.images_on(self.device, part)).repeat(repeats, 1, 1, 1)
             part = part.to(self.device).repeat(repeats)
             labels, targets = self.pairs(part, torch.rand([len(part), 2], **draw))
             sigma = (low + (high - low) * torch.rand([len(part)], **draw)).exp()

@@ -392,7 +392,7 @@ class RDUOT(Objective):
         generator = torch.Generator(self.device).manual_seed(0)
         net, values = self.trained["potential"].net, []
         for part in items.split(LOOK_AT // 8):
-            x_0 = to_float(self.dataset.images(part).to(self.device))
+            x_0 = to_float(self.dataset.images_on(self.device, part))
             t = torch.zeros(len(x_0), dtype=torch.int64, device=self.device)
             noise = [torch.randn(x_0.shape, generator=generator, device=self.device) for _ in range(2)]
             x_t, x_next = self.steps.pair(x_0, t, *noise)
