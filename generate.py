@@ -13,7 +13,7 @@ import torch
 import dnnlib
 from dnnlib.cli import Command, blame
 from dnnlib.signals import ENDING, catching, exit_in_order
-from sampling.evaluations import EvaluationMeter, Stopwatch, report, start_over
+from sampling.evaluations import EvaluationMeter, Stopwatch, report, start_over, uncounted
 from sampling.generation import generate_images
 from sampling.guidance import AffineGuidance, ClassifierFreeGuidance
 from sampling.loading import guide, load_denoiser, load_discriminator
@@ -90,9 +90,10 @@ def run(o: dnnlib.EasyDict, device: torch.device) -> None:
         with catching(exit_in_order, *ENDING):
             batches = progress(make(own), len(missing))
             batches = batches if trajectories is None else trajectories.watch(batches)
-            folder = earlier.folder if earlier else o.outdir
+            folder, listed = (earlier.folder, earlier.listed) if earlier else (o.outdir, ())
             order = functools.partial(earlier.list_all, seeds) if earlier else None
-            save_images(batches, folder, o.subdirs, class_names, order, functools.partial(check_others, folder, *asked))
+            check = uncounted(functools.partial(check_others, folder, *asked), meter, correcting, net)
+            save_images(batches, folder, o.subdirs, class_names, order, check, listed)
             if earlier:
                 distributed.on_rank0(earlier.pack)
     except (KeyboardInterrupt, SystemExit):

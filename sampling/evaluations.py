@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -14,7 +16,7 @@ from torch_utils import distributed, misc
 from torch_utils.distributed import print0
 from torch_utils.precision import widest
 
-__all__ = ["EvaluationMeter", "Stopwatch", "evaluations", "on_host", "precise", "report", "start_over"]
+__all__ = ["EvaluationMeter", "Stopwatch", "evaluations", "on_host", "precise", "report", "start_over", "uncounted"]
 
 
 def precise(latents: torch.Tensor) -> torch.Tensor:
@@ -50,12 +52,16 @@ class Stopwatch:
     """Context manager that adds up the seconds the device spends inside. `seconds` waits for a GPU, nothing before."""
 
     def __init__(self, device: torch.device):
-        self._device = device
-        self.reset()
+        self._device, self._spans = device, []
 
-    def reset(self) -> None:
-        """Forget the seconds so far."""
-        self._spans = []
+    @property
+    def times(self) -> int:
+        """How often it ran."""
+        return len(self._spans)
+
+    def reset(self, keep: int = 0) -> None:
+        """Forget the seconds so far, but for those of the first times that it ran."""
+        del self._spans[keep:]
 
     def __enter__(self) -> None:
         self._start = self._mark()
@@ -100,10 +106,31 @@ class EvaluationMeter:
 def start_over(meter: EvaluationMeter, correcting: Stopwatch | None, net: Denoiser) -> None:
     """Forget what was counted and measured so far; the arguments as of `report`."""
     meter.count = 0
-    for stopwatch in filter(None, (meter.stopwatch, correcting)):
-        stopwatch.reset()
+    for stopwatch in (meter.stopwatch, correcting):
+        if stopwatch is not None:
+            stopwatch.reset()
     if isinstance(net, Rejection):
         net.drawn = net.given_up = 0
+
+
+def uncounted(
+    act: Callable[..., None], meter: EvaluationMeter, correcting: Stopwatch | None, net: Denoiser
+) -> Callable[..., None]:
+    """Return `act` as a function that adds nothing to what is counted and measured; the arguments as of `report`."""
+
+    def quietly(*args: Any) -> None:
+        rejection = net if isinstance(net, Rejection) else None
+        count, draws = meter.count, (rejection.drawn, rejection.given_up) if rejection else None
+        stopwatches = [stopwatch for stopwatch in (meter.stopwatch, correcting) if stopwatch is not None]
+        times = [stopwatch.times for stopwatch in stopwatches]
+        act(*args)
+        meter.count = count
+        if rejection:
+            rejection.drawn, rejection.given_up = draws
+        for stopwatch, before in zip(stopwatches, times, strict=True):
+            stopwatch.reset(keep=before)
+
+    return quietly
 
 
 def report(images: int, seconds: float, meter: EvaluationMeter, correcting: Stopwatch | None, net: Denoiser) -> None:

@@ -69,13 +69,14 @@ def save_images(
     class_names: Sequence[str] | None = None,
     order: Callable[[list[list]], list[list]] | None = None,
     check_others: Callable[[Collection[str]], None] | None = None,
+    listed: Collection[str] = (),
 ) -> None:
     """Write the batches of `generate_images` as PNGs with `dataset.json` into `path`, a folder or X.zip. Collective.
 
     Every process passes its own batches (`distributed.share`); `dataset.json` lists the images in the order of ranks.
     Into a ZIP rank 0 writes; the others write a part each beside it, which rank 0 appends. `order` is for a folder that
     holds images already: it makes the list of all, [name, class or None], from that of the new ones, and the new ones
-    stay when this fails.
+    stay when this fails. `listed`: the names that its `dataset.json` had before; those which `order` leaves out go.
 
     Another call may write into the same folder meanwhile. The call that ends last lists the images of both; before that
     `check_others` receives the names of its own images on rank 0, and looks at the others.
@@ -113,7 +114,7 @@ def save_images(
                 return
             with dnnlib.locked(os.path.join(path, METADATA)):
                 if os.path.exists(os.path.join(path, METADATA)):
-                    _join_list(path, about, {name for name, _ in entries}, check_others)
+                    _join_list(path, about, {name for name, _ in entries}, check_others, listed)
                 else:
                     archive.add_metadata(about)
             writing.close()
@@ -181,7 +182,11 @@ def read_list(folder: str) -> tuple[dict[str, int] | None, list[str] | None]:
 
 
 def _join_list(
-    path: str, about: dict[str, Any], own: Collection[str], check_others: Callable[[Collection[str]], None] | None
+    path: str,
+    about: dict[str, Any],
+    own: Collection[str],
+    check_others: Callable[[Collection[str]], None] | None,
+    listed: Collection[str],
 ) -> None:
     """Write the `dataset.json` of a folder that has one, and keep what another call has listed there meanwhile.
 
@@ -189,7 +194,8 @@ def _join_list(
     """
     labels, class_names = read_list(path)
     ours = about["labels"] and dict(about["labels"])
-    kept = [[name, c] for name, c in (labels or {}).items() if name not in own and os.path.exists(f"{path}/{name}")]
+    others = [name for name in labels or {} if name not in own and name not in listed]
+    kept = [[name, labels[name]] for name in others if os.path.exists(f"{path}/{name}")]
     alike = (labels is None) == (ours is None) and class_names in (None, about.get("class_names"))
     if (kept and not alike) or any((labels or {}).get(name, c) != c for name, c in (ours or {}).items()):
         raise dnnlib.UserError(f"{path}: another call has written images with other classes; choose another folder")

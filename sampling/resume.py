@@ -43,13 +43,16 @@ class Earlier:
     subdirs: bool  # whether each thousand of seeds has a folder
     seeds: list[int]  # of the undamaged images
     classes: list[int] | None  # of these images; None without classes
+    listed: frozenset[str] = frozenset()  # the names that `dataset.json` had
     entries: list[list] = field(default_factory=list)  # [name, class or None] of all images, once all are made
 
     def list_all(self, seeds: Sequence[int], new: list[list]) -> list[list]:
         """Return the entries of `seeds`, then of other images in the folder, given those of the new images."""
-        entries = {self._name(s): [self._name(s), c] for s, c in zip(self.seeds, self._classes(), strict=True)}
+        named = ((self._name(s), c) for s, c in zip(self.seeds, self._classes(), strict=True))
+        # Another call may have taken its images back since.
+        entries = {name: [name, c] for name, c in named if os.path.exists(os.path.join(self.folder, name))}
         entries |= {name: [name, c] for name, c in new}
-        self.entries = [entries[name] for name in dict.fromkeys([*map(self._name, seeds), *entries])]
+        self.entries = [entries[name] for name in dict.fromkeys([*map(self._name, seeds), *entries]) if name in entries]
         return self.entries
 
     def pack(self) -> None:
@@ -65,11 +68,14 @@ class Earlier:
 
         Of the largest samples one image may differ: rounding decides on its acceptance.
         """
-        known = read_list(self.folder)[0] or {} if os.path.exists(os.path.join(self.folder, METADATA)) else {}
+        known, sample = _listed(self.folder), []
         wrong = [s for s, c in zip(self.seeds, self._classes(), strict=True) if known.get(self._name(s), c) != c]
         if self.seeds and not wrong:
             sample = [self.seeds[i] for i in np.unique(np.linspace(0, len(self.seeds) - 1, number).astype(int))]
-            there = np.stack([_decode(self.folder, self._name(s)) for s in sample]).astype(np.int16)
+            found = {s: _decode(self.folder, self._name(s)) for s in sample}
+            sample = [s for s in sample if found[s] is not None]  # another call may have taken its images back
+        if sample:
+            there = np.stack([found[s] for s in sample]).astype(np.int16)
             here = np.concatenate([images for _, images, _ in remake(sample)])
             shares = np.sort(np.mean(np.abs(here - there) > 1, axis=(1, 2, 3)))
             shares = shares[: len(shares) - len(shares) // SAMPLE_OF_REJECTION]
@@ -86,6 +92,11 @@ class Earlier:
 
     def _classes(self) -> Sequence[int | None]:
         return [None] * len(self.seeds) if self.classes is None else self.classes
+
+
+def _listed(folder: str) -> dict[str, int]:
+    """Return the labels by name in the `dataset.json` of a folder, if there is one."""
+    return read_list(folder)[0] or {} if os.path.exists(os.path.join(folder, METADATA)) else {}
 
 
 def find_earlier(
@@ -105,11 +116,12 @@ def find_earlier(
     folder = f"{path}{PARTIAL}" if is_zip(path) else path
 
     def find() -> Earlier:
+        listed = frozenset(_listed(folder))
         seeds = _find_seeds(path, folder, subdirs, _shape(net))
         if not seeds and os.path.exists(os.path.join(folder, METADATA)):
             message = f"{path}: holds {METADATA}, but no image that this command makes; choose another folder"
             raise dnnlib.UserError(message)
-        return _checked(path, folder, subdirs, seeds, net, device, turns, remake)
+        return _checked(path, folder, subdirs, seeds, net, device, turns, remake, listed)
 
     def unpack_and_find() -> Earlier:
         if os.path.lexists(folder) and not os.path.isdir(folder):
@@ -137,10 +149,10 @@ def check_others(
     own: Collection[str],
 ) -> None:
     """Raise UserError unless the images in a folder besides `own` are such as this call makes. As `find_earlier`."""
-    seeds = [s for s in _find_seeds(path, path, subdirs, _shape(net)) if image_name(s, subdirs) not in own]
+    seeds = _find_seeds(path, path, subdirs, _shape(net), own)
     if seeds:
         print0(f"{path}: holds images of another call, too; some are made again, to see whether they fit")
-    _checked(path, path, subdirs, seeds, net, device, turns, remake)
+        _checked(path, path, subdirs, seeds, net, device, turns, remake)
 
 
 def _checked(
@@ -152,9 +164,10 @@ def _checked(
     device: torch.device,
     turns: Sequence[int] | None,
     remake: Callable[[list[int]], Batches],
+    listed: frozenset[str] = frozenset(),
 ) -> Earlier:
     classes = [turns[s % len(turns)] for s in seeds] if turns else drawn_classes(net, seeds, device)
-    earlier = Earlier(path, folder, subdirs, seeds, classes)
+    earlier = Earlier(path, folder, subdirs, seeds, classes, listed)
     earlier.check(remake, SAMPLE_OF_REJECTION if isinstance(net, Rejection) else SAMPLE)
     return earlier
 
@@ -163,13 +176,17 @@ def _shape(net: Callable[..., torch.Tensor]) -> tuple[int, int, int]:
     return net.img_resolution, net.img_resolution, net.img_channels
 
 
-def _find_seeds(path: str, folder: str, subdirs: bool, shape: tuple[int, int, int]) -> list[int]:
-    """Return the seeds of the undamaged images. UserError: an image is of no seed, or of another shape."""
+def _find_seeds(
+    path: str, folder: str, subdirs: bool, shape: tuple[int, int, int], besides: Collection[str] = ()
+) -> list[int]:
+    """Return the seeds of the undamaged images, `besides` some. UserError: one is of no seed, or of another shape."""
     names = sorted(
-        os.path.relpath(os.path.join(place, name), folder).replace(os.sep, "/")
-        for place, _, files in os.walk(folder)
-        for name in files
-        if os.path.splitext(name)[1].lower() in EXTENSIONS and not name.startswith(".")
+        {
+            os.path.relpath(os.path.join(place, name), folder).replace(os.sep, "/")
+            for place, _, files in os.walk(folder)
+            for name in files
+            if os.path.splitext(name)[1].lower() in EXTENSIONS and not name.startswith(".")
+        }.difference(besides)
     )
 
     def read(name: str) -> int | None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import generate
-from sampling import output
+from sampling import output, resume
 from tests.support.generated import FAST, make, random_network, read, run
 from torch_utils import persistence
 
@@ -188,8 +188,41 @@ def during(monkeypatch, other):
 def test_calls_that_run_at_the_same_time_list_the_images_of_both(pkl, whole, tmp_path, monkeypatch, resume):
     args = [f"--network={pkl['cond']}", "--subdirs", *resume]
     during(monkeypatch, lambda: make(tmp_path / "out", *args, "--seeds=7-11"))
-    assert "holds images of another call" in make(tmp_path / "out", *args, "--seeds=0-6")
+    text = make(tmp_path / "out", *args, "--seeds=0-6")
+    assert "holds images of another call" in text and "5 network evaluations per image" in text
     assert same(tmp_path, whole, "out")
+
+
+def test_images_that_another_call_takes_back_meanwhile_are_left_out(pkl, tmp_path, monkeypatch):
+    args, find = [f"--network={pkl['cond']}"], resume._find_seeds
+    make(tmp_path / "out", *args, "--seeds=0-2")
+
+    def found(path, *more):
+        seeds = find(path, *more)
+        return [*seeds, 9] if seeds else []  # 9 was there a moment ago
+
+    monkeypatch.setattr(resume, "_find_seeds", found)
+    assert "3 of 5 images are there already" in make(tmp_path / "out", *args, "--seeds=0-4", "--resume")
+    listed = json.loads((tmp_path / "out" / "dataset.json").read_text())["labels"]
+    assert [name for name, _ in listed] == [f"{seed:06d}.png" for seed in range(5)]
+
+
+def test_a_damaged_image_of_another_seed_does_not_stay_on_the_list(pkl, tmp_path):
+    args = [f"--network={pkl['cond']}"]
+    make(tmp_path / "out", *args, "--seeds=0-4")
+    (tmp_path / "out" / "000004.png").write_bytes(b"damaged")
+    make(tmp_path / "out", *args, "--seeds=0-3,7", "--resume")
+    listed = json.loads((tmp_path / "out" / "dataset.json").read_text())["labels"]
+    assert [name for name, _ in listed] == [f"{seed:06d}.png" for seed in (0, 1, 2, 3, 7)]
+
+
+def test_a_single_call_decodes_each_image_once_to_check_it(tmp_path, monkeypatch):
+    persistence.save_snapshot(tmp_path / "a.pkl", dict(ema=random_network(label_dim=0), info={}))
+    args, seen, decode = [f"--network={tmp_path}/a.pkl"], [], resume._decode
+    make(tmp_path / "out", *args, "--seeds=0-19")
+    monkeypatch.setattr(resume, "_decode", lambda folder, name: seen.append(name) or decode(folder, name))
+    make(tmp_path / "out", *args, "--seeds=0-20", "--resume")
+    assert len(seen) == 20 + resume.SAMPLE
 
 
 @pytest.mark.parametrize(
