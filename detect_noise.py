@@ -88,16 +88,16 @@ def main(**opts) -> None:
         if o.drop_foreign and found.is_outlier is None:  # decisions know about some images only
             raise dnnlib.UserError("--drop_foreign: nobody has looked which images are foreign")
         judged = found if decisions is None else apply_to_labels(found, decisions)
-        source = None
-        if o.cleaned:  # before anything is written: there may be nothing left
-            source = open_archive(o.data)
+        source = open_archive(o.data) if o.cleaned else None
+        if source is not None:  # before anything is written: there may be nothing left
             lines.append(clean(source, judged, decisions, dataset.label_dim, o))
         picture = o.picture or f"{os.path.splitext(o.dest)[0]}.png"
-        os.makedirs(os.path.dirname(os.path.abspath(picture)), exist_ok=True)
         written = save_results(o.dest, dataset, judged, snapshot, not (o.labels or o.cls))
         if not judged.is_clean.all():
             written.append(picture)
             save_picture(picture, dataset, judged)
+        elif not o.picture:  # an earlier one would show labels that are believed now
+            pathlib.Path(picture).unlink(missing_ok=True)
         if source is not None:
             build_archive(source, o.cleaned, make_transform(None, None), overwrite=True)
             written.append(o.cleaned)
@@ -126,7 +126,7 @@ def clean(source: Source, found: LabelFile, decisions: Decisions | None, classes
     text = f"Cleaned:     {c.relabeled:,} relabeled, {c.left_out:,} left out"
     if o.fix == "keep":
         return text
-    text += f"; {c.before:.1%} of the labels were right by estimate, {c.after:.1%} are"
+    text += f"; by estimate, {c.before:.1%} of the labels were right before and {c.after:.1%} are now"
     return text if c.after > c.before else f"{text}\nWarning: the cleaned labels are no better than before"
 
 

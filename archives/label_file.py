@@ -27,6 +27,7 @@ __all__ = [
     "check_labels",
     "class_noise_rates",
     "flagged_labels",
+    "is_detection",
     "load_label_file",
     "load_outlier_flags",
     "match_rows",
@@ -89,6 +90,21 @@ def save_label_file(path: str | os.PathLike[str], file: LabelFile) -> None:
         arrays |= to_arrays(file.posterior)
     with dnnlib.atomic_open(path) as f:
         np.savez(f, **arrays)
+
+
+def is_detection(path: str | os.PathLike[str]) -> bool:
+    """Return whether a file is a label file that says more than which labels are right, as a detection does.
+
+    One that says no more may hold what people have found: dataset_tool.py writes it beside an archive.
+    """
+    try:
+        arrays = safe_files.read_npz(os.fspath(path), EXPECTED)
+    except dnnlib.UserError:
+        return False
+    if not set(FIELDS) <= set(arrays):
+        return False
+    flags = all(np.array_equal(arrays[a], arrays[b]) for a, b in (("score", "is_clean"), ("suggested", "labels")))
+    return not flags or len(arrays) > len(FIELDS)
 
 
 def load_label_file(path: str | os.PathLike[str], dataset: ImageDataset) -> LabelFile:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pathlib
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from numbers import Real
@@ -20,7 +21,8 @@ from cleanscore.paths import find_archive
 from cleanscore.samples import Samples
 from detection.classifier import check_labels
 from detection.inspection import look_for_foreign
-from detection.options import METHODS, check_beside, detect_options, find_wrong_labels, save_results
+from detection.options import METHODS, detect_options, find_wrong_labels, save_results, training_state
+from dnnlib.cli import writable
 from metrics.detectors import INCEPTION
 from metrics.options import evaluate_files
 from metrics.protocols import PROTOCOLS
@@ -227,7 +229,8 @@ def detect(
     cls      a classifier of `train_classifier.py` that decides instead: run directory, snapshot or URL
     epochs   length of the training; None: what suits the method
     foreign  look for foreign images and duplicates, too
-    dest     label file X.npz to write, with X.csv beside it
+    dest     label file X.npz to write, with X.csv and, if a classifier trains that is kept, X-classifier.pkl beside it.
+             A training that was stopped then continues in the next call
 
     UserError: the archive has no labels, the classifier does not fit it, or the arguments contradict each other.
     """
@@ -240,10 +243,9 @@ def detect(
         raise dnnlib.UserError(
             f"cls: {os.fspath(cls)} decides, and nothing trains; leave out preset, method and epochs"
         )
-    if dest is not None and not os.fspath(dest).lower().endswith(".npz"):
-        raise dnnlib.UserError(f"dest: {os.fspath(dest)}: the name of a label file ends in .npz")
+    dest = None if dest is None else os.fspath(dest)
     if dest is not None:
-        check_beside(os.fspath(dest), trains=cls is None)
+        _check_dest(dest)
     path = find_archive(archive)
     settings = _detection.make_context("detect", ["--data", path, *(["--preset", preset] if preset else [])]).params
     given = {name: value for name, value in dict(method=method, epochs=epochs).items() if value is not None}
@@ -252,12 +254,25 @@ def detect(
         device, dataset = _device(device), ImageDataset(path)
         check_labels(dataset)
         dnnlib.print_notes([*dataset.notes, *dataset.class_notes()])
-        found, snapshot = find_wrong_labels(o, dataset, device, None)
+        found, snapshot = find_wrong_labels(o, dataset, device, dest)
         if foreign:
             look_for_foreign(dataset, found, seed)
     if dest is not None:
-        save_results(os.fspath(dest), dataset, found, snapshot, cls is None)
+        save_results(dest, dataset, found, snapshot, cls is None)
+        if cls is None:
+            pathlib.Path(training_state(dest)).unlink(missing_ok=True)
     return found
+
+
+def _check_dest(dest: str) -> None:
+    """Raise UserError if no label file can be written there. What it would replace, `find_wrong_labels` checks."""
+    folder = os.path.dirname(os.path.abspath(dest))
+    if not dest.lower().endswith(".npz"):
+        raise dnnlib.UserError(f"dest: {dest}: the name of a label file ends in .npz")
+    if os.path.isdir(dest):
+        raise dnnlib.UserError(f"dest: {dest}: is a folder, expected a file name")
+    if not writable(folder):
+        raise dnnlib.UserError(f"dest: {dest}: cannot be written in {folder}")
 
 
 @contextlib.contextmanager

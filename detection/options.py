@@ -14,7 +14,7 @@ import torch
 import dnnlib
 from archives.archive_set import SEVERAL
 from archives.dataset import ImageDataset
-from archives.label_file import LabelFile, save_label_file
+from archives.label_file import LabelFile, is_detection, save_label_file
 from archives.label_table import check_replaced, load_labels_or_table, save_label_table
 from detection import classifier, confident, cores, gce
 from detection.features import FEATURES, load_features
@@ -114,13 +114,15 @@ def training_state(path: str) -> str:
 
 
 def check_beside(path: str, trains: bool) -> None:
-    """Raise UserError if writing the label file X.npz would replace files beside it that no detection has written.
+    """Raise UserError if writing the label file X.npz would replace it or files beside it, and no detection wrote them.
 
-    These are X.csv, X.png and, if a classifier `trains`, X-classifier.pkl; the last two count as ours where a label file
-    or an unfinished training is there.
+    The others are X.csv, X.png and, if a classifier `trains`, X-classifier.pkl; the last two count as ours where a
+    label file or an unfinished training is there. A label file of flags alone is ours if our X.csv is there.
     """
     stem = os.path.splitext(path)[0]
     check_replaced(f"{stem}.csv")
+    if os.path.lexists(path) and not os.path.lexists(f"{stem}.csv") and not is_detection(path):
+        raise dnnlib.UserError(f"{path}: exists, and is no label file of an earlier detection; choose another name")
     if not os.path.lexists(path) and not os.path.lexists(training_state(path)):
         for other in (f"{stem}.png", *([f"{stem}-classifier.pkl"] if trains else [])):
             if os.path.lexists(other):

@@ -162,6 +162,7 @@ def save_picture(path: str, dataset: ImageDataset, found: LabelFile) -> None:
     if (origins := dataset.source_names) is not None:  # so that a person finds the files
         room = CAPTION * max(1, dataset.image_shape[2] // CELL)
         captions = [f"{text}\n{_short_name(origins[i], room)}" for text, i in zip(captions, worst, strict=True)]
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     save_grid(dataset.images(worst).permute(0, 2, 3, 1).numpy(), path, captions=captions)
 
 

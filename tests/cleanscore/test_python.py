@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import functools
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -20,6 +21,7 @@ import detect_noise
 import dnnlib
 import fid
 from archives.dataset import ImageDataset
+from detection.trainer import TrainingState
 from dnnlib import downloads
 from sampling.guidance import Evidence
 from sampling.rejection import Rejection
@@ -259,6 +261,15 @@ def test_detect_replaces_no_table_of_somebody_else(home, tmp_path):
         cleanscore.detect(pets(home), epochs=1, dest=tmp_path / "mine.npz")
 
 
+def test_detect_learns_before_the_work_that_it_cannot_write(home, tmp_path, monkeypatch):
+    monkeypatch.setattr(cleanscore.api, "find_wrong_labels", lambda *_: 1 / 0)
+    (tmp_path / "folder.npz").mkdir()
+    (tmp_path / "file").write_text("")
+    for name, words in (("folder.npz", "folder.npz: is a folder"), ("file/a.npz", "a.npz: cannot be written in")):
+        with pytest.raises(dnnlib.UserError, match=words):
+            cleanscore.detect(pets(home), dest=tmp_path / name)
+
+
 # evaluate and detect
 
 PIXELS = dict(detector="pixels", judge="none")
@@ -317,8 +328,16 @@ def test_a_url_stands_for_an_archive_and_a_network(home, tmp_path, monkeypatch):
     assert result["metrics"]["fid"] == pytest.approx(0, abs=1e-6) and net.class_names == NAMES
 
 
-def test_detect_finds_what_detect_noise_finds(home, tmp_path):
-    found = cleanscore.detect(home / "training-runs" / "00000-pets", epochs=2, dest=tmp_path / "new" / "a.npz")
+def test_detect_finds_what_detect_noise_finds(home, tmp_path, monkeypatch):
+    arguments = dict(epochs=2, dest=tmp_path / "new" / "a.npz")
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingState, "due", lambda self: bool(self.path))
+        patch.setattr(cleanscore.api, "look_for_foreign", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            cleanscore.detect(pets(home), **arguments)
+    assert (tmp_path / "new" / "a-training.pt").exists()  # so that the next call trains nothing
+    found = cleanscore.detect(home / "training-runs" / "00000-pets", **arguments)
+    assert sorted(os.listdir(tmp_path / "new")) == ["a-classifier.pkl", "a.csv", "a.npz"]
     detected(f"--data={pets(home)}", f"--dest={tmp_path}/b.npz", "--epochs=2", "--device=cpu")
     a, b = (np.load(path) for path in (tmp_path / "new" / "a.npz", tmp_path / "b.npz"))
     assert set(a) == set(b) and "is_outlier" in a

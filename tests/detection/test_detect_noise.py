@@ -15,7 +15,7 @@ import detect_noise
 import dnnlib
 import train_classifier
 from archives.dataset import ImageDataset, to_float
-from archives.label_file import load_label_file, save_label_file
+from archives.label_file import flagged_labels, load_label_file, save_label_file
 from archives.label_noise import load_matrix
 from archives.label_table import load_labels_or_table
 from archives.reader import ArchiveReader
@@ -167,6 +167,16 @@ def test_a_look_leaves_an_unfinished_training_alone(data, detected, tmp_path):
     assert (tmp_path / "l-training.pt").read_bytes() == b"of a long training"
 
 
+def test_a_second_call_replaces_the_files_of_the_first_one(data, tmp_path):
+    """Even if the label file holds flags alone. The picture goes where no label is believed wrong."""
+    dataset = ImageDataset(str(data))
+    for flags in (np.arange(len(dataset)) > 3, np.ones(len(dataset), bool)):
+        save_label_file(tmp_path / "p.npz", flagged_labels(dataset.file_names, dataset.labels, flags, 3))
+        succeed(f"--data={data}", f"--labels={tmp_path}/p.npz", f"--dest={tmp_path}/l.npz", "--foreign=0")
+        assert (tmp_path / "l.png").exists() == (not flags.all())
+        assert (np.load(tmp_path / "l.npz")["is_clean"] == flags).all()
+
+
 @pytest.mark.parametrize("fix", ["relabel", "drop"])
 def test_decisions_are_believed(data, detected, tmp_path, fix):
     labels = detected[0] / "new" / "labels.npz"
@@ -275,6 +285,15 @@ def test_bad_input(data, detected, tmp_path):
         fail(1, f"--data={data}", *how, f"--dest={tmp_path}/mine.npz", f"{name}: exists|choose another name")
         assert mine.read_text() == "not yours"
         mine.unlink()
+    number = ImageDataset(str(data)).num_raw
+    people = flagged_labels([f"{i}.png" for i in range(number)], np.zeros(number, np.int64), np.arange(number) > 3, 3)
+    save_label_file(tmp_path / "mine-labels.npz", people)  # as dataset_tool.py writes what people have looked at
+    np.savez(tmp_path / "mine.npz", pictures(4))
+    for name in ("mine.npz", "mine-labels.npz"):
+        before = (tmp_path / name).read_bytes()
+        fail(1, f"--data={data}", labels, f"--dest={tmp_path}/{name}", f"{name}: exists|choose another name")
+        assert (tmp_path / name).read_bytes() == before
+        (tmp_path / name).unlink()
     fail(2, f"--data={data}", f"--dest={tmp_path / 'no' / 'l.npz'}", f"--picture={tmp_path}", "--picture|folder")
     fail(1, f"--data={data}", dest, f"--cleaned={folder}", "choose another name")
     fail(1, f"--data={data}", dest, f"--cls={data}", "d.zip")

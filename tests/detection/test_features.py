@@ -58,7 +58,7 @@ def f1(world, path):
 @pytest.mark.parametrize("length", [[], ["--epochs=20"]])
 def test_a_linear_classifier_of_the_features_finds_wrong_labels(world, tmp_path, length):
     args = [f"--data={world}/d.zip", f"--dest={tmp_path}/l.npz", f"--features={world}/encoder.pt", "--device=cpu"]
-    for name in ("l.npz", "l-classifier.pkl"):
+    for name in ("l-training.pt", "l-classifier.pkl"):
         (tmp_path / name).write_text("of an earlier detection")
     output = succeed(*args, "--batch=32", *length)
     value, found = f1(world, f"{tmp_path}/l.npz")
