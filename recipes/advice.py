@@ -27,7 +27,10 @@ FEW_WRONG = 0.05  # share of wrong labels up to which labels stay as they are
 FEW_FOREIGN, MANY_FOREIGN = 0.01, 0.10  # shares of foreign images; above the second one `find_outliers` misses some
 MEASURED = 0.45  # the detector states up to so much where 40% are wrong; above, what was measured at 80% is said, too
 MEASURED_FOR = 15_000  # images; for more of them, the small presets' lengths grow in proportion
+MADE_FOR = 50_000  # images of CIFAR-10; for fewer of them, the large presets' lengths shrink in proportion
+SHORTEST = 0.05  # share of the large presets' lengths that the smallest sets have
 SMALL = 16  # pixels; up to this side the presets for small images, which were measured on a CPU
+LENGTHS = ("lr_rampup_kimg", "ema")  # options that go with the length of training
 TELL = 10  # pairs of classes that are named
 
 SOURCE = (
@@ -41,6 +44,7 @@ MEASUREMENTS = (
     "(seed 1) it was 1.03 after relabeling, 1.07 after dropping, 1.21 with TDSM, 1.33 with SBDC, 5.71 without a cure "
     "and 0.99 with clean labels."
 )
+LARGE = "The commands are made for GPUs. On a CPU make an archive of 16x16 first, and inspect it:"
 MEASURED_ABOVE = (
     "With 80% wrong, Fashion-MNIST had 1.88 on the cleaned archive, 2.51 after relabeling all, 3.82 with labels drawn "
     "from their posterior, 8.92 with TDSM and 42.2 without a cure; nothing was measured on small sets."
@@ -62,7 +66,8 @@ def name_confusable(dataset: ImageDataset, found: LabelFile) -> list[Confusable]
 
 @dataclass
 class _Commands:
-    """The commands for one set. Lengths are those of the presets, in proportion for large sets of small images."""
+    """The commands for one set. Lengths are those of the presets, in proportion for large sets of small images, and for
+    small sets of large images."""
 
     data: str  # as it was given
     labels: str  # the label file
@@ -73,7 +78,8 @@ class _Commands:
         first = find_archives(self.data)[0].rstrip(os.sep)
         self.stem = first[:-4] if first.lower().endswith(".zip") else first
         self.small = self.dataset.resolution <= SMALL
-        self.scale = max(1.0, len(self.dataset) / MEASURED_FOR) if self.small else 1.0
+        n = len(self.dataset)
+        self.scale = max(1.0, n / MEASURED_FOR) if self.small else min(max(n / MADE_FOR, SHORTEST), 1.0)
 
     @property
     def cleaned(self) -> str:
@@ -96,9 +102,18 @@ class _Commands:
         return f"runs/{os.path.basename(self.stem)}-{part}"
 
     def train(self, script: str, part: str, *rest: str, data: str | None = None) -> str:
-        length = [f"--duration={self._duration(script):.3g}"] if self.scale > 1 else []
-        own = [f"--preset={self._preset(script)}", f"--outdir={self.run(part)}", "--nosubdir"]
+        length = [f"--duration={self._duration(script):.3g}"] if self.scale != 1 else []
+        if self.scale < 1:
+            options = presets_of(script)[self._preset(script)].options
+            length += [f"--{name}={options[name] * self.scale:.3g}" for name in LENGTHS if name in options]
+        own = [f"--preset={self._preset(script)}", f"--outdir={self.run(part)}", "--nosubdir", "--resume=latest"]
         return shlex.join(["python", script, *own, f"--data={data or self.data}", *length, *rest])
+
+    def shrink(self) -> str:
+        """Return how to make an archive of small images of the set."""
+        size = f"{SMALL}x{SMALL}"
+        dest = f"--dest={self.stem}-{size}.zip"
+        return shlex.join(["python", "dataset_tool.py", f"--source={self.data}", dest, f"--resolution={size}"])
 
     def posterior(self, foreign: bool, drawn: bool) -> str:
         mode = ["--posterior_mode=sample"] if drawn else []
@@ -167,6 +182,8 @@ def advise(
         )
     why = f"{stated} {why} {SOURCE}"
     c = _Commands(data, labels, classifier, dataset)
+    if not c.small:
+        why += f" {LARGE} {c.shrink()}"
     model = c.passes("train.py")
     lost = f"{int((~left).sum()):,} of {len(left):,} images are lost"
     rows = [
@@ -201,7 +218,8 @@ def advise(
             "Rejection" if c.classifier else "SBDC",
             f"Leaves the model as it is. {'The detector' if c.classifier else 'A discriminator'} has its images drawn "
             "anew until the label is right.",
-            "A model is trained already, and training again is too expensive. Leave out the first command then.",
+            "A model is trained already, and training again is too expensive. Leave out the first command then, and "
+            "name your model as --network.",
             ("No" if c.classifier else f"{c.passes('train_discriminator.py'):,}")
             + f" training passes besides the baseline's {model:,}; "
             "sampling takes at least 1 / (1 - noise rate) times as long",
@@ -249,8 +267,8 @@ def _choose(wrong: float, foreign: float, resolution: int) -> tuple[str, str]:
         return (
             "RDUOT",
             f"Where more than {MANY_FOREIGN:.0%} are foreign, the search misses some of them. Trained on photographs "
-            "with 10% digits among them, next to none of RDUOT's images were digits, at 8x8 and at 16x16; of those "
-            "of a model without defense 12.5% and 7.2% were.",
+            "with 10% digits among them, next to none of RDUOT's images were digits, at 8x8 and at 16x16. A model "
+            "without this defense made 12.5% and 7.2% digits.",
         )
     if wrong <= FEW_WRONG:
         return "Clean", "Leaving out only the foreign images loses little."

@@ -58,10 +58,12 @@ def say_finding(scores: Sequence[Score], metric: str) -> str:
 
 
 def _times(score: Score, oracle: Score) -> str:
-    """Return how much larger than the oracle's this value is, in words that `the oracle's` follows."""
+    """Return how much larger or smaller than the oracle's this value is, in words that `the oracle's` follows."""
     if oracle.value <= 0:
         return "beside "
     ratio = score.value / oracle.value
+    if ratio < 1:
+        return f"{1 - ratio:.1%} below "
     return f"{ratio - 1:.1%} above " if ratio < 2 else f"{short(ratio)} times "
 
 

@@ -262,6 +262,7 @@ function section(title, note, members) {
       const chosen = undecided().filter((item) => all.value !== "relabel" || item.other !== null);
       if (chosen.length) decide(chosen, all.value);
       all.value = "";
+      all.blur(); // else the next key would decide about all once more
     },
   }, element("option", { value: "" }, "Decide all shown here ..."), element("option", { value: "keep" }, "Keep"),
   element("option", { value: "relabel" }, "Relabel as suggested"), element("option", { value: "drop" }, "Drop"));
@@ -348,10 +349,18 @@ function buildPanel() {
   const act = (kind) => () => current && decideCurrent(kind);
   controls.picture = element("div", { class: "picture" });
   controls.text = element("div", { class: "text" });
+  let byKeys = false;
+  const backToCard = () => current && cards.get(current.index).focus({ preventScroll: true });
   controls.select = element("select", {
     id: "new-label", "aria-label": "Relabel to",
+    // In the list, the next key would choose another class. Whoever moves through it by keys leaves it by Esc.
+    pointerdown: () => { byKeys = false; },
+    keydown: () => { byKeys = true; },
+    keyup: (event) => { if (event.key === "Escape") backToCard(); },
     change: () => {
-      if (current && controls.select.value !== "") decide([current], "relabel", Number(controls.select.value));
+      if (!current || controls.select.value === "") return;
+      decide([current], "relabel", Number(controls.select.value));
+      if (!byKeys) backToCard();
     },
   }, element("option", { value: "" }, "another class ..."), ...data.classes.map((name, c) => element("option", { value: c }, name)));
   controls.buttons = [

@@ -83,7 +83,7 @@ class Preset:
 
 # 8x8 pixels: the class is decided at higher noise levels than at 32x32, hence P_mean.
 _DIGITS = dict(cond=True, arch="ddpmpp_tiny", augment=0.0, P_mean=-0.4)
-_DIGITS_UNET = _DIGITS | dict(batch=128, lr=3e-3, lr_rampup_kimg=2, ema=0.02, dropout=0.0, snap=10)
+_DIGITS_UNET = _DIGITS | dict(batch=128, lr=3e-3, lr_rampup_kimg=2, ema=0.02, dropout=0.0, snap=10, dump=5)
 _CIFAR10 = dict(cond=True, arch="ddpmpp")
 # Xiao et al. 2022 and Dao et al. 2024. What the latter do not state is as in the former's scripts.
 _RDUOT = dict(num_timesteps=4, num_channels_dae=128, ch_mult="1,2,2,2", num_res_blocks=2)
@@ -105,7 +105,8 @@ PRESETS = [
         "digits",
         "train_classifier.py",
         "for TDSM, with --noise_type=auto --label-path=labels.npz of detect_noise.py; results: train_noise.py --help",
-        _DIGITS | dict(batch=256, lr=2e-3, lr_rampup_kimg=10, ema=0.01, dropout=0.5, snap=1, duration=0.2, tick=10),
+        _DIGITS
+        | dict(batch=256, lr=2e-3, lr_rampup_kimg=10, ema=0.01, dropout=0.5, snap=1, dump=5, duration=0.2, tick=10),
     ),
     Preset(
         "digits",
@@ -129,7 +130,7 @@ PRESETS = [
         # The better the discriminator knows the training images, the sharper its gradient: no dropout, no shifts.
         _DIGITS
         | dict(P_mean=0.2, P_std=0.9, batch=256, lr=3e-3, lr_rampup_kimg=10, ema=0.02, dropout=0.0, shift=0.0)
-        | dict(snap=10, duration=0.4, tick=20),
+        | dict(snap=10, dump=5, duration=0.4, tick=20),
     ),
     Preset(
         "photos",
@@ -140,7 +141,7 @@ PRESETS = [
         # without noise. With more steps, noise hides the beginnings of an outlier from the potential.
         dict(num_timesteps=2, num_channels_dae=16, ch_mult="1,2", num_res_blocks=1, ngf=16, n_mlp=2, z_emb_dim=64)
         | dict(batch=64, lr_g=5e-4, lr_d=5e-4, r1_gamma=0.2, lazy_reg=10, ema_decay=0.999, cost="robust")
-        | dict(duration=0.24, tick=12, snap=10),
+        | dict(duration=0.24, tick=12, snap=10, dump=5),
     ),
     Preset(
         "cifar10",

@@ -53,6 +53,11 @@ BASELINE_IS = Score("baseline", 6.0, (5.5, 6.5), BASELINE)
             "oracle's 0.00; the baseline, which believes every label, has 6.00.",
         ),
         (
+            [ORACLE_IS, Score("baseline", 0.95, None, BASELINE), Score("drop", 0.93)],
+            "Drop reached the oracle, the same model trained on clean labels: its FD is 0.930, the oracle's 1.00; the "
+            "baseline, which believes every label, has 0.950, 5.0% below the oracle's.",
+        ),
+        (
             [ORACLE_IS, Score("drop", None)],
             "Nothing can be said yet: no method has a FD that could be compared.",
         ),
@@ -61,7 +66,17 @@ BASELINE_IS = Score("baseline", 6.0, (5.5, 6.5), BASELINE)
             "No method yet besides the baseline, whose FD is 6.00, 6.00 times the oracle's 1.00.",
         ),
     ],
-    ids=["closest", "far", "reached", "nothing helped", "no oracle", "oracle 0", "no values", "no method"],
+    ids=[
+        "closest",
+        "far",
+        "reached",
+        "nothing helped",
+        "no oracle",
+        "oracle 0",
+        "both reached",
+        "no values",
+        "no method",
+    ],
 )
 def test_finding(scores, sentence):
     assert say_finding(scores, "FD") == sentence

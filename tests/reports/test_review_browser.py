@@ -94,6 +94,23 @@ def test_from_page_to_archive(page, dataset, tmp_path):
     assert (reviewed.images(range(len(left))) == dataset.images(left)).all()
 
 
+def test_keys_decide_after_a_class_was_chosen_from_the_list(page):
+    def at_card():
+        return page.run("return document.activeElement === cards.get(current.index)")
+
+    decided = "return [...decisions.values()].map((d) => d.kind)"
+    focus(page, shown(page)[0])
+    page.choose("#new-label", "3")
+    assert at_card()
+    page.press("d")
+    assert page.run(decided) == ["drop"]
+    page.run("document.getElementById('new-label').focus()")
+    page.press(KEYS["down"])  # whoever moves through the list goes on in it
+    assert not at_card()
+    page.press(KEYS["escape"])
+    assert at_card()
+
+
 def download(page, folder):
     """Click the button. Return the file once it is there."""
     page.cdp("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(folder))
@@ -125,6 +142,8 @@ def test_kinds_and_arrows(page, dataset):
 def test_many_at_once_and_back(page):
     page.choose(".group select", "relabel")
     assert page.run("return [...decisions.values()].map((d) => d.kind + d.to)") == ["relabel1"] * 15
+    # In the list, the next key would decide about all once more.
+    assert page.run("return document.activeElement === document.body")
     page.click("#undo")
     assert page.run("return decisions.size") == 0
 

@@ -163,9 +163,30 @@ def test_what_is_recommended(tmp_path, n, rate, foreign, resolution, best, words
     assert ("--fix=keep" if few else "--fix=relabel") in rows[1].command
     kept = ~found.is_outlier & (found.is_clean | few | (found.suggested_score >= 0.9))
     assert f"{(~kept).sum():,} of {n:,} images are lost" in rows[1].cost
+    assert "--network" in rows[3].when and all("--resume=latest" in row.command for row in rows)
     # A pass is n images: the preset trains the baseline for 0.15 (digits) or 200 (cifar10) million images.
-    passes = 200e6 / n if resolution > 16 else 0.15e6 * max(1, n / 15000) / n
+    passes = 200e6 * max(0.05, n / 50000) / n if resolution > 16 else 0.15e6 * max(1, n / 15000) / n
     assert f"{int(np.ceil(passes)):,} training passes" in rows[0].cost
+
+
+@pytest.mark.parametrize("n, share", [(500, 0.05), (10000, 0.2), (50000, 1), (90000, 1)])
+def test_trainings_on_large_images_grow_with_the_set(tmp_path, n, share):
+    """Up to the length that the preset has for CIFAR-10. A machine without a GPU should have smaller images."""
+    clean, labels = noisy(n, 0.4)
+    shape = dict(resolution=64, num_channels=3, label_dim=CLASSES, class_names=None)
+    path = str(make_archive(tmp_path / "it's mine.zip", pictures(1)))
+    rows, why = advise(SizedDataset(n, shape), judged(labels, clean, CLASSES), path, "l.npz")
+    for row in rows:
+        check_commands(row.command)
+    [words] = [shlex.split(row.command) for row in rows if row.method.startswith("Leave")]
+    lengths = [f"--duration={200 * share:.3g}", f"--lr_rampup_kimg={10000 * share:.3g}", f"--ema={0.5 * share:.3g}"]
+    assert [word for word in words if word.split("=")[0] in ("--duration", "--lr_rampup_kimg", "--ema")] == (
+        lengths if share < 1 else []
+    )
+    sentence, command = why.split(" first, and inspect it: ")
+    assert sentence.endswith("made for GPUs. On a CPU make an archive of 16x16")
+    check_commands(command)
+    assert shlex.split(command)[-2:] == [f"--dest={tmp_path}/it's mine-16x16.zip", "--resolution=16x16"]
 
 
 @pytest.mark.parametrize("posterior", [False, True])

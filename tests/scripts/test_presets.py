@@ -29,6 +29,7 @@ PLACES = dict(
     P_std=("noise_levels", "P_std"),
     dropout=("network", "kwargs", "dropout"),
     snap=("snapshot_ticks",),
+    dump=("state_ticks",),
     tick=("kimg_per_tick",),
     temp=("tdsm", "temp"),
     tau=("tdsm", "tau"),
@@ -78,6 +79,14 @@ def test_presets_reach_the_configuration(preset, data):
             assert value == preset.options[name], name
             compared += 1
     assert compared >= 3
+
+
+@pytest.mark.parametrize(
+    "preset", [p for p in PRESETS if p.options.get("duration", 10) < 1], ids=lambda preset: preset.script
+)
+def test_short_runs_save_states_on_the_way(preset):
+    """With the default of --dump, which is for long runs, a killed run would have none to continue from."""
+    assert preset.options["tick"] * preset.options["dump"] <= preset.options["duration"] * 1000 / 4
 
 
 def test_options_override_presets(data):

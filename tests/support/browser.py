@@ -18,7 +18,7 @@ DRIVER = shutil.which("chromedriver")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 MISSING = None if DRIVER and CHROMIUM else "needs chromium and chromedriver on PATH"
 ELEMENT = "element-6066-11e4-a52e-4f735466cecf"  # the key of an element's id, from the W3C's standard
-KEYS = dict(left="\ue012", up="\ue013", right="\ue014", down="\ue015", tab="\ue004")
+KEYS = dict(left="\ue012", up="\ue013", right="\ue014", down="\ue015", tab="\ue004", escape="\ue00c")
 
 
 class Browser:
