@@ -6,14 +6,21 @@ STAMP := .venv/.installed
 .PHONY: demo demo-full benchmark test test-quick test-long lint bench gpu clean
 .DEFAULT_GOAL := demo
 
-# On a machine without an NVIDIA GPU the lock's CPU build of PyTorch is enough (and small); elsewhere take the newest.
+# For Linux the package index has PyTorch with CUDA, gigabytes. Without an NVIDIA GPU the CPU build is enough, where
+# PyTorch's own index answers within seconds.
+CPU_INDEX := https://download.pytorch.org/whl/cpu
+ANSWERS := import signal, urllib.request as u; signal.alarm(5); u.urlopen("$(CPU_INDEX)/", timeout=3)
+MODERN := import sys; sys.exit(sys.version_info < (3, 10))
+
 $(STAMP): requirements.txt requirements-dev.txt requirements-cpu.lock
+	@$(PYTHON) -c '$(MODERN)' || { echo "Python 3.10 or newer is needed; name one: make PYTHON=python3.12" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
 	if command -v nvidia-smi >/dev/null 2>&1; then \
 	  $(BIN)/pip install --quiet -r requirements-dev.txt; \
 	else \
-	  $(BIN)/pip install --quiet -r requirements-cpu.lock || \
-	  $(BIN)/pip install --quiet -r requirements-dev.txt; \
+	  test "$$(uname)" = Linux && $(PYTHON) -c '$(ANSWERS)' >/dev/null 2>&1 && cpu=--extra-index-url=$(CPU_INDEX); \
+	  $(BIN)/pip install --quiet $$cpu -r requirements-cpu.lock || \
+	  $(BIN)/pip install --quiet $$cpu -r requirements-dev.txt; \
 	fi
 	touch $(STAMP)
 
@@ -50,5 +57,5 @@ gpu: $(STAMP)
 	$(BIN)/python -m benchmarks.gpu
 
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache .hypothesis demo demo-full
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis demo demo-full demo-long
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,4 +1,4 @@
-"""Look at a set of labeled images that nobody knows: what is wrong with it, and what to do.
+"""Look at a set of labeled images that you do not know yet: what is wrong with it, and what to do.
 
 It finds wrong labels, foreign images, duplicates and classes that are hard to tell apart. It writes report.html, a page
 to look through the images and to decide about them, and beside it labels.npz, and labels.csv in cleanlab's columns.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dnnlib.before_torch
+
 import contextlib
 import os
 import pathlib

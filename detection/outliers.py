@@ -59,8 +59,8 @@ def find_outliers(
     false_alarms  share of a set without foreign images that may at most be flagged
     seed          chooses the anchors
 
-    The scores are turned into p-values by a normal tail, fitted to the better half of the set without its last tenth,
-    and images are flagged by the rule of Benjamini and Hochberg (JRSS B 1995) with a false discovery rate of 10%: a set
+    A normal tail, fitted to the scores from the median to the ninth decile, turns them into p-values, and images are
+    flagged by the rule of Benjamini and Hochberg (JRSS B 1995) with a false discovery rate of 10%: a set
     without foreign images has few or none, and the more there are, the lower is the threshold.
     """
     n = dataset.num_raw

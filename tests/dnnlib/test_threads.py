@@ -94,7 +94,7 @@ def test_others_compute_if_too_few_cores_are_idle(monkeypatch, used, quota, busy
     assert threads.others_compute() == busy
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", [*SCRIPTS, "cleanscore/api.py"])
 def test_scripts_choose_before_pytorch_is_imported(script):
     body = ast.parse((ROOT / script).read_text()).body
     found = [ast.unparse(node) for node in body if isinstance(node, (ast.Import, ast.ImportFrom))]
