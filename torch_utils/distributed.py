@@ -53,6 +53,7 @@ __all__ = [
 _device: torch.device | None = None
 _exit_code: int | None = None  # of a process that an error ends while others may still wait for it
 _processes: list[tuple[str, int]] = []  # machine and process id of every rank
+_NVIDIA_DRIVER = "/proc/driver/nvidia/version"  # there when Linux has loaded the driver
 _PATIENCE = 3.0  # seconds after which a process that has lost its connections has ended
 
 
@@ -74,6 +75,9 @@ def _choose_device(name: str, local_rank: int, processes: int) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
         if name == "cpu" and processes == 1 and torch.backends.mps.is_available():
             name = "mps"
+        if name == "cpu" and os.path.exists(_NVIDIA_DRIVER):
+            why = f"CUDA {torch.version.cuda} may need a newer driver" if torch.version.cuda else "it is built for CPUs"
+            print0(f"Note: this PyTorch does not find the machine's NVIDIA GPU ({why}); computing on the CPU")
     if name == "cpu":
         return torch.device("cpu")
     if name == "cuda":

@@ -47,6 +47,18 @@ def test_auto_chooses_an_available_device(monkeypatch):
     assert distributed._choose_device("auto", 0, 2).type == "cpu"  # MPS runs one process
 
 
+@pytest.mark.parametrize("cuda, words", [(None, "it is built for CPUs"), ("13.0", "CUDA 13.0 may need a newer driver")])
+def test_a_gpu_that_pytorch_does_not_find_is_mentioned(monkeypatch, capsys, tmp_path, cuda, words):
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(distributed, "_NVIDIA_DRIVER", str(tmp_path / "none"))
+    assert distributed._choose_device("auto", 0, 2).type == "cpu" and capsys.readouterr().out == ""
+    monkeypatch.setattr(distributed, "_NVIDIA_DRIVER", str(tmp_path))
+    assert distributed._choose_device("auto", 0, 2).type == "cpu" and words in capsys.readouterr().out
+    distributed._choose_device("cpu", 0, 2)
+    assert capsys.readouterr().out == ""
+
+
 @pytest.mark.parametrize(
     "name, cuda, mps, processes, message",
     [
