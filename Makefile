@@ -18,9 +18,9 @@ $(STAMP): requirements.txt requirements-dev.txt requirements-cpu.lock
 	if command -v nvidia-smi >/dev/null 2>&1; then \
 	  $(BIN)/pip install --quiet -r requirements-dev.txt; \
 	else \
-	  test "$$(uname)" = Linux && $(PYTHON) -c '$(ANSWERS)' >/dev/null 2>&1 && cpu=--extra-index-url=$(CPU_INDEX); \
+	  cpu=; test "$$(uname)" = Linux && $(PYTHON) -c '$(ANSWERS)' >/dev/null 2>&1 && cpu=--extra-index-url=$(CPU_INDEX); \
 	  $(BIN)/pip install --quiet $$cpu -r requirements-cpu.lock || \
-	  $(BIN)/pip install --quiet $$cpu -r requirements-dev.txt; \
+	  $(BIN)/pip install --quiet -r requirements-dev.txt; \
 	fi
 	touch $(STAMP)
 

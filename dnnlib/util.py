@@ -273,8 +273,10 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     folder, held = temporary_folder(path)
     try:
         yield folder
-        for name in os.listdir(path) if path.is_dir() else []:  # litter: the folder was empty but for that
-            os.unlink(path / name)
+        if path.is_dir():
+            with os.scandir(path) as entries:
+                for entry in filter(_is_litter, entries):
+                    os.unlink(entry)
         os.rename(folder, path)  # also over an empty folder
         sync_directory(path.parent)
     finally:

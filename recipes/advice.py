@@ -31,6 +31,7 @@ MADE_FOR = 50_000  # images of CIFAR-10; for fewer of them, the large presets' l
 SHORTEST = 0.05  # share of the large presets' lengths that the smallest sets have
 SMALL = 16  # pixels; up to this side the presets for small images, which were measured on a CPU
 LENGTHS = ("lr_rampup_kimg", "ema")  # options that go with the length of training
+TICK, SAVES = 50, 10  # thousands of images, without --tick; states and snapshots of a run of another length
 TELL = 10  # pairs of classes that are named
 
 SOURCE = (
@@ -106,6 +107,8 @@ class _Commands:
         if self.scale < 1:
             options = presets_of(script)[self._preset(script)].options
             length += [f"--{name}={options[name] * self.scale:.3g}" for name in LENGTHS if name in options]
+            ticks = max(int(1000 * self._duration(script) / options.get("tick", TICK) / SAVES), 1)
+            length += [f"--snap={ticks}", f"--dump={ticks}"]
         own = [f"--preset={self._preset(script)}", f"--outdir={self.run(part)}", "--nosubdir", "--resume=latest"]
         return shlex.join(["python", script, *own, f"--data={data or self.data}", *length, *rest])
 

@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 import dnnlib
-from archives.decode import EXTENSIONS
+from archives.decode import EXTENSIONS, decode_image
 from archives.reader import METADATA, ArchiveReader
 from archives.writer import ArchiveWriter, is_zip
 from dnnlib.threads import usable_cores
@@ -28,7 +28,7 @@ from sampling.grid import save_class_grid
 from torch_utils import distributed
 from torch_utils.safe_files import load_json
 
-__all__ = ["PARTIAL", "check_free", "image_name", "progress", "read_list", "save_images", "save_sheet"]
+__all__ = ["PARTIAL", "check_free", "decode_sample", "image_name", "progress", "read_list", "save_images", "save_sheet"]
 
 PARTIAL = ".partial"  # behind the name of a ZIP: the folder that holds its images until all are made
 
@@ -76,7 +76,8 @@ def save_images(
     Every process passes its own batches (`distributed.share`); `dataset.json` lists the images in the order of ranks.
     Into a ZIP rank 0 writes; the others write a part each beside it, which rank 0 appends. `order` is for a folder that
     holds images already: it makes the list of all, [name, class or None], from that of the new ones, and the new ones
-    stay when this fails. `listed`: the names that its `dataset.json` had before; those which `order` leaves out go.
+    stay when this fails. `listed`: the names that its `dataset.json` had before; those which `order` leaves out go, if
+    they are still damaged.
 
     Another call may write into the same folder meanwhile. The call that ends last lists the images of both; before that
     `check_others` receives the names of its own images on rank 0, and looks at the others.
@@ -168,6 +169,14 @@ def _check_untaken(path: str) -> None:
         raise dnnlib.UserError(f"{path}: another call has written it meanwhile; give each its own seeds or output")
 
 
+def decode_sample(folder: str, name: str) -> np.ndarray | None:
+    """Return an image, uint8 [H,W,C]; None if it is damaged, as a killed process leaves it."""
+    with contextlib.suppress(dnnlib.UserError):
+        path = os.path.join(folder, name)
+        return decode_image(dnnlib.read_bytes(path), path)
+    return None
+
+
 def read_list(folder: str) -> tuple[dict[str, int] | None, list[str] | None]:
     """Return the labels by name that the `dataset.json` of a folder lists, None without labels, and its class names.
 
@@ -194,8 +203,8 @@ def _join_list(
     """
     labels, class_names = read_list(path)
     ours = about["labels"] and dict(about["labels"])
-    others = [name for name in labels or {} if name not in own and name not in listed]
-    kept = [[name, labels[name]] for name in others if os.path.exists(f"{path}/{name}")]
+    others = [name for name in labels or {} if name not in own and os.path.exists(f"{path}/{name}")]
+    kept = [[name, labels[name]] for name in others if name not in listed or decode_sample(path, name) is not None]
     alike = (labels is None) == (ours is None) and class_names in (None, about.get("class_names"))
     if (kept and not alike) or any((labels or {}).get(name, c) != c for name, c in (ours or {}).items()):
         raise dnnlib.UserError(f"{path}: another call has written images with other classes; choose another folder")

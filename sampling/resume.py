@@ -16,12 +16,12 @@ import numpy as np
 import torch
 
 import dnnlib
-from archives.decode import EXTENSIONS, decode_image
+from archives.decode import EXTENSIONS
 from archives.reader import METADATA, ArchiveReader
 from archives.workers import ordered_map
 from archives.writer import ArchiveWriter, is_zip
 from sampling.generation import drawn_classes
-from sampling.output import PARTIAL, Batches, image_name, read_list
+from sampling.output import PARTIAL, Batches, decode_sample, image_name, read_list
 from sampling.rejection import Rejection
 from torch_utils import distributed
 from torch_utils.distributed import print0
@@ -72,7 +72,7 @@ class Earlier:
         wrong = [s for s, c in zip(self.seeds, self._classes(), strict=True) if known.get(self._name(s), c) != c]
         if self.seeds and not wrong:
             sample = [self.seeds[i] for i in np.unique(np.linspace(0, len(self.seeds) - 1, number).astype(int))]
-            found = {s: _decode(self.folder, self._name(s)) for s in sample}
+            found = {s: decode_sample(self.folder, self._name(s)) for s in sample}
             sample = [s for s in sample if found[s] is not None]  # another call may have taken its images back
         if sample:
             there = np.stack([found[s] for s in sample]).astype(np.int16)
@@ -194,20 +194,12 @@ def _find_seeds(
         seed = int(stem) if stem.isdecimal() else -1
         if image_name(seed, subdirs) != name:
             raise dnnlib.UserError(f"{path}: holds {name}, which this command does not make; choose another folder")
-        image = _decode(folder, name)
+        image = decode_sample(folder, name)
         if image is not None and image.shape != shape:
             raise dnnlib.UserError(f"{path}: {name} has the shape {image.shape}, but the network makes {shape}")
         return None if image is None else seed
 
     return [seed for seed in ordered_map(read, names, workers=4) if seed is not None]
-
-
-def _decode(folder: str, name: str) -> np.ndarray | None:
-    """Return an image, uint8 [H,W,C]; None if it is damaged, as a killed process leaves it."""
-    with contextlib.suppress(dnnlib.UserError):
-        path = os.path.join(folder, name)
-        return decode_image(dnnlib.read_bytes(path), path)
-    return None
 
 
 def _unpack(path: str, folder: str) -> None:

@@ -145,6 +145,14 @@ def _damage(path: str | os.PathLike[str]) -> str | None:
     return None if bad is None else f"damaged (checksum of its part {bad} differs)"
 
 
+def _damage_or_error(path: str | os.PathLike[str]) -> str | None:
+    """Return what is wrong with a state, also that it cannot be read, as behind a bad sector; or None."""
+    try:
+        return _damage(path)
+    except OSError as e:
+        return f"unreadable ({e.strerror or e})"
+
+
 def load_state(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Return the state in a file, with tensors on the CPU.
 
@@ -183,10 +191,7 @@ def states(run_dir: str | os.PathLike[str]) -> list[Path]:
 def latest_state(run_dir: str | os.PathLike[str]) -> str | None:
     """Return the path of the newest undamaged state in a run directory, or None. Print which newer ones are damaged."""
     for path in states(run_dir):
-        try:
-            damage = _damage(path)
-        except OSError as e:  # for example a bad sector; the state before it may be readable
-            damage = f"unreadable ({e.strerror or e})"
+        damage = _damage_or_error(path)
         if damage is None:
             return str(path)
         distributed.print0(f"Warning: {path} is {damage}; trying the one before it")
@@ -242,7 +247,7 @@ def set_aside_later_states(run_dir: str | os.PathLike[str], nimg: int, damaged_o
     """
     for path in states(run_dir):
         if int(path.stem.rpartition("-")[2]) > nimg // 1000:
-            if damaged_only and _damage(path) is None:
+            if damaged_only and _damage_or_error(path) is None:
                 raise UserError(f"{path}: another training has gone on here meanwhile; give the command again")
             aside = path.with_name(f"outdated-{path.name}")
             os.replace(path, aside)

@@ -75,8 +75,10 @@ def _choose_device(name: str, local_rank: int, processes: int) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
         if name == "cpu" and processes == 1 and torch.backends.mps.is_available():
             name = "mps"
-        if name == "cpu" and os.path.exists(_NVIDIA_DRIVER):
-            why = f"CUDA {torch.version.cuda} may need a newer driver" if torch.version.cuda else "it is built for CPUs"
+        hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+        if name == "cpu" and os.path.exists(_NVIDIA_DRIVER) and not hidden:
+            newer = f"CUDA {torch.version.cuda} may need a newer driver, or this process may not see the GPU"
+            why = newer if torch.version.cuda else "it is built for CPUs"
             print0(f"Note: this PyTorch does not find the machine's NVIDIA GPU ({why}); computing on the CPU")
     if name == "cpu":
         return torch.device("cpu")

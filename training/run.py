@@ -82,6 +82,7 @@ def start(
                 if config.transfer is None:  # the weights come from the state, which remembers where they began
                     config.transfer = state["config"].get("transfer")
                 check_same_run(state["config"], config, opts["resume"])
+        named = path is not None and run_dir is None  # the user wants this state, and not the newest one of a run
         numbered = run_dir is None and not opts["nosubdir"]
         if run_dir is None:
             run_dir = new_run_dir(opts["outdir"], dataset, config) if numbered else opts["outdir"]
@@ -104,7 +105,6 @@ def start(
                 transfer(objective, opts["transfer"], opts["trust_pickle"])
         with blame("--outdir"):
             home = None if path is None else os.path.dirname(os.path.realpath(path))
-            named = opts["resume"] not in (None, "latest") and not os.path.isdir(opts["resume"])
 
             def make() -> str:
                 elsewhere = home != os.path.realpath(run_dir)

@@ -136,8 +136,8 @@ class Saver:
                 with self.objective.trained["net"].exported_here() as net:
                     self.draw_samples(net, path, self.objective.dataset.class_names)
                 picture = path
-            except (dnnlib.UserError, torch.OutOfMemoryError) as e:
-                print0(f"Warning: no picture of samples: {dnnlib.one_line(e)}")
+            except (dnnlib.UserError, RuntimeError, MemoryError, OSError) as e:  # memory: also a RuntimeError
+                print0(f"Warning: no picture of samples: {dnnlib.one_line(e) or type(e).__name__}")
         if self.trackers is not None:
             self.trackers.snapshot(data["info"], picture, nimg)
 

@@ -117,3 +117,10 @@ def test_a_folder_with_files_of_the_operating_system_is_empty(tmp_path):
     with dnnlib.atomic_folder(tmp_path / "out") as folder:
         (folder / "a").write_text("")
     assert os.listdir(tmp_path / "out") == ["a"] and os.listdir(tmp_path) == ["out"]
+
+
+def test_what_comes_into_the_folder_meanwhile_stays(tmp_path):
+    (tmp_path / "out").mkdir()
+    with pytest.raises(OSError, match="not empty"), dnnlib.atomic_folder(tmp_path / "out"):
+        (tmp_path / "out" / "mine.txt").write_text("keep me")
+    assert os.listdir(tmp_path / "out") == ["mine.txt"] and os.listdir(tmp_path) == ["out"]

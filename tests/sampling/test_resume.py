@@ -218,9 +218,9 @@ def test_a_damaged_image_of_another_seed_does_not_stay_on_the_list(pkl, tmp_path
 
 def test_a_single_call_decodes_each_image_once_to_check_it(tmp_path, monkeypatch):
     persistence.save_snapshot(tmp_path / "a.pkl", dict(ema=random_network(label_dim=0), info={}))
-    args, seen, decode = [f"--network={tmp_path}/a.pkl"], [], resume._decode
+    args, seen, decode = [f"--network={tmp_path}/a.pkl"], [], resume.decode_sample
     make(tmp_path / "out", *args, "--seeds=0-19")
-    monkeypatch.setattr(resume, "_decode", lambda folder, name: seen.append(name) or decode(folder, name))
+    monkeypatch.setattr(resume, "decode_sample", lambda folder, name: seen.append(name) or decode(folder, name))
     make(tmp_path / "out", *args, "--seeds=0-20", "--resume")
     assert len(seen) == 20 + resume.SAMPLE
 
@@ -253,3 +253,14 @@ def test_a_zip_of_another_call_is_not_replaced(pkl, tmp_path, monkeypatch):
     result = run(f"--outdir={tmp_path}/out.zip", *args, "--seeds=3-4", *FAST)
     assert result.exit_code == 1 and "out.zip: another call has written it meanwhile" in result.output
     assert len(read(tmp_path / "out.zip")[0]) == 3 and os.listdir(tmp_path) == ["out.zip"]
+
+
+def test_images_that_two_calls_repair_stay_on_the_list(pkl, tmp_path, monkeypatch):
+    args = [f"--network={pkl['cond']}"]
+    make(tmp_path / "out", *args, "--seeds=0-5")
+    for seed in (1, 4):
+        (tmp_path / "out" / f"{seed:06d}.png").write_bytes(b"damaged")
+    during(monkeypatch, lambda: make(tmp_path / "out", *args, "--seeds=0-2", "--resume"))
+    make(tmp_path / "out", *args, "--seeds=3-5", "--resume")
+    listed = json.loads((tmp_path / "out" / "dataset.json").read_text())["labels"]
+    assert sorted(name for name, _ in listed) == [f"{seed:06d}.png" for seed in range(6)]

@@ -183,6 +183,10 @@ def test_trainings_on_large_images_grow_with_the_set(tmp_path, n, share):
     assert [word for word in words if word.split("=")[0] in ("--duration", "--lr_rampup_kimg", "--ema")] == (
         lengths if share < 1 else []
     )
+    for row in rows if share < 1 else []:  # ten states on the way, if there are as many ticks
+        for command in [line for line in row.command.splitlines() if "--duration" in line]:
+            found = dict(re.findall(r"--(duration|dump|snap)=(\S+)", command))
+            assert found["dump"] == found["snap"] and 50 * int(found["dump"]) <= 1000 * float(found["duration"]) / 8
     sentence, command = why.split(" first, and inspect it: ")
     assert sentence.endswith("made for GPUs. On a CPU make an archive of 16x16")
     check_commands(command)

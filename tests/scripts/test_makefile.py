@@ -36,7 +36,7 @@ def make(tmp_path):
         for name, text in texts.items():
             (tools / name).write_text(text)
             (tools / name).chmod(0o755)
-        known = dict(PATH=str(tools), VERSION=", ".join(map(str, version)), OFFLINE=str(offline))
+        known = dict(PATH=str(tools), VERSION=", ".join(map(str, version)), OFFLINE=str(offline), cpu="junk")
         command = [shutil.which("make"), "PYTHON=python", ".venv/.installed"]
         done = subprocess.run(command, cwd=tmp_path, env=known, capture_output=True, text=True)
         log = tmp_path / "pip.log"

@@ -235,6 +235,23 @@ def test_prune_states(tmp_path):
     assert checkpoint.latest_state(tmp_path) == str(tmp_path / "training-state-1000000.pt")
 
 
+def test_newer_states_that_are_damaged_or_cannot_be_read_are_set_aside(tmp_path, monkeypatch):
+    for number in (100, 150, 200):
+        save_state(tmp_path / f"training-state-{number:06d}.pt", {"a": number})
+    (tmp_path / "training-state-000150.pt").write_bytes(b"damaged")
+    damage = checkpoint._damage
+
+    def fail(path):
+        if "000200" in str(path):
+            raise OSError(5, "Input/output error")
+        return damage(path)
+
+    monkeypatch.setattr(checkpoint, "_damage", fail)
+    assert latest_state(tmp_path).endswith("training-state-000100.pt")
+    set_aside_later_states(tmp_path, 100_000, damaged_only=True)
+    assert [path.name for path in states(tmp_path)] == ["training-state-000100.pt"]
+
+
 def test_states_beyond_the_point_where_a_run_goes_on_are_set_aside(tmp_path, capsys):
     """A damaged one, or one of a branch that the user left, would otherwise outlive the new states."""
     for number in (100, 150, 200):

@@ -56,6 +56,8 @@ def test_a_gpu_that_pytorch_does_not_find_is_mentioned(monkeypatch, capsys, tmp_
     monkeypatch.setattr(distributed, "_NVIDIA_DRIVER", str(tmp_path))
     assert distributed._choose_device("auto", 0, 2).type == "cpu" and words in capsys.readouterr().out
     distributed._choose_device("cpu", 0, 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    distributed._choose_device("auto", 0, 2)
     assert capsys.readouterr().out == ""
 
 
