@@ -41,6 +41,9 @@ class Data:
     def images(self, indices):
         return self.pixels[indices]
 
+    def images_on(self, device, items):
+        return self.images(items).to(device)
+
     def onehot(self, indices):
         return torch.nn.functional.one_hot(torch.from_numpy(self.labels)[indices], self.label_dim).float()
 
