@@ -29,7 +29,7 @@ from sampling.options import (
 )
 from sampling.output import Batches, check_free, progress, save_images, save_sheet
 from sampling.rejection import LabelJudge, Rejection
-from sampling.resume import check_others, find_earlier
+from sampling.resume import Asked, check_others, find_earlier
 from sampling.samplers import choose_sampler
 from sampling.trajectory import Trajectories
 from torch_utils import distributed
@@ -72,10 +72,10 @@ def run(o: dnnlib.EasyDict, device: torch.device) -> None:
         form = dict(batch=o.batch, sampler=sampler, same_shape=o.compile)
         return generate_images(net, some, device=device, class_idx=classes, **form)
 
-    earlier, asked = None, (o.subdirs, net, device, o.classes, make)
+    earlier, asked = None, Asked(o.subdirs, net, device, o.classes, make)
     if o.resume:
         with blame("--outdir"):
-            earlier = find_earlier(o.outdir, *asked)
+            earlier = find_earlier(o.outdir, asked)
         there = set(earlier.seeds)
         missing = [seed for seed in seeds if seed not in there]
         print0(f"{len(seeds) - len(missing)} of {len(seeds)} images are there already")
@@ -92,7 +92,7 @@ def run(o: dnnlib.EasyDict, device: torch.device) -> None:
             batches = batches if trajectories is None else trajectories.watch(batches)
             folder, listed = (earlier.folder, earlier.listed) if earlier else (o.outdir, ())
             order = functools.partial(earlier.list_all, seeds) if earlier else None
-            check = uncounted(functools.partial(check_others, folder, *asked), meter, correcting, net)
+            check = uncounted(functools.partial(check_others, folder, asked), meter, correcting, net)
             save_images(batches, folder, o.subdirs, class_names, order, check, listed)
             if earlier:
                 distributed.on_rank0(earlier.pack)

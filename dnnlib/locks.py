@@ -37,17 +37,21 @@ def locked(path: str | os.PathLike[str], wait: bool = True) -> Iterator[None]:
             os.close(fd)
 
 
+def _lock(fd: int, wait: bool) -> None:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError:  # a file system without locks
+        pass
+
+
 def _acquire(lock: str, wait: bool) -> int:
     """Return a descriptor that holds the lock. OSError: the file cannot be made."""
     for _ in range(TRIES):
         fd = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         try:
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise
-            except OSError:  # a file system without locks
-                pass
+            _lock(fd, wait)
             with contextlib.suppress(FileNotFoundError):  # the process that had the lock has just deleted the file
                 if os.path.samestat(os.fstat(fd), os.stat(lock)):
                     return fd

@@ -26,7 +26,7 @@ from sampling.rejection import Rejection
 from torch_utils import distributed
 from torch_utils.distributed import print0
 
-__all__ = ["Earlier", "check_others", "find_earlier"]
+__all__ = ["Asked", "Earlier", "check_others", "find_earlier"]
 
 # Images that are made again. Those of rejection whose first draw is accepted are those of any other discriminator, too.
 SAMPLE, SAMPLE_OF_REJECTION = 8, 64
@@ -99,29 +99,37 @@ def _listed(folder: str) -> dict[str, int]:
     return read_list(folder)[0] or {} if os.path.exists(os.path.join(folder, METADATA)) else {}
 
 
-def find_earlier(
-    path: str,
-    subdirs: bool,
-    net: Callable[..., torch.Tensor],
-    device: torch.device,
-    turns: Sequence[int] | None,
-    remake: Callable[[list[int]], Batches],
-) -> Earlier:
+@dataclass
+class Asked:
+    """What a call makes."""
+
+    subdirs: bool  # whether each thousand of seeds has a folder
+    net: Callable[..., torch.Tensor]  # makes the images
+    device: torch.device
+    turns: Sequence[int] | None  # the classes that seeds get in turn
+    remake: Callable[[list[int]], Batches]  # makes the images of some seeds
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Height, width and channels of an image."""
+        return self.net.img_resolution, self.net.img_resolution, self.net.img_channels
+
+
+def find_earlier(path: str, asked: Asked) -> Earlier:
     """Return what earlier calls have written to `path`, a folder or X.zip. Damaged images count as missing. Collective.
 
-    `net` makes the images, `turns` are the classes that seeds get in turn, `remake` makes the images of some seeds as
-    this call does. UserError: an image is of no seed, of another shape, or not one that this call makes.
+    UserError: an image is of no seed, of another shape, or not one that this call makes.
     """
 
     folder = f"{path}{PARTIAL}" if is_zip(path) else path
 
     def find() -> Earlier:
         listed = frozenset(_listed(folder))
-        seeds = _find_seeds(path, folder, subdirs, _shape(net))
+        seeds = _find_seeds(path, folder, asked)
         if not seeds and os.path.exists(os.path.join(folder, METADATA)):
             message = f"{path}: holds {METADATA}, but no image that this command makes; choose another folder"
             raise dnnlib.UserError(message)
-        return _checked(path, folder, subdirs, seeds, net, device, turns, remake, listed)
+        return _checked(path, folder, asked, seeds, listed)
 
     def unpack_and_find() -> Earlier:
         if os.path.lexists(folder) and not os.path.isdir(folder):
@@ -139,46 +147,26 @@ def find_earlier(
     return distributed.from_rank0(unpack_and_find)
 
 
-def check_others(
-    path: str,
-    subdirs: bool,
-    net: Callable[..., torch.Tensor],
-    device: torch.device,
-    turns: Sequence[int] | None,
-    remake: Callable[[list[int]], Batches],
-    own: Collection[str],
-) -> None:
-    """Raise UserError unless the images in a folder besides `own` are such as this call makes. As `find_earlier`."""
-    seeds = _find_seeds(path, path, subdirs, _shape(net), own)
+def check_others(path: str, asked: Asked, own: Collection[str]) -> None:
+    """Raise UserError unless the images in the folder `path` are such as this call makes, besides those named in `own`.
+
+    For rank 0 alone.
+    """
+    seeds = _find_seeds(path, path, asked, own)
     if seeds:
         print0(f"{path}: holds images of another call, too; some are made again, to see whether they fit")
-        _checked(path, path, subdirs, seeds, net, device, turns, remake)
+        _checked(path, path, asked, seeds)
 
 
-def _checked(
-    path: str,
-    folder: str,
-    subdirs: bool,
-    seeds: list[int],
-    net: Callable[..., torch.Tensor],
-    device: torch.device,
-    turns: Sequence[int] | None,
-    remake: Callable[[list[int]], Batches],
-    listed: frozenset[str] = frozenset(),
-) -> Earlier:
-    classes = [turns[s % len(turns)] for s in seeds] if turns else drawn_classes(net, seeds, device)
-    earlier = Earlier(path, folder, subdirs, seeds, classes, listed)
-    earlier.check(remake, SAMPLE_OF_REJECTION if isinstance(net, Rejection) else SAMPLE)
+def _checked(path: str, folder: str, asked: Asked, seeds: list[int], listed: frozenset[str] = frozenset()) -> Earlier:
+    turns = asked.turns
+    classes = [turns[s % len(turns)] for s in seeds] if turns else drawn_classes(asked.net, seeds, asked.device)
+    earlier = Earlier(path, folder, asked.subdirs, seeds, classes, listed)
+    earlier.check(asked.remake, SAMPLE_OF_REJECTION if isinstance(asked.net, Rejection) else SAMPLE)
     return earlier
 
 
-def _shape(net: Callable[..., torch.Tensor]) -> tuple[int, int, int]:
-    return net.img_resolution, net.img_resolution, net.img_channels
-
-
-def _find_seeds(
-    path: str, folder: str, subdirs: bool, shape: tuple[int, int, int], besides: Collection[str] = ()
-) -> list[int]:
+def _find_seeds(path: str, folder: str, asked: Asked, besides: Collection[str] = ()) -> list[int]:
     """Return the seeds of the undamaged images, `besides` some. UserError: one is of no seed, or of another shape."""
     names = sorted(
         {
@@ -192,11 +180,11 @@ def _find_seeds(
     def read(name: str) -> int | None:
         stem = os.path.splitext(os.path.basename(name))[0]
         seed = int(stem) if stem.isdecimal() else -1
-        if image_name(seed, subdirs) != name:
+        if image_name(seed, asked.subdirs) != name:
             raise dnnlib.UserError(f"{path}: holds {name}, which this command does not make; choose another folder")
         image = decode_sample(folder, name)
-        if image is not None and image.shape != shape:
-            raise dnnlib.UserError(f"{path}: {name} has the shape {image.shape}, but the network makes {shape}")
+        if image is not None and image.shape != asked.shape:
+            raise dnnlib.UserError(f"{path}: {name} has the shape {image.shape}, but the network makes {asked.shape}")
         return None if image is None else seed
 
     return [seed for seed in ordered_map(read, names, workers=4) if seed is not None]
