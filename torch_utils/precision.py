@@ -14,25 +14,25 @@ __all__ = ["full_float32", "no_autocast", "tf32", "widest"]
 def tf32(allowed: bool) -> Iterator[None]:
     """Let CUDA round the factors of float32 products and convolutions to TF32's ten-bit fractions inside, or forbid it.
 
-    Sums of products of half precision are kept in float32 in either case. PyTorch forbids it in matrix products and
-    allows it in convolutions unless told otherwise. The setting holds for the whole process, also for threads.
-    Functions and methods take this as a decorator, too.
+    PyTorch forbids it in matrix products and allows it in convolutions unless told otherwise. Products of half
+    precision are always summed in float32 inside. The settings hold for the whole process, also for threads. Functions
+    and methods take this as a decorator, too.
     """
-    backends = (torch.backends.cudnn, torch.backends.cuda.matmul)
-    before = [backend.allow_tf32 for backend in backends]
-    halves = ("allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction")
-    sums = [getattr(torch.backends.cuda.matmul, name) for name in halves]
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    settings = [
+        (cudnn, "allow_tf32", allowed),
+        (matmul, "allow_tf32", allowed),
+        (matmul, "allow_fp16_reduced_precision_reduction", False),
+        (matmul, "allow_bf16_reduced_precision_reduction", False),
+    ]
+    before = [(backend, name, getattr(backend, name)) for backend, name, _ in settings]
     try:
-        for name in halves:
-            setattr(torch.backends.cuda.matmul, name, False)
-        for backend in backends:
-            backend.allow_tf32 = allowed
+        for setting in settings:
+            setattr(*setting)
         yield
     finally:
-        for backend, value in zip(backends, before, strict=True):
-            backend.allow_tf32 = value
-        for name, value in zip(halves, sums, strict=True):
-            setattr(torch.backends.cuda.matmul, name, value)
+        for setting in before:
+            setattr(*setting)
 
 
 @contextlib.contextmanager

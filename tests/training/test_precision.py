@@ -41,3 +41,15 @@ def test_tf32_is_as_before_afterwards():
             assert [backend.allow_tf32 for backend in backends] == [allowed, allowed]
             raise ZeroDivisionError
         assert [backend.allow_tf32 for backend in backends] == before
+
+
+def test_products_of_half_precision_are_summed_in_float32_inside_only():
+    matmul, names = (
+        torch.backends.cuda.matmul,
+        [f"allow_{kind}_reduced_precision_reduction" for kind in ("fp16", "bf16")],
+    )
+    before = [getattr(matmul, name) for name in names]
+    for allowed in (True, False):
+        with tf32(allowed):
+            assert [getattr(matmul, name) for name in names] == [False, False]
+        assert [getattr(matmul, name) for name in names] == before == [True, True]
